@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""Pretraining.
+
+    python main_snclr.py                                                    the embedded data set, to see it work
+    python main_snclr.py @configs/vit_small_imagenet.args /data/imagenet    a recipe; later flags override it
+    torchrun --nproc_per_node 8 main_snclr.py @configs/... /data/imagenet   the same on all GPUs of a node
+
+Reads from top to bottom: settings, data, model, optimiser, resume, epochs (train, evaluate, save).
+"""
+
+import datetime
+import math
+import os
+import sys
+import time
+
+from snclr import options
+from snclr.errors import RunError, UsageError, one_clear_line
+
+
+def main(argv: list[str]) -> None:
+    args = options.parse(argv)  # wrong flags end here, before the slow imports
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    from snclr import checkpoint, data, distributed, monitor, optim
+    from snclr.augment import Recipe
+    from snclr.builder import build_model
+    from snclr.precision import resolve_amp
+
+    # -- devices and data ------------------------------------------------------------------------------------------------
+    device = distributed.start()
+    train, val = data.open_data(args.dataset, args.data)
+    if args.batch_size > len(train):
+        raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images")
+    train = train.to(device)
+    recipe = Recipe(args.seed, args.crop_min, args.img_size, args.blur)
+    loader = data.TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
+    steps_per_epoch = loader.steps_per_epoch
+    total_steps = args.epochs * steps_per_epoch
+
+    # -- model and optimiser ---------------------------------------------------------------------------------------------
+    torch.manual_seed(args.seed)
+    model = build_model(args).to(device, memory_format=torch.channels_last)
+    model = distributed.synchronise_batch_norm(model, device)
+    optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
+    amp = resolve_amp(args.amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+    # -- resume ----------------------------------------------------------------------------------------------------------
+    workdir = args.workdir or (os.path.dirname(args.resume) if args.resume else default_workdir(args))
+    found = checkpoint.newest(workdir) if args.resume == "auto" else args.resume
+    step = checkpoint.resume(found, model, optimizer, scaler, args=args, images=len(train)) if found else 0
+    if distributed.rank() == 0:
+        monitor.save_settings(workdir, args, {"world_size": distributed.world_size(), "amp_used": amp})
+    log = monitor.Log(workdir, step=step, enabled=distributed.rank() == 0)
+    log.say(f"{args.method} {args.arch} on {len(train)} images of {args.img_size} px ({args.dataset}), global batch "
+            f"{args.batch_size}, {distributed.world_size()} x {device.type}, amp {amp}; {workdir}")  # fmt: skip
+    for note in notes(args, len(train), val):
+        log.say(f"note: {note}")
+    if found:
+        log.say(f"resumed from {found} after step {step} of {total_steps}")
+
+    # -- epochs ----------------------------------------------------------------------------------------------------------
+    network = model
+    if distributed.world_size() > 1:
+        # buffers stay as they are: the bank is already the same on all ranks, and it is large
+        network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+    can_evaluate = args.eval_freq > 0 and val is not None
+    if can_evaluate and step == 0:
+        log.line({"epoch": 0, "step": 0, **evaluate_start(model, train, val, device, args, log)})
+    last_step = min(total_steps, (args.stop_after_epochs or args.epochs) * steps_per_epoch, args.stop_after_steps or total_steps)
+    while step < last_step:
+        step = train_epoch(network, loader, optimizer, scaler, log, args, amp=amp, step=step, last_step=last_step)
+        epoch, inside = divmod(step, steps_per_epoch)
+        if can_evaluate and not inside and (epoch % args.eval_freq == 0 or epoch == args.epochs):
+            log.line({"epoch": epoch, "step": step, **evaluate(model, train, val, device, amp, args, log, epoch)})
+        if distributed.rank() == 0:
+            state = checkpoint.pack(model, optimizer, scaler, args=args, epoch=epoch, step=step, images=len(train))
+            checkpoint.save(os.path.join(workdir, checkpoint.LAST), state)
+            if args.save_freq and not inside and epoch % args.save_freq == 0:
+                checkpoint.save(os.path.join(workdir, checkpoint.numbered(epoch)), state)
+    distributed.barrier()  # nobody leaves while rank 0 still writes
+    log.say(monitor.farewell(workdir, done=step == total_steps))
+    log.close()
+    distributed.stop()
+
+
+def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step: int, last_step: int) -> int:
+    """Train from `step` (completed so far) to the end of its epoch, at most to last_step; returns the completed steps."""
+    import torch
+
+    from snclr import monitor, optim
+    from snclr.augment import keyed_bits
+    from snclr.distributed import rank
+    from snclr.precision import autocast
+
+    network.train()
+    steps_per_epoch = loader.steps_per_epoch
+    total_steps = args.epochs * steps_per_epoch
+    epoch, inside = divmod(step, steps_per_epoch)
+    end = min((epoch + 1) * steps_per_epoch, last_step)
+    labels = None if loader.images.labels is None else loader.images.labels.to(loader.device)
+    first_bad = torch.full((1,), -1, device=loader.device)  # step of the first non-finite loss; read only when logging
+    use_neighbours = epoch >= args.nn_warmup_epochs
+    batches = loader.epoch(epoch, inside)
+    log.progress(steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
+    interval_start, interval_steps, waited = time.perf_counter(), 0, 0.0
+
+    while step < end:
+        wait_start = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - wait_start
+
+        lr = optim.learning_rate(
+            step,
+            peak=args.lr * args.batch_size / 256,
+            steps_per_epoch=steps_per_epoch,
+            warmup_epochs=args.warmup_epochs,
+            epochs=args.epochs,
+        )
+        momentum = optim.encoder_momentum(step, start=args.snclr_m, total_steps=total_steps, cosine=args.snclr_m_cos)
+        optim.set_learning_rate(optimizer, lr)
+        torch.manual_seed(int(keyed_bits(args.seed, step, rank()) >> 1))  # stochastic layers: nothing to restore on resume
+        with autocast(amp, loader.device):
+            loss, shown = network(batch.view1, batch.view2, batch.ids, momentum, use_neighbours)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        first_bad = torch.where((first_bad < 0) & ~loss.detach().isfinite(), step + 1, first_bad)
+        step += 1
+        interval_steps += 1
+        log.advance()
+        is_logged = step % args.print_freq == 0 or step == end
+        if is_logged:
+            scaler.unscale_(optimizer)
+            grad_norm = optim.gradient_norm(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+
+        if is_logged:
+            metrics = monitor.step_metrics(
+                loss, shown, batch.ids, labels, method=args.method, form=args.form, temperature=args.snclr_t
+            )
+            if not math.isfinite(metrics["loss"]):
+                raise RunError(monitor.non_finite(metrics["loss"], first_bad))
+            seconds = time.perf_counter() - interval_start
+            metrics = {"epoch": epoch + 1, "step": step, **metrics, "lr": lr, "momentum": momentum, "grad_norm": grad_norm.item()}
+            metrics["images_per_s"] = interval_steps * args.batch_size / seconds
+            metrics["data_wait"] = waited / seconds
+            log.line(metrics)
+            log.say(monitor.describe(metrics, args.epochs, total_steps))
+            interval_start, interval_steps, waited = time.perf_counter(), 0, 0.0
+    log.end_progress()
+    return step
+
+
+def evaluate(model, train, val, device, amp, args, log, epoch) -> dict:
+    """Weighted kNN of the trained encoder's features, in percent."""
+    from snclr import knn
+    from snclr.precision import autocast
+
+    encoder = model.momentum_encoder if args.eval_encoder == "momentum" else model.base_encoder
+    encoder.eval()
+    with autocast(amp, device):
+        top1 = knn.accuracy(encoder.embed, train, val, size=args.img_size, device=device, workers=args.workers)
+    encoder.train()
+    log.say(f"epoch {epoch}/{args.epochs}  kNN top-1 {top1:.2f} % ({args.eval_encoder} encoder)")
+    return {"knn_top1": top1, "encoder": args.eval_encoder}
+
+
+def evaluate_start(model, train, val, device, args, log) -> dict:
+    """The same of the untrained encoder and, for small images, of raw pixels: what learning has to beat."""
+    from snclr import knn
+
+    where = dict(size=args.img_size, device=device, workers=args.workers)
+    result = {}
+    if args.img_size <= 64:
+        result["raw_pixels_knn_top1"] = knn.accuracy(lambda x: x.flatten(1), train, val, **where)
+        log.say(f"epoch 0/{args.epochs}  kNN top-1 {result['raw_pixels_knn_top1']:.2f} % (raw pixels)")
+    untrained = knn.calibrated_copy(model.base_encoder, train, **where)
+    result["knn_top1"] = knn.accuracy(untrained.embed, train, val, **where)
+    log.say(f"epoch 0/{args.epochs}  kNN top-1 {result['knn_top1']:.2f} % (untrained encoder)")
+    return result
+
+
+def default_workdir(args) -> str:
+    """A new folder in runs/, named by what is run and when."""
+    return os.path.join("runs", f"{args.method}-{args.arch}-{args.dataset}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+
+
+def notes(args, num_images: int, val) -> list[str]:
+    """Settings that work, but that a user should know about."""
+    told = []
+    if args.method != "mocov3" and args.bank_size > num_images:
+        told.append(f"the bank ({args.bank_size} rows) is larger than the data set ({num_images} images): it holds old copies")
+    if args.method != "snclr":
+        told.append(f"method {args.method} does not use soft neighbours: --topk, --form and the weights' flags have no effect")
+    if args.eval_freq and val is None:
+        told.append("no val/ folder: no kNN evaluation")
+    return told
+
+
+if __name__ == "__main__":
+    with one_clear_line("main_snclr.py"):
+        main(sys.argv[1:])

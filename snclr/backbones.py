@@ -1,0 +1,158 @@
+"""Backbones: an image batch (B, 3, S, S) to features (B, num_features), each with its projector in the last layer's place.
+
+Every encoder has `embed(x)` (features), `projector` (the head) and `forward(x) = projector(embed(x))`. Parameter names are
+timm's VisionTransformer's (projector: `head`) and torchvision's ResNet's (projector: `fc`), so that other tools read them.
+"""
+
+import math
+from functools import partial
+
+import timm.models.vision_transformer as timm_vit
+import torch
+import torchvision.models.resnet as tv_resnet
+from torch import Tensor, nn
+
+from . import heads
+
+# arch: (embedding width, blocks, attention heads); ViT-S has 12 heads, as MoCo v3's (DeiT's has 6)
+VITS = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 12), "vit_base": (768, 12, 12)}
+
+# arch: (block, blocks of each stage, default width of the first stage, stem)
+RESNETS = {
+    "resnet8": (tv_resnet.BasicBlock, (1, 1, 1), 32, "light"),
+    "resnet18": (tv_resnet.BasicBlock, (2, 2, 2, 2), 64, "imagenet"),
+    "resnet50": (tv_resnet.Bottleneck, (3, 4, 6, 3), 64, "imagenet"),
+}
+
+# stem: (kernel, stride, whether a 3x3 stride-2 max pool follows)
+STEMS = {"imagenet": (7, 2, True), "small": (3, 1, False), "light": (3, 2, False)}
+
+ARCHS = (*VITS, *RESNETS)
+
+
+class VisionTransformer(timm_vit.VisionTransformer):
+    """timm's ViT with fixed 2-D sin-cos position embedding and MoCo v3's initialisation (Chen et al. 2021, section 4).
+
+    Class token as feature. stop_grad_conv1 freezes the patch embedding at its random start, which keeps training stable.
+    """
+
+    kind = "vit"
+
+    def __init__(self, img_size: int, patch_size: int, width: int, depth: int, num_heads: int, stop_grad_conv1: bool):
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        super().__init__(
+            img_size, patch_size, num_classes=0, embed_dim=width, depth=depth, num_heads=num_heads, norm_layer=norm
+        )
+        grid = img_size // patch_size
+        self.pos_embed = nn.Parameter(sincos_position_embedding(grid, grid, width), requires_grad=False)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                if name.endswith("qkv"):  # queries, keys and values are three layers in one matrix
+                    bound = math.sqrt(6 / (module.weight.shape[0] // 3 + module.weight.shape[1]))
+                    nn.init.uniform_(module.weight, -bound, bound)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        patches = self.patch_embed.proj
+        bound = math.sqrt(6 / (3 * patch_size**2 + width))  # Xavier for a linear layer on flattened patches
+        nn.init.uniform_(patches.weight, -bound, bound)
+        nn.init.zeros_(patches.bias)
+        patches.requires_grad_(not stop_grad_conv1)
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.head
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) -> class token after the last norm (B, num_features)."""
+        return self.forward_head(self.forward_features(x), pre_logits=True)
+
+
+class ResNet(tv_resnet.ResNet):
+    """torchvision's ResNet with the width of its first stage, its stem and its number of stages as parameters.
+
+    The last norm of each residual branch starts at zero, as in MoCo v3.
+    """
+
+    kind = "resnet"
+
+    def __init__(self, block: type[nn.Module], stages: tuple[int, ...], width: int, stem: str):
+        nn.Module.__init__(self)  # torchvision's own constructor fixes stem, width and four stages
+        self._norm_layer = nn.BatchNorm2d
+        self.inplanes, self.dilation, self.groups, self.base_width = width, 1, 1, 64
+        kernel, stride, pool = STEMS[stem]
+        self.conv1 = nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
+        self.stages = [f"layer{stage + 1}" for stage in range(len(stages))]
+        for stage, (name, blocks) in enumerate(zip(self.stages, stages, strict=True)):
+            setattr(self, name, self._make_layer(block, width * 2**stage, blocks, stride=1 if stage == 0 else 2))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.num_features = self.inplanes
+        self.fc = nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, (tv_resnet.BasicBlock, tv_resnet.Bottleneck)):
+                last_norm = module.bn2 if isinstance(module, tv_resnet.BasicBlock) else module.bn3
+                nn.init.zeros_(last_norm.weight)
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.fc
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) -> globally averaged features (B, num_features)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for name in self.stages:
+            x = getattr(self, name)(x)
+        return self.avgpool(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.embed(x))
+
+
+def sincos_position_embedding(rows: int, columns: int, width: int, temperature: float = 10000.0) -> Tensor:
+    """Fixed 2-D position embedding (1, 1 + rows * columns, width); zeros for the class token.
+
+    A quarter of the width each: sine and cosine of the column, sine and cosine of the row, over width/4 frequencies.
+    """
+    if width % 4:
+        raise ValueError(f"a 2-D sin-cos position embedding needs a width divisible by 4, found {width}")
+    frequencies = temperature ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij")
+    column, row = column.reshape(-1, 1) * frequencies, row.reshape(-1, 1) * frequencies
+    patches = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
+    return torch.cat([torch.zeros(1, width), patches])[None].to(torch.get_default_dtype())
+
+
+def build_encoder(
+    arch: str,
+    *,
+    img_size: int,
+    patch_size: int,
+    width: int | None,
+    small_stem: bool,
+    stop_grad_conv1: bool,
+    hidden_dim: int,
+    out_dim: int,
+) -> VisionTransformer | ResNet:
+    """The encoder `arch` with its projector (hidden_dim, out_dim).
+
+    width: of a ResNet's first stage (None: the arch's own); small_stem: 3x3, stride 1, no pool, for images of about 32 px;
+    img_size, patch_size and stop_grad_conv1 concern ViTs. Raises ValueError for an unknown arch or an indivisible size.
+    """
+    if arch in VITS:
+        if img_size % patch_size:
+            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+        encoder = VisionTransformer(img_size, patch_size, *VITS[arch], stop_grad_conv1)
+        encoder.head = heads.projector("vit", encoder.num_features, hidden_dim, out_dim)
+    elif arch in RESNETS:
+        block, stages, default_width, stem = RESNETS[arch]
+        encoder = ResNet(block, stages, width or default_width, "small" if small_stem else stem)
+        encoder.fc = heads.projector("resnet", encoder.num_features, hidden_dim, out_dim)
+    else:
+        raise ValueError(f"unknown arch {arch!r}; known are {', '.join(ARCHS)}")
+    return encoder

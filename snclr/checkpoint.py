@@ -1,0 +1,154 @@
+"""Checkpoints: written whole or not at all, verified before they are loaded, strict about what they are loaded into.
+
+A file is a dictionary that torch.load(weights_only=True) reads: 'format', 'epoch' and 'step' (both completed), 'arch',
+'state_dict' (MoCo v3's layout: module.base_encoder.*, module.momentum_encoder.*, module.predictor.*, and
+module.memory_bank.*), 'optimizer', 'scaler', 'args', 'images' (size of the training set), 'provenance'.
+"""
+
+import os
+import platform
+import subprocess
+import zipfile
+from argparse import Namespace
+from importlib import metadata
+
+import torch
+from torch import nn
+
+from . import __version__
+from .errors import RunError, UsageError
+
+FORMAT = 1
+LAST = "checkpoint_last.pth.tar"
+PREFIX = "module."
+
+# A resumed run is the same run: these decide which images it sees and what its state means.
+FIXED = ("arch", "method", "optimizer", "batch_size", "seed", "dataset", "img_size", "crop_min", "blur", "warmup_epochs")
+
+
+def save(path: str, state: dict) -> None:
+    """Write beside the target, flush to the disk, then rename: a crash at any moment leaves the old file or the new one."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise RunError(f"cannot write {path}: {error.strerror}; the checkpoint before it is untouched") from error
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(folder)  # makes the new name durable, not only the bytes
+    finally:
+        os.close(folder)
+
+
+def load(path: str) -> dict:
+    """Read a checkpoint onto the CPU. The zip's own checksums are verified first: torch.load accepts flipped bytes in silence.
+
+    Raises UsageError for a file that is missing, damaged, or not a checkpoint of this project.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(f"checkpoint {path} does not exist")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise UsageError(f"checkpoint {path} is truncated or no checkpoint ({error}); resume from another one") from error
+    if damaged:
+        raise UsageError(f"checkpoint {path} is damaged (wrong checksum in {damaged}); resume from another one")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises whatever the bytes lead to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"checkpoint {path} cannot be read ({reason})") from error
+    needed = ("epoch", "step", "arch", "state_dict", "optimizer", "args", "images")
+    missing = [key for key in needed if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise UsageError(f"checkpoint {path} cannot be resumed: it has no {', '.join(missing)}")
+    if state.get("format", 1) > FORMAT:
+        raise UsageError(f"checkpoint {path} has format {state['format']}; this version reads up to {FORMAT}")
+    return state
+
+
+def numbered(epoch: int) -> str:
+    """Name of the checkpoint that is kept after `epoch` epochs."""
+    return f"checkpoint_{epoch:04d}.pth.tar"
+
+
+def newest(workdir: str) -> str | None:
+    """The checkpoint that --resume auto takes: the newest file in workdir, None where there is none."""
+    names = [name for name in os.listdir(workdir) if name.startswith("checkpoint_") and name.endswith(".pth.tar")]
+    paths = [os.path.join(workdir, name) for name in names]
+    return max(paths, key=lambda path: (os.path.getmtime(path), os.path.basename(path) == LAST), default=None)
+
+
+def pack(model: nn.Module, optimizer, scaler, *, args: Namespace, epoch: int, step: int, images: int) -> dict:
+    """Everything a run needs to go on. model: without DDP; images: size of the training set."""
+    return {
+        "format": FORMAT,
+        "epoch": epoch,
+        "step": step,
+        "arch": args.arch,
+        "state_dict": {PREFIX + name: tensor for name, tensor in model.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "args": vars(args),
+        "images": images,
+        "provenance": provenance(),
+    }
+
+
+def resume(path: str, model: nn.Module, optimizer, scaler, *, args: Namespace, images: int) -> int:
+    """Load a checkpoint into a run with the same settings and return its completed steps.
+
+    UsageError names every setting, key or shape that differs.
+    """
+    state = load(path)
+    saved = state["args"]
+    changed = [f"{name} {saved[name]!r} -> {getattr(args, name)!r}" for name in FIXED if saved.get(name) != getattr(args, name)]
+    if state["images"] != images:
+        changed.append(f"training images {state['images']} -> {images}")
+    if changed:
+        raise UsageError(f"{path} is of another run: {', '.join(changed)}; repeat its settings or choose a new --workdir")
+    load_strictly(path, state["state_dict"], model)
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{path} does not fit the optimiser: {error}") from error
+    if state["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+def provenance() -> dict:
+    """Where a result comes from: versions of python, torch, torchvision, timm and this package, and the git commit or None."""
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
+    versions |= {"python": platform.python_version(), "snclr": __version__}
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {"versions": versions, "git": git.stdout.strip() or None}
+
+
+def load_strictly(path: str, tensors: dict, model: nn.Module) -> None:
+    """Copy tensors named module.* into model; UsageError lists missing and unexpected keys and shapes that differ."""
+    expected = {PREFIX + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {found[name]} instead of {shape}" for name, shape in expected.items() if found.get(name, shape) != shape
+        ],
+    }
+    told = [f"{len(names)} keys {kind}: {_first(names)}" for kind, names in problems.items() if names]
+    if told:
+        raise UsageError(f"{path} does not fit this model: {'; '.join(told)}")
+    model.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
+
+
+def _first(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")

@@ -1,0 +1,142 @@
+"""Processes: start-up from torchrun's environment, the collectives, and batch norm over all ranks.
+
+Every function also works without a process group, as rank 0 of 1; nothing else in the project asks whether there is one.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .precision import widen
+
+
+def start() -> torch.device:
+    """Join the process group that torchrun describes, if it started us, and return this rank's device.
+
+    NCCL on CUDA, gloo on CPU.
+    """
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
+
+
+def stop() -> None:
+    """Leave the process group, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, 0 .. world_size - 1."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """x (B, ...) of every rank joined in rank order: (B * world_size, ...). Same shape on all ranks; no gradient."""
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum of x over the ranks, as a new tensor; no gradient."""
+    total = x.detach().clone()
+    if world_size() > 1 and total.numel():
+        dist.all_reduce(total)
+    return total
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """all_sum with a gradient: every rank's output depends on every rank's input alike, so the gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return all_sum(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return all_sum(grad)
+
+
+class _GatherOverRanks(torch.autograd.Function):
+    """all_gather with a gradient: a rank's rows collect what all ranks' losses say of them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.batch_size_per_rank = len(x)
+        return all_gather(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return all_sum(grad).split(ctx.batch_size_per_rank)[rank()]
+
+
+def all_gather_with_grad(x: Tensor) -> Tensor:
+    """As all_gather, and differentiable. With losses that are rank means, DDP's averaging then gives the global gradient."""
+    return x if world_size() == 1 else _GatherOverRanks.apply(x)
+
+
+class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm with the statistics of all ranks' batches, on any device (torch's SyncBatchNorm refuses CPU tensors).
+
+    Needs the same batch size on all ranks. Two-pass variance, so that 1 and 4 ranks agree to rounding.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"expected an input of (B, C, ...), found {tuple(x.shape)}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        axes = [0, *range(2, x.dim())]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        count = x.numel() // x.shape[1] * world_size()
+        wide = widen(x)
+        mean = _SumOverRanks.apply(wide.sum(axes)) / count
+        centred = wide - mean.view(shape)
+        variance = _SumOverRanks.apply(centred.square().sum(axes)) / count
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                # momentum None: the cumulative average, as in torch's own layers
+                factor = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+                self.running_mean += factor * (mean.to(self.running_mean.dtype) - self.running_mean)
+                unbiased = variance * (count / max(count - 1, 1))
+                self.running_var += factor * (unbiased.to(self.running_var.dtype) - self.running_var)
+        out = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(x.dtype)
+
+
+def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """Let every batch norm in module see the whole global batch. A no-op with one rank; names and buffers stay the same."""
+    if world_size() == 1:
+        return module
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for child in module.modules():
+        if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            child.__class__ = AllReduceBatchNorm  # same parameters, buffers and settings; only forward differs
+    return module

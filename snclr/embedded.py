@@ -1,0 +1,95 @@
+"""The embedded data set: 32-px pictures of glyph lattices, drawn from a seed in about a second, to learn from without files.
+
+Each image is a 3x3 lattice of one kind of glyph, every copy turned at random, on a near-grey ground with faint clutter and
+noise. The class is the kind of glyph. Colour, position, angle and pitch say nothing of it, so raw pixels and an untrained
+network hardly tell the classes apart, while a network that learned what is common to two views does.
+"""
+
+import numpy as np
+
+CLASSES = ("disc", "ring", "square", "frame", "triangle", "plus", "bar", "star", "ell", "stripes")
+SIZE = 32
+SPLITS = {"train": (5000, 0), "val": (1000, 1)}  # images, seed
+MEAN, STD = (0.575, 0.575, 0.575), (0.164, 0.164, 0.164)  # of the training images
+WINDOW, MARGIN = 14, 24  # pixels: side of the square that a glyph fits in; canvas around the picture
+
+
+def _box(x, y, half_width, half_height):
+    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
+
+
+def _triangle(x, y):
+    return np.maximum(np.abs(x) * 0.866 + y * 0.5, -y) - 0.5
+
+
+def _star(x, y):
+    """Five points: a radius that swings with the angle."""
+    angle = np.abs(np.mod(np.arctan2(x, y), 2 * np.pi / 5) - np.pi / 5) / (np.pi / 5)  # 0 between points, 1 at them
+    return np.hypot(x, y) - (0.42 + 0.62 * angle**1.5)
+
+
+# Signed distance, roughly, to a glyph of radius 1 around the origin: negative inside. (x, y) arrays -> array
+GLYPHS = {
+    "disc": lambda x, y: np.hypot(x, y) - 0.85,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.2,
+    "square": lambda x, y: _box(x, y, 0.74, 0.74),
+    "frame": lambda x, y: np.abs(_box(x, y, 0.64, 0.64)) - 0.18,
+    "triangle": _triangle,
+    "plus": lambda x, y: np.minimum(_box(x, y, 0.98, 0.26), _box(x, y, 0.26, 0.98)),
+    "bar": lambda x, y: _box(x, y, 1.05, 0.28),
+    "star": _star,
+    "ell": lambda x, y: np.minimum(_box(x + 0.45, y, 0.27, 0.85), _box(x, y + 0.58, 0.72, 0.27)),
+    "stripes": lambda x, y: np.minimum(_box(x, y - 0.52, 0.85, 0.24), _box(x, y + 0.52, 0.85, 0.24)),
+}
+
+
+def draw(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 3, 32, 32) uint8 and labels (n,) int64 of 'train' or 'val'; the same at every call."""
+    count, seed = SPLITS[split]
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(count) % len(CLASSES))
+    radius = rng.uniform(0.26, 0.29, count)
+    pitch = radius * rng.uniform(2.5, 2.9, count)
+    lattice_angle = rng.uniform(0, 2 * np.pi, count)
+    offset = rng.uniform(-0.5, 0.5, (count, 2)) * pitch[:, None]
+    background = rng.uniform(0.47, 0.53, (count, 3, 1, 1))
+    foreground = rng.uniform(0.75, 0.95, (count, 1, 1, 1)) + rng.uniform(-0.03, 0.03, (count, 3, 1, 1))
+    clutter = rng.uniform(-1, 1, (count, 2, 2)), rng.uniform(0.06, 0.12, (count, 2)), rng.uniform(-0.1, 0.1, (count, 2))
+
+    cover = np.zeros((count, SIZE + 2 * MARGIN, SIZE + 2 * MARGIN), np.float32)
+    window = np.arange(-WINDOW // 2, WINDOW // 2)
+    cosine, sine = np.cos(lattice_angle), np.sin(lattice_angle)
+    for row in (-1, 0, 1):
+        for column in (-1, 0, 1):
+            jitter = rng.normal(0, 0.04, (count, 2)) * pitch[:, None]
+            turn = rng.uniform(0, 2 * np.pi, count).astype(np.float32)
+            across, along = column * pitch + offset[:, 0] + jitter[:, 0], row * pitch + offset[:, 1] + jitter[:, 1]
+            centre_x, centre_y = cosine * across - sine * along, sine * across + cosine * along
+            for label, name in enumerate(CLASSES):
+                image = np.flatnonzero(labels == label)
+                _add_glyph(cover, GLYPHS[name], image, centre_x[image], centre_y[image], radius[image], turn[image], window)
+    cover = cover[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
+    images = (background + (foreground - background) * cover[:, None]).astype(np.float32)
+    axis = ((np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE * 2 - 1)
+    y, x = axis[None, :, None], axis[None, None, :]
+    for mark in range(2):
+        position, size, strength = clutter[0][:, mark], clutter[1][:, mark], clutter[2][:, mark]
+        blob = (x - position[:, :1, None]) ** 2 + (y - position[:, 1:, None]) ** 2 < size[:, None, None] ** 2
+        images += (blob * strength[:, None, None].astype(np.float32))[:, None]
+    images += 0.1 * rng.standard_normal(images.shape, dtype=np.float32)
+    return (np.clip(images, 0, 1) * 255).round().astype(np.uint8), labels
+
+
+def _add_glyph(cover, glyph, image, centre_x, centre_y, radius, turn, window):
+    """Draw one turned glyph into each canvas cover[image] (its margin takes what falls off the picture)."""
+    half = SIZE / 2
+    column = np.clip((centre_x + 1) * half, -half, SIZE + half).astype(int)[:, None] + window
+    row = np.clip((centre_y + 1) * half, -half, SIZE + half).astype(int)[:, None] + window
+    x = ((column + 0.5) / half - 1 - centre_x[:, None]).astype(np.float32)[:, None, :]
+    y = ((row + 0.5) / half - 1 - centre_y[:, None]).astype(np.float32)[:, :, None]
+    radius = radius.astype(np.float32)[:, None, None]
+    c, s = np.cos(turn)[:, None, None], np.sin(turn)[:, None, None]
+    distance = glyph((c * x + s * y) / radius, (c * y - s * x) / radius) * radius
+    inside = np.clip(0.5 - distance * half, 0, 1)  # one pixel of anti-aliasing
+    where = image[:, None, None], row[:, :, None] + MARGIN, column[:, None, :] + MARGIN
+    cover[where] = np.maximum(cover[where], inside)

@@ -1,0 +1,35 @@
+"""What a user reads when something is wrong: one line, and an exit code that scripts can rely on."""
+
+import contextlib
+import os
+import sys
+
+
+class UsageError(ValueError):
+    """Wrong flags, paths, data or checkpoints: nothing has been trained or overwritten. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that had started cannot go on (for instance a non-finite loss). Exit code 1."""
+
+
+@contextlib.contextmanager
+def one_clear_line(program: str):
+    """Turn the project's own errors into one line on stderr and an exit code; let real bugs keep their traceback.
+
+    All ranks meet the same usage error, so only rank 0 prints it; a run error belongs to a rank, which it names.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        yield
+    except UsageError as error:
+        if rank == 0:
+            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except RunError as error:
+        print(f"{program}: stopped on rank {rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)

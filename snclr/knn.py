@@ -1,0 +1,102 @@
+"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, section 3.4; the DINO protocol)."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .data import ImageSet, whole_images
+from .distributed import all_gather, rank, world_size
+from .precision import full_precision, unit
+
+
+@torch.no_grad()
+def encode(
+    embed: Callable[[Tensor], Tensor], images: ImageSet, *, size: int, device: torch.device, workers: int
+) -> tuple[Tensor, Tensor]:
+    """Unit features (n_r, F) and labels (n_r,) of this rank's share (every world_size-th image) of a labelled set.
+
+    embed: normalised images (B, 3, size, size) to features (B, F).
+    """
+    indices = np.arange(rank(), len(images), world_size())
+    batches = whole_images(images, indices, size=size, device=device, workers=workers)
+    features = torch.cat([unit(embed(batch)) for batch in batches])
+    return features, images.labels[indices].to(device)
+
+
+@torch.no_grad()
+@full_precision
+def classify(
+    queries: Tensor, features: Tensor, labels: Tensor, num_classes: int, *, k: int, temperature: float, chunk: int = 1024
+) -> Tensor:
+    """Class scores (n, num_classes) of queries (n, F), alike on every rank, from the features of ALL ranks.
+
+    Score of a class: sum of exp(cosine / temperature) over those of the k nearest features that have it. features (m, F)
+    and labels (m,) are this rank's share: each rank finds its own k best and only these travel, so that no rank ever holds
+    the whole set. Memory: chunk * m cosines.
+    """
+    scores = []
+    for part in queries.split(chunk):
+        cosines, where = (part @ features.T).topk(min(k, len(features)), dim=1)
+        # every rank's best side by side: (n, ranks * k)
+        cosines = torch.cat(all_gather(_pad(cosines, k, -2.0)).chunk(world_size()), dim=1)
+        votes = torch.cat(all_gather(_pad(labels[where], k, 0)).chunk(world_size()), dim=1)
+        best, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
+        weights = (best / temperature).exp() * (best > -1.5)  # below every cosine: padding
+        scores.append(best.new_zeros(len(part), num_classes).scatter_add_(1, votes.gather(1, order), weights))
+    return torch.cat(scores)
+
+
+def _pad(x: Tensor, columns: int, value: float) -> Tensor:
+    return torch.nn.functional.pad(x, (0, columns - x.shape[1]), value=value)
+
+
+def accuracy(
+    embed: Callable[[Tensor], Tensor],
+    train: ImageSet,
+    val: ImageSet,
+    *,
+    size: int,
+    device: torch.device,
+    workers: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Top-1 accuracy in percent on val, with the labelled features of train as neighbours; the same on every rank."""
+    features, labels = encode(embed, train, size=size, device=device, workers=workers)
+    queries, truth = encode(embed, val, size=size, device=device, workers=workers)
+    queries, truth = _join_shares(queries, len(val)), _join_shares(truth, len(val))
+    scores = classify(queries, features, labels, len(train.classes), k=k, temperature=temperature)
+    return 100 * (scores.argmax(dim=1) == truth).double().mean().item()
+
+
+def _join_shares(x: Tensor, total: int) -> Tensor:
+    """All rows, rank after rank, from each rank's share (every world_size-th row) of `total`; alike on every rank."""
+    longest = -(-total // world_size())
+    padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
+    shares = all_gather(padded).chunk(world_size())
+    return torch.cat([share[: len(range(number, total, world_size()))] for number, share in enumerate(shares)])
+
+
+@torch.no_grad()
+def calibrated_copy(
+    encoder: nn.Module, images: ImageSet, *, size: int, device: torch.device, workers: int, count: int = 1024
+) -> nn.Module:
+    """A copy of an untrained encoder, in eval mode, whose batch norms hold the statistics of `count` images.
+
+    At initialisation running means and variances are 0 and 1, which says nothing of the network: without this the
+    'untrained' accuracy would measure the missing statistics.
+    """
+    encoder = copy.deepcopy(encoder).train()
+    norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+    count = min(count, len(images)) // world_size() * world_size()  # synchronised norms need equal batches
+    indices = np.arange(rank(), count, world_size())
+    if norms:
+        for batch in whole_images(images, indices, size=size, device=device, workers=workers):
+            encoder.embed(batch)
+    return encoder.eval()

@@ -1,0 +1,210 @@
+"""What a run tells: metrics of a step, metrics.jsonl, TensorBoard scalars and the lines on the console."""
+
+import json
+import os
+import shlex
+import sys
+from argparse import Namespace
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from .builder import StepView
+from .checkpoint import LAST, provenance
+from .distributed import all_gather, all_sum, world_size
+from .objectives import loss_at_chance
+from .precision import unit
+
+# TensorBoard group of each metric of a training or evaluation line
+GROUPS = {
+    "loss": ("loss", "loss_ratio"),
+    "optim": ("lr", "momentum", "grad_norm"),
+    "bank": ("bank_fill", "distinct_rows", "largest_count"),
+    "neighbours": ("neighbour_similarity", "positiveness_entropy", "neighbour_purity"),
+    "features": ("feature_std",),
+    "speed": ("images_per_s", "data_wait"),
+    "eval": ("knn_top1", "raw_pixels_knn_top1"),
+}
+
+
+@torch.no_grad()
+def step_metrics(
+    loss: Tensor, shown: StepView, ids: Tensor, labels: Tensor | None, *, method: str, form: str, temperature: float
+) -> dict:
+    """Metrics of one step over the global batch, from every rank's share: one all-reduce, the same on every rank.
+
+    loss, and loss_ratio to the loss at chance (None if undefined); feature_std: standard deviation of the unit projections
+    over the batch times sqrt(D), about 1 when spread over the sphere, 0 at collapse. With a search in the bank:
+    neighbour_similarity (mean cosine), positiveness_entropy (share of the uniform weights' entropy), distinct_rows and
+    largest_count of the picks, and with labels neighbour_purity (share of neighbours with the query's label).
+    """
+    projection = unit(shown.projection).double()
+    valid = shown.neighbour_ids >= 0
+    number = valid.sum(dim=1)
+    weights = shown.weights.double()
+    shares = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-12)  # a threshold leaves sums below 1
+    several = number > 1
+    entropy = torch.special.entr(shares).sum(dim=1)[several] / number[several].log()
+    same = valid.new_zeros(()) if labels is None else valid & (labels[shown.neighbour_ids] == labels[ids][:, None])
+    sums = (
+        loss.detach(),
+        ids.new_tensor(len(ids)),
+        weights.sum(),
+        valid.sum(),
+        shown.scores[valid].sum(),
+        entropy.sum(),
+        several.sum(),
+        same.sum(),
+    )
+    mine = torch.cat([torch.stack([x.double() for x in sums]), projection.sum(dim=0), projection.square().sum(dim=0)])
+    total, first, second = all_sum(mine).split([len(sums), projection.shape[1], projection.shape[1]])
+    loss_sum, images, weight_sum, picks, score_sum, entropy_sum, entropies, same_sum = total.tolist()
+    mean_loss = loss_sum / world_size()
+    chance = loss_at_chance(method, form, temperature, int(shown.num_candidates), 1 + weight_sum / images)
+    variance = second / images - (first / images).square()
+    metrics = {
+        "loss": mean_loss,
+        "loss_ratio": mean_loss / chance if chance else None,
+        "feature_std": (variance.clamp(min=0).sqrt().mean() * projection.shape[1] ** 0.5).item(),
+    }
+    if picks:
+        metrics["neighbour_similarity"] = score_sum / picks
+        metrics["positiveness_entropy"] = entropy_sum / entropies if entropies else None
+        metrics["distinct_rows"] = int((shown.counts > 0).sum())
+        metrics["largest_count"] = int(shown.counts.max())
+        if labels is not None:
+            metrics["neighbour_purity"] = same_sum / picks
+    return metrics
+
+
+class Log:
+    """metrics.jsonl and TensorBoard events in workdir, and the console; silent on every rank but 0.
+
+    step: completed steps of a resumed run, else 0. Lines of later steps, and a line torn by a crash, are cut off, so that
+    each step stands there once.
+    """
+
+    def __init__(self, workdir: str, *, step: int, enabled: bool):
+        self.enabled = enabled
+        self.bar = None
+        if not enabled:
+            return
+        self.path = os.path.join(workdir, "metrics.jsonl")
+        cut_back(self.path, step)
+        self.file = open(self.path, "a", buffering=1)
+        self.events = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1 if step else None)
+
+    def line(self, metrics: dict) -> None:
+        """Append one line with 'step' to metrics.jsonl and its numbers to TensorBoard."""
+        if not self.enabled:
+            return
+        self.file.write(json.dumps({name: _rounded(value) for name, value in metrics.items()}) + "\n")
+        for group, names in GROUPS.items():
+            for name in names:
+                if metrics.get(name) is not None:
+                    self.events.add_scalar(f"{group}/{name}", metrics[name], metrics["step"])
+
+    def say(self, text: str) -> None:
+        """One line on the console, above the progress bar if there is one."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def progress(self, total: int, done: int, label: str) -> None:
+        """Start a progress bar, on a terminal; elsewhere the lines of `say` have to do."""
+        if self.enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, desc=label, unit="step", leave=False, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One step further on the progress bar."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def end_progress(self) -> None:
+        """Take the progress bar away."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self.enabled:
+            self.file.close()
+            self.events.close()
+
+
+def save_settings(workdir: str, args: Namespace, more: dict) -> None:
+    """Leave args.json in workdir: every setting by its name, and the command, versions and git commit of this start."""
+    os.makedirs(workdir, exist_ok=True)
+    settings = {**vars(args), **more, "command": shlex.join([sys.executable, *sys.argv]), **provenance()}
+    with open(os.path.join(workdir, "args.json"), "w") as file:
+        json.dump(settings, file, indent=1)
+
+
+def non_finite(loss: float, first_bad: Tensor) -> str:
+    """The message for a loss that is no number: first_bad (1,) is each rank's first such step, -1 for none. Collective."""
+    steps = all_gather(first_bad).tolist()
+    step = min(step for step in steps if step > 0)
+    ranks = ", ".join(str(number) for number, found in enumerate(steps) if found == step)
+    return f"the loss is {loss} since step {step} (first on rank {ranks}); lower --lr, or resume from the last checkpoint"
+
+
+def farewell(workdir: str, done: bool) -> str:
+    """What came out, where it lies, and what to do next."""
+    with open(os.path.join(workdir, "metrics.jsonl")) as file:
+        found = [line for line in map(json.loads, file) if "knn_top1" in line]
+    told = []
+    if found and found[0]["epoch"] == 0:
+        first = {"raw pixels": found[0].get("raw_pixels_knn_top1"), "untrained": found[0]["knn_top1"]}
+        told += [f"{name} {value:.1f} %" for name, value in first.items() if value is not None]
+    told += [f"epoch {line['epoch']}: {line['knn_top1']:.1f} %" for line in found[-1:] if line["epoch"]]
+    lines = [f"kNN top-1: {', '.join(told)}"] if told else []
+    lines.append(f"checkpoint: {os.path.join(workdir, LAST)}")
+    lines.append(f"curves: tensorboard --logdir {workdir}   (numbers: {os.path.join(workdir, 'metrics.jsonl')})")
+    if done:
+        lines.append("next: your own images, in DATA/train/<class>/: bash start.sh @configs/vit_small_imagenet.args DATA")
+    else:
+        lines.append("stopped early; the same command with --resume auto and without the stop goes on")
+    return "\n".join(lines)
+
+
+def describe(metrics: dict, epochs: int, total_steps: int) -> str:
+    """A training line for people."""
+    ratio = metrics["loss_ratio"]
+    parts = [
+        f"epoch {metrics['epoch']}/{epochs}",
+        f"step {metrics['step']}/{total_steps}",
+        f"loss {metrics['loss']:.3f}" + (f" ({ratio:.2f} of chance)" if ratio is not None else ""),
+        f"lr {metrics['lr']:.2e}",
+        f"{metrics['images_per_s']:.0f} images/s",
+        f"data {100 * metrics['data_wait']:.0f} %",
+        f"std {metrics['feature_std']:.2f}",
+    ]
+    if "neighbour_purity" in metrics:
+        parts.append(f"purity {metrics['neighbour_purity']:.2f}")
+    return "  ".join(parts)
+
+
+def cut_back(path: str, step: int) -> None:
+    """Drop from a metrics file what comes after `step`, and lines that are no whole JSON object; atomically."""
+    if not os.path.exists(path):
+        return
+    with open(path, errors="replace") as file:
+        kept = [line for line in file if (number := _step_of(line)) is not None and number <= step]
+    with open(f"{path}.tmp", "w") as file:
+        file.writelines(kept)
+    os.replace(f"{path}.tmp", path)
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        step = json.loads(line)["step"] if line.endswith("\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _rounded(value):
+    return float(f"{value:.6g}") if isinstance(value, float) else value

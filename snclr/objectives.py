@@ -1,0 +1,245 @@
+"""The objectives: soft neighbours (SNCLR) and its relatives, each a function without state.
+
+Notation, as in the paper (Ge et al., ICLR 2023): B images on this rank, N in the global batch, D dimensions, K
+neighbours, M bank rows, T temperature. z is the prediction of one view (query), y its online projection, k the momentum
+projection of the other view (key), C the bank, NN_1..K its rows nearest to k, NN_0 = k itself.
+
+All functions normalise query, online and key themselves, compute in at least float32 (float64 stays), need the same B on
+every rank, gather what they need from all ranks, and return this rank's mean, so that DDP's averaging of gradients gives
+the gradient of the global mean.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .distributed import all_gather, all_gather_with_grad, all_sum, rank
+from .precision import full_precision, unit, widen
+
+FORMS = ("sum_of_logs", "log_of_sum")
+
+
+class Candidates(NamedTuple):
+    """What every query of the global batch is compared with, as one multiset.
+
+    keys (N, D) unit momentum keys of all ranks, in rank order, each once;
+    counts (M,) int32, how often each bank row was picked by the whole batch (0: it is no candidate).
+    Sending counts instead of the picked features is what makes the objective cheap: M integers, whatever N, K and D are.
+    """
+
+    keys: Tensor
+    counts: Tensor
+
+
+def count_picks(rows: Tensor, bank_size: int) -> Tensor:
+    """How often the whole global batch picked each bank row: rows (B, K) of this rank, -1 for none -> (M,) int32."""
+    picks = rows.flatten() + 1  # slot 0 takes the -1s
+    counts = torch.zeros(bank_size + 1, dtype=torch.int32, device=rows.device)
+    counts.scatter_add_(0, picks, torch.ones_like(picks, dtype=torch.int32))
+    return all_sum(counts[1:])
+
+
+@full_precision
+def gather_candidates(key: Tensor, rows: Tensor, bank_size: int) -> Candidates:
+    """Candidates from this rank's keys (B, D) and neighbour rows (B, K): one all-gather, one all-reduce of integers."""
+    return Candidates(all_gather(unit(key)), count_picks(rows, bank_size))
+
+
+@full_precision
+def positiveness(
+    online: Tensor, bank: Tensor, rows: Tensor, *, temperature: float = 1.0, threshold: bool = False
+) -> Tensor:
+    """Soft weights of the neighbours: w_ik = softmax_k( y_i . C[rows_ik] / temperature ), over the valid rows.
+
+    online (B, D) projections, with gradient; bank (M, D) unit rows; rows (B, K) neighbours, -1 for none.
+    Temperature 1 is the paper's plain cosine attention. With threshold, a weight that is not strictly above
+    1/(number of valid rows) becomes 0, without renormalisation. Returns (B, K); invalid rows weigh 0.
+    """
+    valid = rows >= 0
+    cosines = _cosines_with_rows(unit(online), bank, rows)
+    # a finite floor keeps a row without any neighbour at 0/0-free zeros, in value and in gradient
+    logits = (cosines / temperature).masked_fill(~valid, torch.finfo(cosines.dtype).min)
+    weights = torch.softmax(logits, dim=1) * valid
+    if threshold:
+        uniform = 1 / valid.sum(dim=1, keepdim=True).clamp(min=1).to(weights.dtype)
+        weights = weights * (weights > uniform)
+    return weights
+
+
+@full_precision
+def snclr_loss(
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    *,
+    temperature: float,
+    form: str = "sum_of_logs",
+    candidates: Candidates | None = None,
+) -> Tensor:
+    """Contrast against the own key and its soft neighbours, one direction (Ge et al., eq. 3; released form by default).
+
+    With s_ik = z_i . NN_ik / T, w_i0 = 1 and all candidates of the global batch, Z_i = sum_n sum_k exp(z_i . NN_nk / T):
+
+        sum_of_logs   L_i = sum_k w_ik * (log Z_i - s_ik)            as released
+        log_of_sum    L_i = log Z_i - log sum_k w_ik exp(s_ik)       as printed in the paper
+        loss = 2T * mean_i L_i
+
+    A bank row picked by five images counts five times in Z_i, hence Z_i = sum_n exp(z.k_n/T) + sum_m count_m exp(z.C_m/T).
+
+    query (B, D) predictions, with gradient; key (B, D) momentum projections of the other view; bank (M, D) unit rows;
+    rows (B, K) neighbours of the keys, -1 for none; weights (B, K), with or without gradient.
+    candidates: from gather_candidates, where the caller has them already. Returns a scalar.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {FORMS}, found {form!r}")
+    query, key = unit(query), unit(key)
+    if candidates is None:
+        candidates = gather_candidates(key, rows, len(bank))
+    weights = widen(weights).to(query.dtype) * (rows >= 0)
+    log_z = log_sum_exp(query, candidates.keys, bank, candidates.counts, temperature)
+    own = (query * key.detach()).sum(dim=1) / temperature
+    neighbours = _cosines_with_rows(query, bank, rows) / temperature
+    if form == "sum_of_logs":
+        per_image = log_z - own + (weights * (log_z[:, None] - neighbours)).sum(dim=1)
+    else:
+        scores = torch.cat([own[:, None], neighbours], dim=1)
+        weights = torch.cat([torch.ones_like(own[:, None]), weights], dim=1)
+        # not log w + s: the gradient of log w is infinite where a weight is 0
+        largest = scores.detach().masked_fill(weights <= 0, -math.inf).amax(dim=1, keepdim=True)
+        exponentials = (scores - largest).clamp(max=0).exp()  # the clamp only meets entries of weight 0
+        per_image = log_z - largest[:, 0] - (weights * exponentials).sum(dim=1).log()
+    return 2 * temperature * per_image.mean()
+
+
+def mocov3_loss(query: Tensor, key: Tensor, *, temperature: float) -> Tensor:
+    """Contrast with the own key among the N fresh keys, one direction (Chen et al. 2021, algorithm 1).
+
+        loss = 2T * mean_i ( log sum_n exp(z_i . k_n / T) - z_i . k_i / T )
+
+    query (B, D) with gradient, key (B, D). It is snclr_loss without neighbours (K = 0), to the last digit.
+    """
+    nothing = key.new_zeros(0, key.shape[1])
+    no_rows = torch.empty(len(key), 0, dtype=torch.long, device=key.device)
+    no_weights = widen(key).new_empty(len(key), 0)
+    return snclr_loss(query, key, nothing, no_rows, no_weights, temperature=temperature)
+
+
+@full_precision
+def nnclr_loss(neighbour: Tensor, prediction: Tensor, *, temperature: float) -> Tensor:
+    """Nearest neighbours as queries, predictions as candidates, one direction (Dwibedi et al. 2021, eq. 3).
+
+        loss = mean_i ( log sum_j exp(NN(y1_i) . z2_j / T) - NN(y1_i) . z2_i / T ),   j over the global batch
+
+    neighbour (B, D) nearest bank row of each online projection, no gradient; prediction (B, D) of the other view, gathered
+    WITH gradient. Deviation: an image without an eligible bank row stands in for its own neighbour (the caller's choice).
+    """
+    neighbour, prediction = unit(neighbour).detach(), all_gather_with_grad(unit(prediction))
+    labels = torch.arange(len(neighbour), device=neighbour.device) + rank() * len(neighbour)
+    return cross_entropy(neighbour @ prediction.T / temperature, labels)
+
+
+@full_precision
+def mocov2_loss(query: Tensor, key: Tensor, bank: Tensor, valid: Tensor, *, temperature: float) -> Tensor:
+    """Contrast with the own key against the bank (He et al. 2020, eq. 1).
+
+        loss = mean_i ( log( exp(z_i . k_i / T) + sum_m exp(z_i . C_m / T) ) - z_i . k_i / T ),   m over the valid rows
+
+    query (B, D) with gradient, key (B, D), bank (M, D) unit rows, valid (M,) bool. Deviation: the bank is the global one,
+    so every rank sees the negatives of all ranks.
+    """
+    query, key = unit(query), unit(key).detach()
+    own = (query * key).sum(dim=1) / temperature
+    negatives = log_sum_exp(query, key[:0], bank, valid.int(), temperature)
+    return (torch.logaddexp(own, negatives) - own).mean()
+
+
+def loss_at_chance(method: str, form: str, temperature: float, num_candidates: float, weight_sum: float) -> float | None:
+    """The loss of an encoder that sees no difference between candidates, all directions together.
+
+    num_candidates: C of one sample, own key included; weight_sum: W, the actual mean of sum_k w_ik with w_i0 = 1.
+    None where there is only one candidate, so that the loss says nothing.
+    """
+    if num_candidates <= 1:
+        return None
+    if method in ("mocov2", "nnclr"):
+        return math.log(num_candidates)
+    per_image = weight_sum * math.log(num_candidates)
+    if form == "log_of_sum":
+        per_image = math.log(num_candidates) - math.log(weight_sum)
+    return 2 * (2 * temperature * per_image)
+
+
+def log_sum_exp(
+    query: Tensor, keys: Tensor, bank: Tensor, counts: Tensor, temperature: float, chunk: int = 8192
+) -> Tensor:
+    """log( sum_n exp(q_i . keys_n / T) + sum_m counts_m exp(q_i . bank_m / T) ) for each query: (B,).
+
+    query (B, D) unit rows, with gradient; keys (N, D); bank (M, D); counts (M,) non-negative integers. No gradient to
+    keys, bank and counts. -inf where there is no candidate at all. Memory is O(B * (chunk + D)), whatever N and M are.
+    """
+    return _LogSumExp.apply(query, keys, bank, counts, temperature, chunk)
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Streams the candidates once, with a running maximum.
+
+    The gradient of log Z_i is the softmax-weighted mean of the candidates over T. Since the candidates carry no gradient,
+    that mean is gathered in the same pass, as flash attention gathers its values: backward is one multiplication, and
+    nothing is recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx, query, keys, bank, counts, temperature, chunk):
+        with_mean = ctx.needs_input_grad[0]
+        largest = query.new_full((len(query), 1), -math.inf)
+        total = query.new_zeros(len(query), 1)  # sum of exp(logit - largest)
+        mean = torch.zeros_like(query)  # sum of exp(logit - largest) * candidate
+        for features, log_counts in _blocks(keys, bank, counts, query.dtype, chunk):
+            logits = (query @ features.T).div_(temperature)
+            if log_counts is not None:
+                logits += log_counts
+            new_largest = torch.maximum(largest, logits.amax(dim=1, keepdim=True))
+            # a block (or all so far) without candidates has maximum -inf: -inf - (-inf) would be nan
+            pivot = new_largest.masked_fill(new_largest == -math.inf, 0)
+            exponentials = logits.sub_(pivot).exp_()
+            scale = (largest - pivot).exp()
+            total = total * scale + exponentials.sum(dim=1, keepdim=True)
+            if with_mean:
+                mean = torch.addmm(mean.mul_(scale), exponentials, features)
+            largest = new_largest
+        if with_mean:
+            ctx.save_for_backward(mean.div_(total.clamp(min=torch.finfo(total.dtype).tiny)).div_(temperature))
+        return (largest + total.log()).squeeze(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (mean,) = ctx.saved_tensors
+        return grad[:, None] * mean, None, None, None, None, None
+
+
+def _blocks(keys: Tensor, bank: Tensor, counts: Tensor, dtype: torch.dtype, chunk: int):
+    """Candidates in blocks of at most chunk rows: features (c, D) and log of their multiplicity (c,), None for all 1."""
+    for start in range(0, len(keys), chunk):
+        yield keys[start : start + chunk].to(dtype), None
+    if bank.device.type == "cpu":
+        # leave out what nobody picked; on a GPU the length of this list would have to travel to the host first
+        picked = counts.nonzero().squeeze(1)
+        for rows in picked.split(chunk) if len(picked) else ():
+            yield bank[rows].to(dtype), counts[rows].to(dtype).log()
+    else:
+        for start in range(0, len(bank), chunk):
+            yield bank[start : start + chunk].to(dtype), counts[start : start + chunk].to(dtype).log()
+
+
+def _cosines_with_rows(query: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
+    """query (B, D) with gradient . bank[rows] (B, K, D) -> (B, K); 0 where row is -1."""
+    if not rows.numel():
+        return query.new_zeros(rows.shape)
+    picked = bank[rows.clamp(min=0)].to(query.dtype)
+    return torch.einsum("bd,bkd->bk", query, picked) * (rows >= 0)

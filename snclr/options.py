@@ -1,0 +1,185 @@
+"""The flags of main_snclr.py: definitions in groups, defaults that depend on other flags, and the checks before anything runs.
+
+Imports neither torch nor anything slow, so that a wrong flag is answered at once; `python -m snclr.options FLAGS` only checks.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+
+from .errors import UsageError, one_clear_line
+
+METHODS = ("snclr", "nnclr", "mocov3", "mocov2")
+DATASETS = ("embedded", "folder", "cifar10")
+ARCHS = ("vit_tiny", "vit_small", "vit_base", "resnet8", "resnet18", "resnet50")
+OPTIMIZERS = ("adamw", "lars")
+EMBEDDED_RECIPE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "embedded.args")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reads @file recipes: flags as on a command line, any number a line, # starts a comment; errors become UsageError."""
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+    def error(self, message):
+        raise UsageError(f"{message} (--help lists all flags)")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags, in groups."""
+    parser = _Parser(
+        prog="main_snclr.py",
+        description="Self-supervised pretraining with soft neighbours (SNCLR) and its relatives.",
+        epilog="@FILE reads flags from a recipe of configs/; flags after it override it.",
+        fromfile_prefix_chars="@",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    on_off = argparse.BooleanOptionalAction
+
+    g = parser.add_argument_group("data")
+    g.add_argument("data", nargs="?", metavar="DATA", help="folder of the data set; absent: the embedded data set")
+    g.add_argument("--dataset", choices=DATASETS, help="what DATA is (default: folder, or embedded without DATA)")
+    g.add_argument("--img-size", type=int, metavar="PX", help="side of a view (default: 224 for a folder, else 32)")
+    g.add_argument("--crop-min", type=float, default=0.08, metavar="SHARE", help="smallest crop, as a share of the area")
+    g.add_argument("--blur", action=on_off, help="Gaussian blur (default: on above 32 px)")
+    g.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="processes a rank that decode image files")
+
+    g = parser.add_argument_group("model")
+    g.add_argument("-a", "--arch", choices=ARCHS, default="vit_small", metavar="ARCH", help=f"backbone: {', '.join(ARCHS)}")
+    g.add_argument("--patch-size", type=int, default=16, metavar="PX", help="side of a ViT's patch")
+    g.add_argument("--width", type=int, metavar="N", help="channels of a ResNet's first stage (default: the arch's own)")
+    g.add_argument("--small-stem", action=on_off, default=False, help="ResNet stem for images of about 32 px: 3x3, no pool")
+    g.add_argument("--stop-grad-conv1", action=on_off, default=False, help="freeze a ViT's random patch embedding")
+    g.add_argument("--snclr-dim", type=int, default=256, metavar="D", help="dimension of projection and prediction")
+    g.add_argument("--snclr-mlp-dim", type=int, default=4096, metavar="N", help="hidden width of projector and predictor")
+
+    g = parser.add_argument_group("objective")
+    g.add_argument("--method", choices=METHODS, default="snclr", help="what is learned")
+    g.add_argument("--snclr-t", type=float, default=0.2, metavar="T", help="temperature of the contrast")
+    g.add_argument("--snclr-m", type=float, default=0.99, metavar="M", help="momentum of the encoder average")
+    g.add_argument("--snclr-m-cos", action=on_off, default=False, help="raise that momentum to 1 by half a cosine")
+    g.add_argument("--bank-size", type=int, default=128000, metavar="M", help="rows of the memory bank")
+    g.add_argument("--topk", type=int, default=30, metavar="K", help="soft neighbours of an image")
+    g.add_argument("--form", choices=("sum_of_logs", "log_of_sum"), default="sum_of_logs", help="loss: released or printed form")
+    g.add_argument("--weights", choices=("attention", "uniform"), default="attention", help="positiveness of the neighbours")
+    g.add_argument("--positiveness-t", type=float, default=1.0, metavar="T", help="temperature of the attention weights")
+    g.add_argument("--detach-weights", action=on_off, default=False, help="no gradient through the weights")
+    g.add_argument("--threshold", action=on_off, default=False, help="drop weights that are not above uniform")
+    g.add_argument(
+        "--exclude-own-image", action=on_off, default=True, help="an older copy of an image is no neighbour of it"
+    )
+    g.add_argument("--nn-warmup-epochs", type=float, default=0, metavar="E", help="epochs before neighbours are used")
+
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=int, default=300, metavar="N", help="length of the schedule")
+    g.add_argument("-b", "--batch-size", type=int, default=4096, metavar="N", help="global batch, over all ranks")
+    g.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", metavar="NAME", help=" or ".join(OPTIMIZERS))
+    g.add_argument("--lr", type=float, default=1.5e-4, metavar="LR", help="base rate; the peak is this times batch/256")
+    g.add_argument("--wd", type=float, default=0.1, metavar="WD", help="weight decay of matrices and filters")
+    g.add_argument(
+        "--warmup-epochs", type=float, metavar="E", help="epochs of linear warm-up (default: 40, at most a fifth of --epochs)"
+    )
+    g.add_argument(
+        "--amp", choices=("off", "auto", "bf16", "fp16"), default="off", help="16-bit encoders; auto: where it is native"
+    )
+    g.add_argument("--seed", type=int, default=0, metavar="N", help="of initialisation, order and augmentation")
+
+    g = parser.add_argument_group("run")
+    g.add_argument("--workdir", metavar="DIR", help="where everything is left (default: a new folder in runs/)")
+    g.add_argument("--resume", metavar="PATH", help="checkpoint to go on from; auto: the newest of --workdir, if any")
+    g.add_argument("--stop-after-epochs", type=int, metavar="N", help="save and stop early, the schedule unchanged")
+    g.add_argument("--stop-after-steps", type=int, metavar="N", help="the same, after N steps in all")
+    g.add_argument("--save-freq", type=int, default=0, metavar="E", help="epochs between checkpoints that are kept; 0: none")
+    g.add_argument("--print-freq", type=int, default=10, metavar="N", help="steps between log lines")
+    g.add_argument("--eval-freq", type=int, default=10, metavar="E", help="epochs between kNN evaluations; 0: never")
+    g.add_argument("--eval-encoder", choices=("online", "momentum"), default="online", help="encoder that is evaluated")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Flags to settings, with the defaults that depend on others filled in, checked. Raises UsageError."""
+    args = build_parser().parse_args(argv)
+    if args.dataset is None:
+        args.dataset = "embedded" if args.data is None else "folder"
+    if args.dataset == "embedded" and not any(flag.startswith("@") for flag in argv):
+        return parse([f"@{EMBEDDED_RECIPE}", *argv])  # the general defaults are ImageNet's
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(40, args.epochs / 5)
+    if args.img_size is None:
+        args.img_size = 224 if args.dataset == "folder" else 32
+    if args.blur is None:
+        args.blur = args.img_size > 32
+    check(args, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    return args
+
+
+def check(args: argparse.Namespace, world_size: int) -> None:
+    """Combinations that cannot work, before anything slow or lasting is done. Raises UsageError."""
+    _check_numbers(args)
+    if args.data is None and args.dataset != "embedded":
+        raise UsageError(f"--dataset {args.dataset} needs the folder DATA")
+    if args.data is not None and args.dataset == "embedded":
+        raise UsageError(f"the embedded data set is drawn, not read: leave out {args.data} or choose another --dataset")
+    if args.batch_size % world_size:
+        raise UsageError(f"--batch-size {args.batch_size} is global and must be divisible by the {world_size} ranks")
+    if args.arch.startswith("vit") and args.img_size % args.patch_size:
+        raise UsageError(f"--img-size {args.img_size} is not a multiple of --patch-size {args.patch_size}")
+    if args.method == "snclr" and args.topk > args.bank_size:
+        raise UsageError(f"--topk {args.topk} exceeds --bank-size {args.bank_size}")
+    if args.threshold and (args.weights == "uniform" or args.topk == 1):
+        raise UsageError("--threshold would remove every neighbour with --weights uniform or --topk 1: weights must differ")
+    if args.eval_encoder == "momentum" and args.method == "nnclr":
+        raise UsageError("--method nnclr has no momentum encoder: use --eval-encoder online")
+    _check_paths(args)
+
+
+def holds_run(workdir: str) -> bool:
+    """Whether a run has left something in workdir."""
+    return any(os.path.exists(os.path.join(workdir, name)) for name in ("metrics.jsonl", "checkpoint_last.pth.tar"))
+
+
+def _check_paths(args):
+    if args.data is not None and not os.path.isdir(args.data):
+        raise UsageError(f"data folder {args.data} does not exist: give the folder that holds the data set")
+    if args.workdir is not None and os.path.exists(args.workdir) and not os.path.isdir(args.workdir):
+        raise UsageError(f"--workdir {args.workdir} is a file: give a folder")
+    if args.resume == "auto":
+        if args.workdir is None:
+            raise UsageError("--resume auto looks into --workdir, which is not given")
+        return
+    if args.resume is not None and not os.path.isfile(args.resume):
+        raise UsageError(f"--resume {args.resume}: there is no such checkpoint")
+    if args.workdir is not None and holds_run(args.workdir):
+        home = os.path.dirname(os.path.abspath(args.resume)) if args.resume else None
+        if home != os.path.abspath(args.workdir):
+            raise UsageError(f"--workdir {args.workdir} holds another run: add --resume auto to go on, or choose a new one")
+
+
+def _check_numbers(args):
+    positive = ("img_size", "patch_size", "width", "snclr_dim", "snclr_mlp_dim", "snclr_t", "bank_size", "positiveness_t")
+    positive += ("epochs", "batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps")
+    for name in (*positive, "workers", "topk", "wd", "warmup_epochs", "nn_warmup_epochs", "save_freq", "eval_freq"):
+        value, least = getattr(args, name), "above 0" if name in positive else "0 or more"
+        if value is not None and not (value > 0 if name in positive else value >= 0):
+            raise UsageError(f"--{name.replace('_', '-')} must be {least}, found {value}")
+    for name in ("crop_min", "snclr_m"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be between 0 and 1, found {getattr(args, name)}")
+    for name in ("warmup_epochs", "nn_warmup_epochs"):
+        if getattr(args, name) > args.epochs:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name):g} exceeds --epochs {args.epochs}")
+
+
+if __name__ == "__main__":
+    with one_clear_line("main_snclr.py"):
+        parse(sys.argv[1:])

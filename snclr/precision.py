@@ -1,0 +1,43 @@
+"""Number formats: which parts of a step may be computed in 16 bits and which may not."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+def widen(x: Tensor) -> Tensor:
+    """float64 stays float64 (the oracles need it); everything narrower becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of x (..., D) on the unit sphere, in at least float32."""
+    return torch.nn.functional.normalize(widen(x), dim=-1)
+
+
+def full_precision(function):
+    """Run a function outside autocast, so that its products, maxima and sums are not taken in 16 bits."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def resolve_amp(amp: str, device: torch.device) -> str:
+    """'auto' is bfloat16 where the hardware multiplies it natively; elsewhere it would be emulated, and slower."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return "bf16" if any(getattr(torch.cpu, probe, bool)() for probe in probes) else "off"
+
+
+def autocast(amp: str, device: torch.device) -> torch.autocast:
+    """The autocast region of the encoders and heads for a resolved amp of 'off', 'bf16' or 'fp16'."""
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
