@@ -17,16 +17,20 @@ import time
 from snclr import options
 from snclr.errors import RunError, UsageError, one_clear_line
 
+if __name__ == "__main__":
+    with one_clear_line("main_snclr.py"):
+        options.parse(sys.argv[1:])  # a wrong flag is answered here, before the slow imports
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from snclr import augment, checkpoint, data, distributed, knn, monitor, optim
+from snclr.builder import build_model
+from snclr.precision import autocast, resolve_amp
+
 
 def main(argv: list[str]) -> None:
-    args = options.parse(argv)  # wrong flags end here, before the slow imports
-    import torch
-    from torch.nn.parallel import DistributedDataParallel
-
-    from snclr import checkpoint, data, distributed, monitor, optim
-    from snclr.augment import Recipe
-    from snclr.builder import build_model
-    from snclr.precision import resolve_amp
+    args = options.parse(argv)
 
     # -- devices and data ------------------------------------------------------------------------------------------------
     device = distributed.start()
@@ -34,7 +38,7 @@ def main(argv: list[str]) -> None:
     if args.batch_size > len(train):
         raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images")
     train = train.to(device)
-    recipe = Recipe(args.seed, args.crop_min, args.img_size, args.blur)
+    recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, args.blur)
     loader = data.TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
     steps_per_epoch = loader.steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
@@ -48,14 +52,15 @@ def main(argv: list[str]) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     # -- resume ----------------------------------------------------------------------------------------------------------
-    workdir = args.workdir or (os.path.dirname(args.resume) if args.resume else default_workdir(args))
+    workdir = args.workdir or (os.path.dirname(os.path.abspath(args.resume)) if args.resume else default_workdir(args))
     found = checkpoint.newest(workdir) if args.resume == "auto" else args.resume
     step = checkpoint.resume(found, model, optimizer, scaler, args=args, images=len(train)) if found else 0
-    if distributed.rank() == 0:
+    speaks = distributed.rank() == 0
+    if speaks:
         monitor.save_settings(workdir, args, {"world_size": distributed.world_size(), "amp_used": amp})
-    log = monitor.Log(workdir, step=step, enabled=distributed.rank() == 0)
-    log.say(f"{args.method} {args.arch} on {len(train)} images of {args.img_size} px ({args.dataset}), global batch "
-            f"{args.batch_size}, {distributed.world_size()} x {device.type}, amp {amp}; {workdir}")  # fmt: skip
+    log = monitor.Log(workdir, step=step, enabled=speaks)
+    log.say(f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), batch {args.batch_size}")
+    log.say(f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, in {workdir}")
     for note in notes(args, len(train), val):
         log.say(f"note: {note}")
     if found:
@@ -65,36 +70,34 @@ def main(argv: list[str]) -> None:
     network = model
     if distributed.world_size() > 1:
         # buffers stay as they are: the bank is already the same on all ranks, and it is large
-        network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+        network = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        )
     can_evaluate = args.eval_freq > 0 and val is not None
     if can_evaluate and step == 0:
         log.line({"epoch": 0, "step": 0, **evaluate_start(model, train, val, device, args, log)})
-    last_step = min(total_steps, (args.stop_after_epochs or args.epochs) * steps_per_epoch, args.stop_after_steps or total_steps)
+    last_step = min(
+        total_steps, (args.stop_after_epochs or args.epochs) * steps_per_epoch, args.stop_after_steps or total_steps
+    )
     while step < last_step:
         step = train_epoch(network, loader, optimizer, scaler, log, args, amp=amp, step=step, last_step=last_step)
         epoch, inside = divmod(step, steps_per_epoch)
         if can_evaluate and not inside and (epoch % args.eval_freq == 0 or epoch == args.epochs):
             log.line({"epoch": epoch, "step": step, **evaluate(model, train, val, device, amp, args, log, epoch)})
-        if distributed.rank() == 0:
+        if speaks:
             state = checkpoint.pack(model, optimizer, scaler, args=args, epoch=epoch, step=step, images=len(train))
             checkpoint.save(os.path.join(workdir, checkpoint.LAST), state)
             if args.save_freq and not inside and epoch % args.save_freq == 0:
                 checkpoint.save(os.path.join(workdir, checkpoint.numbered(epoch)), state)
     distributed.barrier()  # nobody leaves while rank 0 still writes
-    log.say(monitor.farewell(workdir, done=step == total_steps))
+    if speaks:
+        log.say(monitor.farewell(workdir, done=step == total_steps))
     log.close()
     distributed.stop()
 
 
 def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step: int, last_step: int) -> int:
     """Train from `step` (completed so far) to the end of its epoch, at most to last_step; returns the completed steps."""
-    import torch
-
-    from snclr import monitor, optim
-    from snclr.augment import keyed_bits
-    from snclr.distributed import rank
-    from snclr.precision import autocast
-
     network.train()
     steps_per_epoch = loader.steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
@@ -121,7 +124,9 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
         )
         momentum = optim.encoder_momentum(step, start=args.snclr_m, total_steps=total_steps, cosine=args.snclr_m_cos)
         optim.set_learning_rate(optimizer, lr)
-        torch.manual_seed(int(keyed_bits(args.seed, step, rank()) >> 1))  # stochastic layers: nothing to restore on resume
+        torch.manual_seed(
+            int(augment.keyed_bits(args.seed, step, distributed.rank()) >> 1)
+        )  # stochastic layers: nothing to restore on resume
         with autocast(amp, loader.device):
             loss, shown = network(batch.view1, batch.view2, batch.ids, momentum, use_neighbours)
         optimizer.zero_grad(set_to_none=True)
@@ -144,7 +149,14 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
             if not math.isfinite(metrics["loss"]):
                 raise RunError(monitor.non_finite(metrics["loss"], first_bad))
             seconds = time.perf_counter() - interval_start
-            metrics = {"epoch": epoch + 1, "step": step, **metrics, "lr": lr, "momentum": momentum, "grad_norm": grad_norm.item()}
+            metrics = {
+                "epoch": epoch + 1,
+                "step": step,
+                **metrics,
+                "lr": lr,
+                "momentum": momentum,
+                "grad_norm": grad_norm.item(),
+            }
             metrics["images_per_s"] = interval_steps * args.batch_size / seconds
             metrics["data_wait"] = waited / seconds
             log.line(metrics)
@@ -156,9 +168,6 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
 
 def evaluate(model, train, val, device, amp, args, log, epoch) -> dict:
     """Weighted kNN of the trained encoder's features, in percent."""
-    from snclr import knn
-    from snclr.precision import autocast
-
     encoder = model.momentum_encoder if args.eval_encoder == "momentum" else model.base_encoder
     encoder.eval()
     with autocast(amp, device):
@@ -170,8 +179,6 @@ def evaluate(model, train, val, device, amp, args, log, epoch) -> dict:
 
 def evaluate_start(model, train, val, device, args, log) -> dict:
     """The same of the untrained encoder and, for small images, of raw pixels: what learning has to beat."""
-    from snclr import knn
-
     where = dict(size=args.img_size, device=device, workers=args.workers)
     result = {}
     if args.img_size <= 64:

@@ -84,7 +84,9 @@ def draw(recipe: Recipe, epoch: int, indices: np.ndarray, view: int, heights: np
     return boxes, ViewParameters(*map(torch.from_numpy, parameters))
 
 
-_PERMUTATIONS = np.array([(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3])
+_PERMUTATIONS = np.array(
+    [(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3]
+)
 
 
 def _draw_crops(crop_min, tries, u_top, u_left, heights, widths):
@@ -179,7 +181,10 @@ def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the hue of HSV. For n = 5, 3, 1 (red, green, blue): value - chroma * clamp(min(k, 4 - k), 0, 1), k = n + 6 * hue mod 6."""
+    """Rotate the hue of HSV.
+
+    Back to RGB with n = 5, 3, 1 for red, green, blue: value - chroma * clamp(min(k, 4 - k), 0, 1), k = (n + 6 * hue) mod 6.
+    """
     red, green, blue = x.unbind(1)
     value, low = x.amax(dim=1), x.amin(dim=1)
     chroma = value - low

@@ -72,7 +72,8 @@ class VisionTransformer(timm_vit.VisionTransformer):
 class ResNet(tv_resnet.ResNet):
     """torchvision's ResNet with the width of its first stage, its stem and its number of stages as parameters.
 
-    The last norm of each residual branch starts at zero, as in MoCo v3.
+    In bottleneck nets the last norm of each residual branch starts at zero (MoCo v3's ResNet-50); the shallow ones learn
+    their first features faster without it.
     """
 
     kind = "resnet"
@@ -95,9 +96,8 @@ class ResNet(tv_resnet.ResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, (tv_resnet.BasicBlock, tv_resnet.Bottleneck)):
-                last_norm = module.bn2 if isinstance(module, tv_resnet.BasicBlock) else module.bn3
-                nn.init.zeros_(last_norm.weight)
+            elif isinstance(module, tv_resnet.Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
 
     @property
     def projector(self) -> nn.Module:

@@ -105,9 +105,7 @@ class SNCLR(nn.Module):
         if self.detach_weights:
             weights = weights.detach()
         candidates = gather_candidates(key, rows, len(bank))
-        loss = snclr_loss(
-            z, key, bank, rows, weights, temperature=self.temperature, form=self.form, candidates=candidates
-        )
+        loss = snclr_loss(z, key, bank, rows, weights, temperature=self.temperature, form=self.form, candidates=candidates)
         return loss, weights, candidates
 
     def _mocov3(self, view1, view2, ids, momentum, use_neighbours):

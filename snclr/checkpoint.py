@@ -81,6 +81,8 @@ def numbered(epoch: int) -> str:
 
 def newest(workdir: str) -> str | None:
     """The checkpoint that --resume auto takes: the newest file in workdir, None where there is none."""
+    if not os.path.isdir(workdir):
+        return None
     names = [name for name in os.listdir(workdir) if name.startswith("checkpoint_") and name.endswith(".pth.tar")]
     paths = [os.path.join(workdir, name) for name in names]
     return max(paths, key=lambda path: (os.path.getmtime(path), os.path.basename(path) == LAST), default=None)

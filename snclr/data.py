@@ -5,6 +5,7 @@ and cropped by worker processes). Both answer `views` and `whole` for arrays of 
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ from . import augment, embedded
 from .augment import Recipe, ViewParameters
 from .distributed import rank, world_size
 from .errors import RunError, UsageError
+
+# torchvision 0.29 announces that decoding will move to another package; there is nothing a user could do about it here
+warnings.filterwarnings("ignore", message=".*capabilities of TorchVision are deprecated", category=DeprecationWarning)
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -84,11 +88,8 @@ class ResidentImages(ImageSet):
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
         images = self.images[torch.from_numpy(indices).to(self.images.device)]
-        height, width = images.shape[2:]
-        if height == width == size:
-            return images
-        boxes = torch.tensor(_central_box(height, width)).expand(len(images), 4)
-        return augment.crop_and_resize(images, boxes, size)
+        box = torch.tensor(_evaluation_box(*images.shape[2:], size))
+        return images if images.shape[2:] == (size, size) else augment.crop_and_resize(images, box.expand(len(images), 4), size)
 
 
 class ImageFiles(ImageSet):
@@ -110,9 +111,7 @@ class ImageFiles(ImageSet):
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
         images = [decode(self.paths[index]) for index in indices]
-        fits = [image.shape[1] == image.shape[2] == size for image in images]
-        boxes = [(0, 0, size, size) if fit else _central_box(*image.shape[1:]) for image, fit in zip(images, fits)]
-        return torch.cat([_cut(image, box, size) for image, box in zip(images, boxes, strict=True)])
+        return torch.cat([_cut(image, _evaluation_box(*image.shape[1:], size), size) for image in images])
 
     def resident(self) -> ImageSet:
         """The same set held in memory, if all images are of one size and fit into RESIDENT_LIMIT; else this one."""
@@ -157,7 +156,9 @@ def _cut(image, box, size):
     return interpolate(crop, (size, size), mode="bilinear", antialias=True).contiguous()
 
 
-def _central_box(height, width):
+def _evaluation_box(height, width, size):
+    if height == width == size:
+        return 0, 0, size, size
     side = round(min(height, width) * 7 / 8)
     return (height - side) // 2, (width - side) // 2, side, side
 

@@ -10,7 +10,7 @@ import numpy as np
 CLASSES = ("disc", "ring", "square", "frame", "triangle", "plus", "bar", "star", "ell", "stripes")
 SIZE = 32
 SPLITS = {"train": (5000, 0), "val": (1000, 1)}  # images, seed
-MEAN, STD = (0.575, 0.575, 0.575), (0.164, 0.164, 0.164)  # of the training images
+MEAN, STD = (0.587, 0.587, 0.587), (0.171, 0.171, 0.171)  # of the training images
 WINDOW, MARGIN = 14, 24  # pixels: side of the square that a glyph fits in; canvas around the picture
 
 
@@ -19,27 +19,27 @@ def _box(x, y, half_width, half_height):
 
 
 def _triangle(x, y):
-    return np.maximum(np.abs(x) * 0.866 + y * 0.5, -y) - 0.5
+    return np.maximum(np.abs(x) * 0.866 + y * 0.5, -y) - 0.55
 
 
 def _star(x, y):
     """Five points: a radius that swings with the angle."""
     angle = np.abs(np.mod(np.arctan2(x, y), 2 * np.pi / 5) - np.pi / 5) / (np.pi / 5)  # 0 between points, 1 at them
-    return np.hypot(x, y) - (0.42 + 0.62 * angle**1.5)
+    return np.hypot(x, y) - (0.28 + 0.85 * angle**2)
 
 
 # Signed distance, roughly, to a glyph of radius 1 around the origin: negative inside. (x, y) arrays -> array
 GLYPHS = {
-    "disc": lambda x, y: np.hypot(x, y) - 0.85,
-    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.2,
-    "square": lambda x, y: _box(x, y, 0.74, 0.74),
-    "frame": lambda x, y: np.abs(_box(x, y, 0.64, 0.64)) - 0.18,
+    "disc": lambda x, y: np.hypot(x, y) - 0.95,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.86) - 0.14,
+    "square": lambda x, y: _box(x, y, 0.6, 0.6),
+    "frame": lambda x, y: np.abs(_box(x, y, 0.62, 0.62)) - 0.22,
     "triangle": _triangle,
-    "plus": lambda x, y: np.minimum(_box(x, y, 0.98, 0.26), _box(x, y, 0.26, 0.98)),
-    "bar": lambda x, y: _box(x, y, 1.05, 0.28),
+    "plus": lambda x, y: np.minimum(_box(x, y, 1.0, 0.2), _box(x, y, 0.2, 1.0)),
+    "bar": lambda x, y: _box(x, y, 1.1, 0.3),
     "star": _star,
-    "ell": lambda x, y: np.minimum(_box(x + 0.45, y, 0.27, 0.85), _box(x, y + 0.58, 0.72, 0.27)),
-    "stripes": lambda x, y: np.minimum(_box(x, y - 0.52, 0.85, 0.24), _box(x, y + 0.52, 0.85, 0.24)),
+    "ell": lambda x, y: np.minimum(_box(x + 0.6, y, 0.22, 0.85), _box(x, y + 0.63, 0.82, 0.22)),
+    "stripes": lambda x, y: _box(x, np.abs(np.abs(y) - 0.3) - 0.3, 0.95, 0.13),
 }
 
 
@@ -52,9 +52,9 @@ def draw(split: str) -> tuple[np.ndarray, np.ndarray]:
     pitch = radius * rng.uniform(2.5, 2.9, count)
     lattice_angle = rng.uniform(0, 2 * np.pi, count)
     offset = rng.uniform(-0.5, 0.5, (count, 2)) * pitch[:, None]
-    background = rng.uniform(0.47, 0.53, (count, 3, 1, 1))
-    foreground = rng.uniform(0.75, 0.95, (count, 1, 1, 1)) + rng.uniform(-0.03, 0.03, (count, 3, 1, 1))
-    clutter = rng.uniform(-1, 1, (count, 2, 2)), rng.uniform(0.06, 0.12, (count, 2)), rng.uniform(-0.1, 0.1, (count, 2))
+    background = rng.uniform(0.47, 0.53, (count, 1, 1, 1))
+    foreground = rng.uniform(0.85, 1.0, (count, 1, 1, 1))
+    clutter = rng.uniform(-1, 1, (count, 2, 2)), rng.uniform(0.06, 0.12, (count, 2)), rng.uniform(-0.05, 0.05, (count, 2))
 
     cover = np.zeros((count, SIZE + 2 * MARGIN, SIZE + 2 * MARGIN), np.float32)
     window = np.arange(-WINDOW // 2, WINDOW // 2)
@@ -69,14 +69,14 @@ def draw(split: str) -> tuple[np.ndarray, np.ndarray]:
                 image = np.flatnonzero(labels == label)
                 _add_glyph(cover, GLYPHS[name], image, centre_x[image], centre_y[image], radius[image], turn[image], window)
     cover = cover[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
-    images = (background + (foreground - background) * cover[:, None]).astype(np.float32)
-    axis = ((np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE * 2 - 1)
+    images = (background + (foreground - background) * cover[:, None]).astype(np.float32).repeat(3, axis=1)
+    axis = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE * 2 - 1
     y, x = axis[None, :, None], axis[None, None, :]
     for mark in range(2):
         position, size, strength = clutter[0][:, mark], clutter[1][:, mark], clutter[2][:, mark]
         blob = (x - position[:, :1, None]) ** 2 + (y - position[:, 1:, None]) ** 2 < size[:, None, None] ** 2
         images += (blob * strength[:, None, None].astype(np.float32))[:, None]
-    images += 0.1 * rng.standard_normal(images.shape, dtype=np.float32)
+    images += 0.08 * rng.standard_normal(images.shape, dtype=np.float32)
     return (np.clip(images, 0, 1) * 255).round().astype(np.uint8), labels
 
 

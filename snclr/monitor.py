@@ -93,7 +93,7 @@ class Log:
             return
         self.path = os.path.join(workdir, "metrics.jsonl")
         cut_back(self.path, step)
-        self.file = open(self.path, "a", buffering=1)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
         self.events = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1 if step else None)
 
     def line(self, metrics: dict) -> None:

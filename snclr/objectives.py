@@ -49,9 +49,7 @@ def gather_candidates(key: Tensor, rows: Tensor, bank_size: int) -> Candidates:
 
 
 @full_precision
-def positiveness(
-    online: Tensor, bank: Tensor, rows: Tensor, *, temperature: float = 1.0, threshold: bool = False
-) -> Tensor:
+def positiveness(online: Tensor, bank: Tensor, rows: Tensor, *, temperature: float = 1.0, threshold: bool = False) -> Tensor:
     """Soft weights of the neighbours: w_ik = softmax_k( y_i . C[rows_ik] / temperature ), over the valid rows.
 
     online (B, D) projections, with gradient; bank (M, D) unit rows; rows (B, K) neighbours, -1 for none.
@@ -111,7 +109,7 @@ def snclr_loss(
         weights = torch.cat([torch.ones_like(own[:, None]), weights], dim=1)
         # not log w + s: the gradient of log w is infinite where a weight is 0
         largest = scores.detach().masked_fill(weights <= 0, -math.inf).amax(dim=1, keepdim=True)
-        exponentials = (scores - largest).clamp(max=0).exp()  # the clamp only meets entries of weight 0
+        exponentials = (scores - largest).clamp(max=50).exp()  # only entries of weight 0 can reach the clamp
         per_image = log_z - largest[:, 0] - (weights * exponentials).sum(dim=1).log()
     return 2 * temperature * per_image.mean()
 
@@ -174,9 +172,7 @@ def loss_at_chance(method: str, form: str, temperature: float, num_candidates: f
     return 2 * (2 * temperature * per_image)
 
 
-def log_sum_exp(
-    query: Tensor, keys: Tensor, bank: Tensor, counts: Tensor, temperature: float, chunk: int = 8192
-) -> Tensor:
+def log_sum_exp(query: Tensor, keys: Tensor, bank: Tensor, counts: Tensor, temperature: float, chunk: int = 8192) -> Tensor:
     """log( sum_n exp(q_i . keys_n / T) + sum_m counts_m exp(q_i . bank_m / T) ) for each query: (B,).
 
     query (B, D) unit rows, with gradient; keys (N, D); bank (M, D); counts (M,) non-negative integers. No gradient to

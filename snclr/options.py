@@ -70,14 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--snclr-m-cos", action=on_off, default=False, help="raise that momentum to 1 by half a cosine")
     g.add_argument("--bank-size", type=int, default=128000, metavar="M", help="rows of the memory bank")
     g.add_argument("--topk", type=int, default=30, metavar="K", help="soft neighbours of an image")
-    g.add_argument("--form", choices=("sum_of_logs", "log_of_sum"), default="sum_of_logs", help="loss: released or printed form")
+    g.add_argument(
+        "--form", choices=("sum_of_logs", "log_of_sum"), default="sum_of_logs", help="loss: released or printed form"
+    )
     g.add_argument("--weights", choices=("attention", "uniform"), default="attention", help="positiveness of the neighbours")
     g.add_argument("--positiveness-t", type=float, default=1.0, metavar="T", help="temperature of the attention weights")
     g.add_argument("--detach-weights", action=on_off, default=False, help="no gradient through the weights")
     g.add_argument("--threshold", action=on_off, default=False, help="drop weights that are not above uniform")
-    g.add_argument(
-        "--exclude-own-image", action=on_off, default=True, help="an older copy of an image is no neighbour of it"
-    )
+    g.add_argument("--exclude-own-image", action=on_off, default=True, help="an older copy of an image is no neighbour of it")
     g.add_argument("--nn-warmup-epochs", type=float, default=0, metavar="E", help="epochs before neighbours are used")
 
     g = parser.add_argument_group("optimisation")

@@ -1,0 +1,81 @@
+"""Slow and obvious twins of the objectives and the bank, written from the equations: loops and dense matrices, float64.
+
+They see the whole global batch at once (the joined batches of all ranks) and know nothing of counts or chunks.
+"""
+
+import torch
+from torch.nn.functional import normalize
+
+
+def neighbours(queries, features, ids, filled, k, own_ids=None):
+    """rows (B, k): for each query the k written rows of highest cosine that are not of its own image; -1 for none."""
+    rows = torch.full((len(queries), k), -1)
+    for i, query in enumerate(normalize(queries.double(), dim=1)):
+        ranked = []
+        for m in range(filled):
+            if own_ids is None or ids[m] != own_ids[i]:
+                ranked.append((float(query @ features[m].double()), m))
+        ranked.sort(key=lambda pair: -pair[0])
+        for k_, (_, m) in enumerate(ranked[:k]):
+            rows[i, k_] = m
+    return rows
+
+
+def positiveness(online, bank, rows, temperature=1.0, threshold=False):
+    """w_ik = exp(y_i . C[rows_ik] / temperature) / sum over the valid k; with threshold, 0 unless above 1/(valid)."""
+    online = normalize(online, dim=1)
+    weights = []
+    for i in range(len(rows)):
+        valid = [k for k in range(rows.shape[1]) if rows[i, k] >= 0]
+        scores = {k: torch.exp(online[i] @ bank[rows[i, k]] / temperature) for k in valid}
+        line = []
+        for k in range(rows.shape[1]):
+            weight = scores[k] / sum(scores.values()) if k in valid else online.new_zeros(())
+            if threshold and k in valid and not weight > 1 / len(valid):
+                weight = weight * 0
+            line.append(weight)
+        weights.append(torch.stack(line) if line else online.new_zeros(0))
+    return torch.stack(weights)
+
+
+def snclr(query, key, bank, rows, weights, temperature, form="sum_of_logs"):
+    """Per-image losses (N,) of a whole global batch, without the mean: every candidate of every sample written out."""
+    query, key = normalize(query, dim=1), normalize(key, dim=1)
+    candidates = list(key)
+    for line in rows.tolist():
+        candidates += [bank[row] for row in line if row >= 0]  # a multiset
+    candidates = torch.stack(candidates)
+    losses = []
+    for i in range(len(query)):
+        logits = candidates @ query[i] / temperature
+        denominator = torch.exp(logits).sum()
+        positives = [(1.0, key[i])]
+        positives += [(weights[i, k], bank[row]) for k, row in enumerate(rows[i].tolist()) if row >= 0]
+        probabilities = [(w, torch.exp(query[i] @ vector / temperature) / denominator) for w, vector in positives]
+        if form == "sum_of_logs":
+            losses.append(sum(-w * torch.log(p) for w, p in probabilities))
+        else:
+            losses.append(-torch.log(sum(w * p for w, p in probabilities)))
+    return 2 * temperature * torch.stack(losses)
+
+
+def nnclr(neighbour, prediction, temperature):
+    """Per-image losses (N,): cross-entropy of each neighbour over all predictions of the global batch."""
+    neighbour, prediction = normalize(neighbour, dim=1), normalize(prediction, dim=1)
+    return torch.stack(
+        [
+            -torch.log(torch.exp(n @ prediction[i] / temperature) / torch.exp(prediction @ n / temperature).sum())
+            for i, n in enumerate(neighbour)
+        ]
+    )
+
+
+def mocov2(query, key, bank, filled, temperature):
+    """Per-image losses (N,): the own key against the written rows of the bank."""
+    query, key = normalize(query, dim=1), normalize(key, dim=1)
+    losses = []
+    for i in range(len(query)):
+        own = torch.exp(query[i] @ key[i] / temperature)
+        others = sum((torch.exp(query[i] @ bank[m] / temperature) for m in range(filled)), torch.zeros(()))
+        losses.append(-torch.log(own / (own + others)))
+    return torch.stack(losses)

@@ -1,0 +1,112 @@
+"""What the multi-rank tests run in processes of their own: started as `python ranks.py OUT JOB...`, each rank once.
+
+A job is 'pieces' (collectives, batch norm, objectives, bank, kNN on fixed data) or a command line of main_snclr.py; with
+'float64:' before it the whole run is in double precision. Results are left in OUT.
+"""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+import main_snclr
+from snclr import distributed, knn
+from snclr.memory_bank import MemoryBank
+from snclr.objectives import mocov2_loss, mocov3_loss, nnclr_loss, positiveness, snclr_loss
+
+N, D, M, K = 8, 6, 20, 3  # global batch, dimensions, bank, neighbours
+
+
+def mine(x):
+    """This rank's contiguous share of a global tensor."""
+    return x.chunk(distributed.world_size())[distributed.rank()].clone()
+
+
+def objectives():
+    """Global loss (mean of the ranks' losses) and the gradients that DDP's averaging would give, joined in rank order."""
+    torch.manual_seed(0)
+    query, online, key = (torch.randn(N, D) for _ in range(3))
+    bank, rows = normalize(torch.randn(M, D), dim=1), torch.randint(-1, M // 2, (N, K))
+    valid = torch.arange(M) < 7
+    losses = {
+        "mocov3": lambda q, y, k, r: mocov3_loss(q, k, temperature=0.2),
+        "nnclr": lambda q, y, k, r: nnclr_loss(k, q, temperature=0.1),
+        "mocov2": lambda q, y, k, r: mocov2_loss(q, k, bank, valid, temperature=0.2),
+    }
+    for form in ("sum_of_logs", "log_of_sum"):
+        for threshold in (False, True):
+            losses[f"snclr {form} {threshold}"] = lambda q, y, k, r, form=form, threshold=threshold: snclr_loss(
+                q, k, bank, r, positiveness(y, bank, r, threshold=threshold), temperature=0.2, form=form
+            )
+    found = {}
+    for name, loss in losses.items():
+        q, y = mine(query).requires_grad_(), mine(online).requires_grad_()
+        value = loss(q, y, mine(key), mine(rows)) / distributed.world_size()
+        value.backward()
+        grads = [distributed.all_gather(torch.zeros_like(x) if x.grad is None else x.grad) for x in (q, y)]
+        found[name] = [distributed.all_sum(value), *grads]
+    return found
+
+
+def batch_norm(shape):
+    """Outputs, gradients and running statistics of a batch norm that sees the whole batch, with a cumulative one beside."""
+    torch.manual_seed(1)
+    x, target = torch.randn(shape) * 3 + 100, torch.randn(shape)
+    kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
+    norms = nn.Sequential(kind(shape[1]), kind(shape[1], affine=False, momentum=None))
+    nn.init.uniform_(norms[0].weight)
+    norms = distributed.synchronise_batch_norm(norms, torch.device("cpu"))
+    share = mine(x).requires_grad_()
+    for _ in range(2):
+        out = norms(share)
+    (out * mine(target)).sum().backward()
+    parameters = [distributed.all_sum(p.grad) for p in norms.parameters()]
+    evaluated = norms.eval()(share)
+    return [*map(distributed.all_gather, (out, share.grad, evaluated)), *parameters, *norms.state_dict().values()]
+
+
+def bank():
+    """The bank after three batches, and what a search in it finds."""
+    torch.manual_seed(2)
+    bank = MemoryBank(M, D)
+    for step in range(3):
+        keys, ids = torch.randn(N, D), torch.arange(N) + step
+        bank.enqueue(distributed.all_gather(mine(keys)), distributed.all_gather(mine(ids)))
+    scores, rows = bank.search(mine(torch.randn(N, D)), K, mine(torch.arange(N)))
+    return [*bank.state_dict().values(), distributed.all_gather(scores), distributed.all_gather(rows)]
+
+
+def nearest():
+    """kNN scores with the training features spread over the ranks unevenly."""
+    torch.manual_seed(3)
+    features, labels, queries = normalize(torch.randn(21, D), dim=1), torch.arange(21) % 4, normalize(torch.randn(9, D), dim=1)
+    share = slice(distributed.rank(), None, distributed.world_size())
+    return [knn.classify(queries, features[share], labels[share], 4, k=6, temperature=0.07, chunk=4)]
+
+
+def pieces(out):
+    torch.set_default_dtype(torch.float64)
+    distributed.start()
+    found = {
+        "objectives": objectives(),
+        "batch_norm": {"1d": batch_norm((N, 5)), "2d": batch_norm((N, 5, 3, 2))},
+        "bank": bank(),
+        "knn": nearest(),
+    }
+    torch.save(found, out / f"pieces_{distributed.rank()}.pt")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for number, job in enumerate(sys.argv[2:]):
+        os.environ["MASTER_PORT"] = os.environ["PORTS"].split()[number]
+        torch.set_default_dtype(torch.float64 if job.startswith("float64:") else torch.float32)
+        if job == "pieces":
+            pieces(Path(sys.argv[1]))
+        else:
+            main_snclr.main(shlex.split(job.removeprefix("float64:")))

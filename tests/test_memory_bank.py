@@ -1,0 +1,102 @@
+import oracles
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from snclr.memory_bank import MemoryBank
+
+
+def filled_bank(size=40, dim=6, rows=40, seed=0, images=15):
+    """A float64 bank in which every image has several old copies."""
+    torch.manual_seed(seed)
+    bank = MemoryBank(size, dim).double()
+    for start in range(0, rows, 8):
+        count = min(8, rows - start)
+        bank.enqueue(torch.randn(count, dim, dtype=torch.float64), torch.randint(0, images, (count,)))
+    return bank
+
+
+@pytest.mark.parametrize("batches", [[3, 3, 3, 3], [10], [25], [7, 23, 1], [10, 10, 10], [4, 40, 4], [1] * 23])
+def test_the_bank_holds_the_last_rows_in_order_for_any_batch_and_bank_size(batches):
+    bank, written = MemoryBank(10, 3), []
+    for batch in batches:
+        keys = torch.randn(batch, 3)
+        ids = torch.arange(len(written), len(written) + batch)
+        bank.enqueue(keys, ids)
+        written += list(normalize(keys, dim=1))
+    ring = [None] * 10
+    for number, key in enumerate(written):
+        ring[number % 10] = (number, key)
+    assert bank.pointer == len(written) % 10 and bank.filled == min(10, len(written))
+    for row, entry in enumerate(ring):
+        assert bank.ids[row] == (-1 if entry is None else entry[0])
+        torch.testing.assert_close(bank.features[row], torch.zeros(3) if entry is None else entry[1])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 13, 40, 61])
+@pytest.mark.parametrize("exclude", [False, True])
+@pytest.mark.parametrize("chunk", [1, 7, 40, 8192])
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_search_equals_the_exhaustive_one(rows, exclude, chunk, k):
+    bank = filled_bank(rows=rows)
+    queries, ids = torch.randn(9, 6, dtype=torch.float64), torch.arange(9)
+    scores, found = bank.search(queries, k, ids if exclude else None, chunk=chunk)
+    expected = oracles.neighbours(queries, bank.features, bank.ids, int(bank.filled), k, ids if exclude else None)
+    assert torch.equal(found, expected)
+    valid = found >= 0
+    assert torch.equal(scores == float("-inf"), ~valid)
+    cosines = normalize(queries, dim=1) @ bank.features.T
+    torch.testing.assert_close(scores[valid], cosines.gather(1, found.clamp(min=0))[valid])
+
+
+def test_an_old_copy_of_the_query_is_its_own_neighbour_only_without_exclusion():
+    bank = filled_bank()
+    queries, ids = bank.features[:8].clone(), bank.ids[:8].clone()
+    _, rows = bank.search(queries, 1)
+    assert torch.equal(rows[:, 0], torch.arange(8))
+    _, rows = bank.search(queries, 20, ids)
+    assert (bank.ids[rows] != ids[:, None])[rows >= 0].all()
+    bank.ids.fill_(3)  # nothing but copies
+    _, rows = bank.search(queries, 2, torch.full((8,), 3))
+    assert (rows == -1).all()
+
+
+def test_an_unwritten_row_is_never_found_even_by_its_zero_cosine():
+    bank = MemoryBank(10, 2)
+    bank.enqueue(torch.tensor([[-1.0, 0.0]]), torch.tensor([4]))
+    scores, rows = bank.search(torch.tensor([[1.0, 0.0]]), 2)
+    assert rows.tolist() == [[0, -1]] and scores[0, 0] == -1
+
+
+def test_the_bank_travels_in_the_state_dict():
+    bank, other = filled_bank(), MemoryBank(40, 6).double()
+    assert set(bank.state_dict()) == {"features", "ids", "pointer", "filled"}
+    other.load_state_dict(bank.state_dict())
+    keys, ids = torch.randn(11, 6, dtype=torch.float64), torch.arange(11)
+    for each in (bank, other):
+        each.enqueue(keys, ids)
+    assert all(torch.equal(a, b) for a, b in zip(bank.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_search_under_autocast_is_not_taken_in_16_bits():
+    bank = filled_bank().float()
+    queries = torch.randn(9, 6)
+    exact = bank.search(queries, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(bank.search(queries, 5), exact, strict=True))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda bank: bank.search(torch.randn(2, 6), 41), "k must be between 0 and the bank's size 40, found 41"),
+        (lambda bank: bank.search(torch.randn(2, 5), 1), r"queries must be \(B, 6\)"),
+        (lambda bank: bank.search(torch.randn(2, 6), 1, torch.arange(3)), r"ids must be \(2,\)"),
+        (lambda bank: bank.enqueue(torch.randn(2, 5), torch.arange(2)), r"keys must be \(N, 6\)"),
+        (lambda bank: bank.enqueue(torch.randn(2, 6), torch.arange(3)), r"keys must be \(N, 6\)"),
+        (lambda bank: MemoryBank(0, 6), "at least one row"),
+    ],
+)
+def test_wrong_shapes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(filled_bank())

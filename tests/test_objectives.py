@@ -1,0 +1,221 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from snclr import objectives
+from snclr.objectives import log_sum_exp, mocov2_loss, mocov3_loss, nnclr_loss, positiveness, snclr_loss
+
+TIGHT = dict(rtol=1e-11, atol=1e-12)
+
+
+def problem(batch=6, k=4, bank_size=50, dim=8, seed=0, filled=None):
+    """Query, online, key (with gradient where the method has one), bank of unit rows and random neighbour rows."""
+    generator = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    query, online, key = rand(batch, dim).requires_grad_(), rand(batch, dim).requires_grad_(), rand(batch, dim)
+    bank = normalize(rand(bank_size, dim), dim=1)
+    rows = torch.randint(0, filled or bank_size, (batch, k), generator=generator)
+    return query, online, key, bank, rows
+
+
+def check_against_oracle(query, online, key, bank, rows, *, form="sum_of_logs", temperature=0.2, **attention):
+    """Loss and both gradients of the fast functions equal the oracle's; returns the gradients (query, online)."""
+    found = []
+    for attend, contrast in ((positiveness, fast_loss), (oracles.positiveness, slow_loss)):
+        query.grad = online.grad = None
+        weights = attend(online, bank, rows, **attention)
+        loss = contrast(query, key, bank, rows, weights, temperature, form)
+        loss.backward()
+        found.append((loss.detach(), query.grad, torch.zeros_like(online) if online.grad is None else online.grad))
+    for fast, slow in zip(*found, strict=True):
+        torch.testing.assert_close(fast, slow, **TIGHT)
+    return found[0][1:]
+
+
+def fast_loss(query, key, bank, rows, weights, temperature, form):
+    return snclr_loss(query, key, bank, rows, weights, temperature=temperature, form=form)
+
+
+def slow_loss(query, key, bank, rows, weights, temperature, form):
+    return oracles.snclr(query, key, bank, rows, weights, temperature, form).mean()
+
+
+@pytest.mark.parametrize("form", objectives.FORMS)
+@pytest.mark.parametrize("attention", [{}, {"threshold": True}, {"temperature": 0.07}, {"temperature": 0.1, "threshold": True}])
+@pytest.mark.parametrize("batch, k", [(6, 4), (1, 3), (5, 1), (6, 0)])
+def test_loss_and_gradients_equal_the_dense_oracle(form, attention, batch, k):
+    check_against_oracle(*problem(batch, k), form=form, **attention)
+
+
+@pytest.mark.parametrize("form", objectives.FORMS)
+def test_gradient_flows_through_the_weights_unless_detached(form):
+    query, online, key, bank, rows = problem()
+    _, through_weights = check_against_oracle(query, online, key, bank, rows, form=form)
+    assert through_weights.abs().max() > 1e-4
+    online.grad = None
+    weights = positiveness(online, bank, rows).detach()
+    snclr_loss(query, key, bank, rows, weights, temperature=0.2, form=form).backward()
+    assert online.grad is None
+
+
+@pytest.mark.parametrize("form", objectives.FORMS)
+def test_rows_picked_by_many_images_and_twice_by_one_count_each_time(form):
+    query, online, key, bank, rows = problem()
+    rows[:] = 7
+    rows[0] = torch.tensor([3, 3, 7, 9])
+    check_against_oracle(query, online, key, bank, rows, form=form)
+
+
+@pytest.mark.parametrize("form", objectives.FORMS)
+@pytest.mark.parametrize("threshold", [False, True])
+def test_partly_and_not_filled_banks(form, threshold):
+    query, online, key, bank, rows = problem()
+    rows[0, 2:] = -1
+    rows[1, 1:] = -1
+    rows[2] = -1
+    _, online_grad = check_against_oracle(query, online, key, bank, rows, form=form, threshold=threshold)
+    assert torch.equal(online_grad[2], torch.zeros_like(online_grad[2]))
+    rows[:] = -1
+    check_against_oracle(query, online, key, bank, rows, form=form, threshold=threshold)
+
+
+@pytest.mark.parametrize("form", objectives.FORMS)
+def test_weights_of_invalid_rows_count_nowhere(form):
+    query, _, key, bank, rows = problem()
+    rows[:, -1] = -1
+    weights = torch.rand(rows.shape, dtype=torch.float64)
+    spoiled = weights.clone()
+    spoiled[:, -1] = 99.0
+    losses = [snclr_loss(query, key, bank, rows, w, temperature=0.2, form=form) for w in (weights, spoiled)]
+    assert torch.equal(*losses)
+
+
+def test_zero_weights_under_the_log_have_finite_gradients_at_low_temperature():
+    query, _, key, bank, rows = problem()
+    weights = torch.zeros(rows.shape, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        bank[rows[:, 0]] = normalize(query, dim=1)  # the largest score belongs to a weight of zero
+    loss = snclr_loss(query.float(), key, bank, rows, weights, temperature=0.005, form="log_of_sum")
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(query.grad).all() and torch.isfinite(weights.grad).all()
+
+
+@pytest.mark.parametrize("device_path", ["picked rows only", "whole bank with a bias"])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 50, 1000])
+def test_streamed_log_sum_exp_equals_the_dense_one_for_any_chunk(chunk, device_path, monkeypatch):
+    if device_path != "picked rows only":
+        monkeypatch.setattr(objectives, "_blocks", whole_bank_blocks)
+    query, _, key, bank, _ = problem(dim=8)
+    counts = torch.zeros(50, dtype=torch.int32)
+    counts[20:30] = torch.arange(10)  # chunks before and after it are without any candidate
+    query = query.detach()
+    fast, slow = query.clone().requires_grad_(), query.clone().requires_grad_()
+    streamed = log_sum_exp(fast, key, bank, counts, 0.2, chunk)
+    dense = torch.cat([slow @ key.T, slow @ bank.repeat_interleave(counts, dim=0).T], dim=1)
+    dense = (dense / 0.2).logsumexp(dim=1)
+    torch.testing.assert_close(streamed, dense, **TIGHT)
+    direction = torch.randn(len(query), dtype=torch.float64)
+    (streamed @ direction).backward()
+    (dense @ direction).backward()
+    torch.testing.assert_close(fast.grad, slow.grad, **TIGHT)
+
+
+def whole_bank_blocks(keys, bank, counts, dtype, chunk):
+    """The order that a GPU takes: rows with count 0 are multiplied too, and carry -inf."""
+    for start in range(0, len(bank), chunk):
+        yield bank[start : start + chunk].to(dtype), counts[start : start + chunk].to(dtype).log()
+    for start in range(0, len(keys), chunk):
+        yield keys[start : start + chunk].to(dtype), None
+
+
+def test_without_any_candidate_the_log_sum_exp_is_minus_infinity_and_its_gradient_zero():
+    query, _, key, bank, _ = problem()
+    result = log_sum_exp(query, key[:0], bank, torch.zeros(len(bank), dtype=torch.int32), 0.2, 16)
+    assert torch.equal(result, torch.full_like(result, -math.inf))
+    torch.logaddexp(result, torch.zeros_like(result)).sum().backward()
+    assert torch.equal(query.grad, torch.zeros_like(query))
+
+
+def test_snclr_without_neighbours_is_mocov3_to_the_last_digit():
+    query, _, key, bank, _ = problem()
+    query, key = query.detach().float().requires_grad_(), key.float()
+    no_rows, no_weights = torch.empty(len(key), 0, dtype=torch.long), torch.empty(len(key), 0)
+    losses, grads = [], []
+    for loss in (
+        snclr_loss(query, key, bank, no_rows, no_weights, temperature=0.2),
+        mocov3_loss(query, key, temperature=0.2),
+    ):
+        grads += torch.autograd.grad(loss, query)
+        losses.append(loss)
+    assert torch.equal(*losses) and torch.equal(*grads)
+
+
+def test_mocov3_equals_the_textbook_cross_entropy():
+    query, _, key, _, _ = problem()
+    logits = normalize(query, dim=1) @ normalize(key, dim=1).T / 0.2
+    expected = 0.4 * torch.nn.functional.cross_entropy(logits, torch.arange(len(key)))
+    torch.testing.assert_close(mocov3_loss(query, key, temperature=0.2), expected, **TIGHT)
+
+
+def test_nnclr_equals_its_oracle_and_trains_the_candidates():
+    query, _, key, _, _ = problem()
+    loss, oracle = nnclr_loss(key, query, temperature=0.1), oracles.nnclr(key, query, 0.1).mean()
+    torch.testing.assert_close(loss, oracle, **TIGHT)
+    torch.testing.assert_close(*(torch.autograd.grad(x, query)[0] for x in (loss, oracle)), **TIGHT)
+
+
+@pytest.mark.parametrize("filled", [0, 1, 13, 50])
+def test_mocov2_equals_its_oracle_with_any_fill(filled):
+    query, _, key, bank, _ = problem()
+    valid = torch.arange(len(bank)) < filled
+    loss, oracle = mocov2_loss(query, key, bank, valid, temperature=0.2), oracles.mocov2(query, key, bank, filled, 0.2).mean()
+    torch.testing.assert_close(loss, oracle, **TIGHT)
+    torch.testing.assert_close(*(torch.autograd.grad(x, query)[0] for x in (loss, oracle)), **TIGHT)
+
+
+def test_inputs_need_no_normalisation_and_keep_their_precision():
+    query, online, key, bank, rows = problem()
+    weights = positiveness(online, bank, rows)
+    loss = snclr_loss(query, key, bank, rows, weights, temperature=0.2)
+    assert weights.dtype == loss.dtype == torch.float64
+    scaled = snclr_loss(7 * query, 3 * key, bank, rows, positiveness(5 * online, bank, rows), temperature=0.2)
+    torch.testing.assert_close(scaled, loss, **TIGHT)
+    half = [x.detach().bfloat16() for x in (query, online, key)]
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = positiveness(half[1], bank.float(), rows)
+        loss16 = snclr_loss(half[0], half[2], bank.float(), rows, weights, temperature=0.2)
+    assert weights.dtype == loss16.dtype == torch.float32
+    exact = [x.double() for x in half]
+    reference = oracles.snclr(exact[0], exact[2], bank, rows, oracles.positiveness(exact[1], bank, rows), 0.2).mean()
+    torch.testing.assert_close(loss16.double(), reference, rtol=1e-5, atol=0)  # only the inputs were rounded
+
+
+def test_unknown_form_is_named():
+    with pytest.raises(ValueError, match=r"form must be one of .* found 'typo'"):
+        snclr_loss(*problem()[:1], *problem()[2:], None, temperature=0.2, form="typo")
+
+
+@pytest.mark.parametrize("threshold", [0, 1])
+def test_golden_figures_of_the_released_computation(threshold, monkeypatch):
+    """Two ranks' inputs and outputs of the released code; here each rank's view of the gathered batch is put together."""
+    golden = {
+        k: torch.from_numpy(np.asarray(v)) for k, v in np.load(Path(__file__).parent / "golden/released_loss.npz").items()
+    }
+    keys = normalize(torch.cat([golden["key_0"], golden["key_1"]]), dim=1)
+    counts = torch.bincount(torch.cat([golden["rows_0"], golden["rows_1"]]).flatten(), minlength=len(golden["bank"])).int()
+    for rank in (0, 1):
+        query, online = (golden[f"{name}_{rank}"].clone().requires_grad_() for name in ("query", "online"))
+        bank = normalize(golden["bank"], dim=1)
+        rows = golden[f"rows_{rank}"]
+        weights = positiveness(online, bank, rows, threshold=bool(threshold))
+        candidates = objectives.Candidates(keys, counts)
+        loss = snclr_loss(query, golden[f"key_{rank}"], bank, rows, weights, temperature=0.2, candidates=candidates)
+        loss.backward()
+        for name, found in (("loss", loss), ("grad_query", query.grad), ("grad_online", online.grad)):
+            expected = golden[f"{name}_{rank}_{threshold}"]
+            torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")

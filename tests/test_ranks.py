@@ -1,0 +1,165 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.io import write_png
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = (
+    "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 30 --topk 3 --lr 0.05 --epochs 2 "
+    "--print-freq 1 --eval-freq 1 -b 8"  # 5 steps an epoch
+)
+VIT = SMALL.replace("resnet8", "vit_tiny").replace("--eval-freq 1", "--eval-freq 0")
+
+
+def free_ports(count):
+    """Ports that nobody listens on at the moment; held together, so that all differ."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [str(each.getsockname()[1]) for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def start_ranks(world_size, out, jobs):
+    """Run tests/ranks.py in world_size processes and wait for them."""
+    environment = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    environment["PORTS"] = " ".join(free_ports(len(jobs)))
+    if world_size == 1:
+        del environment["WORLD_SIZE"]
+    command = [sys.executable, str(ROOT / "tests/ranks.py"), str(out), *jobs]
+    ranks = [
+        subprocess.Popen(
+            command, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for r in range(world_size)
+    ]
+    for rank, process in enumerate(ranks):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, f"rank {rank} of {world_size}:\n{output.decode()[-3000:]}"
+
+
+def write_images(root):
+    """A folder of 40 + 10 small images in two classes."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 20), ("val", 5)):
+        for label in ("a", "b"):
+            (root / split / label).mkdir(parents=True)
+            for number in range(count):
+                image = torch.randint(256, (3, 32, 32), generator=generator, dtype=torch.uint8)
+                write_png(image, str(root / split / label / f"{number:02}.png"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, images):
+    """For a world size: the folder with its results, all jobs run once; resumed ones in new processes."""
+    done = {}
+
+    def get(world_size):
+        if world_size not in done:
+            out = done[world_size] = tmp_path_factory.mktemp(f"ranks{world_size}")
+            number = "float64:" if world_size == 4 else ""  # of 4 summands the order depends on DDP's buckets
+            jobs = [
+                "pieces",
+                f"float64:{images} {SMALL} --workdir {out}/resnet --stop-after-steps 5",
+                f"float64:{images} {VIT} --workdir {out}/vit --stop-after-steps 5",
+                f"{number}{images} {SMALL} --workdir {out}/whole",
+                f"{number}{images} {SMALL} --workdir {out}/parts --stop-after-steps 7",
+            ]
+            start_ranks(world_size, out, jobs)
+            start_ranks(world_size, out, [f"{number}{images} {SMALL} --workdir {out}/parts --resume auto"])
+        return done[world_size]
+
+    return get
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(found, expected, **tolerance):
+    """Nested lists and dictionaries of tensors are equal, bit for bit without a tolerance."""
+    assert type(found) is type(expected)
+    if isinstance(found, dict):
+        assert list(found) == list(expected)
+        for name in found:
+            assert_same(found[name], expected[name], **tolerance)
+    elif isinstance(found, (list, tuple)):
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert_same(a, b, **tolerance)
+    elif isinstance(found, torch.Tensor):
+        if tolerance and found.is_floating_point():
+            torch.testing.assert_close(found, expected, **tolerance)
+        else:
+            assert torch.equal(found, expected)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_losses_reduced_gradients_norms_bank_and_knn_do_not_depend_on_the_number_of_ranks(run, world_size):
+    expected = load(run(1) / "pieces_0.pt")
+    for rank in range(world_size):
+        assert_same(load(run(world_size) / f"pieces_{rank}.pt"), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("model", ["resnet", "vit"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_five_steps_of_training_do_not_depend_on_the_number_of_ranks(run, world_size, model):
+    one, many = (load(run(n) / model / "checkpoint_last.pth.tar") for n in (1, world_size))
+    assert one["step"] == many["step"] == 5
+    for name, tensor in one["state_dict"].items():
+        if tensor.is_floating_point():  # a mean behind a norm without affine is zero but for rounding: hence the 1e-12
+            error = (many["state_dict"][name] - tensor).norm()
+            assert error < 1e-9 * tensor.norm() + 1e-12, f"{name}: {error:.1e} of {tensor.norm():.1e}"
+        else:
+            assert torch.equal(many["state_dict"][name], tensor), name
+    lines = [read_lines(run(n) / model, drop=("images_per_s", "data_wait")) for n in (1, world_size)]
+    for line, expected in zip(*lines, strict=True):
+        assert line == pytest.approx(expected, rel=1e-5)  # six digits are written
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_resumed_run_equals_the_uninterrupted_one(run, world_size):
+    whole, parts = (load(run(world_size) / name / "checkpoint_last.pth.tar") for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 10 and whole["epoch"] == 2
+    tolerance = dict(rtol=1e-9, atol=1e-9) if world_size == 4 else {}
+    for part in ("state_dict", "optimizer"):
+        assert_same(parts[part], whole[part], **tolerance)
+    drop = ("images_per_s", "data_wait")
+    lines = [read_lines(run(world_size) / name, drop) for name in ("whole", "parts")]
+    assert [line["step"] for line in lines[0]] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
+    if world_size == 4:
+        assert [line["step"] for line in lines[1]] == [line["step"] for line in lines[0]]
+    else:
+        assert lines[1] == lines[0]
+
+
+def read_lines(workdir, drop):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in drop} for line in lines]
+
+
+def test_the_launcher_starts_several_processes(tmp_path, images):
+    environment = os.environ | {"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    command = ["bash", str(ROOT / "start.sh"), str(images), *SMALL.split(), "--stop-after-steps", "2", "--eval-freq", "0"]
+    done = subprocess.run([*command, "--workdir", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 x cpu" in done.stdout and done.stdout.count("step 2/10") == 1  # one rank speaks
+    assert load(tmp_path / "checkpoint_last.pth.tar")["step"] == 2
+    assert json.loads((tmp_path / "args.json").read_text())["world_size"] == 2
