@@ -20,7 +20,8 @@ class StepView(NamedTuple):
 
     projection (B, D) online projection of view 1; scores (B, K) cosines of the searched vectors with their neighbours;
     neighbour_ids (B, K) data-set indices, -1 for none; weights (B, K) positiveness; counts (M,) picks of each bank row by
-    the global batch; num_candidates () of one sample. K and M are 0 for the methods without neighbours.
+    the global batch; num_candidates () of one sample; bank_fill () share of the bank's rows that were written before this
+    step, None without a bank. K and M are 0 for the methods without neighbours.
     """
 
     projection: Tensor
@@ -29,6 +30,7 @@ class StepView(NamedTuple):
     weights: Tensor
     counts: Tensor
     num_candidates: Tensor
+    bank_fill: Tensor | None
 
 
 class SNCLR(nn.Module):
@@ -156,8 +158,9 @@ class SNCLR(nn.Module):
             neighbour_ids = rows
         else:
             neighbour_ids = torch.where(rows >= 0, self.memory_bank.ids[rows.clamp(min=0)], -1)
-        num_candidates = torch.as_tensor(num_candidates, device=projection.device)
-        return StepView(projection.detach(), scores, neighbour_ids, weights.detach(), counts, num_candidates.clone())
+        num_candidates = torch.as_tensor(num_candidates, device=projection.device).clone()
+        bank_fill = None if self.memory_bank is None else self.memory_bank.filled / len(self.memory_bank)
+        return StepView(projection.detach(), scores, neighbour_ids, weights.detach(), counts, num_candidates, bank_fill)
 
 
 def build_model(args: Namespace) -> SNCLR:

@@ -36,7 +36,7 @@ def step_metrics(
     """Metrics of one step over the global batch, from every rank's share: one all-reduce, the same on every rank.
 
     loss, and loss_ratio to the loss at chance (None if undefined); feature_std: standard deviation of the unit projections
-    over the batch times sqrt(D), about 1 when spread over the sphere, 0 at collapse. With a search in the bank:
+    over the batch times sqrt(D), about 1 when spread over the sphere, 0 at collapse; bank_fill. With a search in the bank:
     neighbour_similarity (mean cosine), positiveness_entropy (share of the uniform weights' entropy), distinct_rows and
     largest_count of the picks, and with labels neighbour_purity (share of neighbours with the query's label).
     """
@@ -69,6 +69,8 @@ def step_metrics(
         "loss_ratio": mean_loss / chance if chance else None,
         "feature_std": (variance.clamp(min=0).sqrt().mean() * projection.shape[1] ** 0.5).item(),
     }
+    if shown.bank_fill is not None:
+        metrics["bank_fill"] = shown.bank_fill.item()
     if picks:
         metrics["neighbour_similarity"] = score_sum / picks
         metrics["positiveness_entropy"] = entropy_sum / entropies if entropies else None

@@ -95,9 +95,9 @@ def snclr_loss(
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, found {form!r}")
-    query, key = unit(query), unit(key)
     if candidates is None:
         candidates = gather_candidates(key, rows, len(bank))
+    query, key = unit(query), unit(key)
     weights = widen(weights).to(query.dtype) * (rows >= 0)
     log_z = log_sum_exp(query, candidates.keys, bank, candidates.counts, temperature)
     own = (query * key.detach()).sum(dim=1) / temperature

@@ -1,0 +1,116 @@
+"""Whole runs of main_snclr.py in this process, on a few small images."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from test_ranks import SMALL, write_images
+
+import main_snclr
+from snclr import objectives
+from snclr.errors import RunError
+
+BANK = {"bank_fill"}
+NEIGHBOURS = {"neighbour_similarity", "positiveness_entropy", "distinct_rows", "largest_count", "neighbour_purity"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def train(images, workdir, *flags):
+    """Run and return the lines of metrics.jsonl: of the evaluations and of the training steps."""
+    main_snclr.main([str(images), *SMALL.split(), "--workdir", str(workdir), *flags])
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "knn_top1" in line], [line for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("method", ["snclr", "mocov3", "nnclr", "mocov2"])
+def test_every_method_trains_and_logs_what_it_has(images, tmp_path, method):
+    evaluations, steps = train(images, tmp_path, "--method", method)
+    assert [line["epoch"] for line in evaluations] == [0, 1, 2] and "raw_pixels_knn_top1" in evaluations[0]
+    assert len(steps) == 10 and all(math.isfinite(line["loss"]) for line in steps)
+    for name in ("epoch", "step", "loss", "loss_ratio", "lr", "momentum", "images_per_s", "data_wait", "grad_norm", "feature_std"):
+        assert name in steps[-1]
+    found = {name for name in BANK | NEIGHBOURS if name in steps[-1]}
+    assert found == {"snclr": BANK | NEIGHBOURS, "nnclr": BANK | NEIGHBOURS, "mocov2": BANK, "mocov3": set()}[method]
+    state = torch.load(tmp_path / "checkpoint_last.pth.tar", weights_only=True)["state_dict"]
+    parts = {name.split(".")[1] for name in state}
+    absent = {"snclr": set(), "mocov3": {"memory_bank"}, "nnclr": {"momentum_encoder"}, "mocov2": {"predictor"}}[method]
+    assert parts == {"base_encoder", "momentum_encoder", "predictor", "memory_bank"} - absent
+    assert any(name.startswith("events.out") for name in os.listdir(tmp_path / "tensorboard"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--amp bf16",
+        "--amp fp16",
+        "--form log_of_sum --positiveness-t 0.1 --optimizer lars --lr 0.5",
+        "--weights uniform --no-exclude-own-image",
+        "--threshold --detach-weights",
+        "--topk 0",
+        "--nn-warmup-epochs 1",
+        "--blur --crop-min 1",
+        "--eval-encoder momentum --snclr-m-cos --save-freq 1",
+        "--arch resnet18 --small-stem --width 4",
+        "--arch vit_tiny --patch-size 8 --stop-grad-conv1",
+        "-b 40 --bank-size 7 --topk 3",
+        "--img-size 24",
+    ],
+)
+def test_every_option_trains(images, tmp_path, flags):
+    evaluations, steps = train(images, tmp_path, *flags.split())
+    assert all(math.isfinite(line["loss"]) for line in steps)
+    assert all(line["feature_std"] > 0.1 for line in steps)
+    if "--save-freq" in flags:
+        assert {"checkpoint_0001.pth.tar", "checkpoint_0002.pth.tar"} <= set(os.listdir(tmp_path))
+        assert steps[-1]["momentum"] > steps[0]["momentum"] and evaluations[-1]["encoder"] == "momentum"
+    if "--nn-warmup" in flags:
+        assert ["neighbour_purity" in line for line in steps] == [False] * 5 + [True] * 5
+
+
+def test_topk_zero_is_mocov3_to_the_last_digit(images, tmp_path):
+    losses = [
+        [line["loss"] for line in train(images, tmp_path / name, *flags.split())[1]]
+        for name, flags in (("a", "--topk 0"), ("b", "--method mocov3"))
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_frozen_patch_embedding_stays(images, tmp_path):
+    flags = ["--arch", "vit_tiny", "--stop-grad-conv1", "--eval-freq", "0"]
+    name = "module.base_encoder.patch_embed.proj.weight"
+    weights = []
+    for steps in ("1", "4"):
+        train(images, tmp_path / steps, *flags, "--stop-after-steps", steps)
+        weights.append(torch.load(tmp_path / steps / "checkpoint_last.pth.tar", weights_only=True)["state_dict"])
+    assert torch.equal(weights[0][name], weights[1][name])
+    other = "module.base_encoder.blocks.0.attn.qkv.weight"
+    assert not torch.equal(weights[0][other], weights[1][other])
+
+
+def test_a_non_finite_loss_stops_the_run_naming_the_step_and_keeps_the_checkpoint(images, tmp_path, monkeypatch):
+    train(images, tmp_path, "--stop-after-steps", "5")
+    kept = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
+    calls, original = [], objectives._LogSumExp.forward
+
+    def poisoned(ctx, *arguments):
+        calls.append(1)
+        return original(ctx, *arguments) * (math.nan if len(calls) > 4 else 1)  # two calls a step: from step 8 on
+
+    monkeypatch.setattr(objectives._LogSumExp, "forward", poisoned)
+    with pytest.raises(RunError, match="the loss is nan since step 8 .*rank 0"):
+        train(images, tmp_path, "--resume", "auto", "--print-freq", "10")
+    assert (tmp_path / "checkpoint_last.pth.tar").read_bytes() == kept
+
+
+def test_an_image_that_cannot_be_read_ends_a_run_in_one_line_naming_it(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("snclr.data.RESIDENT_LIMIT", 0)
+    root = write_images(tmp_path / "images")
+    (root / "train/a/07.png").write_bytes(b"no image")
+    with pytest.raises(RunError, match=r"cannot read image .*07\.png"):
+        train(root, tmp_path / "run", "-j", "2", "--img-size", "32")
