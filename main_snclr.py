@@ -56,7 +56,9 @@ def main(argv: list[str]) -> None:
     # -- resume ----------------------------------------------------------------------------------------------------------
     workdir = args.workdir or (os.path.dirname(os.path.abspath(args.resume)) if args.resume else default_workdir(args))
     found = checkpoint.newest(workdir) if args.resume == "auto" else args.resume
-    step = checkpoint.resume(found, model, optimizer, scaler, args=args, images=len(train)) if found else 0
+    step, changed = 0, []
+    if found:
+        step, changed = checkpoint.resume(found, model, optimizer, scaler, args=args, images=len(train))
     speaks = distributed.rank() == 0
     if speaks:
         monitor.save_settings(workdir, args, {"world_size": distributed.world_size(), "amp_used": amp})
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> None:
     for note in notes(args, len(train), val):
         log.say(f"note: {note}")
     if found:
-        log.say(f"resumed from {found} after step {step} of {total_steps}")
+        log.say(f"resumed from {found} after step {step} of {total_steps}" + "".join(f"; {change}" for change in changed))
 
     # -- epochs ----------------------------------------------------------------------------------------------------------
     network = model
@@ -107,7 +109,7 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
     end = min((epoch + 1) * steps_per_epoch, last_step)
     labels = None if loader.images.labels is None else loader.images.labels.to(loader.device)
     first_bad = torch.full((1,), -1, device=loader.device)  # step of the first non-finite loss; read only when logging
-    use_neighbours = epoch >= args.nn_warmup_epochs
+    neighbours_from = args.nn_warmup_epochs * steps_per_epoch
     batches = loader.epoch(epoch, inside)
     log.progress(steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
     interval_start, interval_steps, waited = time.perf_counter(), 0, 0.0
@@ -126,11 +128,10 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
         )
         momentum = optim.encoder_momentum(step, start=args.snclr_m, total_steps=total_steps, cosine=args.snclr_m_cos)
         optim.set_learning_rate(optimizer, lr)
-        torch.manual_seed(
-            int(augment.keyed_bits(args.seed, step, distributed.rank()) >> 1)
-        )  # stochastic layers: nothing to restore on resume
+        # stochastic layers too draw from a key, so that a resumed run has no generator to restore
+        torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank()) >> 1))
         with autocast(amp, loader.device):
-            loss, shown = network(batch.view1, batch.view2, batch.ids, momentum, use_neighbours)
+            loss, shown = network(batch.view1, batch.view2, batch.ids, momentum, step >= neighbours_from)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         first_bad = torch.where((first_bad < 0) & ~loss.detach().isfinite(), step + 1, first_bad)
@@ -204,6 +205,10 @@ def notes(args, num_images: int, val) -> list[str]:
         told.append(f"the bank ({args.bank_size} rows) is larger than the data set ({num_images} images): it holds old copies")
     if args.method != "snclr":
         told.append(f"method {args.method} does not use soft neighbours: --topk, --form and the weights' flags have no effect")
+    if args.arch.startswith("vit") and (args.width or args.small_stem):
+        told.append("--width and --small-stem concern ResNets: no effect on a ViT")
+    if args.arch.startswith("resnet") and args.stop_grad_conv1:
+        told.append("--stop-grad-conv1 concerns ViTs: no effect on a ResNet")
     if args.eval_freq and val is None:
         told.append("no val/ folder: no kNN evaluation")
     return told

@@ -172,7 +172,8 @@ def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    mean = _luma(x).mean(dim=(1, 2, 3), keepdim=True)
+    # rows first: a single large sum would be split over threads, and depend on their number
+    mean = _luma(x).mean(dim=3, keepdim=True).mean(dim=2, keepdim=True)
     return torch.lerp(mean, x, factor).clamp_(0, 1)
 
 

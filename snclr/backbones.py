@@ -40,9 +40,8 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
     def __init__(self, img_size: int, patch_size: int, width: int, depth: int, num_heads: int, stop_grad_conv1: bool):
         norm = partial(nn.LayerNorm, eps=1e-6)
-        super().__init__(
-            img_size, patch_size, num_classes=0, embed_dim=width, depth=depth, num_heads=num_heads, norm_layer=norm
-        )
+        size = dict(embed_dim=width, depth=depth, num_heads=num_heads)
+        super().__init__(img_size, patch_size, num_classes=0, norm_layer=norm, weight_init="skip", **size)
         grid = img_size // patch_size
         self.pos_embed = nn.Parameter(sincos_position_embedding(grid, grid, width), requires_grad=False)
         for name, module in self.named_modules():

@@ -103,7 +103,7 @@ class SNCLR(nn.Module):
             weights = positiveness(y, bank, rows, temperature=self.positiveness_temperature, threshold=self.threshold)
         else:
             valid = rows >= 0
-            weights = valid / valid.sum(dim=1, keepdim=True).clamp(min=1)
+            weights = valid.to(bank.dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)
         if self.detach_weights:
             weights = weights.detach()
         candidates = gather_candidates(key, rows, len(bank))

@@ -23,7 +23,10 @@ LAST = "checkpoint_last.pth.tar"
 PREFIX = "module."
 
 # A resumed run is the same run: these decide which images it sees and what its state means.
-FIXED = ("arch", "method", "optimizer", "batch_size", "seed", "dataset", "img_size", "crop_min", "blur", "warmup_epochs")
+# Others may change on purpose (a longer schedule, another temperature); that is said. RUNNING ones are of no account.
+FIXED = ("arch", "method", "optimizer", "batch_size", "seed", "dataset", "img_size", "crop_min", "blur", "small_stem")
+RUNNING = {"data", "workers", "workdir", "resume", "stop_after_epochs", "stop_after_steps"}
+RUNNING |= {"save_freq", "print_freq", "eval_freq", "eval_encoder"}
 
 
 def save(path: str, state: dict) -> None:
@@ -35,15 +38,15 @@ def save(path: str, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        os.fsync(folder)  # makes the new name durable, not only the bytes
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # a full disk reaches us as torch's RuntimeError, the cause behind it
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise RunError(f"cannot write {path}: {error.strerror}; the checkpoint before it is untouched") from error
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the new name durable, not only the bytes
-    finally:
-        os.close(folder)
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(f"cannot write {path}: {reason}; the checkpoint before it is untouched") from error
 
 
 def load(path: str) -> dict:
@@ -55,16 +58,17 @@ def load(path: str) -> dict:
         raise UsageError(f"checkpoint {path} does not exist")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError) as error:
+            # attributes: torch writes none, and takes a record with the directory bit for one without content
+            odd = [record.filename for record in archive.infolist() if record.external_attr]
+            damaged = archive.testzip() or next(iter(odd), None)
+    except Exception as error:  # a damaged directory of the zip leads to anything
         raise UsageError(f"checkpoint {path} is truncated or no checkpoint ({error}); resume from another one") from error
     if damaged:
         raise UsageError(f"checkpoint {path} is damaged (wrong checksum in {damaged}); resume from another one")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises whatever the bytes lead to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"checkpoint {path} cannot be read ({reason})") from error
+        raise UsageError(f"checkpoint {path} is no dictionary of tensors and plain values; nothing else is loaded") from error
     needed = ("epoch", "step", "arch", "state_dict", "optimizer", "args", "images")
     missing = [key for key in needed if not isinstance(state, dict) or key not in state]
     if missing:
@@ -104,26 +108,30 @@ def pack(model: nn.Module, optimizer, scaler, *, args: Namespace, epoch: int, st
     }
 
 
-def resume(path: str, model: nn.Module, optimizer, scaler, *, args: Namespace, images: int) -> int:
-    """Load a checkpoint into a run with the same settings and return its completed steps.
+def resume(path: str, model: nn.Module, optimizer, scaler, *, args: Namespace, images: int) -> tuple[int, list[str]]:
+    """Load a checkpoint into a run with the same settings: its completed steps, and the settings that changed on the way.
 
-    UsageError names every setting, key or shape that differs.
+    UsageError names every setting that must not change, and every key or shape that differs.
     """
     state = load(path)
-    saved = state["args"]
-    changed = [f"{name} {saved[name]!r} -> {getattr(args, name)!r}" for name in FIXED if saved.get(name) != getattr(args, name)]
+    now, saved = vars(args), state["args"]
+    changes = {name: f"{name} {saved[name]!r} -> {now[name]!r}" for name in now if name in saved and saved[name] != now[name]}
+    refused = [change for name, change in changes.items() if name in FIXED]
     if state["images"] != images:
-        changed.append(f"training images {state['images']} -> {images}")
-    if changed:
-        raise UsageError(f"{path} is of another run: {', '.join(changed)}; repeat its settings or choose a new --workdir")
+        refused.append(f"training images {state['images']} -> {images}")
+    if refused:
+        raise UsageError(f"{path} is of another run: {', '.join(refused)}; repeat its settings or choose a new --workdir")
     load_strictly(path, state["state_dict"], model)
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError) as error:
         raise UsageError(f"{path} does not fit the optimiser: {error}") from error
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay  # of this start's flags; the learning rate is set at every step
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-    return state["step"]
+    return state["step"], [change for name, change in changes.items() if name not in RUNNING]
 
 
 def provenance() -> dict:

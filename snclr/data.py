@@ -16,19 +16,22 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.io import ImageReadMode, decode_image, read_file
 
 from . import augment, embedded
 from .augment import Recipe, ViewParameters
 from .distributed import rank, world_size
 from .errors import RunError, UsageError
 
-# torchvision 0.29 announces that decoding will move to another package; there is nothing a user could do about it here
+try:  # torchvision 0.29 announces that its decoders will go; PIL takes half as long again
+    from torchvision.io import ImageReadMode, decode_image, read_file
+except ImportError:
+    decode_image = None
 warnings.filterwarnings("ignore", message=".*capabilities of TorchVision are deprecated", category=DeprecationWarning)
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
+EVALUATION_BATCH = 256  # images a rank
 RESIDENT_LIMIT = 2**30  # bytes of decoded pixels up to which a folder of equal-sized images is held in memory
 
 
@@ -111,7 +114,8 @@ class ImageFiles(ImageSet):
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
         images = [decode(self.paths[index]) for index in indices]
-        return torch.cat([_cut(image, _evaluation_box(*image.shape[1:], size), size) for image in images])
+        none = torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return torch.cat([none, *(_cut(image, _evaluation_box(*image.shape[1:], size), size) for image in images)])
 
     def resident(self) -> ImageSet:
         """The same set held in memory, if all images are of one size and fit into RESIDENT_LIMIT; else this one."""
@@ -129,15 +133,20 @@ class ImageFiles(ImageSet):
 
 def decode(path: str) -> Tensor:
     """An image file as (3, H, W) uint8, upright: grey, palette, CMYK and alpha become RGB, EXIF orientation is applied."""
+    path = str(path)
     try:
-        image = decode_image(read_file(path), ImageReadMode.RGB, apply_exif_orientation=True)
-        if image.dtype == torch.uint8 and image.dim() == 3:
-            return image
-    except RuntimeError:
-        pass  # a format or colour space that only PIL reads
+        with open(path, "rb") as file:
+            is_jpeg = file.read(3) == b"\xff\xd8\xff"
+        if is_jpeg and decode_image:  # only these: torchvision's PNG decoder crashes on damaged files
+            return decode_image(read_file(path), ImageReadMode.RGB, apply_exif_orientation=True)
+    except (OSError, RuntimeError):
+        pass  # PIL reads it, or names the reason
     try:
         with Image.open(path) as picture:
-            return torch.from_numpy(np.array(ImageOps.exif_transpose(picture).convert("RGB"))).permute(2, 0, 1)
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I"):  # 16 bits of grey, which PIL's convert would clip at 255
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RunError(f"cannot read image {path}: {error}; remove or replace the file") from error
 
@@ -199,7 +208,7 @@ def _open_cifar10(root, train):
 
 
 def _open_folder(split):
-    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir())
+    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
     paths, labels = [], []
     for label, name in enumerate(classes):
         for folder, subfolders, files in os.walk(os.path.join(split, name), followlinks=True):
@@ -311,7 +320,13 @@ class _WholeOnRequest(Dataset):
 
 
 def whole_images(
-    images: ImageSet, indices: np.ndarray, *, size: int, device: torch.device, workers: int, chunk: int = 256
+    images: ImageSet,
+    indices: np.ndarray,
+    *,
+    size: int,
+    device: torch.device,
+    workers: int,
+    chunk: int = EVALUATION_BATCH,
 ) -> Iterator[Tensor]:
     """Images `indices` in order, for evaluation: normalised float batches (<= chunk, 3, size, size) on the device."""
     chunks = np.split(indices, range(chunk, len(indices), chunk))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import ImageSet, whole_images
+from .data import EVALUATION_BATCH, ImageSet, whole_images
 from .distributed import all_gather, rank, world_size
 from .precision import full_precision, unit
 
@@ -94,8 +94,9 @@ def calibrated_copy(
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
-    count = min(count, len(images)) // world_size() * world_size()  # synchronised norms need equal batches
-    indices = np.arange(rank(), count, world_size())
+    share = min(count, len(images)) // world_size()  # synchronised norms need equal batches
+    share = share // EVALUATION_BATCH * EVALUATION_BATCH or share  # and an average over batches, full ones
+    indices = np.arange(share) * world_size() + rank()
     if norms:
         for batch in whole_images(images, indices, size=size, device=device, workers=workers):
             encoder.embed(batch)

@@ -94,7 +94,7 @@ class Log:
         if not enabled:
             return
         self.path = os.path.join(workdir, "metrics.jsonl")
-        cut_back(self.path, step)
+        cut_back(self.path, step if step else -1)  # a run that starts anew says its beginning anew
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
         self.events = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1 if step else None)
 
@@ -193,16 +193,16 @@ def cut_back(path: str, step: int) -> None:
     """Drop from a metrics file what comes after `step`, and lines that are no whole JSON object; atomically."""
     if not os.path.exists(path):
         return
-    with open(path, errors="replace") as file:
+    with open(path, "rb") as file:
         kept = [line for line in file if (number := _step_of(line)) is not None and number <= step]
-    with open(f"{path}.tmp", "w") as file:
+    with open(f"{path}.tmp", "wb") as file:
         file.writelines(kept)
     os.replace(f"{path}.tmp", path)
 
 
-def _step_of(line: str) -> int | None:
+def _step_of(line: bytes) -> int | None:
     try:
-        step = json.loads(line)["step"] if line.endswith("\n") else None
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) else None

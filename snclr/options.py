@@ -4,6 +4,7 @@ Imports neither torch nor anything slow, so that a wrong flag is answered at onc
 """
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -24,7 +25,16 @@ class _Parser(argparse.ArgumentParser):
         return shlex.split(line, comments=True)
 
     def error(self, message):
+        message = message.replace("[Errno 2] No such file or directory:", "there is no recipe")
         raise UsageError(f"{message} (--help lists all flags)")
+
+    def parse_args(self, args=None, namespace=None):
+        try:
+            return super().parse_args(args, namespace)
+        except UsageError:
+            raise
+        except (ValueError, RecursionError) as error:  # an open quote, a binary file, a recipe that reads itself
+            raise UsageError(f"a recipe among {' '.join(args)} cannot be read: {error}") from error
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -151,8 +161,11 @@ def holds_run(workdir: str) -> bool:
 def _check_paths(args):
     if args.data is not None and not os.path.isdir(args.data):
         raise UsageError(f"data folder {args.data} does not exist: give the folder that holds the data set")
-    if args.workdir is not None and os.path.exists(args.workdir) and not os.path.isdir(args.workdir):
-        raise UsageError(f"--workdir {args.workdir} is a file: give a folder")
+    parent = os.path.abspath(args.workdir or ".")
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise UsageError(f"--workdir {args.workdir} cannot be made: {parent} is a file, or may not be written to")
     if args.resume == "auto":
         if args.workdir is None:
             raise UsageError("--resume auto looks into --workdir, which is not given")
@@ -170,8 +183,12 @@ def _check_numbers(args):
     positive += ("epochs", "batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps")
     for name in (*positive, "workers", "topk", "wd", "warmup_epochs", "nn_warmup_epochs", "save_freq", "eval_freq"):
         value, least = getattr(args, name), "above 0" if name in positive else "0 or more"
-        if value is not None and not (value > 0 if name in positive else value >= 0):
+        if value is not None and not (math.isfinite(value) and (value > 0 if name in positive else value >= 0)):
             raise UsageError(f"--{name.replace('_', '-')} must be {least}, found {value}")
+    if args.batch_size < 2:
+        raise UsageError("--batch-size must be at least 2: batch norm and contrast need company")
+    if not -(2**63) <= args.seed < 2**63:
+        raise UsageError(f"--seed must fit into 64 bits, found {args.seed}")
     for name in ("crop_min", "snclr_m"):
         if not 0 <= getattr(args, name) <= 1:
             raise UsageError(f"--{name.replace('_', '-')} must be between 0 and 1, found {getattr(args, name)}")

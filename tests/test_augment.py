@@ -1,0 +1,388 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
+
+from snclr import augment
+from snclr.augment import Recipe, ViewParameters, draw, epoch_order, keyed_uniforms
+
+RECIPE = Recipe(seed=3, crop_min=0.2, size=16, blur=True)
+MANY = 20_000
+KEY_PARTS = {"seed": (1, 0, 0, 0), "epoch": (0, 1, 0, 0), "index": (0, 0, MANY, 0), "view": (0, 0, 0, 1)}
+
+
+def draw_many(recipe=RECIPE, epoch=0, view=0, count=MANY, height=48, width=64, first=0):
+    indices = np.arange(first, first + count)
+    return draw(recipe, epoch, indices, view, np.full(count, height), np.full(count, width))
+
+
+def pictures(count, size=16, seed=0):
+    """Float pictures in [0, 1] with coarse structure, noise, a grey one, a black one and a white one."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator)
+    x = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
+    x = (0.8 * x + 0.2 * torch.rand(x.shape, generator=generator)).mul(255).round().div(255)
+    x[0] = x[0, :1]
+    x[1], x[2] = 0, 1
+    return x
+
+
+# -- the hash ------------------------------------------------------------------------------------------------------------
+
+
+def test_splitmix64_gives_the_published_sequence():
+    gamma = 0x9E3779B97F4A7C15
+    states = np.array([(1234567 + step * gamma) % 2**64 for step in range(3)], dtype=np.uint64)
+    assert augment.splitmix64(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+EACH = np.arange(MANY)
+
+
+@pytest.mark.parametrize("key", [(0, 0, EACH, 0), (7, EACH, 5, 1), (EACH,), (-3, -EACH)])
+def test_keyed_uniforms_are_uniform(key):
+    u = keyed_uniforms(3, *key)
+    assert u.shape == (MANY, 3) and u.min() >= 0 and u.max() < 1
+    steps = np.arange(1, MANY + 1) / MANY
+    for column in np.sort(u, axis=0).T:
+        assert np.abs(column - steps).max() < 1.95 / MANY**0.5  # Kolmogorov-Smirnov, p = .001
+    np.testing.assert_allclose([(u**power).mean() for power in (1, 2, 3)], [1 / 2, 1 / 3, 1 / 4], atol=0.005)
+
+
+def test_columns_of_keyed_uniforms_are_independent():
+    u = keyed_uniforms(33, 0, 0, EACH, 0)
+    assert np.abs(np.corrcoef(u.T) - np.eye(33)).max() < 0.035
+
+
+@pytest.mark.parametrize("offset", KEY_PARTS.values(), ids=KEY_PARTS)
+def test_every_part_of_the_key_gives_independent_numbers(offset):
+    here = keyed_uniforms(4, 0, 0, EACH, 0)
+    there = keyed_uniforms(4, offset[0], offset[1], EACH + offset[2], offset[3])
+    correlations = np.corrcoef(here.T, there.T)[:4, 4:]
+    assert np.abs(correlations).max() < 0.035
+    assert np.abs((here + there) % 1 - 0.5).mean() == pytest.approx(0.25, abs=0.01)  # no pair copies or mirrors the other
+
+
+def test_the_parts_of_a_key_are_not_exchangeable():
+    numbers = [float(keyed_uniforms(1, *key)[0]) for key in itertools.permutations((1, 2, 3, 4))]
+    assert len(set(numbers)) == 24
+
+
+def test_keyed_uniforms_of_one_sample_do_not_depend_on_the_others():
+    alone = np.concatenate([keyed_uniforms(5, 1, 2, np.array([index]), 0) for index in range(7)])
+    assert np.array_equal(keyed_uniforms(5, 1, 2, np.arange(7), 0), alone)
+    assert np.array_equal(keyed_uniforms(9, 1, 2, np.arange(7), 0)[:, :5], alone)
+    assert np.array_equal(keyed_uniforms(5, 1, 2, 6, 0), alone[6])
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000])
+def test_epoch_order_is_a_permutation(size):
+    assert np.array_equal(np.sort(epoch_order(0, 0, size)), np.arange(size))
+
+
+def test_epoch_order_is_shuffled_anew_by_epoch_and_seed():
+    orders = {key: epoch_order(*key, 1000) for key in [(0, 0), (0, 1), (1, 0), (1, 1)]}
+    assert np.array_equal(orders[0, 1], epoch_order(0, 1, 1000))
+    for order in orders.values():
+        assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1
+    for one, other in itertools.combinations(orders.values(), 2):
+        assert (one == other).mean() < 0.01
+
+
+# -- drawing -------------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_of_a_sample_do_not_depend_on_the_batch():
+    heights, widths = np.array([30, 64, 5, 200]), np.array([40, 64, 90, 10])
+    boxes, parameters = draw(RECIPE, 2, np.array([8, 3, 11, 4]), 1, heights, widths)
+    for row, index in enumerate((8, 3, 11, 4)):
+        box, alone = draw(RECIPE, 2, np.array([index]), 1, heights[row : row + 1], widths[row : row + 1])
+        assert np.array_equal(box[0], boxes[row])
+        assert all(torch.equal(one[0], many[row]) for one, many in zip(alone, parameters, strict=True))
+
+
+@pytest.mark.parametrize("change", KEY_PARTS)
+def test_seed_epoch_index_and_view_each_change_crop_and_parameters(change):
+    other = {"seed": {"recipe": RECIPE._replace(seed=4)}, "epoch": {"epoch": 1}, "index": {"first": 1}, "view": {"view": 1}}
+    boxes, parameters = draw_many(count=500)
+    other_boxes, other_parameters = draw_many(count=500, **other[change])
+    assert (boxes == other_boxes).all(axis=1).mean() < 0.05
+    assert (parameters.factors == other_parameters.factors).all(dim=1).double().mean() < 0.05
+    assert (parameters.flip == other_parameters.flip).double().mean() < 0.65
+
+
+@pytest.mark.parametrize("view, blur, solarize", [(0, 1.0, 0.0), (1, 0.1, 0.2)])
+def test_probabilities_are_those_of_moco_v3(view, blur, solarize):
+    _, parameters = draw_many(view=view)
+    chances = {"jitter": 0.8, "gray": 0.2, "flip": 0.5, "solarize": solarize}
+    found = {name: getattr(parameters, name).double().mean().item() for name in chances}
+    assert found == pytest.approx(chances, abs=0.015)
+    assert (parameters.sigma > 0).double().mean().item() == pytest.approx(blur, abs=0.01)
+    if blur == 1:
+        assert (parameters.sigma > 0).all()
+    if solarize == 0:
+        assert not parameters.solarize.any()
+
+
+def test_which_operations_are_drawn_is_independent():
+    _, p = draw_many(view=1)
+    switches = np.stack([p.jitter, p.gray, p.flip, p.solarize, p.sigma > 0])
+    assert np.abs(np.corrcoef(switches) - np.eye(5)).max() < 0.035
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_without_blur_no_sigma_is_drawn_and_the_rest_stays(view):
+    _, with_blur = draw_many(view=view, count=1000)
+    _, without = draw_many(RECIPE._replace(blur=False), view=view, count=1000)
+    assert with_blur.sigma.any() and not without.sigma.any()
+    others = with_blur._replace(sigma=without.sigma)
+    assert all(torch.equal(one, other) for one, other in zip(others, without, strict=True))
+
+
+def test_strengths_cover_their_ranges_evenly():
+    _, p = draw_many()
+    ranges = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1), (0.1, 2.0)]
+    for values, (low, high) in zip([*p.factors.unbind(1), p.sigma], ranges, strict=True):
+        share = np.sort((values.numpy() - low) / (high - low))
+        assert share[0] >= 0 and share[-1] <= 1
+        assert np.abs(share - np.arange(1, MANY + 1) / MANY).max() < 1.95 / MANY**0.5
+
+
+def test_all_orders_of_jitter_are_equally_likely():
+    _, parameters = draw_many()
+    orders, counts = np.unique(parameters.order.numpy(), axis=0, return_counts=True)
+    assert sorted(map(tuple, orders)) == list(itertools.permutations(range(4)))
+    np.testing.assert_allclose(counts / MANY, 1 / 24, atol=0.008)
+
+
+# -- crop boxes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crop_min", [0.08, 0.2, 0.7])
+@pytest.mark.parametrize("height, width", [(96, 96), (60, 160), (110, 80)])
+def test_crops_are_distributed_as_torchvisions(crop_min, height, width):
+    torch.manual_seed(0)
+    canvas = torch.empty(3, height, width)
+    expected = np.array([RandomResizedCrop.get_params(canvas, (crop_min, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)])
+    found, _ = draw_many(RECIPE._replace(crop_min=crop_min), count=3000, height=height, width=width)
+
+    def summary(boxes):
+        top, left, h, w = boxes.T
+        area, aspect = h * w / (height * width), np.log(w / h)
+        place = (top + h / 2) / height, (left + w / 2) / width
+        values = [area, aspect, *place]
+        return [value.mean() for value in values] + [value.std() for value in values]
+
+    np.testing.assert_allclose(summary(found), summary(expected), atol=0.02)
+
+
+@pytest.mark.parametrize("crop_min", [1e-4, 0.2, 1.0])
+def test_boxes_lie_inside_the_image(crop_min):
+    sides = np.stack(np.meshgrid([1, 2, 3, 5, 17, 100, 3000], [1, 2, 3, 5, 17, 100, 3000])).reshape(2, -1)
+    heights, widths = np.repeat(sides, 50, axis=1)
+    boxes, _ = draw(RECIPE._replace(crop_min=crop_min), 0, np.arange(len(heights)), 0, heights, widths)
+    top, left, h, w = boxes.T
+    assert boxes.dtype == np.int64
+    assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left >= 0).all()
+    assert (top + h <= heights).all() and (left + w <= widths).all()
+
+
+def test_crops_are_placed_evenly_up_to_all_borders_and_independently_in_both_axes():
+    boxes, _ = draw_many(count=10_000, height=10, width=12)
+    top, left, h, w = boxes.T
+    for start, extent, side in ((top, h, 10), (left, w, 12)):
+        places, counts = np.unique(start[extent == 8], return_counts=True)
+        assert places.tolist() == list(range(side - 8 + 1))
+        np.testing.assert_allclose(counts / counts.sum(), 1 / len(places), atol=0.04)
+    assert abs(np.corrcoef((top + 0.5) / (11 - h), (left + 0.5) / (13 - w))[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("crop_min", [0.2, 1.0])
+@pytest.mark.parametrize("height, width", [(10, 1000), (1000, 10), (1, 300), (300, 1), (7, 101)])
+def test_extreme_aspects_fall_back_to_torchvisions_central_cut(height, width, crop_min):
+    expected = RandomResizedCrop.get_params(torch.empty(3, height, width), (crop_min, 1.0), (3 / 4, 4 / 3))
+    boxes, _ = draw_many(RECIPE._replace(crop_min=crop_min), count=50, height=height, width=width)
+    assert (boxes == np.array(expected)).all()
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (30, 40), (40, 30), (40, 60), (1, 1)])
+def test_crop_min_1_takes_all_that_the_aspect_allows(height, width):
+    boxes, _ = draw_many(RECIPE._replace(crop_min=1.0), count=200, height=height, width=width)
+    aspect_limited = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    rounding = 1 if height * width > 1 else 0
+    assert (np.abs(boxes[:, 2:] - aspect_limited) <= rounding).all()
+
+
+# -- crop and resize -----------------------------------------------------------------------------------------------------
+
+BOXES = {
+    "whole": (0, 0, 37, 50),
+    "down": (3, 5, 30, 41),
+    "up": (20, 30, 7, 9),
+    "up and down": (0, 10, 37, 4),
+    "same size": (10, 11, 16, 16),
+    "one pixel": (36, 49, 1, 1),
+    "one row": (12, 0, 1, 50),
+    "one column": (0, 0, 37, 1),
+    "corner": (30, 42, 7, 8),
+}
+
+
+@pytest.mark.parametrize("size", [1, 16, 45, 64])
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
+def test_crop_and_resize_equals_torchvision_to_one_level(box, size):
+    image = torch.randint(0, 256, (3, 37, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = augment.crop_and_resize(image[None], torch.tensor([box]), size)
+    expected = F.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
+    assert found.shape == (1, 3, size, size) and found.dtype == torch.uint8
+    assert (found[0].int() - expected.int()).abs().max() <= 1
+    assert (found[0] != expected).double().mean() < 0.01  # rounding of halves alone
+
+
+def test_each_image_gets_its_own_box():
+    images = torch.randint(0, 256, (len(BOXES), 3, 37, 50), dtype=torch.uint8)
+    boxes = torch.tensor(list(BOXES.values()))
+    together = augment.crop_and_resize(images, boxes, 16)
+    for image, box, crop in zip(images, boxes, together, strict=True):
+        assert torch.equal(augment.crop_and_resize(image[None], box[None], 16)[0], crop)
+
+
+def test_a_box_of_the_output_size_is_copied_exactly():
+    image = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8)
+    assert torch.equal(augment.crop_and_resize(image, torch.tensor([[4, 7, 24, 24]]), 24), image[:, :, 4:28, 7:31])
+
+
+# -- each operation against torchvision ----------------------------------------------------------------------------------
+
+THEIRS = {
+    "adjust_brightness": F.adjust_brightness,
+    "adjust_contrast": F.adjust_contrast,
+    "adjust_saturation": F.adjust_saturation,
+    "adjust_hue": F.adjust_hue,
+    "gaussian_blur": lambda x, sigma: F.gaussian_blur(x, 13, sigma),
+}
+STRENGTHS = dict.fromkeys(THEIRS, (0.0, 0.6, 0.8, 1.0, 1.2, 1.4))
+STRENGTHS |= {"adjust_hue": (-0.1, -0.05, -0.001, 0.0, 0.03, 0.1), "gaussian_blur": (0.1, 0.3, 0.7, 1.0, 1.5, 2.0)}
+
+
+def ours(name, x, strengths):
+    """Our operation of that name, with the strength (B,) of each image."""
+    return getattr(augment, name)(x.clone(), strengths if name == "gaussian_blur" else strengths.view(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("name, strength", [(name, strength) for name in THEIRS for strength in STRENGTHS[name]])
+def test_operation_equals_torchvisions(name, strength):
+    x = pictures(8)
+    torch.testing.assert_close(ours(name, x, torch.full((8,), strength)), THEIRS[name](x, strength), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_each_image_of_a_batch_has_its_own_strength(name):
+    x = pictures(8)
+    strengths = torch.linspace(-0.1, 0.1, 8) if name == "adjust_hue" else torch.linspace(0.2, 1.9, 8)
+    expected = torch.stack([THEIRS[name](image, strength.item()) for image, strength in zip(x, strengths, strict=True)])
+    torch.testing.assert_close(ours(name, x, strengths), expected, atol=1e-5, rtol=0)
+
+
+def test_hue_of_every_kind_of_pixel_equals_torchvisions():
+    levels = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    x = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 8, 8)  # greys, ties of two channels, pure colours
+    for turns in (-0.1, 0.0, 0.1):
+        torch.testing.assert_close(ours("adjust_hue", x, torch.tensor([turns])), F.adjust_hue(x, turns), atol=1e-5, rtol=0)
+
+
+def test_hue_leaves_grey_pixels_exactly_as_they_are():
+    grey = torch.linspace(0, 1, 16).view(1, 1, 4, 4).expand(1, 3, 4, 4)
+    assert torch.equal(ours("adjust_hue", grey, torch.tensor([0.1])), grey)
+
+
+def test_grayscale_solarize_and_flip_equal_torchvisions():
+    x = pictures(8)
+    torch.testing.assert_close(augment.grayscale(x), F.rgb_to_grayscale(x, 3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(augment.solarize(x), F.solarize(x, 128 / 255), atol=0, rtol=0)
+    assert torch.equal(augment.flip(x), F.hflip(x))
+
+
+def test_solarize_inverts_from_level_128_on():
+    levels = torch.tensor([0, 127, 128, 255])
+    x = (levels / 255).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    assert (augment.solarize(x)[0, 0].flatten() * 255).round().tolist() == [0, 127, 127, 0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 7])
+def test_blur_of_a_picture_smaller_than_the_kernel_keeps_flat_areas_and_stays_in_range(size):
+    flat = torch.full((1, 3, size, size), 0.3)
+    torch.testing.assert_close(augment.gaussian_blur(flat, torch.tensor([2.0])), flat)
+    blurred = augment.gaussian_blur(torch.rand(1, 3, size, size), torch.tensor([2.0]))
+    assert blurred.min() >= 0 and blurred.max() <= 1
+
+
+# -- the whole half of the device ----------------------------------------------------------------------------------------
+
+MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
+
+
+def apply_one_by_one(crops, p):
+    """Image after image, torchvision's operations in the drawn order."""
+    jitters = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    views = []
+    for i, crop in enumerate(crops):
+        x = crop / 255
+        if p.jitter[i]:
+            for operation in p.order[i].tolist():
+                x = jitters[operation](x, p.factors[i, operation].item())
+        if p.gray[i]:
+            x = F.rgb_to_grayscale(x, 3)
+        if p.sigma[i] > 0:
+            x = F.gaussian_blur(x, 13, p.sigma[i].item())
+        if p.solarize[i]:
+            x = F.solarize(x, 128 / 255)
+        if p.flip[i]:
+            x = F.hflip(x)
+        views.append(F.normalize(x, MEAN.tolist(), STD.tolist()))
+    return torch.stack(views)
+
+
+@pytest.mark.parametrize("view", [0, 1])
+@pytest.mark.parametrize("size, count", [(16, 150), (33, 20), (8, 1)])
+def test_apply_equals_torchvision_image_by_image(view, size, count):
+    crops = pictures(max(count, 3), size, seed=view)[-count:].mul(255).round().to(torch.uint8)
+    _, parameters = draw_many(view=view, count=count)
+    before = crops.clone()
+    views = augment.apply(crops, parameters, MEAN, STD)
+    torch.testing.assert_close(views, apply_one_by_one(crops, parameters), atol=1e-5, rtol=0)
+    assert torch.equal(crops, before)
+
+
+def test_with_nothing_drawn_apply_only_normalises():
+    crops = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    off = torch.zeros(4, dtype=torch.bool)
+    nothing = ViewParameters(off, torch.arange(4).expand(4, 4), torch.zeros(4, 4), off, torch.zeros(4), off, off)
+    expected = F.normalize(crops / 255, MEAN.tolist(), STD.tolist())
+    torch.testing.assert_close(augment.apply(crops, nothing, MEAN, STD), expected)
+
+
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads, size", [(1, 32), (2, 32), (2, 192)], indirect=["threads"])
+@pytest.mark.parametrize("part", [1, 3])
+def test_a_view_is_the_same_bit_for_bit_in_any_batch(threads, size, part):
+    """Else the number of ranks would show in the pixels. Beyond 181 px torch shares the sum over one image among threads."""
+    crops = pictures(6, size).mul(255).round().to(torch.uint8)
+    _, parameters = draw_many(view=0, count=6)
+    whole = augment.apply(crops, parameters, MEAN, STD)
+    parts = []
+    for start in range(0, 6, part):
+        share = slice(start, start + part)
+        parts.append(augment.apply(crops[share], ViewParameters(*(field[share] for field in parameters)), MEAN, STD))
+    identical = torch.equal(torch.cat(parts), whole)
+    assert identical

@@ -1,0 +1,278 @@
+import functools
+import math
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from snclr import backbones, heads, options
+from snclr.backbones import build_encoder, sincos_position_embedding
+from snclr.builder import SNCLR
+from snclr.memory_bank import MemoryBank
+
+VITS, RESNETS = tuple(backbones.VITS), tuple(backbones.RESNETS)
+
+
+def build(arch, **settings):
+    defaults = dict(img_size=32, patch_size=16, width=None, small_stem=False, stop_grad_conv1=False, hidden_dim=24, out_dim=16)
+    return build_encoder(arch, **{**defaults, **settings})
+
+
+@functools.lru_cache(maxsize=1)
+def built(arch):
+    """The encoder in eval mode; not to be changed."""
+    torch.manual_seed(0)
+    return build(arch).eval()
+
+
+def reference(arch):
+    """timm's or torchvision's model of the same architecture, without its classifier."""
+    if arch in VITS:
+        heads_of = {"vit_tiny": 3, "vit_small": 12, "vit_base": 12}[arch]
+        return timm.create_model(f"{arch}_patch16_224", img_size=32, num_heads=heads_of, num_classes=0)
+    model = getattr(torchvision.models, arch)()
+    model.fc = nn.Identity()
+    return model
+
+
+def shapes(module):
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def backbone_of(encoder):
+    head = "head." if encoder.kind == "vit" else "fc."
+    return {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)}
+
+
+def shallow(monkeypatch):
+    """ViTs of two blocks, for what does not depend on the depth."""
+    for arch, (width, _, num_heads) in backbones.VITS.items():
+        monkeypatch.setitem(backbones.VITS, arch, (width, 2, num_heads))
+
+
+def test_flags_and_backbones_know_the_same_archs():
+    assert options.ARCHS == backbones.ARCHS
+
+
+def test_unknown_arch_is_refused_and_the_known_ones_are_named():
+    with pytest.raises(ValueError, match="resnet50"):
+        build("resnet51")
+
+
+@pytest.mark.parametrize("arch", [arch for arch in backbones.ARCHS if arch != "resnet8"])
+def test_backbone_has_the_reference_names_shapes_and_features(arch):
+    encoder, twin = built(arch), reference(arch).eval()
+    expected = {name: tuple(tensor.shape) for name, tensor in twin.state_dict().items()}
+    assert {name: tuple(tensor.shape) for name, tensor in backbone_of(encoder).items()} == expected
+    twin.load_state_dict(backbone_of(encoder), strict=True)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.embed(x), twin(x), rtol=1e-5, atol=1e-5)
+
+
+def test_resnet8_has_names_of_torchvision():
+    assert set(backbone_of(build("resnet8"))) < set(torchvision.models.resnet18().state_dict())
+
+
+@pytest.mark.parametrize("arch", backbones.ARCHS)
+def test_projector_stands_in_the_place_of_the_last_layer(arch, monkeypatch):
+    shallow(monkeypatch)
+    encoder = build(arch, width=8 if arch in RESNETS else None)
+    name, layers = ("head", 3) if arch in VITS else ("fc", 2)
+    assert encoder.projector is getattr(encoder, name)
+    widths = [encoder.num_features, *[24] * (layers - 1), 16]
+    linear = {key: shape for key, shape in shapes(encoder).items() if key.startswith(f"{name}.") and len(shape) == 2}
+    assert linear == {f"{name}.{3 * i}.weight": (widths[i + 1], widths[i]) for i in range(layers)}
+
+
+@pytest.mark.parametrize("arch", backbones.ARCHS)
+def test_forward_is_projector_of_embed(arch, monkeypatch):
+    shallow(monkeypatch)
+    encoder = build(arch).eval()
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        features = encoder.embed(x)
+        assert features.shape == (3, encoder.num_features)
+        torch.testing.assert_close(encoder(x), encoder.projector(features))
+
+
+@pytest.mark.parametrize("arch", backbones.ARCHS)
+def test_one_step_gives_every_trainable_parameter_a_gradient_and_the_momentum_encoder_none(arch, monkeypatch):
+    shallow(monkeypatch)
+    torch.manual_seed(0)
+    encoder = build(arch)
+    for module in encoder.modules():  # a last norm at zero keeps its branch without gradient in the very first step
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+    model = SNCLR(encoder, heads.predictor(encoder.kind, 16, 24), MemoryBank(12, 16), topk=3).double()
+    model.memory_bank.enqueue(torch.randn(12, 16), torch.arange(100, 112))
+    loss, _ = model(*torch.randn(2, 4, 3, 32, 32, dtype=torch.float64), torch.arange(4), momentum=0.9)
+    loss.backward()
+    assert all(p.grad is None and not p.requires_grad for p in model.momentum_encoder.parameters())
+    without = []
+    for name, parameter in [*model.base_encoder.named_parameters(), *model.predictor.named_parameters()]:
+        if not parameter.requires_grad:
+            continue
+        gradient = parameter.grad
+        assert gradient is not None and gradient.isfinite().all(), name
+        if name.endswith("attn.qkv.bias"):  # the softmax is blind to what is added to all keys
+            query, key, value = gradient.chunk(3)
+            assert key.abs().max() < 1e-12
+            gradient = torch.minimum(query.abs().max(), value.abs().max())
+        if gradient.abs().max() < 1e-12:
+            without.append(name)
+    # and the projector's batch norm to what is added to all features
+    assert without == (["norm.bias"] if arch in VITS else [])
+
+
+# -- vision transformers ---------------------------------------------------------------------------------------------------
+
+
+def test_vit_small_has_twelve_heads():
+    assert {block.attn.num_heads for block in build("vit_small").blocks} == {12}
+
+
+@pytest.mark.parametrize("img_size, patch_size", [(32, 8), (32, 16), (16, 16)])
+def test_number_of_tokens_follows_image_and_patch_size(img_size, patch_size, monkeypatch):
+    shallow(monkeypatch)
+    encoder = build("vit_tiny", img_size=img_size, patch_size=patch_size)
+    tokens = encoder.forward_features(torch.randn(1, 3, img_size, img_size))
+    assert tokens.shape == (1, 1 + (img_size // patch_size) ** 2, 192)
+
+
+@pytest.mark.parametrize("img_size, patch_size", [(33, 16), (224, 15), (8, 16)])
+def test_image_size_that_the_patch_does_not_divide_is_refused(img_size, patch_size):
+    with pytest.raises(ValueError, match=rf"{img_size}.*{patch_size}"):
+        build("vit_tiny", img_size=img_size, patch_size=patch_size)
+
+
+def test_embed_is_the_class_token_after_the_last_norm():
+    encoder = built("vit_small")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = encoder.forward_features(x)
+        torch.testing.assert_close(encoder.embed(x), tokens[:, 0])
+        torch.testing.assert_close(encoder.embed(x), encoder.forward_head(tokens, pre_logits=True))
+        torch.testing.assert_close(encoder.embed(x).std(dim=1), torch.ones(2), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows, columns, width", [(2, 2, 8), (3, 5, 12), (4, 1, 4), (1, 1, 16)])
+def test_position_embedding_equals_the_loop(rows, columns, width):
+    expected = [[0.0] * width]
+    for row in range(rows):
+        for column in range(columns):
+            frequencies = [1 / 10000 ** (i / (width // 4)) for i in range(width // 4)]
+            line = [f(position * w) for position in (column, row) for f in (math.sin, math.cos) for w in frequencies]
+            expected.append(line)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = sincos_position_embedding(rows, columns, width)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [6, 2, 9])
+def test_position_embedding_refuses_a_width_without_four_equal_parts(width):
+    with pytest.raises(ValueError, match=str(width)):
+        sincos_position_embedding(2, 2, width)
+
+
+def test_position_embedding_is_fixed_and_zero_for_the_class_token(monkeypatch):
+    shallow(monkeypatch)
+    encoder = build("vit_tiny", patch_size=8)
+    assert not encoder.pos_embed.requires_grad
+    assert not encoder.pos_embed[:, 0].any()
+    torch.testing.assert_close(encoder.pos_embed.data, sincos_position_embedding(4, 4, 192))
+
+
+def assert_uniform(weight, bound):
+    assert weight.abs().max() <= bound
+    assert weight.abs().max() > 0.99 * bound
+    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+
+@pytest.mark.parametrize("patch_size", [8, 16])
+def test_vit_starts_as_moco_v3s(patch_size, monkeypatch):
+    shallow(monkeypatch)
+    torch.manual_seed(0)
+    encoder = build("vit_tiny", patch_size=patch_size)
+    width = 192
+    for block in encoder.blocks:
+        for part in block.attn.qkv.weight.chunk(3):  # three square layers, not one of shape (3w, w)
+            assert_uniform(part, math.sqrt(6 / (width + width)))
+        assert_uniform(block.attn.proj.weight, math.sqrt(6 / (width + width)))
+        assert_uniform(block.mlp.fc1.weight, math.sqrt(6 / (width + 4 * width)))
+        assert_uniform(block.mlp.fc2.weight, math.sqrt(6 / (width + 4 * width)))
+    assert_uniform(encoder.patch_embed.proj.weight, math.sqrt(6 / (3 * patch_size**2 + width)))
+    biases = {name: p for name, p in encoder.named_parameters() if name.endswith("bias") and not name.startswith("head.")}
+    assert [name for name, bias in biases.items() if bias.any()] == []
+    assert encoder.cls_token.std().item() == pytest.approx(1e-6, rel=0.2)
+
+
+@pytest.mark.parametrize("stop, expected", [(True, {"patch_embed.proj.weight", "patch_embed.proj.bias"}), (False, set())])
+def test_stop_grad_conv1_freezes_exactly_the_patch_embedding(stop, expected, monkeypatch):
+    shallow(monkeypatch)
+    encoder = build("vit_tiny", stop_grad_conv1=stop)
+    frozen = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"pos_embed"} | expected
+
+
+# -- residual networks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arch, small_stem, stride",
+    [("resnet8", False, 8), ("resnet8", True, 4), ("resnet18", False, 32), ("resnet18", True, 8), ("resnet50", True, 8)],
+)
+def test_stem_sets_the_output_stride(arch, small_stem, stride):
+    encoder = build(arch, small_stem=small_stem, width=8).eval()
+    sizes = []
+    encoder.avgpool.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[2:]))
+    with torch.no_grad():
+        encoder.embed(torch.randn(1, 3, 64, 64))
+    assert sizes == [(64 // stride, 64 // stride)]
+
+
+@pytest.mark.parametrize(
+    "arch, width, features",
+    [("resnet8", None, 128), ("resnet8", 8, 32), ("resnet18", None, 512), ("resnet18", 16, 128), ("resnet50", 16, 512)],
+)
+def test_width_sets_the_feature_width(arch, width, features):
+    encoder = build(arch, width=width).eval()
+    assert encoder.conv1.out_channels == (width or {"resnet8": 32}.get(arch, 64))
+    assert encoder.num_features == features
+    assert encoder.embed(torch.randn(1, 3, 32, 32)).shape == (1, features)
+
+
+@pytest.mark.parametrize("arch", RESNETS)
+def test_exactly_the_last_norms_of_bottlenecks_start_at_zero(arch):
+    norms = {name: module.weight for name, module in build(arch, width=8).named_modules() if isinstance(module, nn.BatchNorm2d)}
+    zero = {name for name, weight in norms.items() if not weight.any()}
+    assert zero == {name for name in norms if name.endswith(".bn3")}
+    assert len(zero) == {"resnet50": 3 + 4 + 6 + 3}.get(arch, 0)
+    assert all((weight == 1).all() for name, weight in norms.items() if name not in zero)
+
+
+# -- heads -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "head, layers, last_norm",
+    [
+        (heads.projector("vit", 16, 24, 16), 3, True),
+        (heads.projector("resnet", 16, 24, 16), 2, True),
+        (heads.predictor("vit", 16, 24), 2, True),
+        (heads.predictor("resnet", 16, 24), 2, False),
+    ],
+    ids=["vit projector", "resnet projector", "vit predictor", "resnet predictor"],
+)
+def test_head_is_bias_free_layers_with_norm_and_relu_between(head, layers, last_norm):
+    expected = [nn.Linear, nn.BatchNorm1d, nn.ReLU] * (layers - 1) + [nn.Linear] + [nn.BatchNorm1d] * last_norm
+    assert [type(module) for module in head] == expected
+    assert all(module.bias is None for module in head if isinstance(module, nn.Linear))
+    norms = [module for module in head if isinstance(module, nn.BatchNorm1d)]
+    assert [norm.affine for norm in norms] == [True] * (layers - 1) + [False] * last_norm
+    assert [module.out_features for module in head if isinstance(module, nn.Linear)] == [24] * (layers - 1) + [16]

@@ -1,0 +1,441 @@
+import contextlib
+import copy
+import errno
+import io
+import os
+import pickle
+import re
+import struct
+import zipfile
+from argparse import Namespace
+
+import pytest
+import torch
+
+from snclr import backbones, builder, checkpoint, optim, options
+from snclr.errors import RunError, UsageError
+
+TINY = "--arch resnet8 --width 8 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 6 --topk 2 --batch-size 4"
+
+
+class Run:
+    """What a run saves and resumes, as main_snclr.py holds it."""
+
+    def __init__(self, flags="", images=10):
+        self.args, self.images = options.parse(f"{TINY} {flags}".split()), images
+        self.model = builder.build_model(self.args)
+        self.optimizer = optim.build_optimizer(self.args.optimizer, self.model, self.args.wd)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def train(self, steps=2):
+        optim.set_learning_rate(self.optimizer, 0.01)
+        for step in range(steps):
+            views = torch.randn(2, 4, 3, 16, 16)
+            loss, _ = self.model(*views, torch.arange(4) + 4 * step, 0.9)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        return self
+
+    def pack(self):
+        numbers = dict(args=self.args, epoch=1, step=7, images=self.images)
+        return checkpoint.pack(self.model, self.optimizer, self.scaler, **numbers)
+
+    def resume(self, path):
+        return checkpoint.resume(str(path), self.model, self.optimizer, self.scaler, args=self.args, images=self.images)
+
+
+@pytest.fixture(scope="module")
+def state():
+    torch.manual_seed(0)
+    return Run().train().pack()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "checkpoint_last.pth.tar"
+
+
+def equal(a, b):
+    """Nested dictionaries, lists and tensors, exactly."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def refused(function, *arguments, **keywords):
+    """The one line of the usage error."""
+    with pytest.raises(UsageError) as caught:
+        function(*arguments, **keywords)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def small():
+    """A checkpoint of a few kilobytes, to damage in many ways."""
+    tensors = {"module.a": torch.arange(300.0), "module.b": torch.arange(50), "module.c": torch.zeros(())}
+    return {"epoch": 1, "step": 2, "arch": "x", "state_dict": tensors, "optimizer": {}, "args": {}, "images": 3}
+
+
+# -- what a file holds -----------------------------------------------------------------------------------------------------
+
+
+def test_file_has_the_documented_keys_and_only_plain_values(state, path):
+    checkpoint.save(str(path), state)
+    found = torch.load(path, weights_only=True)
+    documented = set(re.findall(r"'(\w+)'", checkpoint.__doc__))
+    assert {"epoch", "step", "arch", "state_dict", "optimizer"} < documented == set(found)
+    assert (found["epoch"], found["step"], found["arch"], found["images"]) == (1, 7, "resnet8", 10)
+    assert found["args"]["topk"] == 2
+    assert {"torch", "timm", "python", "snclr"} <= set(found["provenance"]["versions"])
+    assert equal(found, state)
+
+
+@pytest.mark.parametrize("arch, head", [("resnet8", "fc"), ("vit_tiny", "head")])
+def test_state_has_moco_v3s_layout(arch, head, monkeypatch):
+    monkeypatch.setitem(backbones.VITS, "vit_tiny", (192, 1, 3))
+    keys = set(Run(f"--arch {arch}").pack()["state_dict"])
+    parts = {"base_encoder", "momentum_encoder", "predictor", "memory_bank"}
+    assert {tuple(key.split(".")[:2]) for key in keys} == {("module", part) for part in parts}
+    assert {f"module.memory_bank.{name}" for name in ("features", "ids", "pointer", "filled")} <= keys
+    assert {f"module.base_encoder.{head}.0.weight", f"module.momentum_encoder.{head}.0.weight"} <= keys
+    assert "module.predictor.0.weight" in keys
+    online = {key.removeprefix("module.base_encoder.") for key in keys if ".base_encoder." in key}
+    assert online == {key.removeprefix("module.momentum_encoder.") for key in keys if ".momentum_encoder." in key}
+
+
+@pytest.mark.parametrize("optimizer", options.OPTIMIZERS)
+def test_resumed_run_goes_on_exactly_as_the_one_that_never_stopped(optimizer, path):
+    torch.manual_seed(0)
+    run = Run(f"--optimizer {optimizer}").train()
+    checkpoint.save(str(path), run.pack())
+    resumed = Run(f"--optimizer {optimizer}")
+    assert resumed.resume(path) == (7, [])
+    ends = []
+    for either in (run, resumed):
+        torch.manual_seed(1)
+        ends.append(either.train(steps=1).pack())
+    assert equal(*ends)
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------------
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk with room for so many bytes."""
+
+    def __init__(self, path, room):
+        super().__init__(path, "w")
+        self.room = room
+
+    def write(self, data):
+        if self.tell() + len(data) > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+def fails_to_save(path, state, reason):
+    before = path.read_bytes()
+    with pytest.raises(RunError, match=reason) as caught:
+        checkpoint.save(str(path), state)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("room", [0, 1000, 50_000])
+def test_full_disk_leaves_the_old_file_and_nothing_beside_it(room, state, path, monkeypatch):
+    checkpoint.save(str(path), small())
+    monkeypatch.setattr(checkpoint, "open", lambda name, mode: FullDisk(name, room), raising=False)
+    fails_to_save(path, state, "No space left on device")
+
+
+@pytest.mark.parametrize("operation", ["fsync", "replace"])
+def test_failed_flush_or_rename_leaves_the_old_file_and_nothing_beside_it(operation, state, path, monkeypatch):
+    checkpoint.save(str(path), small())
+
+    def fail(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, operation, fail)
+    fails_to_save(path, state, "Input/output error")
+
+
+def test_name_appears_only_after_the_bytes_are_on_the_disk(path, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (order.append("fsync"), fsync(number)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
+    checkpoint.save(str(path), small())
+    assert order[:2] == ["fsync", "replace"]
+
+
+def test_crash_while_writing_leaves_the_old_file(path, monkeypatch):
+    checkpoint.save(str(path), small())
+    before = path.read_bytes()
+
+    def die(state, file):
+        file.write(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die)
+    with contextlib.suppress(KeyboardInterrupt):
+        checkpoint.save(str(path), small())
+    assert path.read_bytes() == before
+    assert checkpoint.newest(str(path.parent)) == str(path)
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------------
+
+
+def records(path):
+    """(first, length) of the bytes of each record of a checkpoint."""
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            name, extra = struct.unpack_from("<HH", whole, info.header_offset + 26)
+            yield info.header_offset + 30 + name + extra, info.file_size
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.9, 0.999])
+def test_truncated_file_is_refused(share, path):
+    checkpoint.save(str(path), small())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    assert str(path) in refused(checkpoint.load, str(path))
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_flipped_bit_in_any_record_is_refused(share, path):
+    checkpoint.save(str(path), small())
+    whole = path.read_bytes()
+    spans = [(first, length) for first, length in records(path) if length]
+    assert len(spans) >= 5
+    for first, length in spans:
+        damaged = bytearray(whole)
+        damaged[first + round(share * (length - 1))] ^= 1
+        path.write_bytes(damaged)
+        assert "checksum" in refused(checkpoint.load, str(path))
+
+
+@pytest.mark.parametrize("mask", [0x08, 0x10, 0xFF])
+def test_flipped_byte_of_the_directory_is_refused_or_changes_nothing(mask, path):
+    checkpoint.save(str(path), small())
+    whole = path.read_bytes()
+    sound = checkpoint.load(str(path))
+    with zipfile.ZipFile(path) as archive:
+        start = archive.start_dir
+    wrong = {}
+    for offset in range(start, len(whole)):
+        damaged = bytearray(whole)
+        damaged[offset] ^= mask
+        path.write_bytes(damaged)
+        try:
+            if not equal(checkpoint.load(str(path)), sound):
+                wrong[offset - start] = "other values, in silence"
+        except UsageError:
+            pass
+        except Exception as error:
+            wrong[offset - start] = repr(error)
+    assert wrong == {}
+
+
+def test_missing_file_is_refused(path):
+    assert "does not exist" in refused(checkpoint.load, str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"\x00" * 5000, pickle.dumps(small()["args"])])
+def test_file_that_is_no_zip_is_refused(content, path):
+    path.write_bytes(content)
+    message = refused(checkpoint.load, str(path))
+    assert str(path) in message and "no checkpoint" in message
+
+
+def test_zip_that_is_no_checkpoint_is_refused(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes/readme.txt", "hello")
+    assert str(path) in refused(checkpoint.load, str(path))
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"state_dict": {}}, {"epoch": 1, "step": 2}])
+def test_file_that_lacks_something_is_refused_and_what_it_lacks_is_named(content, path):
+    torch.save(content, path)
+    message = refused(checkpoint.load, str(path))
+    needed = {"epoch", "step", "arch", "state_dict", "optimizer", "args", "images"}
+    assert set(message.split("has no ")[1].split(", ")) == needed - set(content if isinstance(content, dict) else ())
+
+
+def test_file_of_a_later_format_is_refused(path):
+    torch.save({**small(), "format": checkpoint.FORMAT + 1}, path)
+    assert f"format {checkpoint.FORMAT + 1}" in refused(checkpoint.load, str(path))
+
+
+class Malicious:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_malicious_file_is_refused_and_nothing_is_executed(path, tmp_path):
+    target = tmp_path / "executed"
+    torch.save({**small(), "provenance": Malicious(str(target))}, path)
+    refused(checkpoint.load, str(path))
+    assert not target.exists()
+    torch.load(path, weights_only=False)
+    assert target.exists()  # an unguarded load would have
+
+
+def test_malicious_file_is_refused_without_advice_how_to_execute_it(path, tmp_path):
+    torch.save({**small(), "provenance": Malicious(str(tmp_path / "executed"))}, path)
+    message = refused(checkpoint.load, str(path))
+    assert "weights_only" not in message and len(message) < 300
+
+
+# -- what does not fit -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run():
+    return Run()
+
+
+def test_missing_unexpected_and_misshapen_keys_are_named(run):
+    tensors = run.pack()["state_dict"]
+    tensors["module.extra.weight"] = torch.zeros(1)
+    del tensors["module.predictor.0.weight"]
+    tensors["module.base_encoder.conv1.weight"] = torch.zeros(8, 3, 5, 5)
+    message = refused(checkpoint.load_strictly, "the file", tensors, run.model)
+    assert "1 keys missing: module.predictor.0.weight" in message
+    assert "1 keys unexpected: module.extra.weight" in message
+    assert "module.base_encoder.conv1.weight (8, 3, 5, 5) instead of (8, 3, 3, 3)" in message
+
+
+def test_many_keys_are_counted_and_the_first_are_named(run):
+    message = refused(checkpoint.load_strictly, "the file", {}, run.model)
+    assert f"{len(run.model.state_dict())} keys missing: module.base_encoder.conv1.weight" in message
+    assert message.endswith(" ...") and len(message) < 300
+
+
+def test_model_that_does_not_fit_stays_as_it_was(run):
+    before = copy.deepcopy(run.model.state_dict())
+    other = Run().pack()["state_dict"]
+    del other["module.predictor.0.weight"]
+    refused(checkpoint.load_strictly, "the file", other, run.model)
+    assert equal(run.model.state_dict(), before)
+
+
+OTHERS = {"arch": "resnet18", "method": "mocov2", "batch_size": 8, "seed": 5, "crop_min": 0.5, "blur": True}
+
+
+def change(run, **settings):
+    run.args = Namespace(**{**vars(run.args), **settings})
+
+
+@pytest.mark.parametrize("name", checkpoint.FIXED)
+def test_changed_setting_of_a_resumed_run_is_named(name, state, path, run):
+    checkpoint.save(str(path), state)
+    old, new = getattr(run.args, name), OTHERS.get(name, "another")
+    change(run, **{name: new})
+    assert f"{name} {old!r} -> {new!r};" in refused(run.resume, path)
+
+
+def test_what_images_a_run_sees_and_what_its_state_means_is_fixed():
+    images, state = {"seed", "batch_size", "dataset", "img_size", "crop_min", "blur"}, {"arch", "method", "optimizer"}
+    assert images | state <= set(checkpoint.FIXED)
+
+
+def test_all_changes_are_named_at_once(state, path, run):
+    checkpoint.save(str(path), state)
+    change(run, seed=5, batch_size=8)
+    run.images = 11
+    message = refused(run.resume, path)
+    assert all(part in message for part in ("seed 0 -> 5", "batch_size 4 -> 8", "training images 10 -> 11"))
+
+
+@pytest.mark.parametrize("name", ["topk", "snclr_t", "epochs", "lr"])
+def test_setting_that_may_change_does_and_is_told(name, state, path, run):
+    checkpoint.save(str(path), state)
+    old = getattr(run.args, name)
+    change(run, **{name: 1})
+    assert run.resume(path) == (7, [f"{name} {old!r} -> 1"])
+
+
+@pytest.mark.parametrize("name", sorted(checkpoint.RUNNING))
+def test_setting_that_changes_no_result_is_not_told(name, state, path, run):
+    checkpoint.save(str(path), state)
+    change(run, **{name: 1})
+    assert run.resume(path) == (7, [])
+
+
+def test_file_from_before_a_setting_existed_can_be_resumed(state, path, run):
+    args = {name: value for name, value in state["args"].items() if name not in ("blur", "topk")}
+    checkpoint.save(str(path), {**state, "args": args})
+    assert run.resume(path) == (7, [])
+
+
+def test_changed_weight_decay_is_refused_or_used(state, path):
+    checkpoint.save(str(path), state)
+    run = Run("--wd 0.5")
+    with contextlib.suppress(UsageError):
+        run.resume(path)
+        assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.5, 0.0]
+
+
+def test_optimiser_state_that_does_not_fit_is_refused(state, path, run):
+    short = {**state["optimizer"], "param_groups": state["optimizer"]["param_groups"][:1]}
+    checkpoint.save(str(path), {**state, "optimizer": short})
+    assert "optimiser" in refused(run.resume, path)
+
+
+@pytest.mark.parametrize("flags", ["--bank-size 12", "--snclr-dim 16", "--width 16"])
+def test_model_of_another_size_is_refused(flags, state, path):
+    checkpoint.save(str(path), state)
+    assert "another shape" in refused(Run(flags).resume, path)
+
+
+# -- choosing --------------------------------------------------------------------------------------------------------------
+
+
+def touch(folder, **times):
+    for name, time in times.items():
+        path = folder / f"checkpoint_{name}.pth.tar"
+        path.touch()
+        os.utime(path, (time, time))
+
+
+@pytest.mark.parametrize(
+    "times, expected",
+    [
+        ({"last": 5}, "last"),
+        ({"last": 5, "0002": 4}, "last"),
+        ({"last": 5, "0002": 5}, "last"),  # saved together
+        ({"last": 4, "0002": 5}, "0002"),  # a last one copied back from elsewhere
+        ({"0002": 4, "0010": 6, "0004": 5}, "0010"),
+    ],
+)
+def test_newest_checkpoint_is_chosen(times, expected, tmp_path):
+    touch(tmp_path, **times)
+    assert checkpoint.newest(str(tmp_path)) == str(tmp_path / f"checkpoint_{expected}.pth.tar")
+
+
+def test_half_written_and_foreign_files_are_never_chosen(tmp_path):
+    touch(tmp_path, last=5)
+    for name in ("checkpoint_last.pth.tar.tmp", "metrics.jsonl", "model.pth.tar", "checkpoint_best.txt"):
+        (tmp_path / name).touch()
+    assert os.path.basename(checkpoint.newest(str(tmp_path))) == "checkpoint_last.pth.tar"
+
+
+@pytest.mark.parametrize("folder", [".", "new"])
+def test_empty_or_absent_folder_has_no_newest(folder, tmp_path):
+    assert checkpoint.newest(str(tmp_path / folder)) is None
+
+
+def test_numbered_checkpoints_sort_by_their_epoch():
+    names = [checkpoint.numbered(epoch) for epoch in (1, 20, 300)]
+    assert names == sorted(names) and names[0] == "checkpoint_0001.pth.tar"

@@ -1,0 +1,444 @@
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import main_snclr
+from snclr import options
+from snclr.errors import RunError, UsageError, one_clear_line
+
+ROOT = Path(main_snclr.__file__).resolve().parent
+RECIPES = sorted(ROOT.glob("configs/*.args"))
+FLAGS = [action for action in options.build_parser()._actions if action.dest != "help"]
+BOOLEANS = [action for action in FLAGS if isinstance(action, argparse.BooleanOptionalAction)]
+TINY = "--arch resnet8 --width 8 --img-size 16 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 8 --topk 2 -b 4 --epochs 2"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A new folder to stand in, and one process."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A data set of eight images of 16 px."""
+    root = tmp_path_factory.mktemp("images")
+    for number in range(8):
+        folder = root / "train" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+def tiny(images, *flags):
+    return [str(images), *TINY.split(), "--workers", "0", "--eval-freq", "0", *map(str, flags)]
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """The workdir of a run that has ended; not to be changed."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    main_snclr.main(tiny(images, "--workdir", workdir))
+    return workdir
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def parse(*flags):
+    return options.parse([str(flag) for flag in flags])
+
+
+def refused(*flags, by=options.parse):
+    """The one line of the usage error."""
+    with pytest.raises(UsageError) as caught:
+        by([str(flag) for flag in flags])
+    message = str(caught.value)
+    assert message and "\n" not in message and len(message) < 300
+    return message
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# -- flags -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("--bogus", "--bogus"),
+        ("--top 4", "--top"),  # no abbreviations: a new flag must not change what an old command means
+        ("a b", "b"),
+        ("--arch resnet51", "resnet50"),
+        ("--optimizer sgd", "lars"),
+        ("--method simclr", "snclr"),
+        ("--form product", "log_of_sum"),
+        ("--topk", "--topk"),
+        ("--topk many", "'many'"),
+        ("--epochs 1.5", "'1.5'"),
+        ("--lr fast", "'fast'"),
+        ("--lr -1", "--lr must be above 0, found -1"),
+        ("--lr 0", "--lr must be above 0"),
+        ("--lr nan", "--lr must be above 0"),
+        ("--snclr-t 0", "--snclr-t must be above 0"),
+        ("--positiveness-t -0.1", "--positiveness-t must be above 0"),
+        ("--batch-size 0", "--batch-size must be above 0"),
+        ("--batch-size -4", "--batch-size must be above 0"),
+        ("--epochs 0", "--epochs must be above 0"),
+        ("--bank-size 0", "--bank-size must be above 0"),
+        ("--img-size -32", "--img-size must be above 0"),
+        ("--patch-size 0", "--patch-size must be above 0"),
+        ("--width 0", "--width must be above 0"),
+        ("--print-freq 0", "--print-freq must be above 0"),
+        ("--stop-after-epochs 0", "--stop-after-epochs must be above 0"),
+        ("--stop-after-steps -1", "--stop-after-steps must be above 0"),
+        ("--topk -1", "--topk must be 0 or more"),
+        ("--wd -0.1", "--wd must be 0 or more"),
+        ("--workers -1", "--workers must be 0 or more"),
+        ("--save-freq -1", "--save-freq must be 0 or more"),
+        ("--eval-freq -1", "--eval-freq must be 0 or more"),
+        ("--warmup-epochs -1", "--warmup-epochs must be 0 or more"),
+        ("--nn-warmup-epochs -1", "--nn-warmup-epochs must be 0 or more"),
+        ("--snclr-m 1.01", "--snclr-m must be between 0 and 1"),
+        ("--snclr-m -0.1", "--snclr-m must be between 0 and 1"),
+        ("--snclr-m nan", "--snclr-m must be between 0 and 1"),
+        ("--crop-min 1.5", "--crop-min must be between 0 and 1"),
+        ("--crop-min 0", "--crop-min must be above 0"),
+        ("--epochs 5 --warmup-epochs 6", "--warmup-epochs 6 exceeds --epochs 5"),
+        ("--epochs 5 --nn-warmup-epochs 5.5", "--nn-warmup-epochs 5.5 exceeds --epochs 5"),
+        ("--topk 31 --bank-size 30", "--topk 31 exceeds --bank-size 30"),
+        ("--arch vit_tiny --img-size 40 --patch-size 16", "--img-size 40 is not a multiple of --patch-size 16"),
+        ("--threshold --weights uniform", "--weights uniform"),
+        ("--threshold --topk 1", "--topk 1"),
+        ("--method nnclr --eval-encoder momentum", "--eval-encoder online"),
+        ("--dataset cifar10", "needs the folder DATA"),
+        ("--dataset folder", "needs the folder DATA"),
+        ("somewhere --dataset embedded", "somewhere"),
+        ("--seed 99999999999999999999", "--seed"),
+        ("--batch-size 1", "--batch-size"),
+    ],
+)
+def test_wrong_flags_are_answered_in_one_line_that_names_them(flags, named):
+    assert named in refused(*flags.split())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--topk 30 --bank-size 30",
+        "--topk 0",
+        "--method mocov3 --topk 31 --bank-size 30",
+        "--arch resnet8 --img-size 40",
+        "--threshold --topk 2",
+        "--epochs 5 --warmup-epochs 5",
+        "--warmup-epochs 0",
+        "--snclr-m 0",
+        "--snclr-m 1",
+        "--crop-min 1",
+        "--wd 0",
+        "--seed -1",
+    ],
+)
+def test_edges_are_allowed(flags):
+    parse(*flags.split())
+
+
+@pytest.mark.parametrize("ranks, batch, fits", [(1, 6, True), (2, 6, True), (3, 6, True), (4, 6, False), (8, 6, False)])
+def test_batch_must_divide_over_the_ranks(ranks, batch, fits, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    if fits:
+        assert parse("-b", batch).batch_size == batch
+    else:
+        assert f"divisible by the {ranks} ranks" in refused("-b", batch)
+
+
+def test_parsing_does_not_import_what_is_slow(process):
+    code = "import sys; from snclr import options; options.parse([]); print({'torch', 'numpy', 'timm'} & set(sys.modules))"
+    result = process(sys.executable, "-c", code, PYTHONPATH=str(ROOT))
+    assert (result.stdout, result.stderr) == ("set()\n", "")
+
+
+def test_every_flag_is_read_by_the_program():
+    sources = "".join(path.read_text() for path in (ROOT / "snclr").glob("*.py") if path.name != "options.py")
+    sources += (ROOT / "main_snclr.py").read_text()
+    assert [flag.dest for flag in FLAGS if not re.search(rf"\bargs\.{flag.dest}\b", sources)] == []
+
+
+def test_every_flag_is_explained():
+    assert [flag.dest for flag in FLAGS if not flag.help] == []
+
+
+def test_defaults_follow_from_the_data(images):
+    large, small = parse(images), parse()
+    assert (large.dataset, large.img_size, large.blur, large.warmup_epochs) == ("folder", 224, True, 40)
+    assert (small.dataset, small.img_size, small.blur) == ("embedded", 32, False)
+    assert parse(images, "--dataset", "cifar10").img_size == 32
+    assert parse(images, "--epochs", 20).warmup_epochs == 4
+    assert parse(images, "--no-blur").blur is False and parse("--blur").blur is True
+    assert parse(images, "--warmup-epochs", 0).warmup_epochs == 0
+
+
+# -- recipes ---------------------------------------------------------------------------------------------------------------
+
+
+def recipe(path, *flags):
+    """Arguments of a run by a recipe, with a folder as its data where it needs one."""
+    dataset = options.build_parser().parse_args([f"@{path}"]).dataset
+    return [f"@{path}", *([] if dataset == "embedded" else [os.getcwd()]), *map(str, flags)]
+
+
+def test_there_are_recipes():
+    assert Path(options.EMBEDDED_RECIPE) in RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_parses_and_says_what_it_is_for(path):
+    parse(*recipe(path))
+    assert path.read_text().startswith("#")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_later_flags_override_a_recipe(path):
+    changes = {"lr": 0.125, "seed": 7, "print_freq": 3, "batch_size": 32, "method": "mocov3", "warmup_epochs": 0.5}
+    flags = [part for name, value in changes.items() for part in (f"--{name.replace('_', '-')}", value)]
+    args = vars(parse(*recipe(path, *flags)))
+    assert {name: args[name] for name in changes} == changes
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("flag", BOOLEANS, ids=lambda flag: flag.dest)
+def test_later_flags_switch_each_boolean_of_a_recipe_on_and_off(path, flag):
+    on, off = flag.option_strings
+    read = options.build_parser().parse_args  # without the checks: not every recipe can be combined with every flag
+    assert getattr(read([f"@{path}", on]), flag.dest) is True
+    assert getattr(read([f"@{path}", on, off]), flag.dest) is False
+
+
+def test_without_data_the_embedded_recipe_is_taken_and_can_be_overridden():
+    assert vars(parse()) == vars(parse(f"@{options.EMBEDDED_RECIPE}"))
+    changed = {"topk": 7, "snclr_m_cos": False}
+    assert vars(parse("--topk", 7, "--no-snclr-m-cos")) == {**vars(parse()), **changed}
+
+
+def test_recipes_take_comments_blank_lines_and_several_flags_a_line(tmp_path):
+    lines = ["# --topk 1", "", "  --topk 2 --lr 0.5   # --topk 3", "--workdir 'a folder'", "   ", "--snclr-m-cos"]
+    (tmp_path / "my.args").write_text("\n".join(lines))
+    args = parse("@my.args")
+    assert (args.topk, args.lr, args.workdir, args.snclr_m_cos) == (2, 0.5, "a folder", True)
+
+
+def test_flags_before_a_recipe_are_overridden_by_it(tmp_path):
+    (tmp_path / "my.args").write_text("--topk 2")
+    assert parse("--topk", 9, "@my.args").topk == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, b"--topk 2 --bogus", b"--topk", b"--workdir 'a folder", b"\xff\xfe\x00binary", b"@my.args"],
+    ids=["missing", "unknown flag", "no value", "open quote", "binary", "itself"],
+)
+def test_recipe_that_cannot_be_read_is_answered_in_one_line(text, tmp_path):
+    if text is not None:
+        (tmp_path / "my.args").write_bytes(text)
+    refused("@my.args")
+
+
+def test_missing_recipe_is_named():
+    message = refused("@configs/nothing.args")
+    assert "configs/nothing.args" in message and "Errno" not in message
+
+
+# -- data ------------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_data_folder_is_named():
+    assert "nowhere" in refused("nowhere")
+
+
+def test_file_as_data_folder_is_refused(tmp_path):
+    (tmp_path / "images.zip").touch()
+    refused("images.zip")
+
+
+@pytest.mark.parametrize("folders, expected", [([], "train/"), (["train"], "no image"), (["train/cats"], "no image")])
+def test_folder_without_images_is_refused_and_nothing_is_left(folders, expected, tmp_path):
+    data = tmp_path / "data"
+    for folder in ("", *folders):
+        (data / folder).mkdir(parents=True, exist_ok=True)
+    assert expected in refused(data, "--workdir", "w", by=main_snclr.main)
+    assert not Path("w").exists()
+
+
+def test_batch_larger_than_the_data_set_is_refused_and_nothing_is_left(images):
+    message = refused(*tiny(images, "-b", 9, "--workdir", "w"), by=main_snclr.main)
+    assert "--batch-size 9 exceeds the 8 training images" in message
+    assert not Path("w").exists()
+
+
+# -- folders and checkpoints -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume", "elsewhere.pth.tar"]])
+def test_workdir_of_another_run_is_refused_and_stays_as_it_is(flags, images, run):
+    shutil.copy(run / "checkpoint_last.pth.tar", "elsewhere.pth.tar")
+    before = content(run)
+    assert "holds another run" in refused(*tiny(images, "--workdir", run, *flags), by=main_snclr.main)
+    assert content(run) == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint_last.pth.tar"])
+def test_either_trace_of_a_run_protects_its_workdir(name, tmp_path):
+    (tmp_path / "w").mkdir()
+    parse("--workdir", "w")
+    (tmp_path / "w" / name).touch()
+    refused("--workdir", "w")
+    parse("--workdir", "w", "--resume", "auto")
+
+
+def test_file_as_workdir_is_refused(tmp_path):
+    (tmp_path / "w").touch()
+    assert "is a file" in refused("--workdir", "w")
+
+
+def test_workdir_below_a_file_is_refused(images, tmp_path):
+    (tmp_path / "w").touch()
+    refused(*tiny(images, "--workdir", "w/x"), by=main_snclr.main)
+
+
+def test_missing_checkpoint_is_named():
+    assert "nothing.pth.tar" in refused("--resume", "nothing.pth.tar")
+
+
+def test_resume_auto_without_workdir_is_refused():
+    assert "--workdir" in refused("--resume", "auto")
+
+
+def test_truncated_checkpoint_is_refused_and_the_run_stays_as_it_is(images, run):
+    last = run / "checkpoint_last.pth.tar"
+    last.write_bytes(last.read_bytes()[:5000])
+    before = content(run)
+    assert "truncated" in refused(*tiny(images, "--workdir", run, "--resume", "auto"), by=main_snclr.main)
+    assert content(run) == before
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("--seed 3", "seed 0 -> 3"),
+        ("--method mocov3", "method 'snclr' -> 'mocov3'"),
+        ("--bank-size 9", "module.memory_bank.features (8, 8) instead of (9, 8)"),
+        ("-b 2", "batch_size 4 -> 2"),
+        ("--crop-min 0.5", "crop_min 0.08 -> 0.5"),
+    ],
+)
+def test_checkpoint_of_other_settings_is_refused_and_the_run_stays_as_it_is(flags, named, images, run):
+    before = content(run)
+    assert named in refused(*tiny(images, "--workdir", run, "--resume", "auto", *flags.split()), by=main_snclr.main)
+    assert content(run) == before
+
+
+def test_resume_auto_begins_where_there_is_nothing_yet(images):
+    main_snclr.main(tiny(images, "--workdir", "new", "--resume", "auto", "--stop-after-steps", 1))
+    assert Path("new/checkpoint_last.pth.tar").exists()
+
+
+def test_checkpoint_named_without_its_folder_goes_on_in_the_current_one(images, run, monkeypatch):
+    monkeypatch.chdir(run)
+    main_snclr.main(tiny(images, "--resume", "checkpoint_last.pth.tar"))
+
+
+# -- whole processes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process(tmp_path):
+    """Runs a command in which importing torch fails: whatever it answers, it answers without."""
+    poison = tmp_path / "poison"
+    poison.mkdir()
+    (poison / "torch.py").write_text("raise ImportError('torch was imported')")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    more = {"PYTHONPATH": str(poison), "PATH": path, "NPROC_PER_NODE": "1", "PIP_NO_INDEX": "1"}
+
+    def run(*command, **variables):
+        environment = {**os.environ, **more, **variables}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+    return run
+
+
+def assert_one_line(result, code=2):
+    assert result.returncode == code
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("main_snclr.py: error: ")
+
+
+def test_wrong_flag_is_one_line_and_exit_code_two_before_the_slow_imports(process):
+    result = process(sys.executable, ROOT / "main_snclr.py", "--topk", "-3")
+    assert_one_line(result)
+    assert "--topk must be 0 or more, found -3" in result.stderr
+
+
+def test_wrong_data_is_one_line_and_exit_code_two(process, tmp_path):
+    (tmp_path / "train").mkdir()
+    result = process(sys.executable, ROOT / "main_snclr.py", tmp_path, PYTHONPATH="")
+    assert_one_line(result)
+    assert "no image" in result.stderr
+
+
+def test_help_lists_every_group(process):
+    result = process(sys.executable, ROOT / "main_snclr.py", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    groups = {group.title for group in options.build_parser()._action_groups if group._group_actions}
+    assert {"data", "model", "objective", "optimisation", "run"} <= groups
+    assert [title for title in groups if f"\n{title}:" not in result.stdout] == []
+
+
+def test_launcher_answers_a_wrong_flag_in_one_line(process):
+    result = process("bash", ROOT / "start.sh", "--bogus")
+    assert_one_line(result)
+    assert "--bogus" in result.stderr
+
+
+def test_launcher_checks_the_batch_for_the_processes_it_would_start(process):
+    result = process("bash", ROOT / "start.sh", "--batch-size", "64", NPROC_PER_NODE="3")
+    assert_one_line(result)
+    assert "divisible by the 3 ranks" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error, rank, code, expected",
+    [
+        (UsageError("no such flag"), 0, 2, "prog: error: no such flag\n"),
+        (UsageError("no such flag"), 1, 2, ""),  # the others would only repeat it
+        (RunError("loss is nan"), 1, 1, "prog: stopped on rank 1: loss is nan\n"),
+        (KeyboardInterrupt(), 0, 130, "prog: interrupted\n"),
+        (KeyboardInterrupt(), 1, 130, ""),
+    ],
+)
+def test_own_errors_end_with_a_line_and_a_code(error, rank, code, expected, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", str(rank))
+    with pytest.raises(SystemExit) as caught, one_clear_line("prog"):
+        raise error
+    assert caught.value.code == code
+    assert capsys.readouterr() == ("", expected)
+
+
+def test_real_bugs_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError), one_clear_line("prog"):
+        1 / 0  # noqa: B018
