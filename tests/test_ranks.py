@@ -11,7 +11,7 @@ from torchvision.io import write_png
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
-    "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 30 --topk 3 --lr 0.05 --epochs 2 "
+    "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 30 --topk 3 --lr 0.01 --epochs 2 "
     "--print-freq 1 --eval-freq 1 -b 8"  # 5 steps an epoch
 )
 VIT = SMALL.replace("resnet8", "vit_tiny").replace("--eval-freq 1", "--eval-freq 0")
@@ -123,13 +123,16 @@ def test_five_steps_of_training_do_not_depend_on_the_number_of_ranks(run, world_
     one, many = (load(run(n) / model / "checkpoint_last.pth.tar") for n in (1, world_size))
     assert one["step"] == many["step"] == 5
     for name, tensor in one["state_dict"].items():
-        if tensor.is_floating_point():  # a mean behind a norm without affine is zero but for rounding: hence the 1e-12
+        if tensor.is_floating_point():
+            # What has no true gradient (a key's bias, a bias before a batch norm) holds rounding errors, which AdamW
+            # divides by its eps of 1e-8: hence the absolute part.
             error = (many["state_dict"][name] - tensor).norm()
-            assert error < 1e-9 * tensor.norm() + 1e-12, f"{name}: {error:.1e} of {tensor.norm():.1e}"
+            assert error < 1e-9 * tensor.norm() + 1e-10, f"{name}: {error:.1e} of {tensor.norm():.1e}"
         else:
             assert torch.equal(many["state_dict"][name], tensor), name
     lines = [read_lines(run(n) / model, drop=("images_per_s", "data_wait")) for n in (1, world_size)]
     for line, expected in zip(*lines, strict=True):
+        assert line.pop("encoder", "") == expected.pop("encoder", "")
         assert line == pytest.approx(expected, rel=1e-5)  # six digits are written
 
 
