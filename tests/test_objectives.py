@@ -84,6 +84,19 @@ def test_partly_and_not_filled_banks(form, threshold):
     check_against_oracle(query, online, key, bank, rows, form=form, threshold=threshold)
 
 
+@pytest.mark.parametrize("attention", [{}, {"threshold": True}, {"temperature": 0.07}])
+def test_positiveness_is_a_softmax_over_the_valid_rows_and_zero_elsewhere(attention):
+    _, online, _, bank, rows = problem()
+    rows[0, 2:] = -1
+    rows[1, :3] = -1
+    rows[2] = -1
+    weights = positiveness(online, bank, rows, **attention)
+    torch.testing.assert_close(weights, oracles.positiveness(online, bank, rows, **attention), **TIGHT)
+    assert (weights[rows < 0] == 0).all()
+    if "threshold" not in attention:
+        torch.testing.assert_close(weights.sum(dim=1), (rows >= 0).any(dim=1).double(), **TIGHT)
+
+
 @pytest.mark.parametrize("form", objectives.FORMS)
 def test_weights_of_invalid_rows_count_nowhere(form):
     query, _, key, bank, rows = problem()
