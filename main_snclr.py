@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from snclr import augment, checkpoint, data, distributed, knn, monitor, optim
+from snclr import augment, checkpoint, data, distributed, knn, label_free, monitor, optim, sources
 from snclr.builder import build_model
 from snclr.precision import autocast, resolve_amp
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
 
     # -- devices and data ------------------------------------------------------------------------------------------------
     device = distributed.start()
-    train, val = data.open_data(args.dataset, args.data)
+    train, val, data_notes = sources.open_data(args)
     if args.batch_size > len(train):
         raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images")
     train = train.to(device)
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     log = monitor.Log(workdir, step=step, enabled=speaks)
     log.say(f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), batch {args.batch_size}")
     log.say(f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, in {workdir}")
-    for note in notes(args, len(train), val):
+    for note in data_notes + notes(args, len(train)):
         log.say(f"note: {note}")
     if found:
         log.say(f"resumed from {found} after step {step} of {total_steps}" + "".join(f"; {change}" for change in changed))
@@ -77,17 +77,16 @@ def main(argv: list[str]) -> None:
         network = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
-    can_evaluate = args.eval_freq > 0 and val is not None
-    if can_evaluate and step == 0:
-        log.line({"epoch": 0, "step": 0, **evaluate_start(model, train, val, device, args, log)})
+    if args.eval_freq and step == 0:
+        log.line({"epoch": 0, "step": 0, **evaluate_start(model, loader, val, args, log)})
     last_step = min(
         total_steps, (args.stop_after_epochs or args.epochs) * steps_per_epoch, args.stop_after_steps or total_steps
     )
     while step < last_step:
         step = train_epoch(network, loader, optimizer, scaler, log, args, amp=amp, step=step, last_step=last_step)
         epoch, inside = divmod(step, steps_per_epoch)
-        if can_evaluate and not inside and (epoch % args.eval_freq == 0 or epoch == args.epochs):
-            log.line({"epoch": epoch, "step": step, **evaluate(model, train, val, device, amp, args, log, epoch)})
+        if args.eval_freq and not inside and (epoch % args.eval_freq == 0 or epoch == args.epochs):
+            log.line({"epoch": epoch, "step": step, **evaluate(model, loader, val, amp, args, log, epoch)})
         if speaks:
             state = checkpoint.pack(model, optimizer, scaler, args=args, epoch=epoch, step=step, images=len(train))
             checkpoint.save(os.path.join(workdir, checkpoint.LAST), state)
@@ -169,27 +168,37 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
     return step
 
 
-def evaluate(model, train, val, device, amp, args, log, epoch) -> dict:
-    """Weighted kNN of the trained encoder's features, in percent."""
+def evaluate(model, loader, val, amp, args, log, epoch) -> dict:
+    """What the trained encoder's features are worth, with labels (kNN, in percent) and without."""
     encoder = model.momentum_encoder if args.eval_encoder == "momentum" else model.base_encoder
     encoder.eval()
-    with autocast(amp, device):
-        top1 = knn.accuracy(encoder.embed, train, val, size=args.img_size, device=device, workers=args.workers)
+    with autocast(amp, loader.device):
+        result = judge(encoder.embed, loader, val, args, log, f"epoch {epoch}/{args.epochs}  ", f"{args.eval_encoder} encoder")
     encoder.train()
-    log.say(f"epoch {epoch}/{args.epochs}  kNN top-1 {top1:.2f} % ({args.eval_encoder} encoder)")
-    return {"knn_top1": top1, "encoder": args.eval_encoder}
+    return {**result, "encoder": args.eval_encoder}
 
 
-def evaluate_start(model, train, val, device, args, log) -> dict:
+def evaluate_start(model, loader, val, args, log) -> dict:
     """The same of the untrained encoder and, for small images, of raw pixels: what learning has to beat."""
-    where = dict(size=args.img_size, device=device, workers=args.workers)
-    result = {}
-    if args.img_size <= 64:
-        result["raw_pixels_knn_top1"] = knn.accuracy(lambda x: x.flatten(1), train, val, **where)
-        log.say(f"epoch 0/{args.epochs}  kNN top-1 {result['raw_pixels_knn_top1']:.2f} % (raw pixels)")
-    untrained = knn.calibrated_copy(model.base_encoder, train, **where)
-    result["knn_top1"] = knn.accuracy(untrained.embed, train, val, **where)
-    log.say(f"epoch 0/{args.epochs}  kNN top-1 {result['knn_top1']:.2f} % (untrained encoder)")
+    result, start = {}, f"epoch 0/{args.epochs}  "
+    where = dict(size=args.img_size, device=loader.device, workers=args.workers)
+    if val is not None and args.img_size <= 64:
+        result["raw_pixels_knn_top1"] = knn.accuracy(lambda x: x.flatten(1), loader.images, val, **where)
+        log.say(f"{start}kNN top-1 {result['raw_pixels_knn_top1']:.2f} % (raw pixels)")
+    untrained = knn.calibrated_copy(model.base_encoder, loader.images, **where)
+    return {**result, **judge(untrained.embed, loader, val, args, log, start, "untrained encoder")}
+
+
+def judge(embed, loader, val, args, log, start: str, what: str) -> dict:
+    """kNN, where there are validation images, and the signals that need no labels."""
+    result, told = {}, []
+    if val is not None:
+        where = dict(size=args.img_size, device=loader.device, workers=args.workers)
+        result["knn_top1"] = knn.accuracy(embed, loader.images, val, **where)
+        told = [f"kNN top-1 {result['knn_top1']:.2f} %"]
+    result |= label_free.signals(embed, loader)
+    told += [f"effective rank {result['effective_rank']:.1f}", f"view agreement {result['view_agreement']:.2f}"]
+    log.say(f"{start}{'  '.join(told)} ({what})")
     return result
 
 
@@ -198,7 +207,7 @@ def default_workdir(args) -> str:
     return os.path.join("runs", f"{args.method}-{args.arch}-{args.dataset}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
 
 
-def notes(args, num_images: int, val) -> list[str]:
+def notes(args, num_images: int) -> list[str]:
     """Settings that work, but that a user should know about."""
     told = []
     if args.method != "mocov3" and args.bank_size > num_images:
@@ -209,8 +218,6 @@ def notes(args, num_images: int, val) -> list[str]:
         told.append("--width and --small-stem concern ResNets: no effect on a ViT")
     if args.arch.startswith("resnet") and args.stop_grad_conv1:
         told.append("--stop-grad-conv1 concerns ViTs: no effect on a ResNet")
-    if args.eval_freq and val is None:
-        told.append("no val/ folder: no kNN evaluation")
     return told
 
 

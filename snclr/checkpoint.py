@@ -25,7 +25,19 @@ PREFIX = "module."
 # A resumed run is the same run: these decide which images it sees and what its state means.
 # Others may change on purpose (a longer schedule, another temperature); that is said. RUNNING ones are of no account.
 FIXED = ("arch", "method", "optimizer", "batch_size", "seed", "dataset", "img_size", "crop_min", "blur", "small_stem")
-RUNNING = {"data", "workers", "workdir", "resume", "stop_after_epochs", "stop_after_steps"}
+FIXED += ("subset", "subset_seed")
+RUNNING = {
+    "data",
+    "val",
+    "labels",
+    "val_labels",
+    "download",
+    "workers",
+    "workdir",
+    "resume",
+    "stop_after_epochs",
+    "stop_after_steps",
+}
 RUNNING |= {"save_freq", "print_freq", "eval_freq", "eval_encoder"}
 
 

@@ -1,38 +1,38 @@
-"""Data sets and loaders: from an image's stable number to batches of two augmented views on the training device.
+"""Image sets and loaders: from an image's stable number to batches of two augmented views on the training device.
 
-A data set is either held decoded in memory (ResidentImages: cropped on the device) or read from files (ImageFiles: decoded
-and cropped by worker processes). Both answer `views` and `whole` for arrays of indices, so the loaders know no difference.
+A set is either held decoded in memory (ResidentImages: cropped on the device) or decoded image by image (EncodedImages:
+decoded and cropped by worker processes). Both answer `views` and `whole` for arrays of indices, so the loaders know no
+difference. Where sets come from is the business of sources.py.
 """
 
-import os
+import copy
+import io
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from . import augment, embedded
+from . import augment
 from .augment import Recipe, ViewParameters
 from .distributed import rank, world_size
-from .errors import RunError, UsageError
+from .errors import RunError
 
 try:  # torchvision 0.29 announces that its decoders will go; PIL takes half as long again
-    from torchvision.io import ImageReadMode, decode_image, read_file
+    from torchvision.io import ImageReadMode, decode_image
 except ImportError:
     decode_image = None
 warnings.filterwarnings("ignore", message=".*capabilities of TorchVision are deprecated", category=DeprecationWarning)
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
 EVALUATION_BATCH = 256  # images a rank
-RESIDENT_LIMIT = 2**30  # bytes of decoded pixels up to which a folder of equal-sized images is held in memory
+SAMPLE_EPOCH = -1  # keys the views of TwoViewLoader.sample
+RESIDENT_LIMIT = 2**30  # bytes of decoded pixels up to which a set of equal-sized images is held in memory
 
 
 class Views(NamedTuple):
@@ -44,7 +44,13 @@ class Views(NamedTuple):
 
 
 class ImageSet:
-    """n images with a stable number each. labels (n,) int64 or None; classes: their names; mean, std of the channels."""
+    """n images with a stable number each.
+
+    labels (n,) int64, -1 for an image without one, or None where no image has one; classes: the labels' names; mean, std
+    (3,) of the channels, in [0, 1]. per_image names the attributes with one entry an image.
+    """
+
+    per_image: tuple[str, ...] = ("labels",)
 
     def __init__(self, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
         self.labels = None if labels is None else torch.as_tensor(labels)
@@ -53,6 +59,18 @@ class ImageSet:
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    def select(self, indices: np.ndarray) -> "ImageSet":
+        """Images `indices` alone, numbered anew in that order."""
+        chosen = copy.copy(self)
+        for name in self.per_image:
+            values = getattr(self, name)
+            setattr(chosen, name, None if values is None else values[indices])
+        return chosen
+
+    def labelled(self) -> "ImageSet":
+        """The images that have a label."""
+        return self if (self.labels >= 0).all() else self.select(np.flatnonzero(self.labels.numpy() >= 0))
 
     def to(self, device: torch.device) -> "ImageSet":
         """Bring what is held in memory to the device that trains."""
@@ -70,6 +88,8 @@ class ImageSet:
 
 class ResidentImages(ImageSet):
     """Images (n, 3, H, W) uint8 in memory."""
+
+    per_image = ("labels", "images")
 
     def __init__(self, images: np.ndarray | Tensor, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
         super().__init__(labels, classes, mean_std)
@@ -95,8 +115,44 @@ class ResidentImages(ImageSet):
         return images if images.shape[2:] == (size, size) else augment.crop_and_resize(images, box.expand(len(images), 4), size)
 
 
-class ImageFiles(ImageSet):
-    """Images in files, decoded whenever they are needed."""
+class EncodedImages(ImageSet):
+    """Images that are decoded whenever they are needed: a subclass says how one of them is read."""
+
+    def image(self, index: int) -> Tensor:
+        """One image, (3, H, W) uint8. Raises RunError, naming it, where it cannot be read."""
+        raise NotImplementedError
+
+    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray) -> Views:
+        images = [self.image(index) for index in indices]
+        heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
+        boxes, parameters = _draw_both(recipe, epoch, indices, heights, widths)
+        crops = torch.cat([_cut(image, box, recipe.size) for image, box in zip(images * 2, boxes, strict=True)])
+        return Views(torch.from_numpy(indices), crops, parameters)
+
+    def whole(self, indices: np.ndarray, size: int) -> Tensor:
+        images = [self.image(index) for index in indices]
+        none = torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return torch.cat([none, *(_cut(image, _evaluation_box(*image.shape[1:], size), size) for image in images)])
+
+    def resident(self) -> ImageSet:
+        """The same set held in memory, if all images are of one size and fit into RESIDENT_LIMIT; else this one."""
+        first = self.image(0)
+        if first.numel() * len(self) > RESIDENT_LIMIT:
+            return self
+        images = torch.empty(len(self), *first.shape, dtype=torch.uint8)
+        for index in range(len(self)):
+            image = self.image(index)
+            if image.shape != first.shape:
+                return self
+            images[index] = image
+        labels = None if self.labels is None else self.labels.numpy()
+        return ResidentImages(images, labels, self.classes, (self.mean.tolist(), self.std.tolist()))
+
+
+class ImageFiles(EncodedImages):
+    """Images in files of their own."""
+
+    per_image = ("labels", "paths")
 
     def __init__(self, paths: list[str], labels: np.ndarray | None, classes: list[str], mean_std: tuple):
         super().__init__(labels, classes, mean_std)
@@ -105,50 +161,40 @@ class ImageFiles(ImageSet):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray) -> Views:
-        images = [decode(self.paths[index]) for index in indices]
-        heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
-        boxes, parameters = _draw_both(recipe, epoch, indices, heights, widths)
-        crops = torch.cat([_cut(image, box, recipe.size) for image, box in zip(images * 2, boxes, strict=True)])
-        return Views(torch.from_numpy(indices), crops, parameters)
-
-    def whole(self, indices: np.ndarray, size: int) -> Tensor:
-        images = [decode(self.paths[index]) for index in indices]
-        none = torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return torch.cat([none, *(_cut(image, _evaluation_box(*image.shape[1:], size), size) for image in images)])
-
-    def resident(self) -> ImageSet:
-        """The same set held in memory, if all images are of one size and fit into RESIDENT_LIMIT; else this one."""
-        first = decode(self.paths[0])
-        if first.numel() * len(self) > RESIDENT_LIMIT:
-            return self
-        images = torch.empty(len(self), *first.shape, dtype=torch.uint8)
-        for index, path in enumerate(self.paths):
-            image = decode(path)
-            if image.shape != first.shape:
-                return self
-            images[index] = image
-        return ResidentImages(images, self.labels, self.classes, (self.mean.tolist(), self.std.tolist()))
+    def image(self, index: int) -> Tensor:
+        path = str(self.paths[index])
+        try:
+            encoded = np.fromfile(path, np.uint8)
+        except OSError as error:
+            raise unreadable(path, error.strerror) from error
+        return decode(encoded, path)
 
 
-def decode(path: str) -> Tensor:
-    """An image file as (3, H, W) uint8, upright: grey, palette, CMYK and alpha become RGB, EXIF orientation is applied."""
-    path = str(path)
+def decode(encoded: np.ndarray, name: str) -> Tensor:
+    """The bytes (n,) uint8 of an image file as (3, H, W) uint8, upright. Raises RunError with the name of a damaged one."""
+    if encoded[:3].tobytes() == b"\xff\xd8\xff" and decode_image:  # JPEG only: its PNG decoder crashes on damaged files
+        try:
+            return decode_image(torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=True)
+        except RuntimeError:
+            pass  # PIL reads it, or names the reason
     try:
-        with open(path, "rb") as file:
-            is_jpeg = file.read(3) == b"\xff\xd8\xff"
-        if is_jpeg and decode_image:  # only these: torchvision's PNG decoder crashes on damaged files
-            return decode_image(read_file(path), ImageReadMode.RGB, apply_exif_orientation=True)
-    except (OSError, RuntimeError):
-        pass  # PIL reads it, or names the reason
-    try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            if upright.mode.startswith("I"):  # 16 bits of grey, which PIL's convert would clip at 255
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+        with Image.open(io.BytesIO(encoded)) as picture:
+            return to_rgb(picture)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RunError(f"cannot read image {path}: {error}; remove or replace the file") from error
+        raise unreadable(name, error) from error
+
+
+def to_rgb(picture: Image.Image) -> Tensor:
+    """(3, H, W) uint8, upright: grey, palette, CMYK and alpha become RGB, EXIF orientation is applied."""
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I"):  # 16 bits of grey, which PIL's convert would clip at 255
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+
+
+def unreadable(name: str, reason: object) -> RunError:
+    """The error of an image that cannot be read."""
+    return RunError(f"cannot read image {name}: {reason}; remove or replace the file")
 
 
 def _draw_both(recipe, epoch, indices, heights, widths):
@@ -170,59 +216,6 @@ def _evaluation_box(height, width, size):
         return 0, 0, size, size
     side = round(min(height, width) * 7 / 8)
     return (height - side) // 2, (width - side) // 2, side, side
-
-
-# -- opening -------------------------------------------------------------------------------------------------------------
-
-
-def open_data(dataset: str, root: str | None) -> tuple[ImageSet, ImageSet | None]:
-    """Training and validation set of 'embedded', 'cifar10' (torchvision's files below root) or 'folder' (root/train, root/val).
-
-    Validation is None where a folder has no val/. Raises UsageError where nothing readable is there.
-    """
-    if dataset == "embedded":
-        moments = embedded.MEAN, embedded.STD
-        return tuple(ResidentImages(*embedded.draw(split), list(embedded.CLASSES), moments) for split in ("train", "val"))
-    if dataset == "cifar10":
-        return _open_cifar10(root, True), _open_cifar10(root, False)
-    if not os.path.isdir(os.path.join(root, "train")):
-        raise UsageError(f"{root} has no folder train/; expected {root}/train/<class>/<image> and {root}/val/<class>/<image>")
-    train = _open_folder(os.path.join(root, "train"))
-    if not os.path.isdir(os.path.join(root, "val")):
-        return train, None
-    val = _open_folder(os.path.join(root, "val"))
-    if val.classes != train.classes:
-        odd = sorted(set(val.classes) ^ set(train.classes))
-        raise UsageError(f"train/ and val/ of {root} must hold the same classes; only one of them has {', '.join(odd[:5])}")
-    return train, val
-
-
-def _open_cifar10(root, train):
-    try:
-        files = torchvision.datasets.CIFAR10(root, train=train, download=False)
-    except RuntimeError as error:
-        raise UsageError(
-            f"no CIFAR-10 in {root}: expected torchvision's folder cifar-10-batches-py there, whole and unpacked"
-        ) from error
-    return ResidentImages(files.data.transpose(0, 3, 1, 2).copy(), np.array(files.targets), files.classes, CIFAR10)
-
-
-def _open_folder(split):
-    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        for folder, subfolders, files in os.walk(os.path.join(split, name), followlinks=True):
-            subfolders.sort()
-            found = [os.path.join(folder, file) for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
-            paths += found
-            labels += [label] * len(found)
-    if not paths:
-        raise UsageError(f"no image in {split}; expected {split}/<class>/<image> with one of {' '.join(EXTENSIONS)}")
-    images = ImageFiles(paths, np.array(labels), classes, IMAGENET)
-    try:
-        return images.resident()
-    except RunError as error:
-        raise UsageError(str(error)) from error
 
 
 # -- loading -------------------------------------------------------------------------------------------------------------
@@ -247,7 +240,7 @@ class TwoViewLoader:
         self.steps_per_epoch = len(images) // global_batch_size
         self.requests = _Requests()
         self.loader = None
-        if isinstance(images, ImageFiles):
+        if isinstance(images, EncodedImages):
             self.loader = DataLoader(
                 _ViewsOnRequest(images, recipe),
                 batch_size=None,
@@ -260,10 +253,21 @@ class TwoViewLoader:
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """This rank's batches first .. steps_per_epoch - 1 of an epoch."""
         order = augment.epoch_order(self.recipe.seed, epoch, len(self.images))
-        self.requests.list = []
-        for step in range(first, self.steps_per_epoch):
-            start = step * self.global_batch_size + rank() * self.batch_size_per_rank
-            self.requests.list.append((epoch, order[start : start + self.batch_size_per_rank]))
+        starts = [step * self.global_batch_size for step in range(first, self.steps_per_epoch)]
+        return self._batches(epoch, [self._share(order[start : start + self.global_batch_size]) for start in starts])
+
+    def sample(self, count: int) -> Iterator[Batch]:
+        """This rank's part of `count` images (rounded down to the ranks) in views that no epoch shows; the same each time."""
+        order = augment.epoch_order(self.recipe.seed, SAMPLE_EPOCH, len(self.images))
+        share = self._share(order[: min(count, len(order)) // world_size() * world_size()])
+        return self._batches(SAMPLE_EPOCH, np.split(share, range(EVALUATION_BATCH, len(share), EVALUATION_BATCH)))
+
+    @staticmethod
+    def _share(indices):
+        return np.split(indices, world_size())[rank()]
+
+    def _batches(self, epoch, parts):
+        self.requests.list = [(epoch, part) for part in parts]
         if self.loader is not None:
             for views in self.loader:
                 if isinstance(views, Exception):
@@ -296,7 +300,7 @@ class _ViewsOnRequest(Dataset):
     """The worker's side: a request (epoch, indices) to the views of that batch. An error is returned, since one raised in
     a worker reaches the main process wrapped in the worker's traceback."""
 
-    def __init__(self, images: ImageFiles, recipe: Recipe):
+    def __init__(self, images: EncodedImages, recipe: Recipe):
         self.images, self.recipe = images, recipe
 
     def __getitem__(self, request):
@@ -309,7 +313,7 @@ class _ViewsOnRequest(Dataset):
 class _WholeOnRequest(Dataset):
     """As _ViewsOnRequest, for evaluation: indices to whole images."""
 
-    def __init__(self, images: ImageFiles, size: int):
+    def __init__(self, images: EncodedImages, size: int):
         self.images, self.size = images, size
 
     def __getitem__(self, indices):
@@ -331,7 +335,7 @@ def whole_images(
     """Images `indices` in order, for evaluation: normalised float batches (<= chunk, 3, size, size) on the device."""
     chunks = np.split(indices, range(chunk, len(indices), chunk))
     batches = (images.whole(part, size) for part in chunks)
-    if isinstance(images, ImageFiles):
+    if isinstance(images, EncodedImages):
         batches = DataLoader(_WholeOnRequest(images, size), batch_size=None, sampler=chunks, num_workers=workers)
     for batch in batches:
         if isinstance(batch, Exception):

@@ -3,6 +3,7 @@
 Every function also works without a process group, as rank 0 of 1; nothing else in the project asks whether there is one.
 """
 
+import contextlib
 import os
 
 import torch
@@ -47,6 +48,19 @@ def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
+
+
+@contextlib.contextmanager
+def local_rank_zero_first():
+    """Let one process of each machine do the block before the others do: it may write what they then find."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        barrier()
+    try:
+        yield
+    finally:
+        if first:
+            barrier()
 
 
 def all_gather(x: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ def accuracy(
     temperature: float = 0.07,
 ) -> float:
     """Top-1 accuracy in percent on val, with the labelled features of train as neighbours; the same on every rank."""
+    train, val = train.labelled(), val.labelled()
     features, labels = encode(embed, train, size=size, device=device, workers=workers)
     queries, truth = encode(embed, val, size=size, device=device, workers=workers)
     queries, truth = _join_shares(queries, len(val)), _join_shares(truth, len(val))

@@ -23,7 +23,7 @@ GROUPS = {
     "optim": ("lr", "momentum", "grad_norm"),
     "bank": ("bank_fill", "distinct_rows", "largest_count"),
     "neighbours": ("neighbour_similarity", "positiveness_entropy", "neighbour_purity"),
-    "features": ("feature_std",),
+    "features": ("feature_std", "effective_rank", "view_agreement"),
     "speed": ("images_per_s", "data_wait"),
     "eval": ("knn_top1", "raw_pixels_knn_top1"),
 }
@@ -38,7 +38,7 @@ def step_metrics(
     loss, and loss_ratio to the loss at chance (None if undefined); feature_std: standard deviation of the unit projections
     over the batch times sqrt(D), about 1 when spread over the sphere, 0 at collapse; bank_fill. With a search in the bank:
     neighbour_similarity (mean cosine), positiveness_entropy (share of the uniform weights' entropy), distinct_rows and
-    largest_count of the picks, and with labels neighbour_purity (share of neighbours with the query's label).
+    largest_count of the picks, and neighbour_purity (of the neighbours where both have a label, the share with the query's).
     """
     projection = unit(shown.projection).double()
     valid = shown.neighbour_ids >= 0
@@ -47,7 +47,11 @@ def step_metrics(
     shares = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-12)  # a threshold leaves sums below 1
     several = number > 1
     entropy = torch.special.entr(shares).sum(dim=1)[several] / number[several].log()
-    same = valid.new_zeros(()) if labels is None else valid & (labels[shown.neighbour_ids] == labels[ids][:, None])
+    known = same = valid.new_zeros(())
+    if labels is not None:
+        theirs, own = labels[shown.neighbour_ids], labels[ids][:, None]
+        known = valid & (theirs >= 0) & (own >= 0)
+        same = known & (theirs == own)
     sums = (
         loss.detach(),
         ids.new_tensor(len(ids)),
@@ -56,11 +60,12 @@ def step_metrics(
         shown.scores[valid].sum(),
         entropy.sum(),
         several.sum(),
+        known.sum(),
         same.sum(),
     )
     mine = torch.cat([torch.stack([x.double() for x in sums]), projection.sum(dim=0), projection.square().sum(dim=0)])
     total, first, second = all_sum(mine).split([len(sums), projection.shape[1], projection.shape[1]])
-    loss_sum, images, weight_sum, picks, score_sum, entropy_sum, entropies, same_sum = total.tolist()
+    loss_sum, images, weight_sum, picks, score_sum, entropy_sum, entropies, known_sum, same_sum = total.tolist()
     mean_loss = loss_sum / world_size()
     chance = loss_at_chance(method, form, temperature, int(shown.num_candidates), 1 + weight_sum / images)
     variance = second / images - (first / images).square()
@@ -76,8 +81,8 @@ def step_metrics(
         metrics["positiveness_entropy"] = entropy_sum / entropies if entropies else None
         metrics["distinct_rows"] = int((shown.counts > 0).sum())
         metrics["largest_count"] = int(shown.counts.max())
-        if labels is not None:
-            metrics["neighbour_purity"] = same_sum / picks
+        if known_sum:
+            metrics["neighbour_purity"] = same_sum / known_sum
     return metrics
 
 
@@ -156,13 +161,15 @@ def non_finite(loss: float, first_bad: Tensor) -> str:
 def farewell(workdir: str, done: bool) -> str:
     """What came out, where it lies, and what to do next."""
     with open(os.path.join(workdir, "metrics.jsonl")) as file:
-        found = [line for line in map(json.loads, file) if "knn_top1" in line]
-    told = []
-    if found and found[0]["epoch"] == 0:
-        first = {"raw pixels": found[0].get("raw_pixels_knn_top1"), "untrained": found[0]["knn_top1"]}
-        told += [f"{name} {value:.1f} %" for name, value in first.items() if value is not None]
-    told += [f"epoch {line['epoch']}: {line['knn_top1']:.1f} %" for line in found[-1:] if line["epoch"]]
-    lines = [f"kNN top-1: {', '.join(told)}"] if told else []
+        found = [line for line in map(json.loads, file) if "loss" not in line]  # evaluations
+    lines = []
+    for name, title, unit_of in (("knn_top1", "kNN top-1", " %"), ("effective_rank", "effective rank", "")):
+        told = []
+        for line in found[:1] if found and found[0]["epoch"] == 0 else []:
+            first = {"raw pixels": line.get(f"raw_pixels_{name}"), "untrained": line.get(name)}
+            told += [f"{what} {value:.1f}{unit_of}" for what, value in first.items() if value is not None]
+        told += [f"epoch {line['epoch']}: {line[name]:.1f}{unit_of}" for line in found[-1:] if line["epoch"] and name in line]
+        lines += [f"{title}: {', '.join(told)}"] if told else []
     lines.append(f"checkpoint: {os.path.join(workdir, LAST)}")
     lines.append(f"curves: tensorboard --logdir {workdir}   (numbers: {os.path.join(workdir, 'metrics.jsonl')})")
     if done:

@@ -12,9 +12,15 @@ import sys
 from .errors import UsageError, one_clear_line
 
 METHODS = ("snclr", "nnclr", "mocov3", "mocov2")
-DATASETS = ("embedded", "folder", "cifar10")
+LOCAL_DATASETS = ("folder", "tree", "list", "shards")  # in the user's own files
+TORCHVISION_DATASETS = ("cifar10", "cifar100", "stl10", "svhn", "flowers102", "pets", "food101", "dtd", "aircraft")
+DATASETS = ("embedded", *LOCAL_DATASETS, *TORCHVISION_DATASETS)
+IMG_SIZES = {"embedded": 32, "cifar10": 32, "cifar100": 32, "svhn": 32, "stl10": 96}  # all others: 224
 ARCHS = ("vit_tiny", "vit_small", "vit_base", "resnet8", "resnet18", "resnet50")
 OPTIMIZERS = ("adamw", "lars")
+POSITIVE = ("patch_size", "width", "snclr_dim", "snclr_mlp_dim", "snclr_t", "bank_size", "positiveness_t", "epochs")
+POSITIVE += ("batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps")
+NOT_NEGATIVE = ("topk", "wd", "warmup_epochs", "nn_warmup_epochs", "save_freq", "eval_freq")
 EMBEDDED_RECIPE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "embedded.args")
 
 
@@ -44,25 +50,52 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All flags, in groups."""
-    parser = _Parser(
-        prog="main_snclr.py",
-        description="Self-supervised pretraining with soft neighbours (SNCLR) and its relatives.",
+def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser that reads @FILE recipes and turns every error into a UsageError."""
+    return _Parser(
+        prog=prog,
+        description=description,
         epilog="@FILE reads flags from a recipe of configs/; flags after it override it.",
         fromfile_prefix_chars="@",
         formatter_class=_Help,
         allow_abbrev=False,
     )
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which images are opened (snclr/sources.py), the same for every command."""
+    on_off = argparse.BooleanOptionalAction
+    g = parser.add_argument_group("data")
+    g.add_argument("data", nargs="?", metavar="DATA", help="folder, list or tar file of the images; absent: the embedded set")
+    g.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        metavar="KIND",
+        help=f"what DATA is: {', '.join(DATASETS)} (default: what it looks like; embedded without DATA)",
+    )
+    g.add_argument("--val", metavar="PATH", help="validation images, of the same kind (default: DATA/val beside DATA/train)")
+    g.add_argument("--labels", metavar="FILE", help="one label a line, in the order of the images; none: use no labels")
+    g.add_argument("--val-labels", metavar="FILE", help="the same for the validation images")
+    g.add_argument("--download", action=on_off, default=False, help="fetch a torchvision set into DATA where it is missing")
+    g.add_argument("--subset", type=float, metavar="N", help="train on N images, or on this share of them if below 1")
+    g.add_argument(
+        "--subset-seed", type=int, default=0, metavar="N", help="which ones; smaller subsets are part of larger ones"
+    )
+    g.add_argument("--mean", type=float, nargs=3, metavar="X", help="of the channels, in 0..1 (default: the set's)")
+    g.add_argument("--std", type=float, nargs=3, metavar="X", help="as --mean; `python -m snclr.mean_std DATA` measures both")
+    g.add_argument("--img-size", type=int, metavar="PX", help="side of a view (default: 224; 32 or 96 for sets of that size)")
+    g.add_argument("-j", "--workers", type=int, metavar="N", help="processes a rank that decode (default: one a core, up to 8)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of main_snclr.py, in groups."""
+    parser = new_parser("main_snclr.py", "Self-supervised pretraining with soft neighbours (SNCLR) and its relatives.")
     on_off = argparse.BooleanOptionalAction
 
-    g = parser.add_argument_group("data")
-    g.add_argument("data", nargs="?", metavar="DATA", help="folder of the data set; absent: the embedded data set")
-    g.add_argument("--dataset", choices=DATASETS, help="what DATA is (default: folder, or embedded without DATA)")
-    g.add_argument("--img-size", type=int, metavar="PX", help="side of a view (default: 224 for a folder, else 32)")
+    add_data_flags(parser)
+    g = parser.add_argument_group("views")
     g.add_argument("--crop-min", type=float, default=0.08, metavar="SHARE", help="smallest crop, as a share of the area")
     g.add_argument("--blur", action=on_off, help="Gaussian blur (default: on above 32 px)")
-    g.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="processes a rank that decode image files")
 
     g = parser.add_argument_group("model")
     g.add_argument("-a", "--arch", choices=ARCHS, default="vit_small", metavar="ARCH", help=f"backbone: {', '.join(ARCHS)}")
@@ -119,27 +152,98 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Flags to settings, with the defaults that depend on others filled in, checked. Raises UsageError."""
     args = build_parser().parse_args(argv)
-    if args.dataset is None:
-        args.dataset = "embedded" if args.data is None else "folder"
+    resolve_data(args)
     if args.dataset == "embedded" and not any(flag.startswith("@") for flag in argv):
         return parse([f"@{EMBEDDED_RECIPE}", *argv])  # the general defaults are ImageNet's
     if args.warmup_epochs is None:
         args.warmup_epochs = min(40, args.epochs / 5)
-    if args.img_size is None:
-        args.img_size = 224 if args.dataset == "folder" else 32
     if args.blur is None:
         args.blur = args.img_size > 32
     check(args, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return args
 
 
+def parse_data(argv: list[str]) -> argparse.Namespace:
+    """The data flags alone, resolved and checked, for commands that only look at images. Raises UsageError."""
+    parser = new_parser("snclr.mean_std", "Measures the mean and standard deviation of the channels.")
+    add_data_flags(parser)
+    args = parser.parse_args(argv)
+    args.workdir = None
+    resolve_data(args)
+    check_data(args)
+    return args
+
+
+def resolve_data(args: argparse.Namespace) -> None:
+    """Fill in what kind of data DATA is, the size of the views and the number of workers."""
+    if args.dataset is None:
+        args.dataset = _recognised(args.data)
+    if args.img_size is None:
+        args.img_size = IMG_SIZES.get(args.dataset, 224)
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        args.workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _recognised(data):
+    if data is None:
+        return "embedded"
+    if os.path.isfile(data):
+        return {".tar": "shards", ".txt": "list"}.get(os.path.splitext(data)[1], "folder")
+    train = os.path.join(data, "train")
+    place = train if os.path.isdir(train) else data
+    entries = list(os.scandir(place)) if os.path.isdir(place) else []
+    if any(entry.name.endswith(".tar") for entry in entries):
+        return "shards"
+    # a folder that is not there is called one with classes, too: it is refused as such
+    has_classes = place == train and any(entry.is_dir() for entry in entries)
+    return "folder" if has_classes or not os.path.isdir(data) else "tree"
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Data flags that cannot work. Raises UsageError."""
+    _check_numbers(args, ("img_size", "subset"), ("workers",))
+    if args.subset is not None and args.subset > 1 and args.subset % 1:
+        raise UsageError(f"--subset must be a whole number of images or a share below 1, found {args.subset}")
+    if (args.mean is None) != (args.std is None) or any(not 0 < value <= 1 for value in args.std or ()):
+        raise UsageError("--mean and --std belong together, three numbers each, --std above 0 and in units of 0..1")
+    if args.dataset == "embedded":
+        if args.data is not None:
+            raise UsageError(f"the embedded data set is drawn, not read: leave out {args.data} or choose another --dataset")
+    elif args.data is None:
+        raise UsageError(f"--dataset {args.dataset} needs DATA, the place of the images")
+    if args.download and args.dataset not in TORCHVISION_DATASETS:
+        raise UsageError(f"--download is for torchvision's sets ({', '.join(TORCHVISION_DATASETS)}), not for {args.dataset}")
+    needs_file = args.dataset == "list" or (args.data is not None and args.data.endswith(".tar"))
+    if args.data is not None and not (os.path.isfile if needs_file else os.path.isdir)(args.data) and not args.download:
+        kind = "file" if needs_file else "folder"
+        hint = "a folder of images or of .tar files, one .tar file, or a .txt file that lists paths"
+        raise UsageError(f"--dataset {args.dataset}: there is no {kind} {args.data}; DATA is {hint}")
+    for flag, path in (("--val", args.val), ("--labels", args.labels), ("--val-labels", args.val_labels)):
+        if path is None or (flag == "--labels" and path == "none"):
+            continue
+        if args.dataset not in LOCAL_DATASETS or (flag != "--val" and args.dataset == "folder"):
+            raise UsageError(f"{flag} {path} has no meaning for --dataset {args.dataset}, which brings its own")
+        if not os.path.exists(path):
+            raise UsageError(f"{flag} {path} does not exist")
+    if args.val_labels and not args.labels:
+        raise UsageError("--val-labels needs the training images' --labels as well")
+
+
 def check(args: argparse.Namespace, world_size: int) -> None:
     """Combinations that cannot work, before anything slow or lasting is done. Raises UsageError."""
-    _check_numbers(args)
-    if args.data is None and args.dataset != "embedded":
-        raise UsageError(f"--dataset {args.dataset} needs the folder DATA")
-    if args.data is not None and args.dataset == "embedded":
-        raise UsageError(f"the embedded data set is drawn, not read: leave out {args.data} or choose another --dataset")
+    check_data(args)
+    _check_numbers(args, POSITIVE, NOT_NEGATIVE)
+    if args.batch_size < 2:
+        raise UsageError("--batch-size must be at least 2: batch norm and contrast need company")
+    if not -(2**63) <= args.seed < 2**63:
+        raise UsageError(f"--seed must fit into 64 bits, found {args.seed}")
+    for name in ("crop_min", "snclr_m"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be between 0 and 1, found {getattr(args, name)}")
+    for name in ("warmup_epochs", "nn_warmup_epochs"):
+        if getattr(args, name) > args.epochs:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name):g} exceeds --epochs {args.epochs}")
     if args.batch_size % world_size:
         raise UsageError(f"--batch-size {args.batch_size} is global and must be divisible by the {world_size} ranks")
     if args.arch.startswith("vit") and args.img_size % args.patch_size:
@@ -159,8 +263,6 @@ def holds_run(workdir: str) -> bool:
 
 
 def _check_paths(args):
-    if args.data is not None and not os.path.isdir(args.data):
-        raise UsageError(f"data folder {args.data} does not exist: give the folder that holds the data set")
     parent = os.path.abspath(args.workdir or ".")
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
@@ -178,23 +280,11 @@ def _check_paths(args):
             raise UsageError(f"--workdir {args.workdir} holds another run: add --resume auto to go on, or choose a new one")
 
 
-def _check_numbers(args):
-    positive = ("img_size", "patch_size", "width", "snclr_dim", "snclr_mlp_dim", "snclr_t", "bank_size", "positiveness_t")
-    positive += ("epochs", "batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps")
-    for name in (*positive, "workers", "topk", "wd", "warmup_epochs", "nn_warmup_epochs", "save_freq", "eval_freq"):
+def _check_numbers(args, positive, not_negative):
+    for name in (*positive, *not_negative):
         value, least = getattr(args, name), "above 0" if name in positive else "0 or more"
         if value is not None and not (math.isfinite(value) and (value > 0 if name in positive else value >= 0)):
             raise UsageError(f"--{name.replace('_', '-')} must be {least}, found {value}")
-    if args.batch_size < 2:
-        raise UsageError("--batch-size must be at least 2: batch norm and contrast need company")
-    if not -(2**63) <= args.seed < 2**63:
-        raise UsageError(f"--seed must fit into 64 bits, found {args.seed}")
-    for name in ("crop_min", "snclr_m"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be between 0 and 1, found {getattr(args, name)}")
-    for name in ("warmup_epochs", "nn_warmup_epochs"):
-        if getattr(args, name) > args.epochs:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name):g} exceeds --epochs {args.epochs}")
 
 
 if __name__ == "__main__":

@@ -127,8 +127,8 @@ def content(folder):
         ("--threshold --weights uniform", "--weights uniform"),
         ("--threshold --topk 1", "--topk 1"),
         ("--method nnclr --eval-encoder momentum", "--eval-encoder online"),
-        ("--dataset cifar10", "needs the folder DATA"),
-        ("--dataset folder", "needs the folder DATA"),
+        ("--dataset cifar10", "needs DATA"),
+        ("--dataset folder", "needs DATA"),
         ("somewhere --dataset embedded", "somewhere"),
         ("--seed 99999999999999999999", "--seed"),
         ("--batch-size 1", "--batch-size"),
@@ -276,7 +276,7 @@ def test_file_as_data_folder_is_refused(tmp_path):
     refused("images.zip")
 
 
-@pytest.mark.parametrize("folders, expected", [([], "train/"), (["train"], "no image"), (["train/cats"], "no image")])
+@pytest.mark.parametrize("folders, expected", [([], "no image"), (["train"], "no image"), (["train/cats"], "no image")])
 def test_folder_without_images_is_refused_and_nothing_is_left(folders, expected, tmp_path):
     data = tmp_path / "data"
     for folder in ("", *folders):

@@ -1,0 +1,51 @@
+"""What frozen features tell without labels: how many dimensions they use, and whether two views have the same neighbours."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .data import TwoViewLoader
+from .distributed import all_gather
+from .precision import full_precision, unit, widen
+
+SAMPLE = 2048  # images
+NEIGHBOURS = 10
+
+
+@torch.no_grad()
+def signals(embed: Callable[[Tensor], Tensor], loader: TwoViewLoader) -> dict[str, float]:
+    """effective_rank and view_agreement of a fixed sample of the training images; the same on every rank.
+
+    embed: normalised images (B, 3, S, S) to features (B, F).
+    """
+    batches = loader.sample(SAMPLE)
+    pairs = [(embed(batch.view1), embed(batch.view2)) for batch in batches]
+    first, second = (all_gather(widen(torch.cat(views))) for views in zip(*pairs, strict=True))
+    return {"effective_rank": effective_rank(first), "view_agreement": view_agreement(first, second, NEIGHBOURS)}
+
+
+@full_precision
+def effective_rank(features: Tensor) -> float:
+    """RankMe (Garrido et al. 2023, eq. 1): exp of the entropy of the singular values' shares. features (n, F) -> 1 .. F.
+
+    1 at full collapse. It says how many dimensions are used, not whether they are of use.
+    """
+    values = torch.linalg.svdvals(features)
+    shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
+    return torch.special.entr(shares).sum().exp().item()
+
+
+@full_precision
+def view_agreement(first: Tensor, second: Tensor, k: int) -> float:
+    """Mean share of the k nearest other images that an image has in common in two views of all of them.
+
+    first, second (n, F): row i of both is image i. Chance is k / (n - 1). Says nothing under collapse, where all cosines are
+    alike: read it beside effective_rank.
+    """
+    k = min(k, len(first) - 1)
+    found = []
+    for features in (unit(first), unit(second)):
+        cosines = (features @ features.T).fill_diagonal_(-2)
+        found.append(torch.zeros_like(cosines).scatter_(1, cosines.topk(k, dim=1).indices, 1))
+    return ((found[0] * found[1]).sum(dim=1) / k).mean().item()

@@ -1,0 +1,36 @@
+"""Measures the mean and standard deviation of a data set's channels: python -m snclr.mean_std DATA [data flags]"""
+
+import sys
+
+import numpy as np
+import torch
+
+from . import options, sources
+from .data import ImageSet, whole_images
+from .errors import one_clear_line
+
+
+def mean_std(images: ImageSet, size: int, workers: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation (3,) over all pixels of all images at the evaluation's size, in [0, 1].
+
+    Sets the moments of `images` to 0 and 1.
+    """
+    images.mean, images.std = torch.zeros(3), torch.ones(3)
+    first, second = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    everything = np.arange(len(images))
+    for batch in whole_images(images, everything, size=size, device=torch.device("cpu"), workers=workers):
+        pixels = batch.double()
+        first += pixels.sum(dim=(0, 2, 3))
+        second += pixels.square().sum(dim=(0, 2, 3))
+    count = len(images) * size**2
+    mean = first / count
+    return mean.tolist(), (second / count - mean.square()).sqrt().tolist()
+
+
+if __name__ == "__main__":
+    with one_clear_line("snclr.mean_std"):
+        args = options.parse_data(sys.argv[1:])
+        train, _, _ = sources.open_data(args)
+        print(f"{len(train)} images of {args.dataset} at {args.img_size} px", file=sys.stderr)
+        moments = zip(("--mean", "--std"), mean_std(train, args.img_size, args.workers), strict=True)
+        print(" ".join(f"{flag} {' '.join(f'{value:.4f}' for value in values)}" for flag, values in moments))

@@ -1,0 +1,155 @@
+"""Tar shards read in place: an index of where each image lies, so that image number i is one read at an offset."""
+
+import json
+import os
+import re
+import tarfile
+import zipfile
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from .data import EncodedImages, decode, unreadable
+from .errors import UsageError
+
+
+class Index(NamedTuple):
+    """Where n images lie: files (F,) paths; shard (n,), offset (n,), size (n,) in bytes; label (n,) into classes (C,), -1
+    for none; ignored: number of members that are neither image nor label."""
+
+    files: np.ndarray
+    shard: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    label: np.ndarray
+    classes: np.ndarray
+    ignored: np.ndarray
+
+
+class ShardImages(EncodedImages):
+    """Images inside tar files."""
+
+    per_image = ("labels", "shard", "offset", "size")
+
+    def __init__(self, index: Index, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
+        super().__init__(labels, classes, mean_std)
+        self.files, self.shard, self.offset, self.size = index.files, index.shard, index.offset, index.size
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def image(self, index: int) -> Tensor:
+        path, offset, size = str(self.files[self.shard[index]]), int(self.offset[index]), int(self.size[index])
+        name = f"of {size} bytes at offset {offset} in {path}"
+        try:
+            encoded = np.fromfile(path, np.uint8, count=size, offset=offset)
+        except OSError as error:
+            raise unreadable(name, error.strerror) from error
+        return decode(encoded, name)
+
+
+def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -> Index:
+    """The index of a tar file, or of all .tar files below a folder, in the order of their names.
+
+    Made at the first call, and kept beside the shards, or in the folder `fallback` where one may not write there; made
+    again when names, sizes or times of the shards have changed. Raises UsageError where there is no shard, or no whole one.
+    """
+    files = [source] if os.path.isfile(source) else _tars_below(source)
+    state = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+    key = json.dumps([[os.path.relpath(path, source), *rest] for path, *rest in state])
+    kept = [f"{source}.index.npz" if os.path.isfile(source) else os.path.join(source, "snclr_index.npz")]
+    if fallback is not None:
+        kept.append(os.path.join(fallback, f"index_{os.path.basename(os.path.abspath(source))}.npz"))
+    for path in kept:
+        if (index := _load(path, key)) is not None:
+            return index._replace(files=np.array(files))
+    index = _scan(files, extensions)
+    for path in kept:
+        if _save(path, key, index):
+            break
+    return index
+
+
+def _tars_below(folder):
+    files, compressed = [], []
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        subfolders.sort()
+        files += [os.path.join(parent, name) for name in sorted(names) if name.endswith(".tar")]
+        compressed += [name for name in names if re.search(r"\.(tgz|tar\.\w+)$", name)]
+    if not files:
+        told = f"; {compressed[0]} is compressed and cannot be read at an offset: unpack it to .tar" if compressed else ""
+        raise UsageError(f"no .tar file in {folder}{told}")
+    return files
+
+
+def _scan(files, extensions) -> Index:
+    rows, names, stems, ignored = [], [], [], 0
+    for number, path in enumerate(files):
+        labels = {}  # of this shard's samples: a sample's members share the name up to its first dot
+        first = len(rows)
+        try:
+            with open(path, "rb") as file:
+                for name, offset, size, stem in _members(file, path):
+                    base = os.path.basename(name)
+                    sample = name[: len(name) - len(base)] + base.split(".")[0]
+                    if base.lower().endswith(".cls"):
+                        labels[sample] = os.pread(file.fileno(), size, offset).decode().strip()
+                    elif base.lower().endswith(extensions) and not base.startswith("."):
+                        rows.append((number, offset, size))
+                        names.append(sample)
+                        stems.append(stem)
+                    else:
+                        ignored += 1
+        except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"shard {path} cannot be read: {error}; it must be a whole, uncompressed tar file") from error
+        names[first:] = [(sample, labels.get(sample)) for sample in names[first:]]
+    if not rows:
+        raise UsageError(f"no image in the {len(files)} tar files of {os.path.dirname(files[0])}")
+    if all(label is None for _, label in names) and _name_classes(names, stems):
+        names = [(sample, stem) for (sample, _), stem in zip(names, stems, strict=True)]
+    classes = sorted({label for _, label in names if label is not None})
+    numbers = {label: number for number, label in enumerate(classes)} | {None: -1}
+    shard, offset, size = np.array(rows, dtype=np.int64).T
+    label = np.array([numbers[label] for _, label in names])
+    return Index(np.array(files), shard, offset, size, label, np.array(classes, dtype=str), np.array(ignored))
+
+
+def _members(file, path, start=0):
+    """(name, offset in the outermost file, size, stem of the innermost tar) of every regular file in a tar, also of those
+    inside tars inside it, as ImageNet's training set is shipped."""
+    stem = os.path.basename(path).removesuffix(".tar")
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # a million of them would fill the memory
+            if member.isfile() and member.name.endswith(".tar"):
+                yield from _members(archive.extractfile(member), member.name, start + member.offset_data)
+            elif member.isfile():
+                yield member.name, start + member.offset_data, member.size, stem
+
+
+def _name_classes(names, stems):
+    """Whether the tars are one a class: several, and not merely numbered - or their images repeat the number (n01440764)."""
+    numbered = any(re.search(r"\d$", stem) for stem in stems)
+    repeated = all(os.path.basename(sample).startswith(stem) for (sample, _), stem in zip(names, stems, strict=True))
+    return len(set(stems)) > 1 and (repeated or not numbered)
+
+
+def _load(path, key) -> Index | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Index(np.empty(0), *(file[name] for name in Index._fields[1:])) if file["key"].item() == key else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # absent, of another version or damaged: it is made again
+
+
+def _save(path, key, index) -> bool:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(file, key=np.array(key), **{name: getattr(index, name) for name in Index._fields[1:]})
+        os.replace(temporary, path)
+        return True
+    except OSError:
+        return False
