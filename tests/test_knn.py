@@ -163,6 +163,12 @@ def test_accuracy_is_the_percentage_of_right_votes():
     assert knn.accuracy(mean_colour, TRAIN, TRAIN, **WHERE, k=100) == 100.0
 
 
+def test_images_without_a_label_neither_vote_nor_are_asked():
+    val = coloured([0, 1, 2, 0, 1, 2, 0, 1], seed=1, truth=[0, 1, 2, 0, 1, 2, 1, -1])
+    train = coloured([0, 1, 2] * 10 + [0, 1, 2], truth=[0, 1, 2] * 10 + [-1, -1, -1])
+    assert knn.accuracy(mean_colour, train, val, **WHERE, k=5) == pytest.approx(100 * 6 / 7)
+
+
 def test_accuracy_without_information_is_chance():
     val = coloured([0, 1, 2] * 4, seed=1)
     assert knn.accuracy(lambda x: torch.ones(len(x), 2), TRAIN, val, **WHERE, k=30) == pytest.approx(100 / 3)

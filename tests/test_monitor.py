@@ -44,18 +44,20 @@ def metrics_by_loops(view, ids, labels):
         total = sum(view.weights[i, k].item() for k in valid)
         for k in valid:
             similarities.append(view.scores[i, k].item())
-            same.append(labels[line[k]].item() == labels[ids[i]].item())
+            if labels[line[k]] >= 0 and labels[ids[i]] >= 0:
+                same.append(labels[line[k]].item() == labels[ids[i]].item())
         if len(valid) > 1:
             shares = [view.weights[i, k].item() / total for k in valid]
             entropies.append(-sum(s * math.log(s) for s in shares if s > 0) / math.log(len(valid)))
     return [sum(values) / len(values) for values in (similarities, entropies, same)]
 
 
+@pytest.mark.parametrize("unlabelled", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("batch, k", [(6, 4), (8, 2), (4, 7)])
-def test_neighbour_metrics_equal_the_loops(batch, k, seed):
+def test_neighbour_metrics_equal_the_loops(batch, k, seed, unlabelled):
     view = shown(batch, k, seed=seed)
-    ids, labels = torch.arange(batch) + 5, torch.arange(40) % 3
+    ids, labels = torch.arange(batch) + 5, torch.arange(40) % 3 - int(unlabelled)
     found = step_metrics(torch.tensor(2.0), view, ids, labels, **SNCLR)
     similarity, entropy, purity = metrics_by_loops(view, ids, labels)
     assert found["neighbour_similarity"] == pytest.approx(similarity, rel=1e-6)
