@@ -52,6 +52,7 @@ class SNCLR(nn.Module):
         temperature: float = 0.2,
         form: str = "sum_of_logs",
         weights: str = "attention",
+        gamma: float = 1.0,
         detach_weights: bool = False,
         positiveness_temperature: float = 1.0,
         threshold: bool = False,
@@ -67,10 +68,14 @@ class SNCLR(nn.Module):
         self.temperature = temperature
         self.form = form
         self.weights = weights
+        self.gamma = gamma
         self.detach_weights = detach_weights
         self.positiveness_temperature = positiveness_temperature
         self.threshold = threshold
         self.exclude_own_image = exclude_own_image
+        self.attention = None
+        if method == "snclr" and weights == "projected":
+            self.attention = heads.AttentionProjections(memory_bank.features.shape[1])
 
     def forward(
         self, view1: Tensor, view2: Tensor, ids: Tensor, momentum: float, use_neighbours: bool = True
@@ -99,11 +104,20 @@ class SNCLR(nn.Module):
 
     def _soft_neighbour_direction(self, z, y, key, rows):
         bank = self.memory_bank.features
-        if self.weights == "attention":
-            weights = positiveness(y, bank, rows, temperature=self.positiveness_temperature, threshold=self.threshold)
-        else:
+        if self.weights == "uniform":
             valid = rows >= 0
             weights = valid.to(bank.dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)
+        else:
+            weights = positiveness(
+                y,
+                bank,
+                rows,
+                temperature=self.positiveness_temperature,
+                threshold=self.threshold,
+                # their gradient is zero while nobody has a neighbour, but there is one: DDP waits for it
+                projections=self.attention and (self.attention.f1.weight, self.attention.f2.weight),
+            )
+        weights = weights / self.gamma
         if self.detach_weights:
             weights = weights.detach()
         candidates = gather_candidates(key, rows, len(bank))
@@ -185,6 +199,7 @@ def build_model(args: Namespace) -> SNCLR:
         temperature=args.snclr_t,
         form=args.form,
         weights=args.weights,
+        gamma=args.gamma,
         detach_weights=args.detach_weights,
         positiveness_temperature=args.positiveness_t,
         threshold=args.threshold,

@@ -1,4 +1,4 @@
-"""Projector and predictor: the MLPs between backbone features and the objective."""
+"""Projector and predictor, the MLPs between backbone features and the objective, and the layers of its attention."""
 
 from torch import nn
 
@@ -29,3 +29,14 @@ def projector(kind: str, in_dim: int, hidden_dim: int, out_dim: int) -> nn.Seque
 def predictor(kind: str, dim: int, hidden_dim: int) -> nn.Sequential:
     """Predictor, 2 layers: projection (B, dim) -> prediction (B, dim); a last norm for 'vit', none for 'resnet'."""
     return mlp(2, dim, hidden_dim, dim, last_norm=kind == "vit")
+
+
+class AttentionProjections(nn.Module):
+    """The layers f1 and f2 of the paper's cross-attention, (dim -> dim) without bias: identities at the start, so that
+    training starts from the plain cosine attention."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.f1, self.f2 = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        nn.init.eye_(self.f1.weight)
+        nn.init.eye_(self.f2.weight)

@@ -49,15 +49,30 @@ def gather_candidates(key: Tensor, rows: Tensor, bank_size: int) -> Candidates:
 
 
 @full_precision
-def positiveness(online: Tensor, bank: Tensor, rows: Tensor, *, temperature: float = 1.0, threshold: bool = False) -> Tensor:
+def positiveness(
+    online: Tensor,
+    bank: Tensor,
+    rows: Tensor,
+    *,
+    temperature: float = 1.0,
+    threshold: bool = False,
+    projections: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Soft weights of the neighbours: w_ik = softmax_k( y_i . C[rows_ik] / temperature ), over the valid rows.
 
+    With projections (f1, f2), two (D', D) matrices with gradient, the paper's cross-attention (Ge et al., eq. 2):
+    softmax_k( f1 y_i . f2 C[rows_ik] / temperature ), the projected vectors not normalised again.
+
     online (B, D) projections, with gradient; bank (M, D) unit rows; rows (B, K) neighbours, -1 for none.
-    Temperature 1 is the paper's plain cosine attention. With threshold, a weight that is not strictly above
+    Temperature 1 is the released plain cosine attention. With threshold, a weight that is not strictly above
     1/(number of valid rows) becomes 0, without renormalisation. Returns (B, K); invalid rows weigh 0.
     """
     valid = rows >= 0
-    cosines = _cosines_with_rows(unit(online), bank, rows)
+    attending = unit(online)
+    if projections is not None:
+        f1, f2 = (widen(matrix).to(attending.dtype) for matrix in projections)
+        attending = attending @ f1.T @ f2  # f1 y . f2 c = (f2' f1 y) . c: no neighbour needs to be projected
+    cosines = _cosines_with_rows(attending, bank, rows)
     # a finite floor keeps a row without any neighbour at 0/0-free zeros, in value and in gradient
     logits = (cosines / temperature).masked_fill(~valid, torch.finfo(cosines.dtype).min)
     weights = torch.softmax(logits, dim=1) * valid

@@ -18,7 +18,7 @@ DATASETS = ("embedded", *LOCAL_DATASETS, *TORCHVISION_DATASETS)
 IMG_SIZES = {"embedded": 32, "cifar10": 32, "cifar100": 32, "svhn": 32, "stl10": 96}  # all others: 224
 ARCHS = ("vit_tiny", "vit_small", "vit_base", "resnet8", "resnet18", "resnet50")
 OPTIMIZERS = ("adamw", "lars")
-POSITIVE = ("patch_size", "width", "snclr_dim", "snclr_mlp_dim", "snclr_t", "bank_size", "positiveness_t", "epochs")
+POSITIVE = ("patch_size", "width", "snclr_dim", "snclr_mlp_dim", "snclr_t", "bank_size", "positiveness_t", "gamma", "epochs")
 POSITIVE += ("batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps")
 NOT_NEGATIVE = ("topk", "wd", "warmup_epochs", "nn_warmup_epochs", "save_freq", "eval_freq")
 EMBEDDED_RECIPE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "embedded.args")
@@ -116,7 +116,13 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--form", choices=("sum_of_logs", "log_of_sum"), default="sum_of_logs", help="loss: released or printed form"
     )
-    g.add_argument("--weights", choices=("attention", "uniform"), default="attention", help="positiveness of the neighbours")
+    g.add_argument(
+        "--weights",
+        choices=("attention", "projected", "uniform"),
+        default="attention",
+        help="positiveness of the neighbours: as released, with the paper's trained layers f1 and f2, or all alike",
+    )
+    g.add_argument("--gamma", type=float, default=1.0, metavar="G", help="divides the neighbours' weights (the paper's scale)")
     g.add_argument("--positiveness-t", type=float, default=1.0, metavar="T", help="temperature of the attention weights")
     g.add_argument("--detach-weights", action=on_off, default=False, help="no gradient through the weights")
     g.add_argument("--threshold", action=on_off, default=False, help="drop weights that are not above uniform")
@@ -252,6 +258,9 @@ def check(args: argparse.Namespace, world_size: int) -> None:
         raise UsageError(f"--topk {args.topk} exceeds --bank-size {args.bank_size}")
     if args.threshold and (args.weights == "uniform" or args.topk == 1):
         raise UsageError("--threshold would remove every neighbour with --weights uniform or --topk 1: weights must differ")
+    if args.weights == "projected" and args.method == "snclr" and (args.detach_weights or args.topk < 2):
+        found = "--detach-weights" if args.detach_weights else f"--topk {args.topk}"
+        raise UsageError(f"--weights projected has layers that {found} would leave without a gradient: leave one of them out")
     if args.eval_encoder == "momentum" and args.method == "nnclr":
         raise UsageError("--method nnclr has no momentum encoder: use --eval-encoder online")
     _check_paths(args)

@@ -21,9 +21,12 @@ def neighbours(queries, features, ids, filled, k, own_ids=None):
     return rows
 
 
-def positiveness(online, bank, rows, temperature=1.0, threshold=False):
-    """w_ik = exp(y_i . C[rows_ik] / temperature) / sum over the valid k; with threshold, 0 unless above 1/(valid)."""
+def positiveness(online, bank, rows, temperature=1.0, threshold=False, projections=None):
+    """w_ik = exp(f1 y_i . f2 C[rows_ik] / temperature) / sum over the valid k; with threshold, 0 unless above 1/(valid)."""
     online = normalize(online, dim=1)
+    if projections is not None:
+        online = torch.stack([projections[0] @ y for y in online])
+        bank = torch.stack([projections[1] @ c for c in bank])
     weights = []
     for i in range(len(rows)):
         valid = [k for k in range(rows.shape[1]) if rows[i, k] >= 0]

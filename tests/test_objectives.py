@@ -64,6 +64,29 @@ def test_gradient_flows_through_the_weights_unless_detached(form):
 
 
 @pytest.mark.parametrize("form", objectives.FORMS)
+@pytest.mark.parametrize("attention", [{}, {"threshold": True}, {"temperature": 0.1}])
+def test_projected_attention_equals_the_oracle_and_its_layers_get_a_gradient_in_both_forms(form, attention):
+    query, online, key, bank, rows = problem()
+    rows[0, 2:] = -1
+    generator = torch.Generator().manual_seed(3)
+    layers = [torch.randn(5, 8, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    check_against_oracle(query, online, key, bank, rows, form=form, projections=layers, **attention)
+    gradients = []
+    for attend, contrast in ((positiveness, fast_loss), (oracles.positiveness, slow_loss)):
+        weights = attend(online, bank, rows, projections=layers, **attention)
+        gradients.append(torch.autograd.grad(contrast(query, key, bank, rows, weights, 0.2, form), layers))
+    for fast, slow in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, slow, **TIGHT)
+        assert fast.abs().max() > 1e-5
+
+
+def test_identity_projections_are_the_plain_attention():
+    _, online, _, bank, rows = problem()
+    eye = torch.eye(8, dtype=torch.float64)
+    torch.testing.assert_close(positiveness(online, bank, rows, projections=(eye, eye)), positiveness(online, bank, rows))
+
+
+@pytest.mark.parametrize("form", objectives.FORMS)
 def test_rows_picked_by_many_images_and_twice_by_one_count_each_time(form):
     query, online, key, bank, rows = problem()
     rows[:] = 7

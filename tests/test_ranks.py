@@ -76,6 +76,7 @@ def run(tmp_path_factory, images):
                 "pieces",
                 f"float64:{images} {SMALL} --workdir {out}/resnet --stop-after-steps 5",
                 f"float64:{images} {VIT} --workdir {out}/vit --stop-after-steps 5",
+                f"float64:{images} {SMALL} --weights projected --wd 0 --workdir {out}/projected --stop-after-steps 5",
                 f"{number}{images} {SMALL} --workdir {out}/whole",
                 f"{number}{images} {SMALL} --workdir {out}/parts --stop-after-steps 7",
             ]
@@ -117,7 +118,7 @@ def test_losses_reduced_gradients_norms_bank_and_knn_do_not_depend_on_the_number
         assert_same(load(run(world_size) / f"pieces_{rank}.pt"), expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("model", ["resnet", "vit"])
+@pytest.mark.parametrize("model", ["resnet", "vit", "projected"])  # the last: while the bank is empty, too
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_five_steps_of_training_do_not_depend_on_the_number_of_ranks(run, world_size, model):
     one, many = (load(run(n) / model / "checkpoint_last.pth.tar") for n in (1, world_size))

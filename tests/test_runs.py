@@ -51,6 +51,7 @@ def test_every_method_trains_and_logs_what_it_has(images, tmp_path, method):
         "--amp fp16",
         "--form log_of_sum --positiveness-t 0.1 --optimizer lars --lr 0.5",
         "--weights uniform --no-exclude-own-image",
+        "--weights projected --gamma 2",
         "--threshold --detach-weights",
         "--topk 0",
         "--nn-warmup-epochs 1",
@@ -79,6 +80,22 @@ def test_topk_zero_is_mocov3_to_the_last_digit(images, tmp_path):
         for name, flags in (("a", "--topk 0"), ("b", "--method mocov3"))
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("form", objectives.FORMS)
+def test_the_layers_of_the_projected_attention_train(images, tmp_path, form):
+    train(images, tmp_path, "--weights", "projected", "--form", form, "--wd", "0", "--nn-warmup-epochs", "1")
+    state = torch.load(tmp_path / "checkpoint_last.pth.tar", weights_only=True)["state_dict"]
+    for name in ("f1", "f2"):
+        assert (state[f"module.attention.{name}.weight"] - torch.eye(16)).abs().max() > 1e-4
+
+
+def test_gamma_divides_the_neighbours_weights(images, tmp_path):
+    flags = ["--weights", "uniform", "--bank-size", "40", "--stop-after-steps", "2", "--eval-freq", "0"]
+    (_, one), (_, two) = (train(images, tmp_path / gamma, *flags, "--gamma", gamma) for gamma in ("1", "2"))
+    assert one[0]["loss"] == two[0]["loss"]  # nobody has a neighbour yet
+    # at step 2 all weigh W = 1 + 1 / gamma: the ratio to chance hides it, the loss does not
+    assert one[1]["loss"] > 1.2 * two[1]["loss"]
 
 
 def test_frozen_patch_embedding_stays(images, tmp_path):
