@@ -197,7 +197,7 @@ def judge(embed, loader, val, args, log, start: str, what: str) -> dict:
         result["knn_top1"] = knn.accuracy(embed, loader.images, val, **where)
         told = [f"kNN top-1 {result['knn_top1']:.2f} %"]
     result |= label_free.signals(embed, loader)
-    told += [f"effective rank {result['effective_rank']:.1f}", f"view agreement {result['view_agreement']:.2f}"]
+    told += [f"effective rank {result['effective_rank']:.1f}", f"view agreement {result['view_agreement']:.3f}"]
     log.say(f"{start}{'  '.join(told)} ({what})")
     return result
 

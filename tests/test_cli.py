@@ -214,7 +214,26 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_parses_and_says_what_it_is_for(path):
     parse(*recipe(path))
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert path.read_text().startswith("#")
+    told = " ".join(line[2:] for line in head)
+    assert "Source: " in told and ("not measured" in told or "docs/RESULTS.md" in told)
+
+
+def test_the_recipes_of_the_methods_differ_in_the_method_alone():
+    base = ROOT / "configs/cifar10_resnet18.args"
+    for method in ("nnclr", "mocov3", "mocov2"):
+        other = vars(parse(*recipe(base.with_stem(f"{base.stem}_{method}"))))
+        assert other == {**vars(parse(*recipe(base))), "method": method}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_trains_when_it_is_made_small(path, images, tmp_path):
+    """All settings of the recipe but the sizes: two steps on eight images."""
+    flags = "--img-size 32 --snclr-mlp-dim 32 --bank-size 16 --topk 2 -b 4 --workers 0 --eval-freq 0 --stop-after-steps 2"
+    main_snclr.main([f"@{path}", str(images), *flags.split(), "--dataset", "folder", "--workdir", str(tmp_path / "run")])
+    assert (tmp_path / "run/checkpoint_last.pth.tar").exists()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
