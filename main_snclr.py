@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from snclr import augment, checkpoint, data, distributed, knn, label_free, monitor, optim, sources
+from snclr import augment, checkpoint, data, distributed, knn, label_free, monitor, optim, sources, weights
 from snclr.builder import build_model
 from snclr.precision import autocast, resolve_amp
 
@@ -48,14 +48,20 @@ def main(argv: list[str]) -> None:
     amp = resolve_amp(args.amp, device)
     # in float32 on a CPU channels-last gains nothing, and torch 2.15 crashes in the backward of narrow convolutions
     channels_last = device.type == "cuda" or amp != "off"
-    model = build_model(args).to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    model = build_model(args)
+    workdir = args.workdir or (os.path.dirname(os.path.abspath(args.resume)) if args.resume else default_workdir(args))
+    found = checkpoint.newest(workdir) if args.resume == "auto" else args.resume
+    start_notes = []
+    if args.init_from and not found:
+        start_notes = weights.load_backbone(model.base_encoder, args.init_from)
+        if model.momentum_encoder is not None:
+            model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
+    model = model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
     model = distributed.synchronise_batch_norm(model, device)
     optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     # -- resume ----------------------------------------------------------------------------------------------------------
-    workdir = args.workdir or (os.path.dirname(os.path.abspath(args.resume)) if args.resume else default_workdir(args))
-    found = checkpoint.newest(workdir) if args.resume == "auto" else args.resume
     step, changed = 0, []
     if found:
         step, changed = checkpoint.resume(found, model, optimizer, scaler, args=args, images=len(train))
@@ -65,7 +71,7 @@ def main(argv: list[str]) -> None:
     log = monitor.Log(workdir, step=step, enabled=speaks)
     log.say(f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), batch {args.batch_size}")
     log.say(f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, in {workdir}")
-    for note in data_notes + notes(args, len(train)):
+    for note in data_notes + start_notes + notes(args, len(train)):
         log.say(f"note: {note}")
     if found:
         log.say(f"resumed from {found} after step {step} of {total_steps}" + "".join(f"; {change}" for change in changed))
@@ -214,10 +220,10 @@ def notes(args, num_images: int) -> list[str]:
         told.append(f"the bank ({args.bank_size} rows) is larger than the data set ({num_images} images): it holds old copies")
     if args.method != "snclr":
         told.append(f"method {args.method} does not use soft neighbours: --topk, --form and the weights' flags have no effect")
-    if args.arch.startswith("vit") and (args.width or args.small_stem):
-        told.append("--width and --small-stem concern ResNets: no effect on a ViT")
-    if args.arch.startswith("resnet") and args.stop_grad_conv1:
-        told.append("--stop-grad-conv1 concerns ViTs: no effect on a ResNet")
+    if not args.arch.startswith("resnet") and (args.width or args.small_stem):
+        told.append(f"--width and --small-stem concern ResNets: no effect on {args.arch}")
+    if args.arch not in ("vit_tiny", "vit_small", "vit_base") and args.stop_grad_conv1:
+        told.append(f"--stop-grad-conv1 concerns ViTs with a plain patch embedding: no effect on {args.arch}")
     return told
 
 

@@ -1,46 +1,84 @@
 """Backbones: an image batch (B, 3, S, S) to features (B, num_features), each with its projector in the last layer's place.
 
-Every encoder has `embed(x)` (features), `projector` (the head) and `forward(x) = projector(embed(x))`. Parameter names are
-timm's VisionTransformer's (projector: `head`) and torchvision's ResNet's (projector: `fc`), so that other tools read them.
+Every encoder has `embed(x)` (features), `projector` (the head), `forward(x) = projector(embed(x))`, and a `kind`, 'vit' or
+'resnet', which decides over its heads. Parameter names are timm's VisionTransformer's (projector: `head`) and torchvision's
+ResNet's (projector: `fc`), so that other tools read them; `timm:` models keep their own.
 """
 
+import difflib
 import math
 from functools import partial
 
+import timm
 import timm.models.vision_transformer as timm_vit
 import torch
 import torchvision.models.resnet as tv_resnet
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from . import heads
+from .errors import UsageError
 
-# arch: (embedding width, blocks, attention heads); ViT-S has 12 heads, as MoCo v3's (DeiT's has 6)
-VITS = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 12), "vit_base": (768, 12, 12)}
+
+class ConvStem(PatchEmbed):
+    """Patch embedding of four 3x3 convolutions of stride 2 and a 1x1 one (Xiao et al. 2021), numbered as MoCo v3's."""
+
+    def __init__(self, *args, embed_dim: int, **kwargs):
+        super().__init__(*args, embed_dim=embed_dim, **kwargs)
+        layers, channels = [], 3
+        for width in (embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim):
+            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)]
+            channels = width
+        self.proj = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
+
+
+# arch: (embedding width, blocks, attention heads, patch embedding); ViT-S has 12 heads, as MoCo v3's (DeiT's has 6), and a
+# convolutional stem takes the place of one block
+VITS = {
+    "vit_tiny": (192, 12, 3, PatchEmbed),
+    "vit_small": (384, 12, 12, PatchEmbed),
+    "vit_base": (768, 12, 12, PatchEmbed),
+    "vit_conv_small": (384, 11, 12, ConvStem),
+    "vit_conv_base": (768, 11, 12, ConvStem),
+}
 
 # arch: (block, blocks of each stage, default width of the first stage, stem)
 RESNETS = {
     "resnet8": (tv_resnet.BasicBlock, (1, 1, 1), 32, "light"),
     "resnet18": (tv_resnet.BasicBlock, (2, 2, 2, 2), 64, "imagenet"),
+    "resnet34": (tv_resnet.BasicBlock, (3, 4, 6, 3), 64, "imagenet"),
     "resnet50": (tv_resnet.Bottleneck, (3, 4, 6, 3), 64, "imagenet"),
+    "resnet101": (tv_resnet.Bottleneck, (3, 4, 23, 3), 64, "imagenet"),
 }
 
 # stem: (kernel, stride, whether a 3x3 stride-2 max pool follows)
 STEMS = {"imagenet": (7, 2, True), "small": (3, 1, False), "light": (3, 2, False)}
 
 ARCHS = (*VITS, *RESNETS)
+TIMM = "timm:"  # what names any other model of timm
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
     """timm's ViT with fixed 2-D sin-cos position embedding and MoCo v3's initialisation (Chen et al. 2021, section 4).
 
-    Class token as feature. stop_grad_conv1 freezes the patch embedding at its random start, which keeps training stable.
+    Class token as feature. stop_grad_conv1 freezes a plain patch embedding at its random start, which keeps training stable;
+    a convolutional stem is stable by itself, trains, and starts as torch's convolutions do.
     """
 
     kind = "vit"
 
-    def __init__(self, img_size: int, patch_size: int, width: int, depth: int, num_heads: int, stop_grad_conv1: bool):
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        embed_layer: type[PatchEmbed],
+        stop_grad_conv1: bool,
+    ):
         norm = partial(nn.LayerNorm, eps=1e-6)
-        size = dict(embed_dim=width, depth=depth, num_heads=num_heads)
+        size = dict(embed_dim=width, depth=depth, num_heads=num_heads, embed_layer=embed_layer)
         super().__init__(img_size, patch_size, num_classes=0, norm_layer=norm, weight_init="skip", **size)
         grid = img_size // patch_size
         self.pos_embed = nn.Parameter(sincos_position_embedding(grid, grid, width), requires_grad=False)
@@ -53,11 +91,12 @@ class VisionTransformer(timm_vit.VisionTransformer):
                     nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.cls_token, std=1e-6)
-        patches = self.patch_embed.proj
-        bound = math.sqrt(6 / (3 * patch_size**2 + width))  # Xavier for a linear layer on flattened patches
-        nn.init.uniform_(patches.weight, -bound, bound)
-        nn.init.zeros_(patches.bias)
-        patches.requires_grad_(not stop_grad_conv1)
+        if embed_layer is PatchEmbed:
+            patches = self.patch_embed.proj
+            bound = math.sqrt(6 / (3 * patch_size**2 + width))  # Xavier for a linear layer on flattened patches
+            nn.init.uniform_(patches.weight, -bound, bound)
+            nn.init.zeros_(patches.bias)
+            patches.requires_grad_(not stop_grad_conv1)
 
     @property
     def projector(self) -> nn.Module:
@@ -113,6 +152,46 @@ class ResNet(tv_resnet.ResNet):
         return self.fc(self.embed(x))
 
 
+class TimmEncoder:
+    """What turns a model of timm into an encoder: mixed into the model's own class by build_timm, so that keys stay timm's."""
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.get_submodule(self.pretrained_cfg["classifier"])
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) -> features as the model's classifier would get them (B, num_features)."""
+        return self.forward_head(self.forward_features(x), pre_logits=True)
+
+
+def build_timm(name: str, img_size: int, settings: dict, hidden_dim: int, out_dim: int) -> nn.Module:
+    """timm's model `name`, random, its classifier replaced by the projector. Raises UsageError for what timm refuses.
+
+    The heads are a ResNet's where the model has batch norms, else a ViT's. settings: further arguments of the model.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
+        raise UsageError(f"timm has no model {name}" + (f"; close names are {', '.join(close)}" if close else ""))
+    config = timm.get_pretrained_cfg(name)
+    if not isinstance(config.classifier, str):
+        raise UsageError(f"timm:{name} has no single classifier to stand its projector in, but {config.classifier}")
+    sized = {"img_size": img_size} if config.fixed_input_size else {}
+    try:
+        model = timm.create_model(name, pretrained=False, **{**sized, **settings})
+        model.eval()
+        with torch.no_grad():  # timm has no attribute that is the width of pooled features in every model
+            width = model.forward_head(model.forward_features(torch.zeros(1, 3, img_size, img_size)), pre_logits=True).shape[1]
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"timm:{name} cannot be built with --img-size {img_size} and {settings}: {reason}") from error
+    model.train()
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    model.kind, model.num_features = "resnet" if has_batch_norm else "vit", width
+    model.set_submodule(config.classifier, heads.projector(model.kind, width, hidden_dim, out_dim))
+    model.__class__ = type(type(model).__name__, (TimmEncoder, type(model)), {})
+    return model
+
+
 def sincos_position_embedding(rows: int, columns: int, width: int, temperature: float = 10000.0) -> Tensor:
     """Fixed 2-D position embedding (1, 1 + rows * columns, width); zeros for the class token.
 
@@ -135,13 +214,15 @@ def build_encoder(
     width: int | None,
     small_stem: bool,
     stop_grad_conv1: bool,
+    timm_kwargs: dict,
     hidden_dim: int,
     out_dim: int,
-) -> VisionTransformer | ResNet:
+) -> nn.Module:
     """The encoder `arch` with its projector (hidden_dim, out_dim).
 
     width: of a ResNet's first stage (None: the arch's own); small_stem: 3x3, stride 1, no pool, for images of about 32 px;
-    img_size, patch_size and stop_grad_conv1 concern ViTs. Raises ValueError for an unknown arch or an indivisible size.
+    patch_size and stop_grad_conv1 concern ViTs; timm_kwargs the models named timm:NAME. Raises ValueError for an unknown arch
+    or an indivisible size.
     """
     if arch in VITS:
         if img_size % patch_size:
@@ -152,6 +233,8 @@ def build_encoder(
         block, stages, default_width, stem = RESNETS[arch]
         encoder = ResNet(block, stages, width or default_width, "small" if small_stem else stem)
         encoder.fc = heads.projector("resnet", encoder.num_features, hidden_dim, out_dim)
+    elif arch.startswith(TIMM):
+        encoder = build_timm(arch.removeprefix(TIMM), img_size, timm_kwargs, hidden_dim, out_dim)
     else:
-        raise ValueError(f"unknown arch {arch!r}; known are {', '.join(ARCHS)}")
+        raise ValueError(f"unknown arch {arch!r}; known are {', '.join(ARCHS)} and {TIMM}NAME")
     return encoder

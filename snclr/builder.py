@@ -186,6 +186,7 @@ def build_model(args: Namespace) -> SNCLR:
         width=args.width,
         small_stem=args.small_stem,
         stop_grad_conv1=args.stop_grad_conv1,
+        timm_kwargs=dict(args.timm_kwargs or []),
         hidden_dim=args.snclr_mlp_dim,
         out_dim=args.snclr_dim,
     )

@@ -25,7 +25,7 @@ PREFIX = "module."
 # A resumed run is the same run: these decide which images it sees and what its state means.
 # Others may change on purpose (a longer schedule, another temperature); that is said. RUNNING ones are of no account.
 FIXED = ("arch", "method", "optimizer", "batch_size", "seed", "dataset", "img_size", "crop_min", "blur", "small_stem")
-FIXED += ("subset", "subset_seed")
+FIXED += ("timm_kwargs", "subset", "subset_seed")
 RUNNING = {
     "data",
     "val",
@@ -61,26 +61,35 @@ def save(path: str, state: dict) -> None:
         raise RunError(f"cannot write {path}: {reason}; the checkpoint before it is untouched") from error
 
 
-def load(path: str) -> dict:
-    """Read a checkpoint onto the CPU. The zip's own checksums are verified first: torch.load accepts flipped bytes in silence.
+def read(path: str) -> object:
+    """What torch.load finds in a file, onto the CPU. The zip's own checksums are verified first: torch.load accepts flipped
+    bytes in silence.
 
-    Raises UsageError for a file that is missing, damaged, or not a checkpoint of this project.
+    Raises UsageError for a file that is missing, damaged, or holds anything but tensors and plain values.
     """
     if not os.path.isfile(path):
         raise UsageError(f"checkpoint {path} does not exist")
     try:
-        with zipfile.ZipFile(path) as archive:
-            # attributes: torch writes none, and takes a record with the directory bit for one without content
-            odd = [record.filename for record in archive.infolist() if record.external_attr]
-            damaged = archive.testzip() or next(iter(odd), None)
+        with open(path, "rb") as file:
+            legacy = file.read(2) == b"\x80\x02"  # torch before 1.6: a plain pickle, which has no checksums
+        if not legacy:
+            with zipfile.ZipFile(path) as archive:
+                # attributes: torch writes none, and takes a record with the directory bit for one without content
+                odd = [record.filename for record in archive.infolist() if record.external_attr]
+                damaged = archive.testzip() or next(iter(odd), None)
     except Exception as error:  # a damaged directory of the zip leads to anything
         raise UsageError(f"checkpoint {path} is truncated or no checkpoint ({error}); resume from another one") from error
-    if damaged:
+    if not legacy and damaged:
         raise UsageError(f"checkpoint {path} is damaged (wrong checksum in {damaged}); resume from another one")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises whatever the bytes lead to
         raise UsageError(f"checkpoint {path} is no dictionary of tensors and plain values; nothing else is loaded") from error
+
+
+def load(path: str) -> dict:
+    """Read a checkpoint of this project, as `read` does. Raises UsageError, too, where it is something else."""
+    state = read(path)
     needed = ("epoch", "step", "arch", "state_dict", "optimizer", "args", "images")
     missing = [key for key in needed if not isinstance(state, dict) or key not in state]
     if missing:
@@ -166,11 +175,12 @@ def load_strictly(path: str, tensors: dict, model: nn.Module) -> None:
             f"{name} {found[name]} instead of {shape}" for name, shape in expected.items() if found.get(name, shape) != shape
         ],
     }
-    told = [f"{len(names)} keys {kind}: {_first(names)}" for kind, names in problems.items() if names]
+    told = [f"{len(names)} keys {kind}: {first_few(names)}" for kind, names in problems.items() if names]
     if told:
         raise UsageError(f"{path} does not fit this model: {'; '.join(told)}")
     model.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
 
 
-def _first(names: list[str], limit: int = 3) -> str:
+def first_few(names: list[str], limit: int = 3) -> str:
+    """The first names, for a message."""
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")

@@ -4,6 +4,7 @@ Imports neither torch nor anything slow, so that a wrong flag is answered at onc
 """
 
 import argparse
+import ast
 import math
 import os
 import shlex
@@ -16,7 +17,8 @@ LOCAL_DATASETS = ("folder", "tree", "list", "shards")  # in the user's own files
 TORCHVISION_DATASETS = ("cifar10", "cifar100", "stl10", "svhn", "flowers102", "pets", "food101", "dtd", "aircraft")
 DATASETS = ("embedded", *LOCAL_DATASETS, *TORCHVISION_DATASETS)
 IMG_SIZES = {"embedded": 32, "cifar10": 32, "cifar100": 32, "svhn": 32, "stl10": 96}  # all others: 224
-ARCHS = ("vit_tiny", "vit_small", "vit_base", "resnet8", "resnet18", "resnet50")
+ARCHS = ("vit_tiny", "vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
+ARCHS += ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101")
 OPTIMIZERS = ("adamw", "lars")
 POSITIVE = ("patch_size", "width", "snclr_dim", "snclr_mlp_dim", "snclr_t", "bank_size", "positiveness_t", "gamma", "epochs")
 POSITIVE += ("batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps")
@@ -87,6 +89,17 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("-j", "--workers", type=int, metavar="N", help="processes a rank that decode (default: one a core, up to 8)")
 
 
+def _key_value(text: str) -> list:
+    """'key=value' as [key, value], the value a Python literal where it is one."""
+    key, equals, value = text.partition("=")
+    if not (key.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, found {text!r}")
+    try:
+        return [key, ast.literal_eval(value)]
+    except (ValueError, SyntaxError):
+        return [key, value]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All flags of main_snclr.py, in groups."""
     parser = new_parser("main_snclr.py", "Self-supervised pretraining with soft neighbours (SNCLR) and its relatives.")
@@ -98,7 +111,9 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--blur", action=on_off, help="Gaussian blur (default: on above 32 px)")
 
     g = parser.add_argument_group("model")
-    g.add_argument("-a", "--arch", choices=ARCHS, default="vit_small", metavar="ARCH", help=f"backbone: {', '.join(ARCHS)}")
+    g.add_argument("-a", "--arch", default="vit_small", help=f"backbone: {', '.join(ARCHS)}, or timm:NAME for any of timm's")
+    g.add_argument("--timm-kwargs", nargs="+", type=_key_value, metavar="KEY=VALUE", help="arguments of a timm:NAME model")
+    g.add_argument("--init-from", metavar="FILE", help="backbone weights to start from: a checkpoint or state dict, any layout")
     g.add_argument("--patch-size", type=int, default=16, metavar="PX", help="side of a ViT's patch")
     g.add_argument("--width", type=int, metavar="N", help="channels of a ResNet's first stage (default: the arch's own)")
     g.add_argument("--small-stem", action=on_off, default=False, help="ResNet stem for images of about 32 px: 3x3, no pool")
@@ -252,6 +267,12 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name):g} exceeds --epochs {args.epochs}")
     if args.batch_size % world_size:
         raise UsageError(f"--batch-size {args.batch_size} is global and must be divisible by the {world_size} ranks")
+    if args.arch not in ARCHS and not args.arch.startswith("timm:"):
+        raise UsageError(f"--arch {args.arch} is unknown; known are {', '.join(ARCHS)}, and timm:NAME for any model of timm")
+    if args.timm_kwargs and not args.arch.startswith("timm:"):
+        raise UsageError(f"--timm-kwargs are for --arch timm:NAME, not for {args.arch}")
+    if args.arch.startswith("vit_conv") and args.patch_size != 16:
+        raise UsageError(f"--arch {args.arch} has a stem for --patch-size 16, found {args.patch_size}")
     if args.arch.startswith("vit") and args.img_size % args.patch_size:
         raise UsageError(f"--img-size {args.img_size} is not a multiple of --patch-size {args.patch_size}")
     if args.method == "snclr" and args.topk > args.bank_size:
@@ -277,6 +298,8 @@ def _check_paths(args):
         parent = os.path.dirname(parent)
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
         raise UsageError(f"--workdir {args.workdir} cannot be made: {parent} is a file, or may not be written to")
+    if args.init_from is not None and not os.path.isfile(args.init_from):
+        raise UsageError(f"--init-from {args.init_from}: there is no such file")
     if args.resume == "auto":
         if args.workdir is None:
             raise UsageError("--resume auto looks into --workdir, which is not given")

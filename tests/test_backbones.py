@@ -10,14 +10,15 @@ from torch import nn
 from snclr import backbones, heads, options
 from snclr.backbones import build_encoder, sincos_position_embedding
 from snclr.builder import SNCLR
+from snclr.errors import UsageError
 from snclr.memory_bank import MemoryBank
 
 VITS, RESNETS = tuple(backbones.VITS), tuple(backbones.RESNETS)
 
 
 def build(arch, **settings):
-    defaults = dict(img_size=32, patch_size=16, width=None, small_stem=False, stop_grad_conv1=False, hidden_dim=24, out_dim=16)
-    return build_encoder(arch, **{**defaults, **settings})
+    defaults = dict(img_size=32, patch_size=16, width=None, small_stem=False, stop_grad_conv1=False, timm_kwargs={})
+    return build_encoder(arch, **{**defaults, "hidden_dim": 24, "out_dim": 16, **settings})
 
 
 @functools.lru_cache(maxsize=1)
@@ -30,8 +31,10 @@ def built(arch):
 def reference(arch):
     """timm's or torchvision's model of the same architecture, without its classifier."""
     if arch in VITS:
-        heads_of = {"vit_tiny": 3, "vit_small": 12, "vit_base": 12}[arch]
-        return timm.create_model(f"{arch}_patch16_224", img_size=32, num_heads=heads_of, num_classes=0)
+        _, depth, num_heads, embed_layer = backbones.VITS[arch]
+        name = f"{arch.replace('_conv', '')}_patch16_224"
+        sizes = dict(depth=depth, num_heads=num_heads, embed_layer=embed_layer)
+        return timm.create_model(name, img_size=32, num_classes=0, **sizes)
     model = getattr(torchvision.models, arch)()
     model.fc = nn.Identity()
     return model
@@ -48,8 +51,8 @@ def backbone_of(encoder):
 
 def shallow(monkeypatch):
     """ViTs of two blocks, for what does not depend on the depth."""
-    for arch, (width, _, num_heads) in backbones.VITS.items():
-        monkeypatch.setitem(backbones.VITS, arch, (width, 2, num_heads))
+    for arch, (width, _, *rest) in backbones.VITS.items():
+        monkeypatch.setitem(backbones.VITS, arch, (width, 2, *rest))
 
 
 def test_flags_and_backbones_know_the_same_archs():
@@ -220,6 +223,81 @@ def test_stop_grad_conv1_freezes_exactly_the_patch_embedding(stop, expected, mon
     assert frozen == {"pos_embed"} | expected
 
 
+def test_convolutional_stem_has_moco_v3s_layers_and_one_block_less():
+    encoder = build("vit_conv_small")
+    stem = encoder.patch_embed.proj
+    names = [name for name, _ in stem.named_parameters() if name.endswith("weight")]
+    assert names == [f"{number}.weight" for number in (0, 1, 3, 4, 6, 7, 9, 10, 12)]  # as in MoCo v3's files
+    convolutions = [module for module in stem if isinstance(module, nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels, c.stride[0]) for c in convolutions] == [
+        (3, 48, 2),
+        (48, 96, 2),
+        (96, 192, 2),
+        (192, 384, 2),
+        (384, 384, 1),
+    ]
+    assert [c.bias is None for c in convolutions] == [True] * 4 + [False]
+    assert len(encoder.blocks) == 11 and stem(torch.randn(2, 3, 64, 64)).shape == (2, 384, 4, 4)
+    frozen = {name for name, p in build("vit_conv_small", stop_grad_conv1=True).named_parameters() if not p.requires_grad}
+    assert frozen == {"pos_embed"}
+
+
+# -- any model of timm -------------------------------------------------------------------------------------------------------
+
+TIMM = {"test_vit": "vit", "test_convnext": "vit", "test_resnet": "resnet", "mobilenetv3_small_050": "resnet"}
+
+
+@pytest.mark.parametrize("name, kind", TIMM.items())
+def test_a_timm_model_keeps_its_names_and_features_and_gets_the_projector_for_its_classifier(name, kind):
+    torch.manual_seed(0)
+    encoder = build(f"timm:{name}", img_size=32, hidden_dim=8).eval()
+    sized = {"img_size": 32} if name == "test_vit" else {}
+    twin = timm.create_model(name, **sized).eval()
+    classifier = twin.pretrained_cfg["classifier"]
+    assert encoder.kind == kind and encoder.projector is encoder.get_submodule(classifier)
+    own = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(f"{classifier}.")}
+    missing, unexpected = twin.load_state_dict(own, strict=False)
+    assert {*missing} == {f"{classifier}.weight", f"{classifier}.bias"} and not unexpected
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = encoder.embed(x)
+        assert features.shape == (2, encoder.num_features)
+        torch.testing.assert_close(features, twin.forward_head(twin.forward_features(x), pre_logits=True))
+        torch.testing.assert_close(encoder(x), encoder.projector(features))
+
+
+def test_timm_arguments_reach_the_model():
+    encoder = build("timm:test_vit", timm_kwargs={"drop_path_rate": 0.5, "depth": 3})
+    assert len(encoder.blocks) == 3 and encoder.blocks[-1].drop_path1.drop_prob == 0.5
+
+
+def test_a_timm_model_trains_with_a_momentum_encoder_of_its_own():
+    torch.manual_seed(0)
+    encoder = build("timm:test_convnext", img_size=32)
+    model = SNCLR(encoder, heads.predictor(encoder.kind, 16, 24), MemoryBank(12, 16), topk=3)
+    loss, _ = model(*torch.randn(2, 4, 3, 32, 32), torch.arange(4), momentum=0.9)
+    loss.backward()
+    assert all(p.grad is not None for p in model.base_encoder.parameters() if p.requires_grad)
+    assert model.momentum_encoder.projector is not encoder.projector
+
+
+@pytest.mark.parametrize(
+    "name, settings, named",
+    [
+        ("convnext_tony", {}, "timm has no model convnext_tony; close names are .*convnext_tiny"),
+        ("qqqqqqqqqqqq", {}, "timm has no model qqqqqqqqqqqq$"),
+        ("test_resnet", {"layerz": 3}, "cannot be built .*layerz"),
+        ("vit_tiny_patch16_224", {"img_size": 33}, "cannot be built"),
+        ("test_vit", {"pretrained": True}, "cannot be built .*pretrained"),
+        ("deit_tiny_distilled_patch16_224", {}, "no single classifier"),
+    ],
+)
+def test_what_timm_refuses_is_said_in_one_line(name, settings, named):
+    with pytest.raises(UsageError, match=named) as caught:
+        build(f"timm:{name}", timm_kwargs=settings)
+    assert "\n" not in str(caught.value)
+
+
 # -- residual networks -----------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +330,7 @@ def test_exactly_the_last_norms_of_bottlenecks_start_at_zero(arch):
     norms = {name: module.weight for name, module in build(arch, width=8).named_modules() if isinstance(module, nn.BatchNorm2d)}
     zero = {name for name, weight in norms.items() if not weight.any()}
     assert zero == {name for name in norms if name.endswith(".bn3")}
-    assert len(zero) == {"resnet50": 3 + 4 + 6 + 3}.get(arch, 0)
+    assert len(zero) == {"resnet50": 3 + 4 + 6 + 3, "resnet101": 3 + 4 + 23 + 3}.get(arch, 0)
     assert all((weight == 1).all() for name, weight in norms.items() if name not in zero)
 
 

@@ -86,6 +86,11 @@ def content(folder):
         ("--top 4", "--top"),  # no abbreviations: a new flag must not change what an old command means
         ("a b", "b"),
         ("--arch resnet51", "resnet50"),
+        ("--arch resnet51", "timm:NAME"),
+        ("--timm-kwargs drop_path_rate=0.1", "--timm-kwargs are for --arch timm:NAME"),
+        ("-a timm:resnet18 --timm-kwargs drop_path_rate", "expected KEY=VALUE"),
+        ("-a vit_conv_small --patch-size 8", "--patch-size 16, found 8"),
+        ("--init-from nowhere.pth", "--init-from nowhere.pth: there is no such file"),
         ("--optimizer sgd", "lars"),
         ("--method simclr", "snclr"),
         ("--form product", "log_of_sum"),
@@ -234,6 +239,11 @@ def test_recipe_trains_when_it_is_made_small(path, images, tmp_path):
     flags = "--img-size 32 --snclr-mlp-dim 32 --bank-size 16 --topk 2 -b 4 --workers 0 --eval-freq 0 --stop-after-steps 2"
     main_snclr.main([f"@{path}", str(images), *flags.split(), "--dataset", "folder", "--workdir", str(tmp_path / "run")])
     assert (tmp_path / "run/checkpoint_last.pth.tar").exists()
+
+
+def test_an_unknown_timm_model_ends_with_close_names_and_leaves_nothing(images, tmp_path):
+    message = refused(*tiny(images, "--workdir", tmp_path / "w", "-a", "timm:resnet1O1"), by=main_snclr.main)
+    assert "timm has no model resnet1O1; close names are resnet" in message and not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
