@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     found = checkpoint.newest(workdir) if args.resume == "auto" else args.resume
     start_notes = []
     if args.init_from and not found:
-        start_notes = weights.load_backbone(model.base_encoder, args.init_from)
+        start_notes = weights.load_backbone(model.base_encoder, weights.read_encoder(args.init_from))
         if model.momentum_encoder is not None:
             model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
     model = model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
