@@ -134,7 +134,7 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
         momentum = optim.encoder_momentum(step, start=args.snclr_m, total_steps=total_steps, cosine=args.snclr_m_cos)
         optim.set_learning_rate(optimizer, lr)
         # stochastic layers too draw from a key, so that a resumed run has no generator to restore
-        torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank()) >> 1))
+        torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank())) >> 1)
         with autocast(amp, loader.device):
             loss, shown = network(batch.view1, batch.view2, batch.ids, momentum, step >= neighbours_from)
         optimizer.zero_grad(set_to_none=True)

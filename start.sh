@@ -5,6 +5,7 @@
 #   bash start.sh @configs/vit_small_imagenet.args /data/imagenet        a recipe, its data, any flag: all GPUs of this machine
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=node1 bash start.sh @configs/...    several machines: the same on each, NODE_RANK 0 .. 3
 #   sbatch --nodes=4 --gpus-per-node=8 start.sh @configs/...             SLURM: starts itself on each node with srun
+#   bash start.sh main_lincls.py /data/imagenet --pretrained FILE        evaluation, by the same rules
 #   bash start.sh --dry-run ...                                          print the exact commands and do nothing
 #
 # It sets up what it needs, checks the flags, and starts one process a GPU (one in all where there is none).
@@ -20,14 +21,18 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$ROOT/tools/environment.sh"
 
 DRY_RUN=
+script=main_snclr.py
+options=snclr.options
 flags=()
 for flag in "$@"; do
   case $flag in
     --dry-run) DRY_RUN=1 ;;
-    -h | --help) PYTHONPATH=$ROOT exec python3 -m snclr.options --help ;;
+    main_snclr.py) ;;
+    main_lincls.py) script=$flag options=snclr.lincls_options ;;
     *) flags+=("$flag") ;;
   esac
 done
+case " ${flags[*]-} " in *" -h "* | *" --help "*) PYTHONPATH=$ROOT exec python3 -m "$options" --help ;; esac
 
 run() { # the last command of this script, or its text
   [ -z "$DRY_RUN" ] || { printf '%q ' "$@"; echo; exit; }
@@ -56,15 +61,15 @@ processes=$((processes > 1 ? processes : 1))
 find_python "$ROOT/requirements.txt"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 # a wrong flag is answered once and at once, not by every process
-[ -n "$DRY_RUN" ] || WORLD_SIZE=$((nodes * processes)) "$PYTHON" -m snclr.options "${flags[@]+"${flags[@]}"}"
+[ -n "$DRY_RUN" ] || WORLD_SIZE=$((nodes * processes)) "$PYTHON" -m "$options" "${flags[@]+"${flags[@]}"}"
 
 if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "$in_step" ]; then
   # one task a node with all its CPUs: srun no longer takes --cpus-per-task from the job (since 22.05)
   run srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" \
-    --kill-on-bad-exit=1 bash "$ROOT/start.sh" "${flags[@]+"${flags[@]}"}"
+    --kill-on-bad-exit=1 bash "$ROOT/start.sh" "$script" "${flags[@]+"${flags[@]}"}"
 fi
 
-main=("$ROOT/main_snclr.py" "${flags[@]+"${flags[@]}"}")
+main=("$ROOT/$script" "${flags[@]+"${flags[@]}"}")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / processes > 1 ? $(nproc) / processes : 1))}
 if [ "$nodes" -gt 1 ]; then
   node_rank=${NODE_RANK:-${SLURM_NODEID:-}}
@@ -72,7 +77,8 @@ if [ "$nodes" -gt 1 ]; then
   is_number NODE_RANK "$node_rank"
   [ "$node_rank" -lt "$nodes" ] || fail "NODE_RANK must be 0 .. $((nodes - 1)) with NNODES=$nodes, found $node_rank"
   if [ -n "$in_step" ]; then
-    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}
+    hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST")
+    MASTER_ADDR=${MASTER_ADDR:-${hosts%%$'\n'*}}
     MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))} # two jobs on a node do not meet
   fi
   [ -n "${MASTER_ADDR:-}" ] || fail "NNODES is $nodes, so MASTER_ADDR must name the machine of NODE_RANK 0"

@@ -260,7 +260,7 @@ def _recognised(data):
 
 def check_data(args: argparse.Namespace) -> None:
     """Data flags that cannot work. Raises UsageError."""
-    _check_numbers(args, ("img_size", "subset"), ("workers",))
+    check_numbers(args, ("img_size", "subset"), ("workers",))
     if args.subset is not None and args.subset > 1 and args.subset % 1:
         raise UsageError(f"--subset must be a whole number of images or a share below 1, found {args.subset}")
     if args.dataset == "embedded":
@@ -289,7 +289,7 @@ def check_data(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace, world_size: int) -> None:
     """Combinations that cannot work, before anything slow or lasting is done. Raises UsageError."""
     check_data(args)
-    _check_numbers(args, POSITIVE, NOT_NEGATIVE)
+    check_numbers(args, POSITIVE, NOT_NEGATIVE)
     if args.batch_size < 2:
         raise UsageError("--batch-size must be at least 2: batch norm and contrast need company")
     if not -(2**63) <= args.seed < 2**63:
@@ -312,35 +312,32 @@ def check(args: argparse.Namespace, world_size: int) -> None:
         raise UsageError(f"--weights projected has layers that {found} would leave without a gradient: leave one of them out")
     if args.eval_encoder == "momentum" and args.method == "nnclr":
         raise UsageError("--method nnclr has no momentum encoder: use --eval-encoder online")
-    _check_paths(args)
+    if args.init_from is not None and not os.path.isfile(args.init_from):
+        raise UsageError(f"--init-from {args.init_from}: there is no such file")
+    check_workdir(args.workdir, args.resume, ("metrics.jsonl", "checkpoint_last.pth.tar"))
 
 
-def holds_run(workdir: str) -> bool:
-    """Whether a run has left something in workdir."""
-    return any(os.path.exists(os.path.join(workdir, name)) for name in ("metrics.jsonl", "checkpoint_last.pth.tar"))
-
-
-def _check_paths(args):
-    parent = os.path.abspath(args.workdir or ".")
+def check_workdir(workdir: str | None, resume: str | None, leftovers: tuple[str, ...]) -> None:
+    """That workdir can be written to, and holds no other run (one of the files `leftovers`) than the resumed one."""
+    parent = os.path.abspath(workdir or ".")
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-        raise UsageError(f"--workdir {args.workdir} cannot be made: {parent} is a file, or may not be written to")
-    if args.init_from is not None and not os.path.isfile(args.init_from):
-        raise UsageError(f"--init-from {args.init_from}: there is no such file")
-    if args.resume == "auto":
-        if args.workdir is None:
+        raise UsageError(f"--workdir {workdir} cannot be made: {parent} is a file, or may not be written to")
+    if resume == "auto":
+        if workdir is None:
             raise UsageError("--resume auto looks into --workdir, which is not given")
         return
-    if args.resume is not None and not os.path.isfile(args.resume):
-        raise UsageError(f"--resume {args.resume}: there is no such checkpoint")
-    if args.workdir is not None and holds_run(args.workdir):
-        home = os.path.dirname(os.path.abspath(args.resume)) if args.resume else None
-        if home != os.path.abspath(args.workdir):
-            raise UsageError(f"--workdir {args.workdir} holds another run: add --resume auto to go on, or choose a new one")
+    if resume is not None and not os.path.isfile(resume):
+        raise UsageError(f"--resume {resume}: there is no such checkpoint")
+    if workdir is not None and any(os.path.exists(os.path.join(workdir, name)) for name in leftovers):
+        home = os.path.dirname(os.path.abspath(resume)) if resume else None
+        if home != os.path.abspath(workdir):
+            raise UsageError(f"--workdir {workdir} holds another run: add --resume auto to go on, or choose a new one")
 
 
-def _check_numbers(args, positive, not_negative):
+def check_numbers(args: argparse.Namespace, positive: tuple[str, ...], not_negative: tuple[str, ...]) -> None:
+    """That the settings of these names are finite and above 0, or 0 or more; None passes."""
     for name in (*positive, *not_negative):
         value, least = getattr(args, name), "above 0" if name in positive else "0 or more"
         if value is not None and not (math.isfinite(value) and (value > 0 if name in positive else value >= 0)):

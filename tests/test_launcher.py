@@ -106,7 +106,7 @@ def test_several_machines(start):
 def test_inside_an_allocation_srun_starts_it_on_each_node(start):
     command = dry(start, *ODD, **SLURM)
     flags = ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=6", "--kill-on-bad-exit=1"]
-    assert command == ["srun", *flags, "bash", str(ROOT / "start.sh"), *ODD]
+    assert command == ["srun", *flags, "bash", str(ROOT / "start.sh"), "main_snclr.py", *ODD]
 
 
 def test_inside_a_step_the_node_takes_its_part(start):
@@ -125,7 +125,7 @@ def test_sbatch_runs_a_copy_that_finds_the_repository_where_the_job_was_submitte
     (tmp_path / "spool").mkdir()
     copy = shutil.copy(ROOT / "start.sh", tmp_path / "spool/slurm_script")
     command = dry(start, script=copy, SLURM_SUBMIT_DIR=str(ROOT), **SLURM)
-    assert command[-2:] == ["bash", str(ROOT / "start.sh")]
+    assert command[-3:] == ["bash", str(ROOT / "start.sh"), "main_snclr.py"]
     done = start(script=copy, SLURM_SUBMIT_DIR=str(tmp_path), **SLURM)
     assert done.returncode == 2 and "submit the job from the repository's folder" in done.err
 
