@@ -25,7 +25,7 @@ import torch
 
 from snclr import augment, checkpoint, confusion, distributed, features, knn, linear, monitor, sources, weights
 from snclr.data import ImageSet, ViewLoader, share
-from snclr.precision import autocast, resolve_amp, unit
+from snclr.precision import autocast, resolve_amp, unit, widen
 
 LAST = "probe_last.pth.tar"
 KNN_K, KNN_TEMPERATURE = (10, 20, 100, 200), 0.07
@@ -47,9 +47,10 @@ def main(argv: list[str]) -> None:
     amp = resolve_amp(args.amp, device)
     before = features.digest(encoder)
 
+    @torch.no_grad()
     def embed(x):
         with autocast(amp, device):
-            return linear.features_of(encoder, x)
+            return widen(linear.features_of(encoder, x))
 
     speaks = distributed.rank() == 0
     if speaks:
@@ -192,9 +193,8 @@ def batches(fit, loader, epoch, steps, args, cached, embed):
         for part in parts:
             yield torch.from_numpy(part), cached[epoch % len(cached), part].to(loader.device)
     else:
-        with torch.no_grad():
-            for ids, x in loader.load([(epoch, part, (0,)) for part in parts]):
-                yield ids.cpu(), embed(x).float()
+        for ids, x in loader.load([(epoch, part, (0,)) for part in parts]):
+            yield ids.cpu(), embed(x)
 
 
 def accuracies(grid, x, labels) -> torch.Tensor:

@@ -1,6 +1,10 @@
-"""Frozen features of whole image sets: encoded once, kept in memory or, where they are large, in a file mapped into it."""
+"""Frozen features of whole image sets: encoded once, kept in memory or, where they are large, in a file mapped into it.
+
+`embed` is a function from normalised images (B, 3, S, S) to features (B, F) in at least float32 that records no gradient.
+"""
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable
 
@@ -21,18 +25,16 @@ def digest(module: nn.Module) -> str:
     return found.hexdigest()
 
 
-@torch.no_grad()
 def encode_share(
     embed: Callable[[Tensor], Tensor], images: ImageSet, *, size: int, device: torch.device, workers: int
 ) -> tuple[Tensor, Tensor]:
     """Features (n_r, F) and labels (n_r,), on the CPU, of this rank's share (every world_size-th image) of a labelled set."""
     indices = np.arange(rank(), len(images), world_size())
     batches = whole_images(images, indices, size=size, device=device, workers=workers)
-    features = [embed(batch).float().cpu() for batch in batches]
+    features = [embed(batch).cpu() for batch in batches]
     return torch.cat(features) if features else torch.zeros(0, 1), images.labels[indices]
 
 
-@torch.no_grad()
 def cache(
     embed: Callable[[Tensor], Tensor],
     width: int,
@@ -54,16 +56,16 @@ def cache(
     nothing half-written or foreign is taken for it, and a later start finds it.
     """
     shape = (copies, len(images), width)
-    bytes_needed = 4 * copies * len(images) * width
+    bytes_needed = 4 * math.prod(shape)
     path = None
     if bytes_needed <= limit:
         array = torch.empty(shape)
     else:
         path = os.path.join(folder, f"features_{hashlib.sha256(f'{key} {shape}'.encode()).hexdigest()[:16]}.f32")
         if os.path.exists(path) and os.path.getsize(path) == bytes_needed:
-            return torch.from_file(path, shared=True, size=bytes_needed // 4).view(shape)
+            return _mapped(path, shape)
         os.makedirs(folder, exist_ok=True)
-        array = torch.from_file(f"{path}.tmp", shared=True, size=bytes_needed // 4).view(shape) if local_rank_zero() else None
+        array = _mapped(f"{path}.tmp", shape) if local_rank_zero() else None
     for copy in range(copies):
         for start, features in _in_order(embed, images, copy if copies > 1 else None, loader, size, workers):
             if array is not None:
@@ -75,8 +77,12 @@ def cache(
                 os.fsync(file.fileno())
             os.replace(f"{path}.tmp", path)
         barrier()
-        array = torch.from_file(path, shared=True, size=bytes_needed // 4).view(shape)
+        array = _mapped(path, shape)
     return array
+
+
+def _mapped(path, shape):
+    return torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
 
 
 def _in_order(embed, images, copy, loader, size, workers) -> Iterable[tuple[int, Tensor]]:
@@ -92,4 +98,4 @@ def _in_order(embed, images, copy, loader, size, workers) -> Iterable[tuple[int,
     else:
         batches = (x for _, x in loader.load([(copy, part, (0,)) for part in parts]))
     for start, batch in zip(starts, batches, strict=True):
-        yield start, all_gather(embed(batch).float())[: len(images) - start].cpu()
+        yield start, all_gather(embed(batch))[: len(images) - start].cpu()

@@ -1,7 +1,7 @@
 """What the multi-rank tests run in processes of their own: started as `python ranks.py OUT JOB...`, each rank once.
 
-A job is 'pieces' (collectives, batch norm, objectives, bank, kNN on fixed data) or a command line of main_snclr.py; with
-'float64:' before it the whole run is in double precision. Results are left in OUT.
+A job is 'pieces' (collectives, batch norm, objectives, bank, kNN on fixed data) or a command line of main_snclr.py, or of
+main_lincls.py with 'main_lincls:' before it; with 'float64:' the whole run is in double precision. Results are left in OUT.
 """
 
 import os
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+import main_lincls
 import main_snclr
 from snclr import distributed, knn
 from snclr.memory_bank import MemoryBank
@@ -105,8 +106,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for number, job in enumerate(sys.argv[2:]):
         os.environ["MASTER_PORT"] = os.environ["PORTS"].split()[number]
+        script = main_lincls if job.startswith("main_lincls:") else main_snclr
+        job = job.removeprefix("main_lincls:")
         torch.set_default_dtype(torch.float64 if job.startswith("float64:") else torch.float32)
         if job == "pieces":
             pieces(Path(sys.argv[1]))
         else:
-            main_snclr.main(shlex.split(job.removeprefix("float64:")))
+            script.main(shlex.split(job.removeprefix("float64:")))

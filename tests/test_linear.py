@@ -1,0 +1,318 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_ranks import SMALL, start_ranks, write_images
+from torch import nn
+
+import main_lincls
+import main_snclr
+from snclr import confusion, features, knn, lincls_options, linear, weights
+from snclr.errors import UsageError
+
+RATES, DIMS, CLASSES = (0.01, 0.3, 2.0), {"token": 4, "token+mean": 7}, 5
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# -- the grid of heads -----------------------------------------------------------------------------------------------------
+
+
+def alone(grid, kind, norm, rate, steps, factors):
+    """One head trained by torch's own layers and SGD: the layer and its normalisation."""
+    layer = nn.Linear(DIMS[kind], CLASSES)
+    with torch.no_grad():
+        layer.weight.copy_(grid.weights[f"{kind}/{norm}"][0])
+        layer.bias.zero_()
+    normalise = nn.BatchNorm1d(DIMS[kind], affine=False) if norm == "batchnorm" else nn.Identity()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0, momentum=0.9)
+    for (x, y), factor in zip(steps, factors, strict=True):
+        optimizer.param_groups[0]["lr"] = factor * rate
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(layer(normalise(x[:, : DIMS[kind]])), y).backward()
+        optimizer.step()
+    return layer, normalise.eval()
+
+
+def test_each_head_of_the_grid_equals_training_it_alone(float64):
+    torch.manual_seed(0)
+    steps = [(torch.randn(12, 7) * 3 + 1, torch.randint(CLASSES, (12,))) for _ in range(9)]
+    factors = [1.0, 0.9, 0.7, 0.5, 0.5, 0.3, 0.2, 0.1, 0.0]
+    grid = linear.LinearGrid(DIMS, CLASSES, RATES)
+    expected = [alone(grid, kind, norm, RATES[rate], steps, factors) for kind, norm, rate in grid.names()]
+    optimizer = torch.optim.SGD(grid.parameters(), lr=1.0, momentum=0.9)
+    for (x, y), factor in zip(steps, factors, strict=True):
+        optimizer.param_groups[0]["lr"] = factor
+        grid.train_step(optimizer, x, y)
+    x, y = torch.randn(30, 7) * 3 + 1, torch.randint(CLASSES, (30,))
+    found = grid.eval().logits(x)
+    right = grid.correct(x, y, chunk=8)
+    assert found.shape == (30, 12, CLASSES) and len(expected) == 12
+    for head, ((kind, _, _), (layer, normalise)) in enumerate(zip(grid.names(), expected, strict=True)):
+        logits = layer(normalise(x[:, : DIMS[kind]]))
+        torch.testing.assert_close(found[:, head], logits, rtol=1e-9, atol=1e-9)
+        assert right[0, head] == (logits.argmax(dim=1) == y).sum() and right[1, head] == 30  # five classes
+        counts = grid.confusion(head, x, y, chunk=7)
+        for true in range(CLASSES):
+            for said in range(CLASSES):
+                assert counts[true, said] == ((y == true) & (logits.argmax(dim=1) == said)).sum()
+
+
+def test_top_five_counts_the_five_best():
+    grid = linear.LinearGrid({"pooled": 3}, 20, (0.1,))
+    x, y = torch.randn(50, 3), torch.randint(20, (50,))
+    expected = sum(y[i] in grid.eval().logits(x)[i, 0].topk(5).indices for i in range(50))
+    assert grid.correct(x, y)[1, 0] == expected
+
+
+def test_a_heads_result_does_not_depend_on_its_neighbours():
+    x, y = torch.randn(16, 7), torch.randint(CLASSES, (16,))
+    found = []
+    for rates in (RATES, (0.3,)):
+        grid = linear.LinearGrid(DIMS, CLASSES, rates)
+        optimizer = torch.optim.SGD(grid.parameters(), lr=1.0, momentum=0.9)
+        for _ in range(5):
+            grid.train_step(optimizer, x, y)
+        found.append(grid.weights["token+mean/batchnorm"][rates.index(0.3)])
+    torch.testing.assert_close(*found)
+
+
+def test_held_out_images_are_a_share_of_each_class_and_never_all():
+    labels = torch.tensor([0] * 40 + [1] * 7 + [2] * 2)
+    keys = torch.rand(49, generator=torch.Generator().manual_seed(0))
+    held = linear.held_out(labels, 0.1, keys)
+    assert [int(held[labels == c].sum()) for c in range(3)] == [4, 1, 1]
+    assert keys[:40][held[:40]].max() < keys[:40][~held[:40]].min()
+    assert [int(linear.held_out(labels, 0.99, keys)[labels == c].sum()) for c in range(3)] == [39, 6, 1]
+
+
+def test_features_of_a_vit_are_the_class_token_and_the_mean_of_its_patches():
+    from test_backbones import build
+
+    encoder = build("vit_tiny", patch_size=8).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found, tokens = linear.features_of(encoder, x), encoder.forward_features(x)
+    assert linear.kinds_of(encoder) == {"token": 192, "token+mean": 384} and found.shape == (2, 384)
+    torch.testing.assert_close(found[:, :192], encoder.embed(x))
+    torch.testing.assert_close(found[:, 192:], tokens[:, 1:].mean(dim=1))
+    resnet = build("resnet8", width=8).eval()
+    assert linear.kinds_of(resnet) == {"pooled": 32} and linear.features_of(resnet, x).shape == (2, 32)
+
+
+def test_knn_table_equals_the_loops():
+    generator = torch.Generator().manual_seed(0)
+    stored = nn.functional.normalize(torch.randn(60, 6, generator=generator, dtype=torch.float64), dim=1)
+    queries = nn.functional.normalize(torch.randn(25, 6, generator=generator, dtype=torch.float64), dim=1)
+    labels, truth = torch.arange(60) % 4, torch.arange(25) % 4
+    found = knn.table(stored, labels, queries, truth, 4, (3, 10), 0.07)
+    for k in (3, 10):
+        for name, weigh in (("weighted", lambda c: np.exp(c / 0.07)), ("plain", lambda c: 1.0)):
+            right = 0
+            for query, true in zip(queries, truth, strict=True):
+                cosines = sorted(
+                    ((float(query @ row), int(label)) for row, label in zip(stored, labels, strict=True)), reverse=True
+                )
+                scores = [sum(weigh(c) for c, label in cosines[:k] if label == number) for number in range(4)]
+                right += int(np.argmax(scores)) == true
+            assert found[f"k={k} {name}"] == pytest.approx(100 * right / 25)
+
+
+# -- frozen features -------------------------------------------------------------------------------------------------------
+
+
+def test_the_digest_sees_every_bit():
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    before = features.digest(module)
+    assert features.digest(module) == before
+    module[1].num_batches_tracked += 1
+    changed = features.digest(module)
+    assert changed != before
+    module[0].weight.data.view(torch.int32)[0, 0] ^= 1
+    assert features.digest(module) != changed
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module", params=["resnet8", "vit_tiny"])
+def pretrained(request, images, tmp_path_factory):
+    """A checkpoint after two steps."""
+    workdir = tmp_path_factory.mktemp(request.param)
+    flags = SMALL.replace("resnet8", request.param).split()
+    main_snclr.main([str(images), *flags, "--eval-freq", "0", "--stop-after-steps", "2", "--workdir", str(workdir)])
+    return workdir / "checkpoint_last.pth.tar"
+
+
+PROBE = "--epochs 4 -b 8 -j 0 --lrs 0.01 0.1 1 --amp off"
+
+
+def probe(images, pretrained, workdir, *flags):
+    main_lincls.main(
+        [str(images), "--pretrained", str(pretrained), *PROBE.split(), "--workdir", str(workdir), *map(str, flags)]
+    )
+    return json.loads((workdir / "results.json").read_text())
+
+
+def comparable(result):
+    return {name: value for name, value in result.items() if name not in ("pretrained",)}
+
+
+def test_a_probe_leaves_what_it_found(images, pretrained, tmp_path, capsys):
+    result = probe(images, pretrained, tmp_path)
+    kinds = 1 if "resnet" in result["arch"] else 2
+    assert len(result["heads"]) == kinds * 2 * 3 and result["encoder"] == "online" and result["select"] == "heldout"
+    best = max(result["heads"], key=lambda head: head["heldout_top1"])
+    assert result["best_head"]["heldout_top1"] == best["heldout_top1"] and result["best_lr"] == result["best_head"]["lr"]
+    assert result["linear_top1"] == result["best_head"]["val_top1"] and result["linear_top5"] == 100  # of two classes
+    assert result["knn_top1"] == result["knn"]["k=20 weighted"] and "4 held-out training images" in result["protocol"]
+    rights = result["per_class_top1"]
+    assert set(rights) == {"a", "b"} and sum(rights.values()) / 2 == pytest.approx(result["linear_top1"], abs=0.01)
+    encoder, _ = weights.open_encoder(str(pretrained))
+    assert result["encoder_digest"] == features.digest(encoder)
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert picture.width > 100
+    out = capsys.readouterr().out
+    assert f"linear probe: top-1 {result['linear_top1']:.2f} %" in out and "base lr" in out
+
+
+def test_a_resumed_probe_equals_the_uninterrupted_one(images, pretrained, tmp_path, monkeypatch):
+    whole = probe(images, pretrained, tmp_path / "whole")
+    saves, save = [], main_lincls.save
+
+    def interrupted(*arguments):
+        save(*arguments)
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_lincls, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        probe(images, pretrained, tmp_path / "parts")
+    assert not (tmp_path / "parts/results.json").exists()
+    assert probe(images, pretrained, tmp_path / "parts", "--resume", "auto") == whole
+    states = [torch.load(tmp_path / name / "probe_last.pth.tar", weights_only=True)["grid"] for name in ("whole", "parts")]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    with pytest.raises(UsageError, match="seed changed"):
+        probe(images, pretrained, tmp_path / "parts", "--resume", "auto", "--seed", 1)
+
+
+def test_a_head_of_the_grid_finds_what_it_finds_alone(images, pretrained, tmp_path):
+    grid = {(h["features"], h["norm"]): h for h in probe(images, pretrained, tmp_path / "grid")["heads"] if h["lr"] == 0.1}
+    single = probe(images, pretrained, tmp_path / "single", "--lrs", 0.1)["heads"]
+    assert [grid[head["features"], head["norm"]] for head in single] == single
+
+
+@pytest.mark.parametrize("flags", [(), ("--cache-features",)])
+def test_two_ranks_find_what_one_finds(images, pretrained, tmp_path, flags):
+    command = f"{images} --pretrained {pretrained} {PROBE} {' '.join(flags)} --workdir {tmp_path}"
+    results = []
+    for world_size in (1, 2):
+        start_ranks(world_size, tmp_path, [f"main_lincls:float64:{command}/{world_size}"])
+        results.append(json.loads((tmp_path / str(world_size) / "results.json").read_text()))
+    states = [torch.load(tmp_path / n / "probe_last.pth.tar", weights_only=True)["grid"] for n in "12"]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-9, atol=1e-9)
+    assert comparable(results[1]) == comparable(results[0])
+
+
+def test_cached_features_on_disk_equal_those_in_memory_and_are_found_again(images, pretrained, tmp_path, monkeypatch):
+    memory = probe(images, pretrained, tmp_path / "memory", "--cache-features")
+    disk = probe(images, pretrained, tmp_path / "disk", "--cache-features", "--cache-limit-gb", 0)
+    assert comparable(disk) == comparable(memory) and not list((tmp_path / "memory").glob("*.f32"))
+    (file,) = (tmp_path / "disk").glob("features_*.f32")
+    calls, original = [], features._in_order
+    monkeypatch.setattr(features, "_in_order", lambda *a: calls.append(1) or original(*a))
+    for name in ("results.json", "probe_last.pth.tar"):
+        (tmp_path / "disk" / name).unlink()
+    assert probe(images, pretrained, tmp_path / "disk", "--cache-features", "--cache-limit-gb", 0) == disk and not calls
+    # another seed holds out other images; a file that is not whole counts for nothing
+    content = file.read_bytes()
+    for name in ("results.json", "probe_last.pth.tar"):
+        (tmp_path / "disk" / name).unlink()
+    file.write_bytes(content[: len(content) // 2])
+    assert probe(images, pretrained, tmp_path / "disk", "--cache-features", "--cache-limit-gb", 0) == disk and calls
+    assert file.read_bytes() == content and not list((tmp_path / "disk").glob("*.tmp"))
+
+
+def test_random_crops_are_cached_in_copies_that_the_epochs_take_in_turn(images, pretrained, tmp_path):
+    crops = probe(images, pretrained, tmp_path / "crops")
+    copies = probe(images, pretrained, tmp_path / "copies", "--cache-features", "--cache-copies", 4)
+    for one, other in zip(crops["heads"], copies["heads"], strict=True):
+        assert one == other  # four copies for four epochs: the same crops
+
+
+def test_the_momentum_encoder_and_the_choice_on_the_validation_images(images, pretrained, tmp_path):
+    result = probe(images, pretrained, tmp_path, "--encoder", "momentum", "--select", "val", "--cache-features")
+    momentum, _ = weights.open_encoder(str(pretrained), "momentum")
+    assert result["encoder"] == "momentum" and result["encoder_digest"] == features.digest(momentum)
+    assert result["select"] == "val" and result["linear_top1"] == max(head["val_top1"] for head in result["heads"])
+    assert "which also judge it" in result["protocol"]
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("--labels none", "needs labelled training and validation images"),
+        ("-b 1000", "--batch-size 1000 exceeds the 36 training images"),
+        ("--arch resnet50", "not --arch resnet50: leave --arch out"),
+        ("--lrs 0 1", "--lrs must be above 0"),
+        ("--heldout 1", "--heldout must be below 1"),
+        ("--pretrained nowhere.pth", "there is no such file"),
+        ("--epochs 0", "--epochs must be above 0"),
+    ],
+)
+def test_wrong_flags_are_answered_in_one_line(images, pretrained, tmp_path, flags, named):
+    with pytest.raises(UsageError) as caught:
+        probe(images, pretrained, tmp_path / "w", *flags.split())
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "w/results.json").exists()
+
+
+def test_data_that_no_classifier_can_learn_from_is_refused(pretrained, tmp_path):
+    from test_data import save_folder
+
+    one = save_folder(save_folder(tmp_path / "one", [(32, 32)] * 9, classes=("a",)), [(32, 32)] * 2, "val", ("a",))
+    with pytest.raises(UsageError, match="a classifier needs two classes, the training images have 1"):
+        probe(one, pretrained, tmp_path / "w")
+    few = save_folder(
+        save_folder(tmp_path / "few", [(32, 32)] * 9, classes=("a", "a", "a", "a", "b", "a", "a", "a", "a")),
+        [(32, 32)] * 2,
+        "val",
+    )
+    with pytest.raises(UsageError, match="must hold the same classes"):
+        probe(few, pretrained, tmp_path / "w")
+    rare = save_folder(
+        save_folder(tmp_path / "rare", [(32, 32)] * 9, classes=("a",) * 8 + ("b",)), [(32, 32)] * 2, "val", ("a", "b")
+    )
+    with pytest.raises(UsageError, match="every class needs two training images; only one has b"):
+        probe(rare, pretrained, tmp_path / "w")
+
+
+def test_pretrained_is_needed():
+    with pytest.raises(UsageError, match="--pretrained FILE is needed"):
+        lincls_options.parse([])
+
+
+@pytest.mark.parametrize("classes", [2, 10, 25, 26, 300])
+def test_the_confusion_picture_shows_right_answers_on_the_diagonal(classes, tmp_path):
+    picture = confusion.picture(np.eye(classes, dtype=int) * 7, [f"class {n}" for n in range(classes)], "a title")
+    picture.save(tmp_path / "confusion.png")
+    pixels = np.asarray(picture)
+    dark = (pixels == confusion.HIGH).all(axis=2)
+    rows, columns = np.nonzero(dark)
+    assert np.corrcoef(rows, columns)[0, 1] > 0.7 and 150 < picture.width < 1500
+
+
+def test_a_class_without_validation_images_has_no_percentage():
+    assert main_lincls.percent_right(np.array([[3, 1], [0, 0]])) == [75.0, None]
