@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     if speaks:
         monitor.save_settings(args.workdir, args, {"world_size": distributed.world_size(), "amp_used": amp})
     say = print if speaks else lambda _: None
-    say(f"{info['arch']} ({args.encoder} encoder) of {args.pretrained}, {info['num_features']} features")
+    say(f"{info['arch']} ({info['encoder']} encoder) of {args.pretrained}, {info['num_features']} features")
     say(f"{args.dataset}: {len(train)} + {len(val)} images at {args.img_size} px, {len(train.classes)} classes")
     for note in info["notes"] + notes:
         say(f"note: {note}")
@@ -132,7 +132,7 @@ def main(argv: list[str]) -> None:
             "best_head": heads[best],
             "select": select,
             "protocol": protocol,
-            "encoder": args.encoder,
+            "encoder": info["encoder"],
             "encoder_digest": before,
             "arch": info["arch"],
             "pretrained": args.pretrained,

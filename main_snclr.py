@@ -95,9 +95,11 @@ def main(argv: list[str]) -> None:
             log.line({"epoch": epoch, "step": step, **evaluate(model, loader, val, amp, args, log, epoch)})
         if speaks:
             state = checkpoint.pack(model, optimizer, scaler, args=args, epoch=epoch, step=step, images=len(train))
-            checkpoint.save(os.path.join(workdir, checkpoint.LAST), state)
-            if args.save_freq and not inside and epoch % args.save_freq == 0:
-                checkpoint.save(os.path.join(workdir, checkpoint.numbered(epoch)), state)
+            encoder = checkpoint.pack_encoder(judged_encoder(model, args), args.eval_encoder, args=args, epoch=epoch)
+            keeps = args.save_freq and not inside and epoch % args.save_freq == 0
+            for name in ("last", f"{epoch:04d}") if keeps else ("last",):
+                checkpoint.save(os.path.join(workdir, f"checkpoint_{name}.pth.tar"), state)
+                checkpoint.save(os.path.join(workdir, f"encoder_{name}.pth.tar"), encoder)
     distributed.barrier()  # nobody leaves while rank 0 still writes
     if speaks:
         log.say(monitor.farewell(workdir, done=step == total_steps))
@@ -174,9 +176,14 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
     return step
 
 
+def judged_encoder(model, args):
+    """The encoder that is evaluated, and left beside the checkpoint."""
+    return model.momentum_encoder if args.eval_encoder == "momentum" else model.base_encoder
+
+
 def evaluate(model, loader, val, amp, args, log, epoch) -> dict:
     """What the trained encoder's features are worth, with labels (kNN, in percent) and without."""
-    encoder = model.momentum_encoder if args.eval_encoder == "momentum" else model.base_encoder
+    encoder = judged_encoder(model, args)
     encoder.eval()
     with autocast(amp, loader.device):
         result = judge(encoder.embed, loader, val, args, log, f"epoch {epoch}/{args.epochs}  ", f"{args.eval_encoder} encoder")

@@ -1,3 +1,13 @@
-"""Soft-neighbour contrastive learning (SNCLR, ICLR 2023): images to views to encoder to heads to bank to objective."""
+"""Soft-neighbour contrastive learning. For a notebook: encoder, info = snclr.load_encoder("checkpoint_last.pth.tar")"""
 
 __version__ = "0.1.0"
+
+
+def load_encoder(path: str, which: str = "online", **settings):
+    """The backbone in a file as a module from normalised images (B, 3, S, S) to features (B, C), and its info.
+
+    See snclr.weights.open_encoder, which this calls; torch is imported only then.
+    """
+    from .weights import open_encoder
+
+    return open_encoder(path, which, **settings)

@@ -129,6 +129,13 @@ def pack(model: nn.Module, optimizer, scaler, *, args: Namespace, epoch: int, st
     }
 
 
+def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int) -> dict:
+    """The backbone alone, under its own names, with what is needed to rebuild it: small, and read by snclr.load_encoder."""
+    head = next(name for name, module in encoder.named_modules() if module is encoder.projector) + "."
+    backbone = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)}
+    return {"format": FORMAT, "epoch": epoch, "arch": args.arch, "args": vars(args), "encoder": which, "state_dict": backbone}
+
+
 def resume(path: str, model: nn.Module, optimizer, scaler, *, args: Namespace, images: int) -> tuple[int, list[str]]:
     """Load a checkpoint into a run with the same settings: its completed steps, and the settings that changed on the way.
 

@@ -90,7 +90,7 @@ def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Modul
     return encoder.eval().requires_grad_(False), {
         **known,
         "num_features": encoder.num_features,
-        "encoder": which,
+        "encoder": file.saved.get("encoder", which),  # a file of a backbone alone says which one it is
         "notes": notes,
     }
 
