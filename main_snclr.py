@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     found = checkpoint.newest(workdir) if args.resume == "auto" else args.resume
     start_notes = []
     if args.init_from and not found:
-        start_notes = weights.load_backbone(model.base_encoder, args.init_from)
+        start_notes = weights.load_backbone(model.base_encoder, weights.read_encoder(args.init_from))
         if model.momentum_encoder is not None:
             model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
     elif args.init_from:
@@ -136,7 +136,7 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
         momentum = optim.encoder_momentum(step, start=args.snclr_m, total_steps=total_steps, cosine=args.snclr_m_cos)
         optim.set_learning_rate(optimizer, lr)
         # stochastic layers too draw from a key, so that a resumed run has no generator to restore
-        torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank()) >> 1))
+        torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank())) >> 1)
         with autocast(amp, loader.device):
             loss, shown = network(batch.view1, batch.view2, batch.ids, momentum, step >= neighbours_from)
         optimizer.zero_grad(set_to_none=True)

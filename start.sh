@@ -1,22 +1,96 @@
 #!/usr/bin/env bash
 # The launcher.
 #
-#   bash start.sh                                                       the embedded data set, in minutes, on any machine
-#   bash start.sh @configs/cifar10_resnet18.args /data/cifar            a recipe, its data, and any flag of main_snclr.py
+#   bash start.sh                                                        the embedded data set, in minutes, on any machine
+#   bash start.sh @configs/vit_small_imagenet.args /data/imagenet        a recipe, its data, any flag: all GPUs of this machine
+#   NNODES=4 NODE_RANK=0 MASTER_ADDR=node1 bash start.sh @configs/...    several machines: the same on each, NODE_RANK 0 .. 3
+#   sbatch --nodes=4 --gpus-per-node=8 start.sh @configs/...             SLURM: starts itself on each node with srun
+#   bash start.sh main_lincls.py /data/imagenet --pretrained FILE        evaluation, by the same rules
+#   bash start.sh --dry-run ...                                          print the exact commands and do nothing
 #
-# Sets up what it needs, checks the flags, and runs main_snclr.py on the hardware it finds: one process, or with
-# several GPUs one process a GPU. NPROC_PER_NODE=n sets the number of processes.
+# It sets up what it needs, checks the flags, and starts one process a GPU (one in all where there is none).
+# NPROC_PER_NODE sets their number on a machine, MASTER_PORT the port on MASTER_ADDR (default 29500; under SLURM by job).
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-source "$ROOT/tools/environment.sh"
-find_python "$ROOT/requirements.txt"
 
-processes=${NPROC_PER_NODE:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
+fail() { echo "start.sh: error: $1" >&2; exit 2; }
+
+# sbatch runs a copy of this file in a folder of its own; the repository is then where the job was submitted
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[ -e "$ROOT/main_snclr.py" ] || ROOT=${SLURM_SUBMIT_DIR:-$ROOT}
+[ -e "$ROOT/main_snclr.py" ] || fail "$ROOT is not the repository: submit the job from the repository's folder"
+source "$ROOT/tools/environment.sh"
+
+DRY_RUN=
+script=main_snclr.py
+options=snclr.options
+flags=()
+for flag in "$@"; do
+  case $flag in
+    --dry-run) DRY_RUN=1 ;;
+    main_snclr.py) ;;
+    main_lincls.py) script=$flag options=snclr.lincls_options ;;
+    *) flags+=("$flag") ;;
+  esac
+done
+case " ${flags[*]-} " in *" -h "* | *" --help "*) PYTHONPATH=$ROOT exec python3 -m "$options" --help ;; esac
+
+run() { # the last command of this script, or its text
+  [ -z "$DRY_RUN" ] || { printf '%q ' "$@"; echo; exit; }
+  exec "$@"
+}
+
+visible_gpus() {
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cv -e '^$' -e '^-1$' || true
+  else
+    nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
+  fi
+}
+
+is_number() { [[ $2 =~ ^[0-9]+$ ]] || fail "$1 must be a whole number, found '$2'"; }
+
+# SLURM_STEP_ID is there in what srun starts, and not in the batch script nor in the shell of salloc
+in_step=${SLURM_STEP_ID:-}
+nodes=${NNODES:-$([ -n "$in_step" ] && echo "${SLURM_STEP_NUM_NODES:-1}" || echo "${SLURM_JOB_NUM_NODES:-1}")}
+processes=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(visible_gpus)}}
+is_number NNODES "$nodes"
+is_number NPROC_PER_NODE "$processes"
+[ "$nodes" -gt 0 ] || fail "NNODES must be at least 1, found $nodes"
+processes=$((processes > 1 ? processes : 1))
+
+find_python "$ROOT/requirements.txt"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-case " $* " in *" -h "* | *" --help "*) exec "$PYTHON" "$ROOT/main_snclr.py" --help ;; esac
 # a wrong flag is answered once and at once, not by every process
-WORLD_SIZE=$((processes > 1 ? processes : 1)) "$PYTHON" -m snclr.options "$@"
-if [ "$processes" -gt 1 ]; then
-  exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" "$ROOT/main_snclr.py" "$@"
+[ -n "$DRY_RUN" ] || WORLD_SIZE=$((nodes * processes)) "$PYTHON" -m "$options" "${flags[@]+"${flags[@]}"}"
+
+if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "$in_step" ]; then
+  # one task a node with all its CPUs: srun no longer takes --cpus-per-task from the job (since 22.05)
+  run srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" \
+    --kill-on-bad-exit=1 bash "$ROOT/start.sh" "$script" "${flags[@]+"${flags[@]}"}"
 fi
-exec "$PYTHON" "$ROOT/main_snclr.py" "$@"
+
+main=("$ROOT/$script" "${flags[@]+"${flags[@]}"}")
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / processes > 1 ? $(nproc) / processes : 1))}
+if [ "$nodes" -gt 1 ]; then
+  node_rank=${NODE_RANK:-${SLURM_NODEID:-}}
+  [ -n "$node_rank" ] || fail "NNODES is $nodes, so NODE_RANK must be 0 .. $((nodes - 1)), another one on each machine"
+  is_number NODE_RANK "$node_rank"
+  [ "$node_rank" -lt "$nodes" ] || fail "NODE_RANK must be 0 .. $((nodes - 1)) with NNODES=$nodes, found $node_rank"
+  if [ -n "$in_step" ]; then
+    hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST")
+    MASTER_ADDR=${MASTER_ADDR:-${hosts%%$'\n'*}}
+    MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))} # two jobs on a node do not meet
+  fi
+  [ -n "${MASTER_ADDR:-}" ] || fail "NNODES is $nodes, so MASTER_ADDR must name the machine of NODE_RANK 0"
+  port=${MASTER_PORT:-29500}
+  is_number MASTER_PORT "$port"
+  if [ "$node_rank" -eq 0 ] && [ -z "$DRY_RUN" ]; then
+    "$PYTHON" "$ROOT/tools/torchrun.py" --port-is-free "$port" || fail "port $port is in use: set MASTER_PORT to a free one"
+  fi
+  run "$PYTHON" "$ROOT/tools/torchrun.py" --nnodes "$nodes" --node_rank "$node_rank" --nproc_per_node "$processes" \
+    --master_addr "$MASTER_ADDR" --master_port "$port" "${main[@]}"
+elif [ "$processes" -gt 1 ]; then
+  run "$PYTHON" "$ROOT/tools/torchrun.py" --standalone --nproc_per_node "$processes" "${main[@]}"
+else
+  run "$PYTHON" "${main[@]}"
+fi

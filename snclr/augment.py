@@ -59,12 +59,14 @@ class ViewParameters(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """The settings of the augmentation: smallest crop as a share of the image's area, output side in px, blur on or off."""
+    """The settings of the augmentation: smallest crop as a share of the image's area, output side in px, blur on or off;
+    without colour only crop and flip are left."""
 
     seed: int
     crop_min: float
     size: int
     blur: bool
+    colour: bool = True
 
 
 def draw(recipe: Recipe, epoch: int, indices: np.ndarray, view: int, heights: np.ndarray, widths: np.ndarray):
@@ -75,12 +77,13 @@ def draw(recipe: Recipe, epoch: int, indices: np.ndarray, view: int, heights: np
     u = keyed_uniforms(13 + 2 * CROP_TRIES, recipe.seed, epoch, indices, view)
     boxes = _draw_crops(recipe.crop_min, u[:, 13:], u[:, 0], u[:, 1], heights, widths)
     blur_probability, solarize_probability = ((1.0, 0.0), (0.1, 0.2))[view]
-    jitter = u[:, 2] < 0.8
+    jitter = (u[:, 2] < 0.8) & recipe.colour
     factors = (2 * u[:, 3:7] - 1) * JITTER + (1, 1, 1, 0)
     order = _PERMUTATIONS[(u[:, 7] * len(_PERMUTATIONS)).astype(np.int64)]
     low, high = SIGMA_RANGE
     sigma = np.where((u[:, 8] < blur_probability) & recipe.blur, low + (high - low) * u[:, 9], 0.0)
-    parameters = (jitter, order, factors, u[:, 10] < 0.2, sigma, u[:, 11] < solarize_probability, u[:, 12] < 0.5)
+    gray, solarize = (u[:, 10] < 0.2) & recipe.colour, (u[:, 11] < solarize_probability) & recipe.colour
+    parameters = (jitter, order, factors, gray, sigma, solarize, u[:, 12] < 0.5)
     return boxes, ViewParameters(*map(torch.from_numpy, parameters))
 
 

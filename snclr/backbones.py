@@ -231,12 +231,12 @@ def build_encoder(
     """The encoder `arch` with its projector (hidden_dim, out_dim).
 
     width: of a ResNet's first stage (None: the arch's own); small_stem: 3x3, stride 1, no pool, for images of about 32 px;
-    patch_size and stop_grad_conv1 concern ViTs; timm_kwargs the models named timm:NAME. Raises ValueError for an unknown arch
+    patch_size and stop_grad_conv1 concern ViTs; timm_kwargs the models named timm:NAME. Raises UsageError for an unknown arch
     or an indivisible size.
     """
     if arch in VITS:
         if img_size % patch_size:
-            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+            raise UsageError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         encoder = VisionTransformer(img_size, patch_size, *VITS[arch], stop_grad_conv1)
         encoder.head = heads.projector("vit", encoder.num_features, hidden_dim, out_dim)
     elif arch in RESNETS:
@@ -246,5 +246,5 @@ def build_encoder(
     elif arch.startswith(TIMM):
         encoder = build_timm(arch.removeprefix(TIMM), img_size, timm_kwargs, hidden_dim, out_dim)
     else:
-        raise ValueError(f"unknown arch {arch!r}; known are {', '.join(ARCHS)} and {TIMM}NAME")
+        raise UsageError(f"unknown arch {arch!r}; known are {', '.join(ARCHS)} and {TIMM}NAME")
     return encoder

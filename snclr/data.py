@@ -29,14 +29,14 @@ except ImportError:
     decode_image = None
 warnings.filterwarnings("ignore", message=".*capabilities of TorchVision are deprecated", category=DeprecationWarning)
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EVALUATION_BATCH = 256  # images a rank
 SAMPLE_EPOCH = -1  # keys the views of TwoViewLoader.sample
 RESIDENT_LIMIT = 2**30  # bytes of decoded pixels up to which a set of equal-sized images is held in memory
 
 
 class Views(NamedTuple):
-    """Two views of B images before the device's half of the augmentation: ids (B,), crops (2B, 3, S, S) uint8, view 1 first."""
+    """Views of B images before the device's half of the augmentation: ids (B,); crops (2B, 3, S, S) uint8, view 1 first, or
+    (B, 3, S, S) where one view was asked for."""
 
     ids: Tensor
     crops: Tensor
@@ -76,8 +76,8 @@ class ImageSet:
         """Bring what is held in memory to the device that trains."""
         return self
 
-    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray) -> Views:
-        """Crops and parameters of both views of images `indices` (B,), keyed by (recipe.seed, epoch, index, view)."""
+    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
+        """Crops and parameters of views of images `indices` (B,), keyed by (recipe.seed, epoch, index, view)."""
         raise NotImplementedError
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
@@ -102,11 +102,11 @@ class ResidentImages(ImageSet):
         self.images = self.images.to(device)
         return self
 
-    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray) -> Views:
+    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
         images = self.images[torch.from_numpy(indices).to(self.images.device)]
         heights, widths = (np.full(len(indices), side) for side in images.shape[2:])
-        boxes, parameters = _draw_both(recipe, epoch, indices, heights, widths)
-        crops = augment.crop_and_resize(images.repeat(2, 1, 1, 1), torch.from_numpy(boxes), recipe.size)
+        boxes, parameters = _draw(recipe, epoch, indices, which, heights, widths)
+        crops = augment.crop_and_resize(images.repeat(len(which), 1, 1, 1), torch.from_numpy(boxes), recipe.size)
         return Views(torch.from_numpy(indices), crops, parameters)
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
@@ -122,11 +122,11 @@ class EncodedImages(ImageSet):
         """One image, (3, H, W) uint8. Raises RunError, naming it, where it cannot be read."""
         raise NotImplementedError
 
-    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray) -> Views:
+    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
         images = [self.image(index) for index in indices]
         heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
-        boxes, parameters = _draw_both(recipe, epoch, indices, heights, widths)
-        crops = torch.cat([_cut(image, box, recipe.size) for image, box in zip(images * 2, boxes, strict=True)])
+        boxes, parameters = _draw(recipe, epoch, indices, which, heights, widths)
+        crops = torch.cat([_cut(image, box, recipe.size) for image, box in zip(images * len(which), boxes, strict=True)])
         return Views(torch.from_numpy(indices), crops, parameters)
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
@@ -197,8 +197,8 @@ def unreadable(name: str, reason: object) -> RunError:
     return RunError(f"cannot read image {name}: {reason}; remove or replace the file")
 
 
-def _draw_both(recipe, epoch, indices, heights, widths):
-    boxes, parameters = zip(*(augment.draw(recipe, epoch, indices, view, heights, widths) for view in (0, 1)), strict=True)
+def _draw(recipe, epoch, indices, which, heights, widths):
+    boxes, parameters = zip(*(augment.draw(recipe, epoch, indices, view, heights, widths) for view in which), strict=True)
     return np.concatenate(boxes), ViewParameters(*map(torch.cat, zip(*parameters, strict=True)))
 
 
@@ -221,23 +221,14 @@ def _evaluation_box(height, width, size):
 # -- loading -------------------------------------------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
-    """This rank's part of a global batch, on the device: ids (B,) data-set indices; view1, view2 (B, 3, S, S) normalised."""
+class ViewLoader:
+    """Loads what it is asked for: requests (epoch, indices) or (epoch, indices, which views) to Views, in order.
 
-    ids: Tensor
-    view1: Tensor
-    view2: Tensor
+    Encoded images are decoded and cropped by worker processes, which stay from one call to the next.
+    """
 
-
-class TwoViewLoader:
-    """Epochs of two-view batches. Global batch b is the b-th slice of the epoch's permutation (the incomplete last one is
-    left out); this rank's part is the rank-th contiguous share of it, so that gathering in rank order restores the batch."""
-
-    def __init__(self, images: ImageSet, recipe: Recipe, global_batch_size: int, device: torch.device, workers: int):
+    def __init__(self, images: ImageSet, recipe: Recipe, device: torch.device, workers: int):
         self.images, self.recipe, self.device = images, recipe, device
-        self.batch_size_per_rank = global_batch_size // world_size()
-        self.global_batch_size = global_batch_size
-        self.steps_per_epoch = len(images) // global_batch_size
         self.requests = _Requests()
         self.loader = None
         if isinstance(images, EncodedImages):
@@ -250,37 +241,55 @@ class TwoViewLoader:
                 pin_memory=device.type == "cuda",
             )
 
+    def load(self, requests: list[tuple]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each request the ids (B,) and the augmented, normalised views (B or 2B, 3, S, S) on the device."""
+        self.requests.list = requests
+        direct = (self.images.views(self.recipe, *request) for request in requests)
+        for views in direct if self.loader is None else self.loader:
+            if isinstance(views, Exception):
+                raise views
+            crops = views.crops.to(self.device, non_blocking=True)
+            x = augment.apply(crops, views.parameters, self.images.mean, self.images.std)
+            yield views.ids.to(self.device, non_blocking=True), x
+
+
+class Batch(NamedTuple):
+    """This rank's part of a global batch, on the device: ids (B,) data-set indices; view1, view2 (B, 3, S, S) normalised."""
+
+    ids: Tensor
+    view1: Tensor
+    view2: Tensor
+
+
+class TwoViewLoader(ViewLoader):
+    """Epochs of two-view batches. Global batch b is the b-th slice of the epoch's permutation (the incomplete last one is
+    left out); this rank's part is the rank-th contiguous share of it, so that gathering in rank order restores the batch."""
+
+    def __init__(self, images: ImageSet, recipe: Recipe, global_batch_size: int, device: torch.device, workers: int):
+        super().__init__(images, recipe, device, workers)
+        self.global_batch_size = global_batch_size
+        self.steps_per_epoch = len(images) // global_batch_size
+
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """This rank's batches first .. steps_per_epoch - 1 of an epoch."""
         order = augment.epoch_order(self.recipe.seed, epoch, len(self.images))
         starts = [step * self.global_batch_size for step in range(first, self.steps_per_epoch)]
-        return self._batches(epoch, [self._share(order[start : start + self.global_batch_size]) for start in starts])
+        return self._pairs(epoch, [share(order[start : start + self.global_batch_size]) for start in starts])
 
     def sample(self, count: int) -> Iterator[Batch]:
         """This rank's part of `count` images (rounded down to the ranks) in views that no epoch shows; the same each time."""
         order = augment.epoch_order(self.recipe.seed, SAMPLE_EPOCH, len(self.images))
-        share = self._share(order[: min(count, len(order)) // world_size() * world_size()])
-        return self._batches(SAMPLE_EPOCH, np.split(share, range(EVALUATION_BATCH, len(share), EVALUATION_BATCH)))
+        mine = share(order[: min(count, len(order)) // world_size() * world_size()])
+        return self._pairs(SAMPLE_EPOCH, np.split(mine, range(EVALUATION_BATCH, len(mine), EVALUATION_BATCH)))
 
-    @staticmethod
-    def _share(indices):
-        return np.split(indices, world_size())[rank()]
+    def _pairs(self, epoch, parts):
+        for ids, x in self.load([(epoch, part) for part in parts]):
+            yield Batch(ids, *x.chunk(2))
 
-    def _batches(self, epoch, parts):
-        self.requests.list = [(epoch, part) for part in parts]
-        if self.loader is not None:
-            for views in self.loader:
-                if isinstance(views, Exception):
-                    raise views
-                yield self._finish(views)
-        else:
-            for request in self.requests:
-                yield self._finish(self.images.views(self.recipe, *request))
 
-    def _finish(self, views: Views) -> Batch:
-        crops = views.crops.to(self.device, non_blocking=True)
-        view1, view2 = augment.apply(crops, views.parameters, self.images.mean, self.images.std).chunk(2)
-        return Batch(views.ids.to(self.device, non_blocking=True), view1, view2)
+def share(indices: np.ndarray) -> np.ndarray:
+    """This rank's contiguous part of a global batch, whose size the ranks divide."""
+    return np.split(indices, world_size())[rank()]
 
 
 class _Requests(Sampler):

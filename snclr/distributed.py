@@ -45,6 +45,11 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def local_rank_zero() -> bool:
+    """Whether this is the first process of its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
@@ -54,7 +59,7 @@ def barrier() -> None:
 @contextlib.contextmanager
 def local_rank_zero_first():
     """Let one process of each machine do the block before the others do: it may write what they then find."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    first = local_rank_zero()
     if not first:
         barrier()
     try:

@@ -10,7 +10,6 @@ import numpy as np
 CLASSES = ("disc", "ring", "square", "frame", "triangle", "plus", "bar", "star", "ell", "stripes")
 SIZE = 32
 SPLITS = {"train": (5000, 0), "val": (1000, 1)}  # images, seed
-MEAN, STD = (0.587, 0.587, 0.587), (0.171, 0.171, 0.171)  # of the training images
 WINDOW, MARGIN = 14, 24  # pixels: side of the square that a glyph fits in; canvas around the picture
 
 

@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, section 3.4; the DINO protocol)."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,25 +28,37 @@ def encode(
 
 @torch.no_grad()
 @full_precision
-def classify(
-    queries: Tensor, features: Tensor, labels: Tensor, num_classes: int, *, k: int, temperature: float, chunk: int = 1024
-) -> Tensor:
-    """Class scores (n, num_classes) of queries (n, F), alike on every rank, from the features of ALL ranks.
+def nearest(queries: Tensor, features: Tensor, labels: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """Cosines (n, k), best first, and labels (n, k) of the nearest of ALL ranks' features; alike on every rank.
 
-    Score of a class: sum of exp(cosine / temperature) over those of the k nearest features that have it. features (m, F)
-    and labels (m,) are this rank's share: each rank finds its own k best and only these travel, so that no rank ever holds
-    the whole set. Memory: chunk * m cosines.
+    queries (n, F), the same on every rank; features (m, F) and labels (m,) are this rank's share: each rank finds its own k
+    best and only these travel, so that no rank ever holds the whole set. Where there are fewer than k features, the
+    rest has cosine -2. Memory: chunk * m cosines.
     """
-    scores = []
+    found = []
     for part in queries.split(chunk):
         cosines, where = (part @ features.T).topk(min(k, len(features)), dim=1)
         # every rank's best side by side: (n, ranks * k)
         cosines = torch.cat(all_gather(_pad(cosines, k, -2.0)).chunk(world_size()), dim=1)
         votes = torch.cat(all_gather(_pad(labels[where], k, 0)).chunk(world_size()), dim=1)
-        best, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
-        weights = (best / temperature).exp() * (best > -1.5)  # below every cosine: padding
-        scores.append(best.new_zeros(len(part), num_classes).scatter_add_(1, votes.gather(1, order), weights))
-    return torch.cat(scores)
+        best, order = cosines.topk(k, dim=1)
+        found.append((best, votes.gather(1, order)))
+    return tuple(map(torch.cat, zip(*found, strict=True)))
+
+
+def vote(cosines: Tensor, votes: Tensor, num_classes: int, temperature: float | None) -> Tensor:
+    """Class scores (n, num_classes) from the nearest (n, k): sum of exp(cosine / temperature), None: of ones, over those
+    that have the class. Of equally many plain votes the first class wins."""
+    weights = torch.ones_like(cosines) if temperature is None else (cosines / temperature).exp()
+    weights = weights * (cosines > -1.5)  # below every cosine: there was no such neighbour
+    return cosines.new_zeros(len(cosines), num_classes).scatter_add_(1, votes, weights)
+
+
+def classify(
+    queries: Tensor, features: Tensor, labels: Tensor, num_classes: int, *, k: int, temperature: float, chunk: int = 1024
+) -> Tensor:
+    """Class scores (n, num_classes) of queries (n, F), alike on every rank, from the features of ALL ranks (see `nearest`)."""
+    return vote(*nearest(queries, features, labels, k, chunk), num_classes, temperature)
 
 
 def _pad(x: Tensor, columns: int, value: float) -> Tensor:
@@ -68,12 +80,12 @@ def accuracy(
     train, val = train.labelled(), val.labelled()
     features, labels = encode(embed, train, size=size, device=device, workers=workers)
     queries, truth = encode(embed, val, size=size, device=device, workers=workers)
-    queries, truth = _join_shares(queries, len(val)), _join_shares(truth, len(val))
+    queries, truth = join_shares(queries, len(val)), join_shares(truth, len(val))
     scores = classify(queries, features, labels, len(train.classes), k=k, temperature=temperature)
     return 100 * (scores.argmax(dim=1) == truth).double().mean().item()
 
 
-def _join_shares(x: Tensor, total: int) -> Tensor:
+def join_shares(x: Tensor, total: int) -> Tensor:
     """All rows, rank after rank, from each rank's share (every world_size-th row) of `total`; alike on every rank."""
     longest = -(-total // world_size())
     padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
@@ -102,3 +114,19 @@ def calibrated_copy(
         for batch in whole_images(images, indices, size=size, device=device, workers=workers):
             encoder.embed(batch)
     return encoder.eval()
+
+
+def table(
+    features: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, num_classes: int, ks: Sequence[int], temperature: float
+) -> dict[str, float]:
+    """Top-1 in percent for each k, weighted and by plain votes, from one search: 'k=20 weighted' and so on.
+
+    features and labels are this rank's share, queries and truth the whole, the same on every rank.
+    """
+    cosines, votes = nearest(queries, features, labels, max(ks))
+    found = {}
+    for k in ks:
+        for name, weighting in (("weighted", temperature), ("plain", None)):
+            said = vote(cosines[:, :k], votes[:, :k], num_classes, weighting).argmax(dim=1)
+            found[f"k={k} {name}"] = 100 * (said == truth).double().mean().item()
+    return found

@@ -145,9 +145,15 @@ class Log:
 def save_settings(workdir: str, args: Namespace, more: dict) -> None:
     """Leave args.json in workdir: every setting by its name, and the command, versions and git commit of this start."""
     os.makedirs(workdir, exist_ok=True)
-    settings = {**vars(args), **more, "command": shlex.join([sys.executable, *sys.argv]), **provenance()}
-    with open(os.path.join(workdir, "args.json"), "w") as file:
-        json.dump(settings, file, indent=1)
+    command = shlex.join([sys.executable, *sys.argv])
+    save_json(os.path.join(workdir, "args.json"), {**vars(args), **more, "command": command, **provenance()})
+
+
+def save_json(path: str, content: dict) -> None:
+    """Write a JSON file for people, whole or not at all."""
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(content, file, indent=1)
+    os.replace(f"{path}.tmp", path)
 
 
 def non_finite(loss: float, first_bad: Tensor) -> str:

@@ -20,6 +20,13 @@ IMG_SIZES = {"embedded": 32, "cifar10": 32, "cifar100": 32, "svhn": 32, "stl10":
 ARCHS = ("vit_tiny", "vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
 ARCHS += ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101")
 OPTIMIZERS = ("adamw", "lars")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MEAN_STD = {  # as commonly used; all others take ImageNet's (`python -m snclr.mean_std` measures a set's own)
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "embedded": ((0.587, 0.587, 0.587), (0.171, 0.171, 0.171)),
+}
 POSITIVE = ("patch_size", "width", "snclr_dim", "snclr_mlp_dim", "snclr_t", "bank_size", "positiveness_t", "gamma", "epochs")
 POSITIVE += ("batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps")
 NOT_NEGATIVE = ("topk", "wd", "warmup_epochs", "nn_warmup_epochs", "save_freq", "eval_freq")
@@ -89,6 +96,31 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("-j", "--workers", type=int, metavar="N", help="processes a rank that decode (default: one a core, up to 8)")
 
 
+def add_backbone_flags(parser: argparse.ArgumentParser, default_arch: str | None):
+    """The flags that name a backbone (snclr/backbones.py); returns their group."""
+    g = parser.add_argument_group("model")
+    archs = f"backbone: {', '.join(ARCHS)}, or timm:NAME for any of timm's"
+    g.add_argument("-a", "--arch", default=default_arch, help=archs)
+    g.add_argument("--timm-kwargs", nargs="+", type=_key_value, metavar="KEY=VALUE", help="arguments of a timm:NAME model")
+    g.add_argument("--patch-size", type=int, default=16, metavar="PX", help="side of a ViT's patch")
+    g.add_argument("--width", type=int, metavar="N", help="channels of a ResNet's first stage (default: the arch's own)")
+    stem = "ResNet stem for images of about 32 px: 3x3, no pool"
+    g.add_argument("--small-stem", action=argparse.BooleanOptionalAction, default=False, help=stem)
+    return g
+
+
+def check_backbone(args: argparse.Namespace) -> None:
+    """Backbone flags that cannot work. Raises UsageError."""
+    if args.arch not in ARCHS and not args.arch.startswith("timm:"):
+        raise UsageError(f"--arch {args.arch} is unknown; known are {', '.join(ARCHS)}, and timm:NAME for any model of timm")
+    if args.timm_kwargs and not args.arch.startswith("timm:"):
+        raise UsageError(f"--timm-kwargs are for --arch timm:NAME, not for {args.arch}")
+    if args.arch.startswith("vit_conv") and args.patch_size != 16:
+        raise UsageError(f"--arch {args.arch} has a stem for --patch-size 16, found {args.patch_size}")
+    if args.arch.startswith("vit") and args.img_size % args.patch_size:
+        raise UsageError(f"--img-size {args.img_size} is not a multiple of --patch-size {args.patch_size}")
+
+
 def _key_value(text: str) -> list:
     """'key=value' as [key, value], the value a Python literal where it is one."""
     key, equals, value = text.partition("=")
@@ -110,13 +142,8 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--crop-min", type=float, default=0.08, metavar="SHARE", help="smallest crop, as a share of the area")
     g.add_argument("--blur", action=on_off, help="Gaussian blur (default: on above 32 px)")
 
-    g = parser.add_argument_group("model")
-    g.add_argument("-a", "--arch", default="vit_small", help=f"backbone: {', '.join(ARCHS)}, or timm:NAME for any of timm's")
-    g.add_argument("--timm-kwargs", nargs="+", type=_key_value, metavar="KEY=VALUE", help="arguments of a timm:NAME model")
+    g = add_backbone_flags(parser, default_arch="vit_small")
     g.add_argument("--init-from", metavar="FILE", help="backbone weights to start from: a checkpoint or state dict, any layout")
-    g.add_argument("--patch-size", type=int, default=16, metavar="PX", help="side of a ViT's patch")
-    g.add_argument("--width", type=int, metavar="N", help="channels of a ResNet's first stage (default: the arch's own)")
-    g.add_argument("--small-stem", action=on_off, default=False, help="ResNet stem for images of about 32 px: 3x3, no pool")
     g.add_argument("--stop-grad-conv1", action=on_off, default=False, help="freeze a ViT's random patch embedding")
     g.add_argument("--snclr-dim", type=int, default=256, metavar="D", help="dimension of projection and prediction")
     g.add_argument("--snclr-mlp-dim", type=int, default=4096, metavar="N", help="hidden width of projector and predictor")
@@ -174,6 +201,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Flags to settings, with the defaults that depend on others filled in, checked. Raises UsageError."""
     args = build_parser().parse_args(argv)
     resolve_data(args)
+    resolve_views(args)
     if args.dataset == "embedded" and not any(flag.startswith("@") for flag in argv):
         return parse([f"@{EMBEDDED_RECIPE}", *argv])  # the general defaults are ImageNet's
     if args.warmup_epochs is None:
@@ -191,16 +219,25 @@ def parse_data(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.workdir = None
     resolve_data(args)
+    resolve_views(args)
     check_data(args)
     return args
 
 
-def resolve_data(args: argparse.Namespace) -> None:
-    """Fill in what kind of data DATA is, the size of the views and the number of workers."""
-    if args.dataset is None:
-        args.dataset = _recognised(args.data)
+def resolve_views(args: argparse.Namespace) -> None:
+    """Fill in the size of the views and the channels' mean and standard deviation."""
     if args.img_size is None:
         args.img_size = IMG_SIZES.get(args.dataset, 224)
+    mean, std = MEAN_STD.get(args.dataset, IMAGENET)
+    args.mean, args.std = args.mean or list(mean), args.std or list(std)
+
+
+def resolve_data(args: argparse.Namespace) -> None:
+    """Fill in what kind of data DATA is, and the number of workers. Raises UsageError for half a normalisation."""
+    if (args.mean is None) != (args.std is None) or any(not 0 < value <= 1 for value in args.std or ()):
+        raise UsageError("--mean and --std belong together, three numbers each, --std above 0 and in units of 0..1")
+    if args.dataset is None:
+        args.dataset = _recognised(args.data)
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         args.workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -223,11 +260,9 @@ def _recognised(data):
 
 def check_data(args: argparse.Namespace) -> None:
     """Data flags that cannot work. Raises UsageError."""
-    _check_numbers(args, ("img_size", "subset"), ("workers",))
+    check_numbers(args, ("img_size", "subset"), ("workers",))
     if args.subset is not None and args.subset > 1 and args.subset % 1:
         raise UsageError(f"--subset must be a whole number of images or a share below 1, found {args.subset}")
-    if (args.mean is None) != (args.std is None) or any(not 0 < value <= 1 for value in args.std or ()):
-        raise UsageError("--mean and --std belong together, three numbers each, --std above 0 and in units of 0..1")
     if args.dataset == "embedded":
         if args.data is not None:
             raise UsageError(f"the embedded data set is drawn, not read: leave out {args.data} or choose another --dataset")
@@ -254,7 +289,7 @@ def check_data(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace, world_size: int) -> None:
     """Combinations that cannot work, before anything slow or lasting is done. Raises UsageError."""
     check_data(args)
-    _check_numbers(args, POSITIVE, NOT_NEGATIVE)
+    check_numbers(args, POSITIVE, NOT_NEGATIVE)
     if args.batch_size < 2:
         raise UsageError("--batch-size must be at least 2: batch norm and contrast need company")
     if not -(2**63) <= args.seed < 2**63:
@@ -267,14 +302,7 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name):g} exceeds --epochs {args.epochs}")
     if args.batch_size % world_size:
         raise UsageError(f"--batch-size {args.batch_size} is global and must be divisible by the {world_size} ranks")
-    if args.arch not in ARCHS and not args.arch.startswith("timm:"):
-        raise UsageError(f"--arch {args.arch} is unknown; known are {', '.join(ARCHS)}, and timm:NAME for any model of timm")
-    if args.timm_kwargs and not args.arch.startswith("timm:"):
-        raise UsageError(f"--timm-kwargs are for --arch timm:NAME, not for {args.arch}")
-    if args.arch.startswith("vit_conv") and args.patch_size != 16:
-        raise UsageError(f"--arch {args.arch} has a stem for --patch-size 16, found {args.patch_size}")
-    if args.arch.startswith("vit") and args.img_size % args.patch_size:
-        raise UsageError(f"--img-size {args.img_size} is not a multiple of --patch-size {args.patch_size}")
+    check_backbone(args)
     if args.method == "snclr" and args.topk > args.bank_size:
         raise UsageError(f"--topk {args.topk} exceeds --bank-size {args.bank_size}")
     if args.threshold and (args.weights == "uniform" or args.topk == 1):
@@ -284,35 +312,32 @@ def check(args: argparse.Namespace, world_size: int) -> None:
         raise UsageError(f"--weights projected has layers that {found} would leave without a gradient: leave one of them out")
     if args.eval_encoder == "momentum" and args.method == "nnclr":
         raise UsageError("--method nnclr has no momentum encoder: use --eval-encoder online")
-    _check_paths(args)
+    if args.init_from is not None and not os.path.isfile(args.init_from):
+        raise UsageError(f"--init-from {args.init_from}: there is no such file")
+    check_workdir(args.workdir, args.resume, ("metrics.jsonl", "checkpoint_last.pth.tar"))
 
 
-def holds_run(workdir: str) -> bool:
-    """Whether a run has left something in workdir."""
-    return any(os.path.exists(os.path.join(workdir, name)) for name in ("metrics.jsonl", "checkpoint_last.pth.tar"))
-
-
-def _check_paths(args):
-    parent = os.path.abspath(args.workdir or ".")
+def check_workdir(workdir: str | None, resume: str | None, leftovers: tuple[str, ...]) -> None:
+    """That workdir can be written to, and holds no other run (one of the files `leftovers`) than the resumed one."""
+    parent = os.path.abspath(workdir or ".")
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-        raise UsageError(f"--workdir {args.workdir} cannot be made: {parent} is a file, or may not be written to")
-    if args.init_from is not None and not os.path.isfile(args.init_from):
-        raise UsageError(f"--init-from {args.init_from}: there is no such file")
-    if args.resume == "auto":
-        if args.workdir is None:
+        raise UsageError(f"--workdir {workdir} cannot be made: {parent} is a file, or may not be written to")
+    if resume == "auto":
+        if workdir is None:
             raise UsageError("--resume auto looks into --workdir, which is not given")
         return
-    if args.resume is not None and not os.path.isfile(args.resume):
-        raise UsageError(f"--resume {args.resume}: there is no such checkpoint")
-    if args.workdir is not None and holds_run(args.workdir):
-        home = os.path.dirname(os.path.abspath(args.resume)) if args.resume else None
-        if home != os.path.abspath(args.workdir):
-            raise UsageError(f"--workdir {args.workdir} holds another run: add --resume auto to go on, or choose a new one")
+    if resume is not None and not os.path.isfile(resume):
+        raise UsageError(f"--resume {resume}: there is no such checkpoint")
+    if workdir is not None and any(os.path.exists(os.path.join(workdir, name)) for name in leftovers):
+        home = os.path.dirname(os.path.abspath(resume)) if resume else None
+        if home != os.path.abspath(workdir):
+            raise UsageError(f"--workdir {workdir} holds another run: add --resume auto to go on, or choose a new one")
 
 
-def _check_numbers(args, positive, not_negative):
+def check_numbers(args: argparse.Namespace, positive: tuple[str, ...], not_negative: tuple[str, ...]) -> None:
+    """That the settings of these names are finite and above 0, or 0 or more; None passes."""
     for name in (*positive, *not_negative):
         value, least = getattr(args, name), "above 0" if name in positive else "0 or more"
         if value is not None and not (math.isfinite(value) and (value > 0 if name in positive else value >= 0)):

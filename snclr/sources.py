@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from . import augment, embedded, shards
-from .data import IMAGENET, EncodedImages, ImageFiles, ImageSet, ResidentImages, to_rgb, unreadable
+from .data import EncodedImages, ImageFiles, ImageSet, ResidentImages, to_rgb, unreadable
 from .distributed import local_rank_zero_first
 from .errors import RunError, UsageError
+from .options import IMAGENET
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
 
@@ -28,14 +29,6 @@ TORCHVISION = {
     "food101": ("Food101", [{"split": "train"}], {"split": "test"}),
     "dtd": ("DTD", [{"split": "train"}, {"split": "val"}], {"split": "test"}),
     "aircraft": ("FGVCAircraft", [{"split": "trainval"}], {"split": "test"}),
-}
-
-# mean and std as commonly used; all others take ImageNet's (`python -m snclr.mean_std` measures a set's own)
-MEAN_STD = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
-    "embedded": (embedded.MEAN, embedded.STD),
 }
 
 
@@ -56,9 +49,8 @@ def open_data(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
         train.labels, val = None, None
     if args.subset is not None:
         train = train.select(_subset(len(train), args.subset, args.subset_seed))
-    mean, std = MEAN_STD.get(args.dataset, IMAGENET)
     for images in filter(None, (train, val)):
-        images.mean, images.std = torch.tensor(args.mean or mean), torch.tensor(args.std or std)
+        images.mean, images.std = torch.tensor(args.mean), torch.tensor(args.std)
     return train, val, notes
 
 

@@ -2,15 +2,17 @@
 
 import math
 import os
+from typing import NamedTuple
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from . import checkpoint
-from .backbones import VisionTransformer, sincos_position_embedding
+from .backbones import VisionTransformer, build_encoder, sincos_position_embedding
 from .checkpoint import first_few
 from .errors import UsageError
+from .options import IMAGENET
 
 # where the layouts of MoCo and its descendants keep the two encoders
 PREFIXES = {
@@ -21,15 +23,27 @@ PREFIXES = {
 WRAPPERS = ("state_dict", "model", "model_state_dict", "model_ema", "state_dict_ema")
 
 
-def read_encoder(path: str, which: str = "online") -> tuple[dict[str, Tensor], str, list[str]]:
-    """An encoder's tensors by the encoder's own names (with its head), the layout that was recognised, and what else there is.
+class EncoderFile(NamedTuple):
+    """What a file says of an encoder: tensors by the encoder's own names (with its head); the layout that was recognised; names
+    of the other tensors; saved, everything else in the file ('arch', 'args', 'epoch' ...)."""
+
+    path: str
+    tensors: dict[str, Tensor]
+    layout: str
+    others: list[str]
+    saved: dict
+
+
+def read_encoder(path: str, which: str = "online") -> EncoderFile:
+    """Read an encoder from a file of any known layout.
 
     Reads this project's checkpoints, MoCo v3's and the released SNCLR's files, MoCo's, and plain state dicts of timm and
     torchvision, also wrapped, from torch's files (weights_only) or safetensors. which: 'online' or 'momentum', where the
     file has both. Raises UsageError for a file that is missing, damaged or holds no tensors by name.
     """
-    found, layout, others = _read(path), "a plain state dict", []
+    found, saved, layout, others = _read(path), {}, "a plain state dict", []
     while isinstance(found, dict) and (wrappers := [key for key in WRAPPERS if isinstance(found.get(key), dict)]):
+        saved |= {key: value for key, value in found.items() if key not in wrappers}
         others += [f"{key}.{name}" for key in wrappers[1:] for name in found[key]]
         found, layout = found[wrappers[0]], f"a plain state dict, {wrappers[0]!r}"
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)} if isinstance(found, dict) else {}
@@ -39,21 +53,59 @@ def read_encoder(path: str, which: str = "online") -> tuple[dict[str, Tensor], s
         if any(name.startswith(prefix) for name in tensors):
             encoder = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             others += [name for name in tensors if not name.startswith(prefix)]
-            return encoder, f"the {which} encoder of {prefix}*", others
+            return EncoderFile(path, encoder, f"the {which} encoder of {prefix}*", others, saved)
     if any(name.startswith(prefix) for prefixes in PREFIXES.values() for name in tensors for prefix in prefixes):
         raise UsageError(f"{path} holds no {which} encoder: choose the other one")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return tensors, layout, others
+    return EncoderFile(path, tensors, layout, others, saved)
 
 
-def load_backbone(encoder: nn.Module, path: str, which: str = "online") -> list[str]:
+def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Module, dict]:
+    """The backbone in a file, in eval mode on the CPU: a module from images (B, 3, S, S) to features (B, C), and its info.
+
+    settings: arch, img_size, patch_size, width, small_stem, timm_kwargs, for files that do not say them (None: as the file
+    says; only img_size may differ from it). info: these settings, 'num_features', 'encoder', 'epoch', 'mean' and 'std' of the
+    images it was trained on, and 'notes', what was loaded. Raises UsageError where the file does not fit.
+    """
+    file = read_encoder(path, which)
+    known = dict(patch_size=16, width=None, small_stem=False, timm_kwargs=None, img_size=224, mean=IMAGENET[0], std=IMAGENET[1])
+    known |= {"arch": file.saved.get("arch"), "epoch": file.saved.get("epoch")}
+    says = file.saved.get("args") if isinstance(file.saved.get("args"), dict) else {}
+    known |= {name: says[name] for name in known if says.get(name) is not None}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if known["arch"] is None and "arch" not in given:
+        raise UsageError(f"{path} does not say its architecture: give --arch")
+    if "arch" in given and known["arch"] not in (None, given["arch"]):
+        raise UsageError(f"{path} holds {known['arch']}, not --arch {given['arch']}: leave --arch out")
+    known |= given
+    shape = {name: known[name] for name in ("img_size", "patch_size", "width", "small_stem")}
+    encoder = build_encoder(
+        known["arch"],
+        **shape,
+        timm_kwargs=dict(known["timm_kwargs"] or []),
+        stop_grad_conv1=False,
+        hidden_dim=1,
+        out_dim=1,
+    )
+    notes = load_backbone(encoder, file)
+    head = next(name for name, module in encoder.named_modules() if module is encoder.projector)
+    encoder.set_submodule(head, nn.Identity())
+    return encoder.eval().requires_grad_(False), {
+        **known,
+        "num_features": encoder.num_features,
+        "encoder": which,
+        "notes": notes,
+    }
+
+
+def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
     """Load all but the projector of `encoder` from a file; returns lines that say what was loaded, adapted and left out.
 
     A position embedding for another number of patches is recomputed where it is this project's sin-cos, else interpolated.
     Raises UsageError where anything else that the backbone needs is missing or of another shape.
     """
-    tensors, layout, others = read_encoder(path, which)
+    path, tensors, layout, others, _ = file
     head = next(name for name, module in encoder.named_modules() if module is encoder.projector) + "."
     own = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)}
     adapted = _adapt_position_embedding(encoder, tensors, own)

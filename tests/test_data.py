@@ -104,13 +104,13 @@ def test_batches_are_the_same_for_any_number_of_ranks_and_workers(image_sets, lo
 @pytest.mark.parametrize("kind", ["resident", "files"])
 def test_a_batch_has_two_different_views_of_each_image_normalised_by_the_sets_moments(image_sets, load, kind):
     images = image_sets[kind]
-    assert (images.mean.tolist(), images.std.tolist()) == tuple(map(pytest.approx, data.IMAGENET))
+    assert (images.mean.tolist(), images.std.tolist()) == tuple(map(pytest.approx, options.IMAGENET))
     for ids, view1, view2 in load(images, epoch=4):
         assert ids.shape == (8,) and ids.dtype == torch.int64
         assert view1.shape == view2.shape == (8, 3, 16, 16) and view1.dtype == view2.dtype == torch.float32
         assert not torch.equal(view1, view2)
         _, crops, parameters = images.views(RECIPE, 4, ids.numpy())
-        expected = augment.apply(crops, parameters, *map(torch.tensor, data.IMAGENET))
+        expected = augment.apply(crops, parameters, *map(torch.tensor, options.IMAGENET))
         assert torch.equal(torch.cat([view1, view2]), expected)
 
 
@@ -270,7 +270,7 @@ def test_photographs_decode_as_pil_does(photographs):
 
 
 def test_photographs_give_the_same_two_views_for_any_number_of_ranks(photographs, load):
-    images = ImageFiles([str(path) for path in photographs], None, [], data.IMAGENET)
+    images = ImageFiles([str(path) for path in photographs], None, [], options.IMAGENET)
     recipe = RECIPE._replace(size=64)
     assert_same_batches(load(images, recipe=recipe), load(images, recipe=recipe, ranks=2))
     (_, view1, view2), *_ = load(images, recipe=recipe)
@@ -407,5 +407,5 @@ def test_no_validation_picture_of_the_embedded_set_is_a_training_picture():
 
 def test_the_stated_moments_are_those_of_the_embedded_training_images():
     pixels = draw_once("train")[0].astype(np.float64) / 255
-    np.testing.assert_allclose(pixels.mean(axis=(0, 2, 3)), embedded.MEAN, atol=0.01)
-    np.testing.assert_allclose(pixels.std(axis=(0, 2, 3)), embedded.STD, atol=0.01)
+    np.testing.assert_allclose(pixels.mean(axis=(0, 2, 3)), options.MEAN_STD["embedded"][0], atol=0.01)
+    np.testing.assert_allclose(pixels.std(axis=(0, 2, 3)), options.MEAN_STD["embedded"][1], atol=0.01)

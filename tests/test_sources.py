@@ -17,7 +17,7 @@ from test_ranks import SMALL, start_ranks, write_images
 
 import main_snclr
 from snclr import data, embedded, mean_std, options, shards, sources
-from snclr.data import IMAGENET, ImageFiles, ResidentImages
+from snclr.data import ImageFiles, ResidentImages
 from snclr.errors import RunError, UsageError
 
 
@@ -169,7 +169,7 @@ def test_the_embedded_set_opens_without_a_folder():
     train, val, _ = open_data()
     assert isinstance(train, ResidentImages) and len(train) == 5000 and len(val) == 1000
     assert train.classes == val.classes == list(embedded.CLASSES)
-    torch.testing.assert_close((train.mean, train.std), (torch.tensor(embedded.MEAN), torch.tensor(embedded.STD)))
+    torch.testing.assert_close((train.mean, train.std), tuple(map(torch.tensor, options.MEAN_STD["embedded"])))
 
 
 # -- trees without labels ------------------------------------------------------------------------------------------------
@@ -617,7 +617,7 @@ def test_given_moments_are_used_and_the_command_measures_them(tmp_path, capsys):
     save_folder(tmp_path, [(16, 16)] * 10)
     pixels = np.stack([np.array(picture(16, 16, seed=number)) for number in range(10)]) / 255
     images, _, _ = open_data(tmp_path)
-    assert images.mean.tolist() == pytest.approx(IMAGENET[0])
+    assert images.mean.tolist() == pytest.approx(options.IMAGENET[0])
     measured = mean_std.mean_std(images, 16, workers=0)
     np.testing.assert_allclose(measured, (pixels.mean(axis=(0, 1, 2)), pixels.std(axis=(0, 1, 2))), atol=1e-6)
     command = [sys.executable, "-m", "snclr.mean_std", str(tmp_path), "--img-size", "16"]

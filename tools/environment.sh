@@ -30,9 +30,14 @@ find_python() { # requirement files
   satisfied "$PYTHON" "$@" && return
   PYTHON=$ROOT/.venv/bin/python
   [ -x "$PYTHON" ] && satisfied "$PYTHON" "$@" && return
-  echo "The active environment does not satisfy $*: installing into $ROOT/.venv (several GB with CUDA builds of torch)" >&2
-  [ -x "$PYTHON" ] || python3 -m venv "$ROOT/.venv" || return 1
   local args=() file
   for file in "$@"; do args+=(-r "$file"); done
+  if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' python3 -m venv "$ROOT/.venv"; echo
+    printf '%q ' "$PYTHON" -m pip install "${args[@]}"; echo
+    return
+  fi
+  echo "The active environment does not satisfy $*: installing into $ROOT/.venv (several GB with CUDA builds of torch)" >&2
+  [ -x "$PYTHON" ] || python3 -m venv "$ROOT/.venv" || return 1
   "$PYTHON" -m pip install --quiet --disable-pip-version-check "${args[@]}" >&2
 }

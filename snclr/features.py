@@ -1,0 +1,95 @@
+"""Frozen features of whole image sets: encoded once, kept in memory or, where they are large, in a file mapped into it."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .data import EVALUATION_BATCH, ImageSet, ViewLoader, whole_images
+from .distributed import all_gather, barrier, local_rank_zero, rank, world_size
+
+
+def digest(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of all parameters and buffers: equal before and after means unchanged."""
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+@torch.no_grad()
+def encode_share(
+    embed: Callable[[Tensor], Tensor], images: ImageSet, *, size: int, device: torch.device, workers: int
+) -> tuple[Tensor, Tensor]:
+    """Features (n_r, F) and labels (n_r,), on the CPU, of this rank's share (every world_size-th image) of a labelled set."""
+    indices = np.arange(rank(), len(images), world_size())
+    batches = whole_images(images, indices, size=size, device=device, workers=workers)
+    features = [embed(batch).float().cpu() for batch in batches]
+    return torch.cat(features) if features else torch.zeros(0, 1), images.labels[indices]
+
+
+@torch.no_grad()
+def cache(
+    embed: Callable[[Tensor], Tensor],
+    width: int,
+    images: ImageSet,
+    copies: int,
+    loader: ViewLoader,
+    *,
+    size: int,
+    workers: int,
+    limit: float,
+    folder: str,
+    key: str,
+) -> Tensor:
+    """Features (copies, n, width) float32 of all images, the same on every rank.
+
+    One copy: the view that evaluation sees; more: so many random crops of each image, those of epochs 0 .. copies - 1 of
+    `loader`. Above `limit` bytes the array is a file in `folder`, mapped into memory, one for the ranks of a machine. It gets
+    its name only when it is whole, and the name holds a hash of `key` (whatever the features depend on), so that
+    nothing half-written or foreign is taken for it, and a later start finds it.
+    """
+    shape = (copies, len(images), width)
+    bytes_needed = 4 * copies * len(images) * width
+    path = None
+    if bytes_needed <= limit:
+        array = torch.empty(shape)
+    else:
+        path = os.path.join(folder, f"features_{hashlib.sha256(f'{key} {shape}'.encode()).hexdigest()[:16]}.f32")
+        if os.path.exists(path) and os.path.getsize(path) == bytes_needed:
+            return torch.from_file(path, shared=True, size=bytes_needed // 4).view(shape)
+        os.makedirs(folder, exist_ok=True)
+        array = torch.from_file(f"{path}.tmp", shared=True, size=bytes_needed // 4).view(shape) if local_rank_zero() else None
+    for copy in range(copies):
+        for start, features in _in_order(embed, images, copy if copies > 1 else None, loader, size, workers):
+            if array is not None:
+                array[copy, start : start + len(features)] = features
+    if path is not None:
+        if array is not None:
+            del array
+            with open(f"{path}.tmp", "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(f"{path}.tmp", path)
+        barrier()
+        array = torch.from_file(path, shared=True, size=bytes_needed // 4).view(shape)
+    return array
+
+
+def _in_order(embed, images, copy, loader, size, workers) -> Iterable[tuple[int, Tensor]]:
+    """(index of the first image, features (c, F) on the CPU) chunk by chunk; every rank encodes its part of each."""
+    chunk = EVALUATION_BATCH * world_size()
+    starts = range(0, len(images), chunk)
+    # the last chunk is filled up with image 0, since all ranks must send the same number
+    parts = [np.arange(start, start + chunk).reshape(world_size(), -1)[rank()] for start in starts]
+    parts = [np.where(part < len(images), part, 0) for part in parts]
+    if copy is None:
+        every = np.concatenate(parts)
+        batches = whole_images(images, every, size=size, device=loader.device, workers=workers)
+    else:
+        batches = (x for _, x in loader.load([(copy, part, (0,)) for part in parts]))
+    for start, batch in zip(starts, batches, strict=True):
+        yield start, all_gather(embed(batch).float())[: len(images) - start].cpu()
