@@ -56,6 +56,8 @@ def main(argv: list[str]) -> None:
         start_notes = weights.load_backbone(model.base_encoder, weights.read_encoder(args.init_from))
         if model.momentum_encoder is not None:
             model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
+    elif args.init_from:
+        start_notes = [f"--init-from {args.init_from} is left aside: the run goes on from {found}"]
     model = model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
     model = distributed.synchronise_batch_norm(model, device)
     optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
@@ -217,7 +219,8 @@ def judge(embed, loader, val, args, log, start: str, what: str) -> dict:
 
 def default_workdir(args) -> str:
     """A new folder in runs/, named by what is run and when."""
-    return os.path.join("runs", f"{args.method}-{args.arch}-{args.dataset}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    arch = args.arch.replace(":", "-")  # rsync and scp take what stands before a colon for a machine
+    return os.path.join("runs", f"{args.method}-{arch}-{args.dataset}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
 
 
 def notes(args, num_images: int) -> list[str]:

@@ -163,11 +163,16 @@ class TimmEncoder:
         """(B, 3, S, S) -> features as the model's classifier would get them (B, num_features)."""
         return self.forward_head(self.forward_features(x), pre_logits=True)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projector(self.embed(x))  # timm's own passes some classifiers (B, C, 1, 1), or wraps them in an MLP
+
 
 def build_timm(name: str, img_size: int, settings: dict, hidden_dim: int, out_dim: int) -> nn.Module:
     """timm's model `name`, random, its classifier replaced by the projector. Raises UsageError for what timm refuses.
 
     The heads are a ResNet's where the model has batch norms, else a ViT's. settings: further arguments of the model.
+    Parameters that the features do not depend on (an MLP around the classifier) keep their names and are frozen, since DDP
+    waits for the gradient of every other.
     """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
@@ -177,13 +182,18 @@ def build_timm(name: str, img_size: int, settings: dict, hidden_dim: int, out_di
         raise UsageError(f"timm:{name} has no single classifier to stand its projector in, but {config.classifier}")
     sized = {"img_size": img_size} if config.fixed_input_size else {}
     try:
-        model = timm.create_model(name, pretrained=False, **{**sized, **settings})
-        model.eval()
-        with torch.no_grad():  # timm has no attribute that is the width of pooled features in every model
-            width = model.forward_head(model.forward_features(torch.zeros(1, 3, img_size, img_size)), pre_logits=True).shape[1]
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        model = timm.create_model(name, pretrained=False, **{**sized, **settings}).eval()
+        features = model.forward_head(model.forward_features(torch.zeros(1, 3, img_size, img_size)), pre_logits=True)
+        if features.ndim != 2:
+            raise ValueError(f"its features are not (B, width), but {tuple(features.shape)}")
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(features.sum(), trainable, allow_unused=True)
+    except Exception as error:  # a wrong argument leads to anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"timm:{name} cannot be built with --img-size {img_size} and {settings}: {reason}") from error
+    for parameter, gradient in zip(trainable, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+    width = features.shape[1]  # timm has no attribute that is the width of pooled features in every model
     model.train()
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     model.kind, model.num_features = "resnet" if has_batch_norm else "vit", width

@@ -78,9 +78,9 @@ def read(path: str) -> object:
                 odd = [record.filename for record in archive.infolist() if record.external_attr]
                 damaged = archive.testzip() or next(iter(odd), None)
     except Exception as error:  # a damaged directory of the zip leads to anything
-        raise UsageError(f"checkpoint {path} is truncated or no checkpoint ({error}); resume from another one") from error
+        raise UsageError(f"checkpoint {path} is truncated or no checkpoint ({error}); take another one") from error
     if not legacy and damaged:
-        raise UsageError(f"checkpoint {path} is damaged (wrong checksum in {damaged}); resume from another one")
+        raise UsageError(f"checkpoint {path} is damaged (wrong checksum in {damaged}); take another one")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises whatever the bytes lead to

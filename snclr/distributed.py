@@ -8,6 +8,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
 from .precision import widen
@@ -149,13 +150,22 @@ class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
         return out.to(x.dtype)
 
 
+class AllReduceBatchNormAct(AllReduceBatchNorm):
+    """The same for timm's batch norm with an activation of its own (EfficientNets, RegNets and others)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """Let every batch norm in module see the whole global batch. A no-op with one rank; names and buffers stay the same."""
     if world_size() == 1:
         return module
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return convert_sync_batchnorm(module)  # timm's: torch's own drops the activation of a BatchNormAct2d
     for child in module.modules():
-        if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(child, BatchNormAct2d):
+            child.__class__ = AllReduceBatchNormAct
+        elif isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
             child.__class__ = AllReduceBatchNorm  # same parameters, buffers and settings; only forward differs
     return module

@@ -1,13 +1,15 @@
 """Weights from files of any known layout into the backbones of this project, with a plain account of what was loaded."""
 
+import math
 import os
 from typing import NamedTuple
 
+import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from . import checkpoint
-from .backbones import VisionTransformer, build_encoder
+from .backbones import VisionTransformer, build_encoder, sincos_position_embedding
 from .checkpoint import first_few
 from .errors import UsageError
 from .options import IMAGENET
@@ -17,7 +19,8 @@ PREFIXES = {
     "online": ("module.base_encoder.", "base_encoder.", "module.encoder_q."),
     "momentum": ("module.momentum_encoder.", "momentum_encoder.", "module.encoder_k."),
 }
-WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which state dicts are wrapped
+# keys under which state dicts are wrapped; the first that is there is taken
+WRAPPERS = ("state_dict", "model", "model_state_dict", "model_ema", "state_dict_ema")
 
 
 class EncoderFile(NamedTuple):
@@ -38,23 +41,24 @@ def read_encoder(path: str, which: str = "online") -> EncoderFile:
     torchvision, also wrapped, from torch's files (weights_only) or safetensors. which: 'online' or 'momentum', where the
     file has both. Raises UsageError for a file that is missing, damaged or holds no tensors by name.
     """
-    found, saved = _read(path), {}
-    while isinstance(found, dict) and (wrapper := next((key for key in WRAPPERS if isinstance(found.get(key), dict)), None)):
-        saved |= {key: value for key, value in found.items() if key != wrapper}
-        found = found[wrapper]
+    found, saved, layout, others = _read(path), {}, "a plain state dict", []
+    while isinstance(found, dict) and (wrappers := [key for key in WRAPPERS if isinstance(found.get(key), dict)]):
+        saved |= {key: value for key, value in found.items() if key not in wrappers}
+        others += [f"{key}.{name}" for key in wrappers[1:] for name in found[key]]
+        found, layout = found[wrappers[0]], f"a plain state dict, {wrappers[0]!r}"
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)} if isinstance(found, dict) else {}
     if not tensors:
         raise UsageError(f"{path} holds no tensors by name: a checkpoint or a state dict is expected")
     for prefix in PREFIXES[which]:
         if any(name.startswith(prefix) for name in tensors):
             encoder = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            others = [name for name in tensors if not name.startswith(prefix)]
+            others += [name for name in tensors if not name.startswith(prefix)]
             return EncoderFile(path, encoder, f"the {which} encoder of {prefix}*", others, saved)
     if any(name.startswith(prefix) for prefixes in PREFIXES.values() for name in tensors for prefix in prefixes):
         raise UsageError(f"{path} holds no {which} encoder: choose the other one")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return EncoderFile(path, tensors, "a plain state dict", [], saved)
+    return EncoderFile(path, tensors, layout, others, saved)
 
 
 def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Module, dict]:
@@ -98,8 +102,8 @@ def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Modul
 def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
     """Load all but the projector of `encoder` from a file; returns lines that say what was loaded, adapted and left out.
 
-    A position embedding for another number of patches is recomputed where it is fixed (sin-cos), interpolated where it is
-    learned. Raises UsageError where anything else that the backbone needs is missing or of another shape.
+    A position embedding for another number of patches is recomputed where it is this project's sin-cos, else interpolated.
+    Raises UsageError where anything else that the backbone needs is missing or of another shape.
     """
     path, tensors, layout, others, _ = file
     head = next(name for name, module in encoder.named_modules() if module is encoder.projector) + "."
@@ -132,15 +136,23 @@ def _adapt_position_embedding(encoder, tensors, own):
     name = "pos_embed"
     if name not in own or (name in tensors and tensors[name].shape == own[name].shape):
         return []
-    if isinstance(encoder, VisionTransformer):  # fixed: this encoder has computed its own
-        tensors[name] = own[name]
-        return [f"{name}: sin-cos, computed for this image size"]
-    if name not in tensors or tensors[name].ndim != 3 or tensors[name].shape[2] != own[name].shape[2]:
-        return []  # the check of names and shapes says it
-    prefixes = 0 if getattr(encoder, "no_embed_class", False) else encoder.num_prefix_tokens
-    old = tensors[name].shape[1]
-    tensors[name] = resample_abs_pos_embed(tensors[name], encoder.patch_embed.grid_size, num_prefix_tokens=prefixes)
-    return [f"{name}: interpolated from {old} to {own[name].shape[1]} positions"]
+    found, fixed = tensors.get(name), isinstance(encoder, VisionTransformer)  # fixed: this encoder has computed its own
+    if found is not None:
+        if found.ndim != 3 or found.shape[2] != own[name].shape[2]:
+            return []  # the check of names and shapes says it
+        prefixes = 0 if getattr(encoder, "no_embed_class", False) else encoder.num_prefix_tokens
+        old = found.shape[1]
+        side = math.isqrt(max(old - prefixes, 0))
+        if not side or side**2 + prefixes != old:
+            return []
+        # a learned one is what the weights know, and so are MoCo v3's sin-cos, whose rows and columns are swapped
+        if not fixed or not torch.allclose(found.float(), sincos_position_embedding(side, side, found.shape[2]), atol=1e-3):
+            tensors[name] = resample_abs_pos_embed(found, encoder.patch_embed.grid_size, num_prefix_tokens=prefixes)
+            return [f"{name}: interpolated from {old} to {own[name].shape[1]} positions"]
+    elif not fixed:
+        return []
+    tensors[name] = own[name]
+    return [f"{name}: sin-cos, computed for this image size"]
 
 
 def _read(path):

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from snclr import backbones, heads, options
+from snclr import backbones, distributed, heads, options
 from snclr.backbones import build_encoder, sincos_position_embedding
 from snclr.builder import SNCLR
 from snclr.errors import UsageError
@@ -266,6 +266,22 @@ def test_a_timm_model_keeps_its_names_and_features_and_gets_the_projector_for_it
         torch.testing.assert_close(encoder(x), encoder.projector(features))
 
 
+@pytest.mark.parametrize("name", ["dla46x_c", "dpn48b", "resnetv2_18", "caformer_s18"])
+def test_classifiers_that_are_convolutions_or_stand_in_an_mlp_give_way_too(name):
+    torch.manual_seed(0)
+    encoder = build(f"timm:{name}", img_size=64, hidden_dim=8)
+    features = encoder.embed(x := torch.randn(2, 3, 64, 64))
+    assert features.shape == (2, encoder.num_features)
+    projection = encoder(x)
+    assert projection.shape == (2, 16)
+    projection.square().sum().backward()
+    # DDP waits for every gradient: what the features do not depend on is frozen, and nothing else
+    assert all((p.grad is not None) == p.requires_grad for p in encoder.parameters())
+    frozen = {key for key, p in encoder.named_parameters() if not p.requires_grad}
+    mlp = {f"head.fc.{key}" for key in ("fc1.weight", "fc1.bias", "norm.weight", "norm.bias")}
+    assert frozen == (mlp if name == "caformer_s18" else set())
+
+
 def test_timm_arguments_reach_the_model():
     encoder = build("timm:test_vit", timm_kwargs={"drop_path_rate": 0.5, "depth": 3})
     assert len(encoder.blocks) == 3 and encoder.blocks[-1].drop_path1.drop_prob == 0.5
@@ -289,6 +305,9 @@ def test_a_timm_model_trains_with_a_momentum_encoder_of_its_own():
         ("test_resnet", {"layerz": 3}, "cannot be built .*layerz"),
         ("vit_tiny_patch16_224", {"img_size": 33}, "cannot be built"),
         ("test_vit", {"pretrained": True}, "cannot be built .*pretrained"),
+        ("test_vit", {"global_pool": ""}, r"cannot be built .*not \(B, width\), but \(1, 5, 64\)"),
+        ("test_resnet", {"features_only": True}, "cannot be built .*forward_head"),
+        ("test_vit", {"norm_layer": "nope"}, "cannot be built .*nope"),
         ("deit_tiny_distilled_patch16_224", {}, "no single classifier"),
     ],
 )
@@ -354,3 +373,17 @@ def test_head_is_bias_free_layers_with_norm_and_relu_between(head, layers, last_
     norms = [module for module in head if isinstance(module, nn.BatchNorm1d)]
     assert [norm.affine for norm in norms] == [True] * (layers - 1) + [False] * last_norm
     assert [module.out_features for module in head if isinstance(module, nn.Linear)] == [24] * (layers - 1) + [16]
+
+
+def test_synchronised_norms_on_gpus_keep_timms_activations(monkeypatch):
+    torch.manual_seed(0)
+    encoder = build("timm:test_efficientnet").eval()
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():  # in evaluation torch's layer runs on a CPU, too
+        expected = encoder(x)
+        keys = list(encoder.state_dict())
+        synchronised = distributed.synchronise_batch_norm(encoder, torch.device("cuda"))
+        assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
+        torch.testing.assert_close(synchronised(x), expected)
+    assert list(synchronised.state_dict()) == keys

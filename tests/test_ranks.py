@@ -14,6 +14,7 @@ SMALL = (
     "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 30 --topk 3 --lr 0.01 --epochs 2 "
     "--print-freq 1 --eval-freq 1 -b 8"  # 5 steps an epoch
 )
+TIMM = SMALL.replace("resnet8", "timm:test_efficientnet").replace("--eval-freq 1", "--eval-freq 0")  # norms with activations
 VIT = SMALL.replace("resnet8", "vit_tiny").replace("--eval-freq 1", "--eval-freq 0")
 
 
@@ -76,6 +77,7 @@ def run(tmp_path_factory, images):
                 "pieces",
                 f"float64:{images} {SMALL} --workdir {out}/resnet --stop-after-steps 5",
                 f"float64:{images} {VIT} --workdir {out}/vit --stop-after-steps 5",
+                f"float64:{images} {TIMM} --workdir {out}/timm --stop-after-steps 5",
                 f"float64:{images} {SMALL} --weights projected --wd 0 --workdir {out}/projected --stop-after-steps 5",
                 f"{number}{images} {SMALL} --workdir {out}/whole",
                 f"{number}{images} {SMALL} --workdir {out}/parts --stop-after-steps 7",
@@ -118,7 +120,7 @@ def test_losses_reduced_gradients_norms_bank_and_knn_do_not_depend_on_the_number
         assert_same(load(run(world_size) / f"pieces_{rank}.pt"), expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("model", ["resnet", "vit", "projected"])  # the last: while the bank is empty, too
+@pytest.mark.parametrize("model", ["resnet", "vit", "timm", "projected"])  # the last: while the bank is empty, too
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_five_steps_of_training_do_not_depend_on_the_number_of_ranks(run, world_size, model):
     one, many = (load(run(n) / model / "checkpoint_last.pth.tar") for n in (1, world_size))

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import pickle
 import re
@@ -117,6 +118,45 @@ def test_another_image_size_recomputes_a_fixed_and_interpolates_a_learned_positi
     torch.testing.assert_close(encoder.pos_embed, expected)
 
 
+def moco_v3_position_embedding(grid, width):
+    """By loops from its code: meshgrid's first axis, a patch's row here, takes the first half."""
+    lines = [[0.0] * width]
+    for row in range(grid):
+        for column in range(grid):
+            angles = [[position / 10000 ** (i / (width // 4)) for i in range(width // 4)] for position in (row, column)]
+            lines.append([f(angle) for each in angles for f in (math.sin, math.cos) for angle in each])
+    return torch.tensor([lines])
+
+
+@pytest.mark.parametrize("kind", ["learned", "moco v3"])
+def test_another_image_size_interpolates_what_is_not_this_projects_sincos(tmp_path, kind):
+    state = build("vit_tiny", img_size=64).state_dict()
+    position = torch.randn(1, 17, 192) if kind == "learned" else moco_v3_position_embedding(4, 192)
+    torch.save({**state, "pos_embed": position}, tmp_path / "other.pth")
+    encoder = build("vit_tiny", img_size=32)
+    assert "pos_embed: interpolated from 17 to 5 positions" in load(encoder, tmp_path / "other.pth")
+    expected = timm.layers.resample_abs_pos_embed(position, [2, 2], num_prefix_tokens=1)
+    torch.testing.assert_close(encoder.pos_embed.data, expected)
+    assert not encoder.pos_embed.requires_grad
+
+
+def test_a_position_embedding_of_no_square_is_refused_as_it_is_in_the_file(tmp_path):
+    torch.save(timm.create_model("test_vit", img_size=(32, 64)).state_dict(), tmp_path / "wide.pth")
+    message = refused(build("timm:test_vit", img_size=64), tmp_path / "wide.pth")
+    assert "pos_embed (1, 9, 64) instead of (1, 17, 64)" in message
+
+
+def test_averaged_weights_are_read_alone_and_left_out_by_name_beside_others(tmp_path):
+    torch.save({"model_ema": tiny(1).state_dict(), "epoch": 3}, tmp_path / "alone.pth")
+    encoder = tiny(3)
+    assert "a plain state dict, 'model_ema'" in load(encoder, tmp_path / "alone.pth")
+    assert_equal(backbone(encoder), backbone(tiny(1)))
+    torch.save({"model_ema": tiny(1).state_dict(), "model": tiny(2).state_dict()}, tmp_path / "both.pth")
+    told = load(encoder, tmp_path / "both.pth")
+    assert_equal(backbone(encoder), backbone(tiny(2)))
+    assert "'model'" in told and f"left out: {len(tiny().state_dict())} others: model_ema.conv1.weight, " in told
+
+
 def test_missing_counters_of_batch_norms_are_said(tmp_path):
     state = {name: tensor for name, tensor in tiny(1).state_dict().items() if "num_batches" not in name}
     torch.save(state, tmp_path / "old.pth")
@@ -182,7 +222,8 @@ def test_a_run_starts_from_given_weights_in_both_encoders_and_says_so(images, tm
     assert re.search(r"note: (\d+) of \1 backbone tensors from .*first/checkpoint_last", capsys.readouterr().out)
     # a resumed run has its own weights
     run(images, tmp_path / "second", *flags, "--resume", "auto", "--stop-after-steps", 3)
-    assert "backbone tensors" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "backbone tensors" not in out and "is left aside: the run goes on from" in out
 
 
 @pytest.mark.parametrize(
