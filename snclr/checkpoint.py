@@ -99,11 +99,6 @@ def load(path: str) -> dict:
     return state
 
 
-def numbered(epoch: int) -> str:
-    """Name of the checkpoint that is kept after `epoch` epochs."""
-    return f"checkpoint_{epoch:04d}.pth.tar"
-
-
 def newest(workdir: str) -> str | None:
     """The checkpoint that --resume auto takes: the newest file in workdir, None where there is none."""
     if not os.path.isdir(workdir):

@@ -115,7 +115,12 @@ FORMATS: dict[str, Callable] = {
 
 def _plain_resnet(info, library):
     arch = info["arch"]
-    if arch not in RESNETS or info["width"] not in (None, RESNETS[arch][2]) or info["small_stem"] or RESNETS[arch][3] == "light":
+    if (
+        arch not in RESNETS
+        or info["width"] not in (None, RESNETS[arch][2])
+        or info["small_stem"]
+        or RESNETS[arch][3] == "light"
+    ):
         raise UsageError(f"{library} has no {arch} with the encoder's stem and width: its own have 7x7 stems and full width")
     return arch
 
@@ -174,7 +179,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser("snclr.export", "Writes the encoder of a checkpoint for another library, and checks that it reads it.")
     parser.add_argument("file", metavar="FILE", help="checkpoint or state dict, any layout")
     parser.add_argument("--format", choices=FORMATS, required=True, help="who shall read it")
-    parser.add_argument("--out", required=True, metavar="OUT", help="file to write (hf: folder); .safetensors for timm, torchvision")
+    parser.add_argument(
+        "--out", required=True, metavar="OUT", help="file to write (hf: folder); .safetensors for timm, torchvision"
+    )
     parser.add_argument("--encoder", choices=("online", "momentum"), default="online", help="where the file has both")
     parser.add_argument("-a", "--arch", help="architecture, where the file does not say it")
     args = parser.parse_args(argv)

@@ -434,8 +434,3 @@ def test_half_written_and_foreign_files_are_never_chosen(tmp_path):
 @pytest.mark.parametrize("folder", [".", "new"])
 def test_empty_or_absent_folder_has_no_newest(folder, tmp_path):
     assert checkpoint.newest(str(tmp_path / folder)) is None
-
-
-def test_numbered_checkpoints_sort_by_their_epoch():
-    names = [checkpoint.numbered(epoch) for epoch in (1, 20, 300)]
-    assert names == sorted(names) and names[0] == "checkpoint_0001.pth.tar"
