@@ -1,17 +1,21 @@
 #!/usr/bin/env python3
-"""What a frozen encoder is worth: kNN, and a grid of linear probes trained side by side.
+"""What an encoder is worth: kNN, and a grid of linear probes on its frozen features, or fine-tuning on few labels.
 
     python main_lincls.py --pretrained runs/NAME/checkpoint_last.pth.tar                     the embedded data set
     python main_lincls.py /data/imagenet --pretrained FILE --workdir runs/NAME/probe         any data set of main_snclr.py
+    python main_lincls.py /data/imagenet --pretrained FILE --finetune --label-fraction 0.01  semi-supervised
     bash start.sh main_lincls.py /data/imagenet --pretrained FILE                            the same on all GPUs
 
-Reads from top to bottom: settings, encoder, data, kNN, probe (train, evaluate, save), results.
+Reads from top to bottom: settings, encoder, data, kNN, then probe or fine-tuning, results.
 """
 
+import argparse
 import math
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 from snclr import lincls_options
 from snclr.errors import UsageError, one_clear_line
@@ -22,14 +26,29 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
-from snclr import augment, checkpoint, confusion, distributed, features, knn, linear, monitor, sources, weights
-from snclr.data import ImageSet, ViewLoader, share
+from snclr import augment, checkpoint, confusion, distributed, features, finetune, knn, linear, monitor, optim, sources, weights
+from snclr.data import ImageSet, ViewLoader, share, whole_images
 from snclr.precision import autocast, resolve_amp, unit, widen
 
-LAST = "probe_last.pth.tar"
+LAST = "lincls_last.pth.tar"
 KNN_K, KNN_TEMPERATURE = (10, 20, 100, 200), 0.07
 RUNNING = {"data", "val", "labels", "val_labels", "workers", "workdir", "resume", "pretrained"}  # may change on resume
+
+
+class Task(NamedTuple):
+    """What is evaluated on what."""
+
+    args: argparse.Namespace
+    encoder: torch.nn.Module
+    train: ImageSet
+    val: ImageSet
+    device: torch.device
+    amp: str
+    digest: str  # of the encoder as it was opened
+    say: Callable[[str], None]
 
 
 def main(argv: list[str]) -> None:
@@ -37,162 +56,199 @@ def main(argv: list[str]) -> None:
 
     # -- encoder and data ------------------------------------------------------------------------------------------------
     device = distributed.start()
-    given = {name: getattr(args, name) for name in ("arch", "img_size", "patch_size", "width", "small_stem", "timm_kwargs")}
-    encoder, info = weights.open_encoder(args.pretrained, args.encoder, mean=args.mean, std=args.std, **given)
+    torch.manual_seed(args.seed)
+    encoder, info = open_encoder(args)
     args.img_size, args.mean, args.std = info["img_size"], info["mean"], info["std"]
     train, val, notes = sources.open_data(args)
-    train, val = labelled(train, val)
-    train = train.to(device)
-    encoder = encoder.to(device)
-    amp = resolve_amp(args.amp, device)
-    before = features.digest(encoder)
-
-    @torch.no_grad()
-    def embed(x):
-        with autocast(amp, device):
-            return widen(linear.features_of(encoder, x))
-
-    speaks = distributed.rank() == 0
+    train, val = labelled(train, val, args)
+    train, encoder = train.to(device), encoder.to(device)
+    if args.encoder == "untrained":
+        encoder = knn.calibrated_copy(encoder, train, size=args.img_size, device=device, workers=args.workers)
+    amp, speaks = resolve_amp(args.amp, device), distributed.rank() == 0
     if speaks:
         monitor.save_settings(args.workdir, args, {"world_size": distributed.world_size(), "amp_used": amp})
-    say = print if speaks else lambda _: None
-    say(f"{info['arch']} ({info['encoder']} encoder) of {args.pretrained}, {info['num_features']} features")
-    say(f"{args.dataset}: {len(train)} + {len(val)} images at {args.img_size} px, {len(train.classes)} classes")
+    task = Task(args, encoder, train, val, device, amp, features.digest(encoder), print if speaks else lambda _: None)
+    task.say(f"{info['arch']} ({info['encoder']} encoder) of {args.pretrained}, {encoder.num_features} features")
+    task.say(f"{args.dataset}: {len(train)} + {len(val)} images at {args.img_size} px, {len(train.classes)} classes")
     for note in info["notes"] + notes:
-        say(f"note: {note}")
+        task.say(f"note: {note}")
 
-    # -- kNN -------------------------------------------------------------------------------------------------------------
-    where = dict(size=args.img_size, device=device, workers=args.workers)
-    train_features, train_labels = features.encode_share(embed, train, **where)
-    val_features, val_labels = features.encode_share(embed, val, **where)
-    neighbours = knn_table(train_features, train_labels, val_features, val_labels, info["num_features"], train, val, device)
+    # -- kNN, probe or fine-tuning ---------------------------------------------------------------------------------------
+    shares = [features.encode_share(embedder(task), images, **where(task)) for images in (train, val)]
+    neighbours = knn_table(task, *shares)
     for name, top1 in neighbours.items():
-        say(f"kNN {name:<15} {top1:.2f} %")
-
-    # -- probe -----------------------------------------------------------------------------------------------------------
-    kinds = linear.kinds_of(encoder)
-    keys = torch.from_numpy(augment.keyed_uniforms(1, args.seed, np.arange(len(train)))[:, 0])
-    held = linear.held_out(train.labels, args.heldout, keys) if args.select == "heldout" else torch.zeros(len(train)).bool()
-    held_share = held[distributed.rank() :: distributed.world_size()]
-    judges = {"val": (val_features, val_labels), "heldout": (train_features[held_share], train_labels[held_share])}
-    del train_features
-    fit = train.select(np.flatnonzero(~held.numpy()))
-    steps = len(fit) // args.batch_size
-    if not steps:
-        raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(fit)} training images")
-    rates = [rate * args.batch_size / 256 for rate in args.lrs]
-    grid = linear.LinearGrid(kinds, len(train.classes), rates, args.seed).synchronised(device)
-    optimizer = torch.optim.SGD(grid.parameters(), lr=1.0, momentum=0.9)
-    epoch = resume(args, grid, optimizer, before) if args.resume else 0
-    recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, blur=False, colour=False)
-    loader = ViewLoader(fit, recipe, device, args.workers)
-    cached = None
-    if args.cache_features:
-        key = (
-            f"{before} {args.dataset} {args.data} {args.subset} {args.subset_seed} {recipe} {args.select} {args.heldout} {amp}"
-        )
-        limit = args.cache_limit_gb * 2**30
-        where = dict(size=args.img_size, workers=args.workers, limit=limit, folder=args.workdir, key=key)
-        cached = features.cache(embed, max(kinds.values()), fit, args.cache_copies, loader, **where)
-    select = "heldout" if args.select == "heldout" else "val"
-    correct, start = accuracies(grid, *judges[select]), time.perf_counter()
-    while epoch < args.epochs:
-        for step, (ids, x) in enumerate(batches(fit, loader, epoch, steps, args, cached, embed)):
-            optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * (epoch + step / steps) / args.epochs))
-            grid.train_step(optimizer, x, fit.labels[ids].to(device))
-        epoch += 1
-        correct = accuracies(grid, *judges[select])
-        if epoch % max(1, args.epochs // 10) == 0 or epoch == args.epochs:
-            seconds = time.perf_counter() - start
-            say(f"epoch {epoch}/{args.epochs}  best {select} top-1 {correct[0].max():.2f} %  {seconds:.0f} s")
-        if speaks:
-            save(args, grid, optimizer, epoch, before)
-        distributed.barrier()
+        task.say(f"kNN {name:<15} {top1:.2f} %")
+    result, counts = tune(task) if args.finetune else probe(task, *shares)
 
     # -- results ---------------------------------------------------------------------------------------------------------
-    best = int(correct[0].argmax())
-    final = accuracies(grid, *judges["val"])
-    counts = distributed.all_sum(grid.confusion(best, *judges["val"])).cpu().numpy()
-    if features.digest(encoder) != before:
-        raise RuntimeError("the encoder has changed during its evaluation: this must not happen")
     if speaks:
-        heads = [
-            {"features": kind, "norm": norm, "lr": args.lrs[rate], f"{select}_top1": chosen, "val_top1": top1, "val_top5": top5}
-            for (kind, norm, rate), chosen, top1, top5 in zip(grid.names(), correct[0].tolist(), *final.tolist(), strict=True)
-        ]
-        if select == "val":
-            protocol = "best head on the validation images, which also judge it"
-        else:
-            protocol = f"best head on {int(held.sum())} held-out training images; trained on the other {len(fit)}"
-        result = {
-            "linear_top1": heads[best]["val_top1"],
-            "linear_top5": heads[best]["val_top5"],
-            "knn_top1": neighbours[f"k={KNN_K[1]} weighted"],
-            "best_lr": heads[best]["lr"],
-            "best_head": heads[best],
-            "select": select,
-            "protocol": protocol,
+        per_class = percent_right(counts)
+        result |= {
+            "knn_top1": neighbours[f"k={min(KNN_K[1], len(train))} weighted"],
+            "mean_per_class_top1": float(np.mean([top1 for top1 in per_class if top1 is not None])),
             "encoder": info["encoder"],
-            "encoder_digest": before,
+            "encoder_digest": task.digest,
             "arch": info["arch"],
             "pretrained": args.pretrained,
             "pretrained_epoch": info["epoch"],
+            "dataset": args.dataset,
+            "training_images": len(train),
+            "label_fraction": args.label_fraction,
             "knn": neighbours,
-            "per_class_top1": dict(zip(train.classes, percent_right(counts), strict=True)),
-            "heads": heads,
+            "per_class_top1": dict(zip(map(str, train.classes), per_class, strict=True)),
             **checkpoint.provenance(),
         }
         monitor.save_json(os.path.join(args.workdir, "results.json"), result)
-        title = f"{info['arch']}: linear probe {result['linear_top1']:.2f} % top-1"
-        confusion.picture(counts, [str(name) for name in train.classes], title).save(
-            os.path.join(args.workdir, "confusion.png")
-        )
-        say(table(heads, args.lrs))
-        say(f"linear probe: top-1 {result['linear_top1']:.2f} %, top-5 {result['linear_top5']:.2f} % on {len(val)} images")
-        say(f"  ({protocol}: {heads[best]['features']}, {heads[best]['norm']}, base lr {heads[best]['lr']:g})")
-        say(f"kNN (k = {KNN_K[1]}, T = {KNN_TEMPERATURE}): {result['knn_top1']:.2f} %")
-        say(f"results: {os.path.join(args.workdir, 'results.json')}, {os.path.join(args.workdir, 'confusion.png')}")
+        top1 = result["finetune_top1" if args.finetune else "linear_top1"]
+        title = f"{info['arch']}: {'fine-tuned' if args.finetune else 'linear probe'} {top1:.2f} % top-1"
+        confusion.picture(counts, list(map(str, train.classes)), title).save(os.path.join(args.workdir, "confusion.png"))
+        task.say(f"kNN (k = {KNN_K[1]}, T = {KNN_TEMPERATURE}): {result['knn_top1']:.2f} %")
+        task.say(f"results: {os.path.join(args.workdir, 'results.json')}, {os.path.join(args.workdir, 'confusion.png')}")
     distributed.barrier()
     distributed.stop()
 
 
-def labelled(train: ImageSet, val: ImageSet | None) -> tuple[ImageSet, ImageSet]:
-    """The images with labels; UsageError where a classifier would have nothing to learn or to be judged by."""
+# -- what is evaluated -----------------------------------------------------------------------------------------------------
+
+
+def open_encoder(args) -> tuple[torch.nn.Module, dict]:
+    """The encoder that the flags name, and its info."""
+    given = {name: getattr(args, name) for name in ("arch", "img_size", "patch_size", "width", "small_stem", "timm_kwargs")}
+    which, learned = ("online", False) if args.encoder in ("untrained", "pixels") else (args.encoder, True)
+    encoder, info = weights.open_encoder(args.pretrained, which, learned, mean=args.mean, std=args.std, **given)
+    if args.encoder == "pixels":
+        encoder, info = finetune.Pixels(info["img_size"]).eval(), {**info, "arch": "none", "notes": []}
+    return encoder, info if learned else {**info, "encoder": args.encoder, "epoch": None}
+
+
+def labelled(train: ImageSet, val: ImageSet | None, args) -> tuple[ImageSet, ImageSet]:
+    """The images with labels, and of the training images those asked for; UsageError where a classifier would have nothing to
+    learn or to be judged by."""
     if train.labels is None or val is None:
         raise UsageError("evaluation needs labelled training and validation images: DATA/train/<class>, DATA/val/<class>")
     train, val = train.labelled(), val.labelled()
+    if args.label_list is not None:
+        train = train.select(listed(train, args.label_list))
+    elif args.label_fraction is not None:
+        keys = torch.from_numpy(augment.keyed_uniforms(1, args.subset_seed, np.arange(len(train)))[:, 0])
+        train = train.select(np.flatnonzero(linear.class_share(train.labels, args.label_fraction, keys).numpy()))
     present = train.labels.unique()
     if len(present) < 2:
         raise UsageError(f"a classifier needs two classes, the training images have {len(present)}")
-    alone = [str(train.classes[label]) for label in present if (train.labels == label).sum() < 2]
-    if alone:
-        raise UsageError(f"every class needs two training images; only one has {checkpoint.first_few(alone)}")
     missing = sorted({*val.labels.tolist()} - {*present.tolist()})
     if missing or not len(val):
-        names = [str(train.classes[label]) for label in missing]
-        raise UsageError(
-            f"validation images of classes without training images: {checkpoint.first_few(names) or 'none at all'}"
-        )
+        names = checkpoint.first_few([str(train.classes[label]) for label in missing]) or "none at all"
+        raise UsageError(f"there are validation images of classes without training images: {names}")
     return train, val
 
 
-def knn_table(features_, labels, queries, truth, width, train, val, device) -> dict[str, float]:
+def listed(images: ImageSet, path: str) -> np.ndarray:
+    """Indices of the images whose file names a text file lists, one a line (as the published splits of ImageNet do)."""
+    if images.names is None:
+        raise UsageError(f"--label-list {path}: images of this --dataset have no file names; use --label-fraction")
+    with open(path) as file:
+        wanted = {os.path.basename(line.strip()) for line in file if line.strip()}
+    found = np.isin(images.names, sorted(wanted))
+    if len(absent := wanted - {*images.names[found].tolist()}):
+        raise UsageError(f"{len(absent)} names of {path} are no training images: {checkpoint.first_few(sorted(absent))}")
+    return np.flatnonzero(found)
+
+
+def where(task) -> dict:
+    """How images are loaded."""
+    return dict(size=task.args.img_size, device=task.device, workers=task.args.workers)
+
+
+def embedder(task) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Images to the features that probes see."""
+
+    @torch.no_grad()
+    def embed(x):
+        with autocast(task.amp, task.device):
+            return widen(linear.features_of(task.encoder, x))
+
+    return embed
+
+
+def knn_table(task, train_share, val_share) -> dict[str, float]:
     """kNN of the class token's or pooled features, for every k, weighted and plain."""
-    queries = knn.join_shares(unit(queries[:, :width]).to(device), len(val))
-    truth = knn.join_shares(truth.to(device), len(val))
-    mine = unit(features_[:, :width]).to(device), labels.to(device)
-    ks = [k for k in KNN_K if k <= len(train)] or [len(train)]
+    train, val, device, width = task.train, task.val, task.device, task.encoder.num_features
+    queries = knn.join_shares(unit(val_share[0][:, :width]).to(device), len(val))
+    truth = knn.join_shares(val_share[1].to(device), len(val))
+    mine = unit(train_share[0][:, :width]).to(device), train_share[1].to(device)
+    ks = sorted({min(k, len(train)) for k in KNN_K})
     return knn.table(*mine, queries, truth, len(train.classes), ks, KNN_TEMPERATURE)
 
 
-def batches(fit, loader, epoch, steps, args, cached, embed):
+# -- linear probe ----------------------------------------------------------------------------------------------------------
+
+
+def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
+    """Train the grid of heads on frozen features; results, and the best head's confusion counts."""
+    args, train, device = task.args, task.train, task.device
+    kinds, select = linear.kinds_of(task.encoder), args.select
+    held = torch.zeros(len(train), dtype=torch.bool)
+    if select == "heldout":
+        if rare := [str(train.classes[label]) for label in train.labels.unique() if (train.labels == label).sum() < 2]:
+            names = checkpoint.first_few(rare)
+            raise UsageError(
+                f"every class needs two training images, one to be held out; only one has {names} (or --select val)"
+            )
+        keys = torch.from_numpy(augment.keyed_uniforms(1, args.seed, np.arange(len(train)))[:, 0])
+        held = linear.class_share(train.labels, args.heldout, keys, both_sides=True)
+    held_share = held[distributed.rank() :: distributed.world_size()]
+    judges = {"val": val_share, "heldout": (train_share[0][held_share], train_share[1][held_share])}
+    fit = train.select(np.flatnonzero(~held.numpy()))
+    steps = steps_of(fit, args)
+    rates = [rate * args.batch_size / 256 for rate in args.lrs]
+    grid = linear.LinearGrid(kinds, len(train.classes), rates, args.seed).synchronised(device)
+    optimizer = torch.optim.SGD(grid.parameters(), lr=1.0, momentum=0.9)
+    epoch = resume(task, grid, optimizer) if args.resume else 0
+    recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, blur=False, colour=False)
+    loader, cached = ViewLoader(fit, recipe, device, args.workers), None
+    if args.cache_features:
+        settings = ("dataset", "data", "subset", "subset_seed", "label_fraction", "label_list", "select", "heldout")
+        key = f"{task.digest} {[getattr(args, name) for name in settings]} {recipe} {task.amp}"
+        place = dict(limit=args.cache_limit_gb * 2**30, folder=args.workdir, key=key)
+        size = dict(size=args.img_size, workers=args.workers)
+        cached = features.cache(embedder(task), max(kinds.values()), fit, args.cache_copies, loader, **size, **place)
+    correct, start = accuracies(grid, *judges[select]), time.perf_counter()
+    while epoch < args.epochs:
+        for step, (ids, x) in enumerate(batches(task, fit, loader, epoch, steps, cached)):
+            optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * (epoch + step / steps) / args.epochs))
+            grid.train_step(optimizer, x, fit.labels[ids].to(device))
+        epoch += 1
+        correct = accuracies(grid, *judges[select])
+        tell(task, epoch, f"best {select} top-1 {correct[0].max():.2f} %", start)
+        save(task, grid, optimizer, epoch)
+
+    best, final = int(correct[0].argmax()), accuracies(grid, *val_share)
+    if features.digest(task.encoder) != task.digest:
+        raise RuntimeError("the encoder has changed during its evaluation: this must not happen")
+    heads = [
+        {"features": kind, "norm": norm, "lr": args.lrs[rate], f"{select}_top1": chosen, "val_top1": top1, "val_top5": top5}
+        for (kind, norm, rate), chosen, top1, top5 in zip(grid.names(), correct[0].tolist(), *final.tolist(), strict=True)
+    ]
+    protocol = f"best head on {int(held.sum())} held-out training images; trained on the other {len(fit)}"
+    if select == "val":
+        protocol = "best head on the validation images, which also judge it"
+    head = heads[best]
+    result = {"linear_top1": head["val_top1"], "linear_top5": head["val_top5"], "best_lr": head["lr"], "best_head": head}
+    task.say(table(heads, args.lrs))
+    task.say(f"linear probe: top-1 {head['val_top1']:.2f} %, top-5 {head['val_top5']:.2f} % on {len(task.val)} images")
+    task.say(f"  ({protocol}: {head['features']}, {head['norm']}, base lr {head['lr']:g})")
+    result |= {"select": select, "protocol": protocol, "heads": heads}
+    return result, distributed.all_sum(grid.confusion(best, *val_share)).cpu().numpy()
+
+
+def batches(task, fit, loader, epoch, steps, cached):
     """This rank's (ids, features) of an epoch: encoded now, in fresh crops, or taken from the cache."""
-    order = augment.epoch_order(args.seed, epoch, len(fit))
-    parts = [share(order[step * args.batch_size : (step + 1) * args.batch_size]) for step in range(steps)]
+    parts = parts_of(fit, task.args, epoch, steps)
     if cached is not None:
         for part in parts:
-            yield torch.from_numpy(part), cached[epoch % len(cached), part].to(loader.device)
+            yield torch.from_numpy(part), cached[epoch % len(cached), part].to(task.device)
     else:
+        embed = embedder(task)
         for ids, x in loader.load([(epoch, part, (0,)) for part in parts]):
             yield ids.cpu(), embed(x)
 
@@ -201,11 +257,6 @@ def accuracies(grid, x, labels) -> torch.Tensor:
     """Top-1 and top-5 of every head in percent, (2, heads), over the images of all ranks."""
     total = distributed.all_sum(torch.tensor(float(len(labels)), device=grid.rates.device))
     return 100 * distributed.all_sum(grid.correct(x, labels)).cpu() / total.cpu()
-
-
-def percent_right(counts: np.ndarray) -> list[float | None]:
-    """Of each class, from the confusion counts; None without images."""
-    return [round(100 * row[label] / row.sum(), 2) if row.sum() else None for label, row in enumerate(counts)]
 
 
 def table(heads: list[dict], rates: list[float]) -> str:
@@ -219,24 +270,122 @@ def table(heads: list[dict], rates: list[float]) -> str:
     return "\n".join(lines)
 
 
-def save(args, grid, optimizer, epoch, encoder_digest) -> None:
-    """The state of the probe after `epoch` epochs."""
-    settings = {name: value for name, value in vars(args).items() if name not in RUNNING}
-    state = {"epoch": epoch, "grid": grid.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint.save(os.path.join(args.workdir, LAST), {**state, "args": settings, "encoder_digest": encoder_digest})
+# -- fine-tuning -----------------------------------------------------------------------------------------------------------
 
 
-def resume(args, grid, optimizer, encoder_digest) -> int:
+def tune(task) -> tuple[dict, np.ndarray]:
+    """Train encoder and classifier; results after the last epoch (nothing is chosen on validation images), confusion counts."""
+    args, train, device = task.args, task.train, task.device
+    is_vit = getattr(task.encoder, "kind", None) == "vit"
+    name = args.optimizer or ("adamw" if is_vit else "sgd")
+    lr, head_lr, weight_decay = finetune.DEFAULTS[name]
+    lr, head_lr = args.lr or lr, args.head_lr or (10 * args.lr if args.lr else head_lr)
+    weight_decay = weight_decay if args.wd is None else args.wd
+    layer_decay = args.layer_decay or (0.75 if is_vit else 1.0)
+    scale, steps = args.batch_size / 256, steps_of(train, args)
+    model = finetune.Classifier(task.encoder, len(train.classes)).to(device)
+    model = distributed.synchronise_batch_norm(model, device)
+    optimizer = finetune.build_optimizer(model, name, lr * scale, head_lr * scale, weight_decay, layer_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
+    epoch = resume(task, model, optimizer) if args.resume else 0
+    network = model
+    if distributed.world_size() > 1:
+        on = [device] if device.type == "cuda" else None
+        network = DistributedDataParallel(model, device_ids=on, broadcast_buffers=False)
+    recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, blur=False, colour=False)
+    loader, start = ViewLoader(train, recipe, device, args.workers), time.perf_counter()
+    schedule = dict(steps_per_epoch=steps, warmup_epochs=args.warmup_epochs, epochs=args.epochs)
+    while epoch < args.epochs:
+        network.train()
+        requests = [(epoch, part, (0,)) for part in parts_of(train, args, epoch, steps)]
+        for step, (ids, x) in enumerate(loader.load(requests)):
+            for group in optimizer.param_groups:
+                group["lr"] = optim.learning_rate(epoch * steps + step, peak=group["peak"], **schedule)
+            torch.manual_seed(int(augment.keyed_bits(args.seed, epoch * steps + step, distributed.rank())) >> 1)
+            with autocast(task.amp, device):
+                logits = network(x)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(cross_entropy(widen(logits), train.labels[ids.cpu()].to(device))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        epoch += 1
+        if epoch % max(1, args.epochs // 5) == 0 or epoch == args.epochs:
+            tell(task, epoch, f"top-1 {judge(task, model)[0]:.2f} %", start)
+        save(task, model, optimizer, epoch)
+    top1, top5, counts = judge(task, model)
+    task.say(f"fine-tuned: top-1 {top1:.2f} %, top-5 {top5:.2f} % on {len(task.val)} images, after the last epoch")
+    settings = {"optimizer": name, "lr": lr, "head_lr": head_lr, "weight_decay": weight_decay, "layer_decay": layer_decay}
+    return {"finetune_top1": top1, "finetune_top5": top5, "finetune": settings}, counts
+
+
+@torch.no_grad()
+def judge(task, model) -> tuple[float, float, np.ndarray]:
+    """Top-1 and top-5 in percent and confusion counts of a classifier on the validation images of all ranks."""
+    model.eval()
+    classes = len(task.train.classes)
+    found = torch.zeros(
+        classes * classes + 1, dtype=torch.long, device=task.device
+    )  # the counts, and how many in the best five
+    indices = np.arange(distributed.rank(), len(task.val), distributed.world_size())
+    labels = task.val.labels[indices].to(task.device)
+    for batch, y in zip(whole_images(task.val, indices, **where(task)), labels.split(features.EVALUATION_BATCH), strict=True):
+        with autocast(task.amp, task.device):
+            best = model(batch).topk(min(5, classes), dim=1).indices
+        found[:-1] += torch.bincount(y * classes + best[:, 0], minlength=classes * classes)
+        found[-1] += (best == y[:, None]).sum()
+    found = distributed.all_sum(found).cpu().numpy()
+    counts = found[:-1].reshape(classes, classes)
+    return 100 * counts.trace() / len(task.val), 100 * found[-1] / len(task.val), counts
+
+
+# -- what both share -------------------------------------------------------------------------------------------------------
+
+
+def steps_of(images, args) -> int:
+    """Whole batches in an epoch; UsageError for none."""
+    if args.batch_size > len(images):
+        raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(images)} training images")
+    return len(images) // args.batch_size
+
+
+def parts_of(images, args, epoch: int, steps: int) -> list[np.ndarray]:
+    """This rank's indices of each batch of an epoch."""
+    order = augment.epoch_order(args.seed, epoch, len(images))
+    return [share(order[step * args.batch_size : (step + 1) * args.batch_size]) for step in range(steps)]
+
+
+def percent_right(counts: np.ndarray) -> list[float | None]:
+    """Of each class, from the confusion counts; None without images."""
+    return [round(100 * row[label] / row.sum(), 2) if row.sum() else None for label, row in enumerate(counts)]
+
+
+def tell(task, epoch, text, start) -> None:
+    """A line on the console, ten times in all or so."""
+    if epoch % max(1, task.args.epochs // 10) == 0 or epoch == task.args.epochs:
+        task.say(f"epoch {epoch}/{task.args.epochs}  {text}  {time.perf_counter() - start:.0f} s")
+
+
+def save(task, model, optimizer, epoch) -> None:
+    """The state after `epoch` epochs, by rank 0; all ranks wait."""
+    if distributed.rank() == 0:
+        settings = {name: value for name, value in vars(task.args).items() if name not in RUNNING}
+        state = {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"args": settings, "encoder_digest": task.digest}
+        checkpoint.save(os.path.join(task.args.workdir, LAST), state)
+    distributed.barrier()
+
+
+def resume(task, model, optimizer) -> int:
     """Load the state that `save` left in the workdir, if any; returns the completed epochs."""
-    path = os.path.join(args.workdir, LAST)
+    path = os.path.join(task.args.workdir, LAST)
     if not os.path.exists(path):
         return 0
     state = checkpoint.read(path)
-    changed = [name for name, value in state["args"].items() if getattr(args, name) != value]
-    changed += ["the encoder"] if state["encoder_digest"] != encoder_digest else []
+    changed = [name for name, value in state["args"].items() if getattr(task.args, name) != value]
+    changed += ["the encoder"] if state["encoder_digest"] != task.digest else []
     if changed:
         raise UsageError(f"{path} is of another evaluation: {', '.join(changed)} changed; choose a new --workdir")
-    grid.load_state_dict(state["grid"])
+    model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["epoch"]
 

@@ -4,10 +4,11 @@ __version__ = "0.1.0"
 
 
 def load_encoder(path: str, which: str = "online", **settings):
-    """The backbone in a file as a module from normalised images (B, 3, S, S) to features (B, C), and its info.
+    """The backbone in a file, frozen, as a module from normalised images (B, 3, S, S) to features (B, C), and its info.
 
     See snclr.weights.open_encoder, which this calls; torch is imported only then.
     """
     from .weights import open_encoder
 
-    return open_encoder(path, which, **settings)
+    encoder, info = open_encoder(path, which, **settings)
+    return encoder.requires_grad_(False), info

@@ -7,6 +7,7 @@ difference. Where sets come from is the business of sources.py.
 
 import copy
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -47,10 +48,12 @@ class ImageSet:
     """n images with a stable number each.
 
     labels (n,) int64, -1 for an image without one, or None where no image has one; classes: the labels' names; mean, std
-    (3,) of the channels, in [0, 1]. per_image names the attributes with one entry an image.
+    (3,) of the channels, in [0, 1]; names (n,) of the files, or None where they have none. per_image names the attributes
+    with one entry an image.
     """
 
-    per_image: tuple[str, ...] = ("labels",)
+    per_image: tuple[str, ...] = ("labels", "names")
+    names: np.ndarray | None = None
 
     def __init__(self, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
         self.labels = None if labels is None else torch.as_tensor(labels)
@@ -89,7 +92,7 @@ class ImageSet:
 class ResidentImages(ImageSet):
     """Images (n, 3, H, W) uint8 in memory."""
 
-    per_image = ("labels", "images")
+    per_image = ("labels", "names", "images")
 
     def __init__(self, images: np.ndarray | Tensor, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
         super().__init__(labels, classes, mean_std)
@@ -146,7 +149,9 @@ class EncodedImages(ImageSet):
                 return self
             images[index] = image
         labels = None if self.labels is None else self.labels.numpy()
-        return ResidentImages(images, labels, self.classes, (self.mean.tolist(), self.std.tolist()))
+        resident = ResidentImages(images, labels, self.classes, (self.mean.tolist(), self.std.tolist()))
+        resident.names = self.names
+        return resident
 
 
 class ImageFiles(EncodedImages):
@@ -160,6 +165,10 @@ class ImageFiles(EncodedImages):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def names(self) -> np.ndarray:
+        return np.array([os.path.basename(path) for path in self.paths])
 
     def image(self, index: int) -> Tensor:
         path = str(self.paths[index])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import all_sum, synchronise_batch_norm, world_size
+from .errors import UsageError
 from .precision import full_precision, widen
 
 NORMS = ("plain", "batchnorm")
@@ -118,14 +119,21 @@ class LinearGrid(nn.Module):
         return synchronise_batch_norm(self.to(device), device)
 
 
-def held_out(labels: Tensor, share: float, keys: Tensor) -> Tensor:
-    """(n,) bool: about `share` of the images of each class, at least one and not all, those with the smallest keys.
+def class_share(labels: Tensor, share: float, keys: Tensor, both_sides: bool = False) -> Tensor:
+    """(n,) bool: of each class the same share of its images, those with the smallest keys, so that a smaller share is part
+    of a larger one; both_sides: at least one image of a class inside, and one outside.
 
-    labels (n,) int64; keys (n,) any numbers, one an image.
+    labels (n,) int64; keys (n,) any numbers, one an image. Raises UsageError where a class would be left without images.
     """
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero().squeeze(1)
-        count = min(max(1, round(share * len(members))), len(members) - 1)
+        count = round(share * len(members))
+        if both_sides:
+            count = min(max(count, 1), len(members) - 1)
+        if not count:
+            raise UsageError(
+                f"a share of {share:g} leaves class {int(label)} with its {len(members)} images none: use a larger one"
+            )
         chosen[members[keys[members].argsort()[:count]]] = True
     return chosen

@@ -61,12 +61,13 @@ def read_encoder(path: str, which: str = "online") -> EncoderFile:
     return EncoderFile(path, tensors, layout, others, saved)
 
 
-def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Module, dict]:
+def open_encoder(path: str, which: str = "online", load: bool = True, **settings) -> tuple[nn.Module, dict]:
     """The backbone in a file, in eval mode on the CPU: a module from images (B, 3, S, S) to features (B, C), and its info.
 
     settings: arch, img_size, patch_size, width, small_stem, timm_kwargs, for files that do not say them (None: as the file
     says; only img_size may differ from it). info: these settings, 'num_features', 'encoder', 'epoch', 'mean' and 'std' of the
-    images it was trained on, and 'notes', what was loaded. Raises UsageError where the file does not fit.
+    images it was trained on, and 'notes', what was loaded. load False: the same architecture as it starts. Raises
+    UsageError where the file does not fit.
     """
     file = read_encoder(path, which)
     known = dict(patch_size=16, width=None, small_stem=False, timm_kwargs=None, img_size=224, mean=IMAGENET[0], std=IMAGENET[1])
@@ -88,10 +89,10 @@ def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Modul
         hidden_dim=1,
         out_dim=1,
     )
-    notes = load_backbone(encoder, file)
+    notes = load_backbone(encoder, file) if load else [f"the architecture of {path} at its random start"]
     head = next(name for name, module in encoder.named_modules() if module is encoder.projector)
     encoder.set_submodule(head, nn.Identity())
-    return encoder.eval().requires_grad_(False), {
+    return encoder.eval(), {
         **known,
         "num_features": encoder.num_features,
         "encoder": file.saved.get("encoder", which),  # a file of a backbone alone says which one it is

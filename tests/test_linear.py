@@ -85,13 +85,19 @@ def test_a_heads_result_does_not_depend_on_its_neighbours():
     torch.testing.assert_close(*found)
 
 
-def test_held_out_images_are_a_share_of_each_class_and_never_all():
+def test_a_share_of_each_class_is_keyed_and_nested():
     labels = torch.tensor([0] * 40 + [1] * 7 + [2] * 2)
     keys = torch.rand(49, generator=torch.Generator().manual_seed(0))
-    held = linear.held_out(labels, 0.1, keys)
+    held = linear.class_share(labels, 0.1, keys, both_sides=True)
     assert [int(held[labels == c].sum()) for c in range(3)] == [4, 1, 1]
     assert keys[:40][held[:40]].max() < keys[:40][~held[:40]].min()
-    assert [int(linear.held_out(labels, 0.99, keys)[labels == c].sum()) for c in range(3)] == [39, 6, 1]
+    most = linear.class_share(labels, 0.99, keys, both_sides=True)
+    assert [int(most[labels == c].sum()) for c in range(3)] == [39, 6, 1]
+    half, all_of_them = linear.class_share(labels, 0.5, keys), linear.class_share(labels, 1, keys)
+    assert [int(half[labels == c].sum()) for c in range(3)] == [20, 4, 1] and all_of_them.all()
+    assert (half | held)[:47].equal(half[:47])
+    with pytest.raises(UsageError, match="leaves class 2 with its 2 images none"):
+        linear.class_share(labels, 0.1, keys)
 
 
 def test_features_of_a_vit_are_the_class_token_and_the_mean_of_its_patches():
@@ -201,7 +207,7 @@ def test_a_resumed_probe_equals_the_uninterrupted_one(images, pretrained, tmp_pa
         probe(images, pretrained, tmp_path / "parts")
     assert not (tmp_path / "parts/results.json").exists()
     assert probe(images, pretrained, tmp_path / "parts", "--resume", "auto") == whole
-    states = [torch.load(tmp_path / name / "probe_last.pth.tar", weights_only=True)["grid"] for name in ("whole", "parts")]
+    states = [torch.load(tmp_path / name / "lincls_last.pth.tar", weights_only=True)["model"] for name in ("whole", "parts")]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     with pytest.raises(UsageError, match="seed changed"):
         probe(images, pretrained, tmp_path / "parts", "--resume", "auto", "--seed", 1)
@@ -220,7 +226,7 @@ def test_two_ranks_find_what_one_finds(images, pretrained, tmp_path, flags):
     for world_size in (1, 2):
         start_ranks(world_size, tmp_path, [f"main_lincls:float64:{command}/{world_size}"])
         results.append(json.loads((tmp_path / str(world_size) / "results.json").read_text()))
-    states = [torch.load(tmp_path / n / "probe_last.pth.tar", weights_only=True)["grid"] for n in "12"]
+    states = [torch.load(tmp_path / n / "lincls_last.pth.tar", weights_only=True)["model"] for n in "12"]
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-9, atol=1e-9)
     assert comparable(results[1]) == comparable(results[0])
@@ -233,12 +239,12 @@ def test_cached_features_on_disk_equal_those_in_memory_and_are_found_again(image
     (file,) = (tmp_path / "disk").glob("features_*.f32")
     calls, original = [], features._in_order
     monkeypatch.setattr(features, "_in_order", lambda *a: calls.append(1) or original(*a))
-    for name in ("results.json", "probe_last.pth.tar"):
+    for name in ("results.json", "lincls_last.pth.tar"):
         (tmp_path / "disk" / name).unlink()
     assert probe(images, pretrained, tmp_path / "disk", "--cache-features", "--cache-limit-gb", 0) == disk and not calls
     # another seed holds out other images; a file that is not whole counts for nothing
     content = file.read_bytes()
-    for name in ("results.json", "probe_last.pth.tar"):
+    for name in ("results.json", "lincls_last.pth.tar"):
         (tmp_path / "disk" / name).unlink()
     file.write_bytes(content[: len(content) // 2])
     assert probe(images, pretrained, tmp_path / "disk", "--cache-features", "--cache-limit-gb", 0) == disk and calls
@@ -295,7 +301,7 @@ def test_data_that_no_classifier_can_learn_from_is_refused(pretrained, tmp_path)
     rare = save_folder(
         save_folder(tmp_path / "rare", [(32, 32)] * 9, classes=("a",) * 8 + ("b",)), [(32, 32)] * 2, "val", ("a", "b")
     )
-    with pytest.raises(UsageError, match="every class needs two training images; only one has b"):
+    with pytest.raises(UsageError, match="every class needs two training images, one to be held out; only one has b"):
         probe(rare, pretrained, tmp_path / "w")
 
 
