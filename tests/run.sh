@@ -3,6 +3,6 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$ROOT/tools/environment.sh"
-find_python "$ROOT"/{requirements.txt,requirements-mat.txt,tests/requirements.txt}
+find_python "$ROOT"/{requirements.txt,requirements-mat.txt,requirements-hf.txt,tests/requirements.txt}
 cd "$ROOT"
 exec "$PYTHON" -m pytest "$@"

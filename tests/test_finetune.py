@@ -139,3 +139,15 @@ def test_rates_fall_from_layer_to_layer():
     assert {group["peak"] for group in flat.param_groups} == {2.0, 3.0}
     with pytest.raises(UsageError, match=r"--layer-decay 0\.5 is for ViTs"):
         finetune.build_optimizer(finetune.Classifier(build("resnet8"), 5), "sgd", 1, 1, 0, 0.5)
+
+
+def test_transfer_to_a_torchvision_set_of_photographs(pretrained, tmp_path):  # noqa: F811
+    from test_sources import save_pets
+
+    save_pets(tmp_path)
+    flags = ["--dataset", "pets", "--pretrained", str(pretrained), "-j", "0", "-b", "2", "--epochs", "2", "--lrs", "0.1"]
+    for name, more in {"probe": ["--select", "val"], "tuned": ["--finetune"]}.items():
+        main_lincls.main([str(tmp_path), *flags, *more, "--workdir", str(tmp_path / name)])
+        result = json.loads((tmp_path / name / "results.json").read_text())
+        assert result["dataset"] == "pets" and result["per_class_top1"]["Abyssinian"] is None  # not among the test images
+        assert result["mean_per_class_top1"] == result["per_class_top1"]["Beagle"]

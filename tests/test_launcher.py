@@ -93,6 +93,23 @@ def test_one_process_a_gpu_or_as_many_as_asked_for(start, environment, processes
     assert dry(start, *ODD, **environment)[1:] == [TORCHRUN, "--standalone", "--nproc_per_node", processes, MAIN, *ODD]
 
 
+def test_evaluation_starts_by_the_same_rules(start, tmp_path):
+    script, flags = str(ROOT / "main_lincls.py"), ["--pretrained", "a file", "--finetune"]
+    assert dry(start, "main_lincls.py", *flags, STUB_GPUS="1")[1:] == [script, *flags]
+    assert dry(start, "main_lincls.py", *flags, STUB_GPUS="4")[1:] == [
+        TORCHRUN,
+        "--standalone",
+        "--nproc_per_node",
+        "4",
+        script,
+        *flags,
+    ]
+    assert dry(start, "main_lincls.py", *flags, **SLURM)[-5:] == [str(ROOT / "start.sh"), "main_lincls.py", *flags]
+    done = start("main_lincls.py", *flags)
+    assert done.returncode == 2 and done.err == "main_lincls.py: error: --pretrained a file: there is no such file\n"
+    assert "--pretrained FILE" in start("main_lincls.py", "--help").out and "--snclr-t" in start("--help").out
+
+
 def test_hidden_gpus_are_not_used(start):
     assert dry(start, STUB_GPUS="8", CUDA_VISIBLE_DEVICES="")[1:] == [MAIN]
 
