@@ -31,8 +31,7 @@ def encode_share(
     """Features (n_r, F) and labels (n_r,), on the CPU, of this rank's share (every world_size-th image) of a labelled set."""
     indices = np.arange(rank(), len(images), world_size())
     batches = whole_images(images, indices, size=size, device=device, workers=workers)
-    features = [embed(batch).cpu() for batch in batches]
-    return torch.cat(features) if features else torch.zeros(0, 1), images.labels[indices]
+    return torch.cat([embed(batch).cpu() for batch in batches]), images.labels[indices]
 
 
 def cache(

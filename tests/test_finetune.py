@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_backbones import build
 from test_data import save_folder
-from test_linear import images, pretrained  # noqa: F401 - fixtures
+from test_linear import images, interrupted_after, pretrained  # noqa: F401 - fixtures
 from test_ranks import start_ranks
 
 import main_lincls
@@ -42,15 +42,7 @@ def test_fine_tuning_trains_encoder_and_head_and_reports_the_last_epoch(images, 
 
 def test_resumed_fine_tuning_equals_the_uninterrupted_one(images, pretrained, tmp_path, monkeypatch):  # noqa: F811
     whole = tune(images, pretrained, tmp_path / "whole")
-    saves, save = [], main_lincls.save
-
-    def interrupted(*arguments):
-        save(*arguments)
-        saves.append(1)
-        if len(saves) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(main_lincls, "save", interrupted)
+    monkeypatch.setattr(main_lincls, "save", interrupted_after(2))
     with pytest.raises(KeyboardInterrupt):
         tune(images, pretrained, tmp_path / "parts")
     assert tune(images, pretrained, tmp_path / "parts", "--resume", "auto") == whole

@@ -192,17 +192,22 @@ def test_a_probe_leaves_what_it_found(images, pretrained, tmp_path, capsys):
     assert f"linear probe: top-1 {result['linear_top1']:.2f} %" in out and "base lr" in out
 
 
-def test_a_resumed_probe_equals_the_uninterrupted_one(images, pretrained, tmp_path, monkeypatch):
-    whole = probe(images, pretrained, tmp_path / "whole")
+def interrupted_after(epochs):
+    """main_lincls.save, and then a Ctrl-C after so many epochs."""
     saves, save = [], main_lincls.save
 
     def interrupted(*arguments):
         save(*arguments)
         saves.append(1)
-        if len(saves) == 2:
+        if len(saves) == epochs:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(main_lincls, "save", interrupted)
+    return interrupted
+
+
+def test_a_resumed_probe_equals_the_uninterrupted_one(images, pretrained, tmp_path, monkeypatch):
+    whole = probe(images, pretrained, tmp_path / "whole")
+    monkeypatch.setattr(main_lincls, "save", interrupted_after(2))
     with pytest.raises(KeyboardInterrupt):
         probe(images, pretrained, tmp_path / "parts")
     assert not (tmp_path / "parts/results.json").exists()
