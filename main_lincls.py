@@ -276,12 +276,12 @@ def table(heads: list[dict], rates: list[float]) -> str:
 def tune(task) -> tuple[dict, np.ndarray]:
     """Train encoder and classifier; results after the last epoch (nothing is chosen on validation images), confusion counts."""
     args, train, device = task.args, task.train, task.device
-    is_vit = getattr(task.encoder, "kind", None) == "vit"
+    is_vit, scratch = getattr(task.encoder, "kind", None) == "vit", args.encoder == "untrained"
     name = args.optimizer or ("adamw" if is_vit else "sgd")
-    lr, head_lr, weight_decay = finetune.DEFAULTS[name]
-    lr, head_lr = args.lr or lr, args.head_lr or (10 * args.lr if args.lr else head_lr)
-    weight_decay = weight_decay if args.wd is None else args.wd
-    layer_decay = args.layer_decay or (0.75 if is_vit else 1.0)
+    lr, head_lr, weight_decay = (finetune.FROM_SCRATCH if scratch else finetune.DEFAULTS)[name]
+    head_lr = args.head_lr or (args.lr or lr) * (head_lr / lr)
+    lr, weight_decay = args.lr or lr, weight_decay if args.wd is None else args.wd
+    layer_decay = args.layer_decay or (0.75 if is_vit and not scratch else 1.0)
     scale, steps = args.batch_size / 256, steps_of(train, args)
     model = finetune.Classifier(task.encoder, len(train.classes)).to(device)
     model = distributed.synchronise_batch_norm(model, device)
