@@ -26,6 +26,7 @@ def digest(module: nn.Module) -> str:
     return found.hexdigest()
 
 
+@torch.no_grad()
 def encode_share(
     embed: Callable[[Tensor], Tensor], images: ImageSet, *, size: int, device: torch.device, workers: int
 ) -> tuple[Tensor, Tensor]:
@@ -38,17 +39,15 @@ def encode_share(
 def cache(
     embed: Callable[[Tensor], Tensor],
     width: int,
-    images: ImageSet,
-    copies: int,
     loader: ViewLoader,
+    copies: int,
     *,
-    size: int,
     workers: int,
     limit: float,
     folder: str,
     key: str,
 ) -> Tensor:
-    """Features (copies, n, width) float32 of all images, the same on every rank.
+    """Features (copies, n, width) float32 of all of a loader's images, the same on every rank.
 
     One copy: the view that evaluation sees; more: so many random crops of each image, those of epochs 0 .. copies - 1 of
     `loader`. Above `limit` bytes the array is a file in `folder`, mapped into memory, one for the ranks of a machine. It gets
@@ -56,12 +55,10 @@ def cache(
     features depend on), so that nothing half-written or foreign is taken for it, and a later start finds it. Raises RunError
     where the file cannot be written.
     """
+    images = loader.images
     shape = (copies, len(images), width)
-    encoded = (
-        features
-        for copy in range(copies)
-        for features in _in_order(embed, images, copy if copies > 1 else None, loader, size, workers)
-    )
+    views = range(copies) if copies > 1 else [None]
+    encoded = (features for copy in views for features in _in_order(embed, loader, copy, workers))
     bytes_needed = 4 * math.prod(shape)
     if bytes_needed <= limit:
         array, done = torch.empty(copies * len(images), width), 0
@@ -73,37 +70,38 @@ def cache(
     depends.update(b"" if images.names is None else images.names.tobytes())
     path = os.path.join(folder, f"features_{depends.hexdigest()[:16]}.f32")
     if not os.path.exists(path) or os.path.getsize(path) != bytes_needed:
-        os.makedirs(folder, exist_ok=True)
-        file = open(f"{path}.tmp", "wb") if local_rank_zero() else None
-        for features in encoded:
-            if file:
-                _write(file, features.float().numpy())
-        if file:
-            os.fsync(file.fileno())
-            file.close()
-            os.replace(file.name, path)
+        if local_rank_zero():
+            _write(path, encoded)
+        else:
+            for _ in encoded:
+                pass  # this rank's part goes to the one that writes
         barrier()
     return torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
 
 
-def _write(file, array):
+def _write(path: str, chunks: Iterable[Tensor]) -> None:
     try:
-        file.write(array)
-        file.flush()
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.tmp", "wb") as file:
+            for chunk in chunks:
+                file.write(chunk.float().numpy())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
     except OSError as error:
-        raise RunError(f"cannot write the features to {file.name}: {error.strerror}; choose another --workdir") from error
+        raise RunError(f"cannot write the features to {path}: {error.strerror}; choose another --workdir") from error
 
 
-def _in_order(embed, images, copy, loader, size, workers) -> Iterable[Tensor]:
+def _in_order(embed, loader, copy, workers) -> Iterable[Tensor]:
     """Features (c, F) on the CPU, chunk by chunk; every rank encodes its part of each."""
-    chunk = EVALUATION_BATCH * world_size()
+    images, chunk = loader.images, EVALUATION_BATCH * world_size()
     starts = range(0, len(images), chunk)
     # the last chunk is filled up with image 0, since all ranks must send the same number
     parts = [np.arange(start, start + chunk).reshape(world_size(), -1)[rank()] for start in starts]
     parts = [np.where(part < len(images), part, 0) for part in parts]
     if copy is None:
         every = np.concatenate(parts)
-        batches = whole_images(images, every, size=size, device=loader.device, workers=workers)
+        batches = whole_images(images, every, size=loader.recipe.size, device=loader.device, workers=workers)
     else:
         batches = (x for _, x in loader.load([(copy, part, (0,)) for part in parts]))
     for start, batch in zip(starts, batches, strict=True):

@@ -119,7 +119,7 @@ def test_knn_table_equals_the_loops():
     stored = nn.functional.normalize(torch.randn(60, 6, generator=generator, dtype=torch.float64), dim=1)
     queries = nn.functional.normalize(torch.randn(25, 6, generator=generator, dtype=torch.float64), dim=1)
     labels, truth = torch.arange(60) % 4, torch.arange(25) % 4
-    found = knn.table(stored, labels, queries, truth, 4, (3, 10), 0.07)
+    found = knn.table((3 * stored, labels), (2 * queries, truth), 25, 4, (3, 10), 0.07, CPU)
     for k in (3, 10):
         for name, weigh in (("weighted", lambda c: np.exp(c / 0.07)), ("plain", lambda c: 1.0)):
             right = 0
@@ -269,7 +269,9 @@ def test_a_cache_is_of_its_images_and_a_disk_that_is_full_is_said(images, pretra
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # settings fit, features do not
     try:
-        with pytest.raises(RunError, match=r"cannot write the features to .*features_.*\.tmp: .*choose another --workdir"):
+        with pytest.raises(
+            RunError, match=r"cannot write the features to .*features_.*: File too large; choose another --workdir"
+        ):
             probe(images, pretrained, tmp_path / "full", *flags, "--cache-copies", 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
