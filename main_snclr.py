@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from snclr import augment, checkpoint, data, distributed, knn, label_free, monitor, optim, sources, weights
+from snclr import augment, checkpoint, data, distributed, knn, label_free, monitor, optim, sources, visualize, weights
 from snclr.builder import build_model
 from snclr.precision import autocast, resolve_amp
 
@@ -175,6 +175,9 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
             log.say(monitor.describe(metrics, args.epochs, total_steps))
             interval_start, interval_steps, waited = time.perf_counter(), 0, 0.0
     log.end_progress()
+    completed, inside = divmod(step, steps_per_epoch)
+    if log.enabled and args.viz_freq and not inside and (completed % args.viz_freq == 0 or completed == args.epochs):
+        log.pictures(step, *visualize.of_step(batch, shown, loader.images, args, step))
     return step
 
 

@@ -38,7 +38,7 @@ RUNNING = {
     "stop_after_epochs",
     "stop_after_steps",
 }
-RUNNING |= {"save_freq", "print_freq", "eval_freq", "eval_encoder"}
+RUNNING |= {"save_freq", "print_freq", "eval_freq", "eval_encoder", "viz_freq"}
 
 
 def save(path: str, state: dict) -> None:

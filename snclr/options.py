@@ -29,7 +29,7 @@ MEAN_STD = {  # as commonly used; all others take ImageNet's (`python -m snclr.m
 }
 POSITIVE = ("patch_size", "width", "snclr_dim", "snclr_mlp_dim", "snclr_t", "bank_size", "positiveness_t", "gamma", "epochs")
 POSITIVE += ("batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps")
-NOT_NEGATIVE = ("topk", "wd", "warmup_epochs", "nn_warmup_epochs", "save_freq", "eval_freq")
+NOT_NEGATIVE = ("topk", "wd", "warmup_epochs", "nn_warmup_epochs", "save_freq", "eval_freq", "viz_freq")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EMBEDDED_RECIPE = os.path.join(ROOT, "configs", "embedded.args")
 
@@ -200,6 +200,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--save-freq", type=int, default=0, metavar="E", help="epochs between checkpoints that are kept; 0: none")
     g.add_argument("--print-freq", type=int, default=10, metavar="N", help="steps between log lines")
     g.add_argument("--eval-freq", type=int, default=10, metavar="E", help="epochs between kNN evaluations; 0: never")
+    g.add_argument("--viz-freq", type=int, default=10, metavar="E", help="epochs between pictures in TensorBoard; 0: never")
     g.add_argument("--eval-encoder", choices=("online", "momentum"), default="online", help="encoder that is evaluated")
     return parser
 
