@@ -26,7 +26,7 @@ GROUPS = {
     "neighbours": ("neighbour_similarity", "positiveness_entropy", "neighbour_purity"),
     "features": ("feature_std", "effective_rank", "view_agreement"),
     "speed": ("images_per_s", "data_wait"),
-    "eval": ("knn_top1", "raw_pixels_knn_top1"),
+    "eval": ("knn_top1",),
 }
 
 
@@ -124,7 +124,7 @@ class Log:
             picture.save(os.path.join(folder, f"{name}_{step:07d}.png"))
             self.events.add_image(name, np.asarray(picture), step, dataformats="HWC")
         for name, values in histograms.items():
-            self.events.add_histogram(f"neighbours/{name}", values.float().cpu().numpy(), step)
+            self.events.add_histogram(f"neighbours/{name}", values.float().cpu().numpy(), step, bins=60)
 
     def say(self, text: str) -> None:
         """One line on the console, above the progress bar if there is one."""

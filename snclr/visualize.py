@@ -75,12 +75,13 @@ def view_picture(batch: Batch, images: ImageSet, title: str) -> Image.Image:
 
 
 def bank_ages(counts: Tensor, step: int, batch_size: int) -> Tensor:
-    """For each pick of a bank row by the global batch of a step, how many steps ago the row was written: (picks,), 1 .. .
+    """For each pick of a bank row by the global batch of a step, how many steps ago the row was written: (picks,) floats.
 
-    counts (M,) picks of each row; step: its number, from 1. Key n of the run lies in row n modulo M.
+    counts (M,) picks of each row; step: its number, from 1. Key n of the run lies in row n modulo M; from 1, for the newest
+    key of the step before, in fractions for the place in the batch.
     """
     rows = counts.nonzero()[:, 0]
-    ages = ((step - 1) * batch_size - 1 - rows) % len(counts) // batch_size + 1
+    ages = ((step - 1) * batch_size - 1 - rows) % len(counts) / batch_size + 1
     return ages.repeat_interleave(counts[rows])
 
 
