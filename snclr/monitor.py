@@ -119,12 +119,15 @@ class Log:
         if not self.enabled:
             return
         folder = os.path.join(os.path.dirname(self.path), "pictures")
-        os.makedirs(folder, exist_ok=True)
-        for name, picture in pictures.items():
-            picture.save(os.path.join(folder, f"{name}_{step:07d}.png"))
-            self.events.add_image(name, np.asarray(picture), step, dataformats="HWC")
-        for name, values in histograms.items():
-            self.events.add_histogram(f"neighbours/{name}", values.float().cpu().numpy(), step, bins=60)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            for name, picture in pictures.items():
+                picture.save(os.path.join(folder, f"{name}_{step:07d}.png"))
+                self.events.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            for name, values in histograms.items():
+                self.events.add_histogram(f"neighbours/{name}", values.float().cpu().numpy(), step, bins=60)
+        except OSError as error:  # no reason to stop a run
+            self.say(f"note: no pictures of step {step}: {error}")
 
     def say(self, text: str) -> None:
         """One line on the console, above the progress bar if there is one."""

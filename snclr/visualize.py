@@ -9,7 +9,7 @@ flags and seed draw the same pictures.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from . import augment, knn, options, sources, weights
 from .builder import StepView
 from .canvas import BLUE, COLOURS, GREY, INK, MARGIN, ORANGE, Tile, fitting, font, page, sheet
 from .data import Batch, ImageFiles, ImageSet, whole_images
-from .errors import UsageError, one_clear_line
+from .errors import RunError, UsageError, one_clear_line
 from .precision import unit
 
 SAME_OR_OTHER = ((BLUE, "same class"), (ORANGE, "another class"), (GREY, "no label"))
@@ -51,17 +51,13 @@ def neighbour_picture(ids: Tensor, shown: StepView, images: ImageSet, size: int,
 
     ids (B,) data-set indices; shown: what the step showed of these images; size: side in px at which images are read.
     """
-    rows = []
-    best = shown.weights[:QUERIES].float().argsort(dim=1, descending=True, stable=True)[:, :ACROSS]
-    parts = (shown.neighbour_ids[:QUERIES], shown.weights[:QUERIES], shown.scores[:QUERIES])
-    for query, *found in zip(ids[:QUERIES].tolist(), *(part.gather(1, best).tolist() for part in parts), strict=True):
-        found = [entry for entry in zip(*found, strict=True) if entry[0] >= 0]
-        pixels = _pixels(images, np.array([query, *(index for index, _, _ in found)]), size)
-        tiles = [Tile(pixels[0], (_class_of(images, query),))]
-        for image, (index, weight, cosine) in zip(pixels[1:], found, strict=True):
-            words = (_class_of(images, index), f"weight {weight:.3f}", f"cosine {cosine:.2f}")
-            tiles.append(Tile(image, words, _frame(images, query, images, index)))
-        rows.append(tiles)
+    rows, best = [], shown.weights[:QUERIES].float().argsort(dim=1, descending=True, stable=True)[:, :ACROSS]
+    parts = [part[:QUERIES].gather(1, best).tolist() for part in (shown.neighbour_ids, shown.weights, shown.scores)]
+    for query, *found in zip(ids[:QUERIES].tolist(), *parts, strict=True):
+        found = [
+            (i, f"weight {weight:.3f}", f"cosine {cosine:.2f}") for i, weight, cosine in zip(*found, strict=True) if i >= 0
+        ]
+        rows.append(_row(images, query, images, found, size))
     told = "Images of the batch, and their neighbours in the bank by falling weight (positiveness).\n"
     told += "weight: what the online projection gives the neighbour; cosine: its similarity to the image's key."
     return sheet(rows, title, told, SAME_OR_OTHER, ("image", "neighbours"))
@@ -101,13 +97,15 @@ class Encoder(NamedTuple):
     info: dict
     name: str
 
+    def batches(self, images: ImageSet, indices: np.ndarray, **data) -> Iterator[Tensor]:
+        """Images `indices` at the size and normalisation that the encoder knows. data: as of whole_images."""
+        images.mean, images.std = torch.tensor(self.info["mean"]), torch.tensor(self.info["std"])
+        return whole_images(images, indices, size=self.info["img_size"], **data)
 
-@torch.no_grad()
-def encode(encoder: Encoder, images: ImageSet, indices: np.ndarray, device: torch.device, workers: int) -> Tensor:
-    """Unit features (n, C) of images `indices`, on the CPU, at the size and normalisation that the encoder knows."""
-    images.mean, images.std = torch.tensor(encoder.info["mean"]), torch.tensor(encoder.info["std"])
-    batches = whole_images(images, indices, size=encoder.info["img_size"], device=device, workers=workers)
-    return torch.cat([unit(encoder.module.embed(batch)).cpu() for batch in batches])
+    @torch.no_grad()
+    def features(self, images: ImageSet, indices: np.ndarray, **data) -> Tensor:
+        """Unit features (n, C) of images `indices`, on the CPU."""
+        return torch.cat([unit(self.module.embed(batch)).cpu() for batch in self.batches(images, indices, **data)])
 
 
 def retrieval_picture(
@@ -124,20 +122,16 @@ def retrieval_picture(
 
     features: by the encoder's name, those of the asked (n, C) and the offered (m, C). An image is never its own neighbour.
     """
-    rows, told, heads = [[] for _ in asked], [], []
-    pixels, topk = _pixels(queries, asked, size), min(topk, len(offered) - (queries is pool))
+    rows, told, heads, topk = [[] for _ in asked], [], [], min(topk, len(offered) - (queries is pool))
     for name, (of_asked, of_offered) in features.items():
-        cosines, same = of_asked @ of_offered.T, []
+        cosines = of_asked @ of_offered.T
         if queries is pool:
             cosines[torch.from_numpy(asked[:, None] == offered)] = -2
         found = (part.tolist() for part in cosines.topk(topk, dim=1))
-        for row, image, query, values, places in zip(rows, pixels, asked, *found, strict=True):
-            row.append(Tile(image, (_class_of(queries, query),)))
-            indices = offered[places]
-            for neighbour, index, value in zip(_pixels(pool, indices, size), indices, values, strict=True):
-                frame = _frame(queries, query, pool, index)
-                row.append(Tile(neighbour, (_class_of(pool, index), f"cosine {value:.2f}"), frame))
-                same += [] if frame == GREY else [frame == BLUE]
+        for row, query, values, places in zip(rows, asked, *found, strict=True):
+            near = [(index, f"cosine {value:.2f}") for index, value in zip(offered[places], values, strict=True)]
+            row += _row(queries, query, pool, near, size)
+        same = [tile.frame == BLUE for row in rows for tile in row[-topk:] if tile.frame != GREY]
         told.append(name + (f"; {100 * np.mean(same):.0f} % of the neighbours have the image's class" if same else ""))
         heads += ["image", f"nearest {name[:2].rstrip(': ')}".rstrip()] + [""] * (topk - 1)
     return sheet(rows, title, "\n".join(told), SAME_OR_OTHER, heads)
@@ -221,18 +215,23 @@ def map_picture(maps: dict[str, np.ndarray], labels: np.ndarray | None, classes:
     return image
 
 
+def _row(queries, query, pool, found, size):
+    """Tiles of an image and of what was found for it in a pool: (index, words ...) each, framed by whether classes agree."""
+    name = _class_of(queries, query)
+    tiles = [Tile(_pixels(queries, [query], size)[0], (name,))]
+    for image, (index, *words) in zip(_pixels(pool, [index for index, *_ in found], size), found, strict=True):
+        other = _class_of(pool, index)
+        tiles.append(Tile(image, (other, *words), GREY if "" in (name, other) else BLUE if name == other else ORANGE))
+    return tiles
+
+
 def _pixels(images, indices, size):
-    return images.whole(indices, size).permute(0, 2, 3, 1).cpu().numpy()  # (n, S, S, 3) uint8
+    return images.whole(np.array(indices, dtype=np.int64), size).permute(0, 2, 3, 1).cpu().numpy()  # (n, S, S, 3) uint8
 
 
 def _class_of(images, index):
     label = -1 if images.labels is None else int(images.labels[index])
     return str(images.classes[label]) if label >= 0 else ""
-
-
-def _frame(queries, query, pool, index):
-    names = _class_of(queries, query), _class_of(pool, index)
-    return GREY if "" in names else BLUE if names[0] == names[1] else ORANGE
 
 
 # -- the command ---------------------------------------------------------------------------------------------------------
@@ -267,13 +266,13 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)  # for the start of an untrained encoder
-    asked = [(args.file, args.encoder)]
+    wanted = [("A", args.file, args.encoder)]
     if args.against is not None:
-        asked.append((args.file, "untrained") if args.against == "untrained" else (args.against, args.encoder))
+        wanted.append(("B", args.file, "untrained") if args.against == "untrained" else ("B", args.against, args.encoder))
     encoders, data = [], {"device": device, "workers": args.workers}
-    for letter, (path, which) in zip("AB", asked, strict=False):
-        arch, (kind, learned) = args.arch if letter == "A" else None, LOADED[which]
-        module, info = weights.open_encoder(path, kind, learned, arch=arch)
+    for letter, path, which in wanted:
+        kind, learned = LOADED[which]
+        module, info = weights.open_encoder(path, kind, learned, arch=args.arch if letter == "A" else None)
         if letter == "A":
             args.mean, args.std = info["mean"], info["std"]
             train, val, _ = sources.open_data(args)
@@ -281,14 +280,14 @@ def main(argv: list[str]) -> None:
             module = knn.calibrated_copy(module, train, size=info["img_size"], **data)
         epoch = f", epoch {info['epoch']}" if info["epoch"] and learned else ""
         name = f"{info['arch']} ({which}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
-        encoders.append(Encoder(module.to(device), info, f"{letter}: {name}" if len(asked) > 1 else name))
+        encoders.append(Encoder(module.to(device), info, f"{letter}: {name}" if len(wanted) > 1 else name))
     size, queries = encoders[0].info["img_size"], train if val is None else val
     offered, asked = (augment.epoch_order(args.seed, 0, len(images)) for images in (train, queries))
     offered, asked = np.sort(offered[: args.pool]), asked[: args.count]
-    pools = {encoder.name: encode(encoder, train, offered, **data) for encoder in encoders}
+    pools = {encoder.name: encoder.features(train, offered, **data) for encoder in encoders}
 
     def retrieval(images, indices, title):
-        features = {encoder.name: (encode(encoder, images, indices, **data), pools[encoder.name]) for encoder in encoders}
+        features = {encoder.name: (encoder.features(images, indices, **data), pools[encoder.name]) for encoder in encoders}
         return retrieval_picture(images, indices, train, offered, features, args.topk, size, title)
 
     pictures = {"neighbours": retrieval(queries, asked, f"Nearest of {len(offered)} training images")}
@@ -300,15 +299,18 @@ def main(argv: list[str]) -> None:
     pictures["map"] = map_picture(maps, labels, train.classes)
     for encoder, suffix in zip(encoders, ("", "_against"), strict=False):
         if isinstance(encoder.module, VisionTransformer):
-            batch = next(whole_images(queries, asked, size=encoder.info["img_size"], **data))
+            batch = next(encoder.batches(queries, asked, **data))
             maps = attention_maps(encoder.module, batch).cpu()
             images = denormalize(batch, queries.mean, queries.std)
             pictures[f"attention{suffix}"] = attention_picture(maps, images, encoder.name)
     out = args.out or os.path.join(os.path.dirname(os.path.abspath(args.file)), "pictures")
-    os.makedirs(out, exist_ok=True)
-    for name, picture in pictures.items():
-        picture.save(os.path.join(out, f"{name}.png"))
-        print(os.path.join(out, f"{name}.png"))
+    try:
+        os.makedirs(out, exist_ok=True)
+        for name, picture in pictures.items():
+            picture.save(os.path.join(out, f"{name}.png"))
+            print(os.path.join(out, f"{name}.png"))
+    except OSError as error:
+        raise RunError(f"cannot write into {out}: {error.strerror}") from error
 
 
 if __name__ == "__main__":
