@@ -272,7 +272,8 @@ def main(argv: list[str]) -> None:
     encoders, data = [], {"device": device, "workers": args.workers}
     for letter, path, which in wanted:
         kind, learned = LOADED[which]
-        module, info = weights.open_encoder(path, kind, learned, arch=args.arch if letter == "A" else None)
+        said = {name: getattr(args, name) for name in ("arch", "img_size", "mean", "std") if letter == "A"}
+        module, info = weights.open_encoder(path, kind, learned, **said)
         if letter == "A":
             args.mean, args.std = info["mean"], info["std"]
             train, val, _ = sources.open_data(args)
