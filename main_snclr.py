@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from snclr import augment, checkpoint, data, distributed, knn, label_free, monitor, optim, sources, weights
+from snclr import augment, checkpoint, data, distributed, knn, label_free, monitor, optim, report, sources, visualize, weights
 from snclr.builder import build_model
 from snclr.precision import autocast, resolve_amp
 
@@ -69,7 +69,8 @@ def main(argv: list[str]) -> None:
         step, changed = checkpoint.resume(found, model, optimizer, scaler, args=args, images=len(train))
     speaks = distributed.rank() == 0
     if speaks:
-        monitor.save_settings(workdir, args, {"world_size": distributed.world_size(), "amp_used": amp})
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        monitor.save_settings(workdir, args, {"world_size": distributed.world_size(), "amp_used": amp, "device": name})
     log = monitor.Log(workdir, step=step, enabled=speaks)
     log.say(f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), batch {args.batch_size}")
     log.say(f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, in {workdir}")
@@ -105,6 +106,7 @@ def main(argv: list[str]) -> None:
     distributed.barrier()  # nobody leaves while rank 0 still writes
     if speaks:
         log.say(monitor.farewell(workdir, done=step == total_steps))
+        log.say(report.leave(workdir))
     log.close()
     distributed.stop()
 
@@ -177,6 +179,9 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
             log.say(monitor.describe(metrics, args.epochs, total_steps))
             interval_start, interval_steps, waited, slowest = time.perf_counter(), 0, 0.0, 0.0
     log.end_progress()
+    completed, inside = divmod(step, steps_per_epoch)
+    if log.enabled and args.viz_freq and not inside and (completed % args.viz_freq == 0 or completed == args.epochs):
+        log.pictures(step, *visualize.of_step(batch, shown, loader.images, args, step))
     return step
 
 

@@ -38,8 +38,7 @@ RUNNING = {
     "stop_after_epochs",
     "stop_after_steps",
 }
-RUNNING |= {"compile", "grad_checkpointing"}
-RUNNING |= {"save_freq", "print_freq", "eval_freq", "eval_encoder"}
+RUNNING |= {"save_freq", "print_freq", "eval_freq", "eval_encoder", "viz_freq", "compile", "grad_checkpointing"}
 
 
 def save(path: str, state: dict) -> None:

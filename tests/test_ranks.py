@@ -156,6 +156,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(run, world_size):
         assert [line["step"] for line in lines[1]] == [line["step"] for line in lines[0]]
     else:
         assert lines[1] == lines[0]
+        for name in ("views_0000010.png", "neighbours_0000010.png"):
+            pictures = [(run(world_size) / workdir / "pictures" / name).read_bytes() for workdir in ("whole", "parts")]
+            assert pictures[0] == pictures[1]
 
 
 def read_lines(workdir, drop):
