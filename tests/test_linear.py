@@ -1,3 +1,4 @@
+import functools
 import json
 
 import numpy as np
@@ -88,16 +89,20 @@ def test_a_heads_result_does_not_depend_on_its_neighbours():
 def test_a_share_of_each_class_is_keyed_and_nested():
     labels = torch.tensor([0] * 40 + [1] * 7 + [2] * 2)
     keys = torch.rand(49, generator=torch.Generator().manual_seed(0))
-    held = linear.class_share(labels, 0.1, keys, both_sides=True)
+    share_of = functools.partial(linear.class_share, labels, ["a", "b", "c"])
+    held = share_of(0.1, keys, both_sides=True)
     assert [int(held[labels == c].sum()) for c in range(3)] == [4, 1, 1]
     assert keys[:40][held[:40]].max() < keys[:40][~held[:40]].min()
-    most = linear.class_share(labels, 0.99, keys, both_sides=True)
+    most = share_of(0.99, keys, both_sides=True)
     assert [int(most[labels == c].sum()) for c in range(3)] == [39, 6, 1]
-    half, all_of_them = linear.class_share(labels, 0.5, keys), linear.class_share(labels, 1, keys)
+    half, all_of_them = (
+        share_of(0.5, keys),
+        share_of(1, keys),
+    )
     assert [int(half[labels == c].sum()) for c in range(3)] == [20, 4, 1] and all_of_them.all()
     assert (half | held)[:47].equal(half[:47])
-    with pytest.raises(UsageError, match="leaves class 2 with its 2 images none"):
-        linear.class_share(labels, 0.1, keys)
+    with pytest.raises(UsageError, match="leaves class c with its 2 images none"):
+        share_of(0.1, keys)
 
 
 def test_features_of_a_vit_are_the_class_token_and_the_mean_of_its_patches():
