@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from test_linear import images, interrupted_after, pretrained  # noqa: F401 - fi
 from test_ranks import start_ranks
 
 import main_lincls
-from snclr import features, finetune, weights
+from snclr import features, finetune, lincls_options, weights
 from snclr.errors import UsageError
 
 TUNE = "--finetune --epochs 3 -b 8 -j 0 --amp off"
@@ -115,6 +116,28 @@ def test_wrong_flags_are_answered_in_one_line(images, pretrained, tmp_path, flag
     with pytest.raises(UsageError) as caught:
         tune(images, pretrained, tmp_path / "w", *flags.split())
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_option_of_fine_tuning_reaches_the_optimiser_and_the_crops(images, pretrained, tmp_path):  # noqa: F811
+    flags = "--optimizer adamw --lr 0.01 --head-lr 0.02 --wd 0.3 --warmup-epochs 0.5 --epochs 1 --amp bf16"
+    is_vit = "vit" in str(pretrained)
+    decay = ["--layer-decay", "0.5"] if is_vit else []
+    settings = tune(images, pretrained, tmp_path / "run", *flags.split(), *decay)["finetune"]
+    assert settings == dict(optimizer="adamw", lr=0.01, head_lr=0.02, weight_decay=0.3, layer_decay=0.5 if is_vit else 1.0)
+    groups = torch.load(tmp_path / "run/lincls_last.pth.tar", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0, 0.3} and "betas" in groups[0]
+    peaks = {group["peak"] for group in groups}
+    assert {0.02 * 8 / 256, 0.01 * 8 / 256} <= peaks and len(peaks) > 10 * is_vit
+    tune(images, pretrained, tmp_path / "crops", *flags.split(), *decay, "--crop-min", 0.9)
+    assert not torch.equal(state(tmp_path / "run")["head.weight"], state(tmp_path / "crops")["head.weight"])
+
+
+def test_every_flag_is_read():
+    root = Path(main_lincls.__file__).parent
+    read = (root / "main_lincls.py").read_text() + (root / "snclr/sources.py").read_text()
+    parser = lincls_options.build_parser()
+    flags = {action.dest for action in parser._actions} - {"help"}
+    assert [flag for flag in flags if f"args.{flag}" not in read and f'"{flag}"' not in read] == []
 
 
 def test_rates_fall_from_layer_to_layer():
