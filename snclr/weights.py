@@ -84,14 +84,8 @@ def open_encoder(path: str, which: str = "online", load: bool = True, **settings
         raise UsageError(f"{path} holds {known['arch']}, not --arch {given['arch']}: leave --arch out")
     known |= given
     shape = {name: known[name] for name in ("img_size", "patch_size", "width", "small_stem")}
-    encoder = build_encoder(
-        known["arch"],
-        **shape,
-        timm_kwargs=dict(known["timm_kwargs"] or []),
-        stop_grad_conv1=False,
-        hidden_dim=1,
-        out_dim=1,
-    )
+    shape["timm_kwargs"] = dict(known["timm_kwargs"] or [])
+    encoder = build_encoder(known["arch"], **shape, stop_grad_conv1=False, hidden_dim=1, out_dim=1)
     notes = load_backbone(encoder, file) if load else [f"the architecture of {path} at its random start"]
     head = next(name for name, module in encoder.named_modules() if module is encoder.projector)
     encoder.set_submodule(head, nn.Identity())

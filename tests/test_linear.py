@@ -229,17 +229,16 @@ def test_a_head_of_the_grid_finds_what_it_finds_alone(images, pretrained, tmp_pa
     assert [grid[head["features"], head["norm"]] for head in single] == single
 
 
-@pytest.mark.parametrize("flags", [(), ("--cache-features",)])
-def test_two_ranks_find_what_one_finds(images, pretrained, tmp_path, flags):
-    command = f"{images} --pretrained {pretrained} {PROBE} {' '.join(flags)} --workdir {tmp_path}"
-    results = []
-    for world_size in (1, 2):
-        start_ranks(world_size, tmp_path, [f"main_lincls:float64:{command}/{world_size}"])
-        results.append(json.loads((tmp_path / str(world_size) / "results.json").read_text()))
-    states = [torch.load(tmp_path / n / "lincls_last.pth.tar", weights_only=True)["model"] for n in "12"]
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(states[1][name], tensor, rtol=1e-9, atol=1e-9)
-    assert comparable(results[1]) == comparable(results[0])
+def test_two_ranks_find_what_one_finds(images, pretrained, tmp_path, float64):
+    flags = {"fresh": [], "cached": ["--cache-features"]}
+    command = f"main_lincls:float64:{images} --pretrained {pretrained} {PROBE} --workdir {tmp_path}/2"
+    start_ranks(2, tmp_path, [f"{command}/{name} {' '.join(more)}" for name, more in flags.items()])
+    for name, more in flags.items():
+        one = probe(images, pretrained, tmp_path / "1" / name, *more)
+        assert comparable(json.loads((tmp_path / "2" / name / "results.json").read_text())) == comparable(one)
+        states = [torch.load(tmp_path / n / name / "lincls_last.pth.tar", weights_only=True)["model"] for n in "12"]
+        for key, tensor in states[0].items():
+            torch.testing.assert_close(states[1][key], tensor, rtol=1e-9, atol=1e-9)
 
 
 def test_cached_features_on_disk_equal_those_in_memory_and_are_found_again(images, pretrained, tmp_path, monkeypatch):
