@@ -131,7 +131,7 @@ def labelled(train: ImageSet, val: ImageSet | None, args) -> tuple[ImageSet, Ima
         train = train.select(listed(train, args.label_list))
     elif args.label_fraction is not None:
         keys = torch.from_numpy(augment.keyed_uniforms(1, args.subset_seed, np.arange(len(train)))[:, 0])
-        train = train.select(np.flatnonzero(linear.class_share(train.labels, args.label_fraction, keys).numpy()))
+        train = train.select(np.flatnonzero(linear.class_share(train.labels, train.classes, args.label_fraction, keys).numpy()))
     present = train.labels.unique()
     if len(present) < 2:
         raise UsageError(f"a classifier needs two classes, the training images have {len(present)}")
@@ -193,7 +193,7 @@ def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
                 f"every class needs two training images, one to be held out; only one has {names} (or --select val)"
             )
         keys = torch.from_numpy(augment.keyed_uniforms(1, args.seed, np.arange(len(train)))[:, 0])
-        held = linear.class_share(train.labels, args.heldout, keys, both_sides=True)
+        held = linear.class_share(train.labels, train.classes, args.heldout, keys, both_sides=True)
     held_share = held[distributed.rank() :: distributed.world_size()]
     judges = {"val": val_share, "heldout": (train_share[0][held_share], train_share[1][held_share])}
     fit = train.select(np.flatnonzero(~held.numpy()))
@@ -253,7 +253,7 @@ def batches(task, fit, loader, epoch, steps, cached):
 def accuracies(grid, x, labels) -> torch.Tensor:
     """Top-1 and top-5 of every head in percent, (2, heads), over the images of all ranks."""
     total = distributed.all_sum(torch.tensor(float(len(labels)), device=grid.rates.device))
-    return 100 * distributed.all_sum(grid.correct(x, labels)).cpu() / total.cpu()
+    return 100 * distributed.all_sum(grid.correct(x, labels)).cpu().double() / total.cpu()
 
 
 def table(heads: list[dict], rates: list[float]) -> str:

@@ -120,11 +120,12 @@ class LinearGrid(nn.Module):
         return synchronise_batch_norm(self.to(device), device)
 
 
-def class_share(labels: Tensor, share: float, keys: Tensor, both_sides: bool = False) -> Tensor:
+def class_share(labels: Tensor, classes: list, share: float, keys: Tensor, both_sides: bool = False) -> Tensor:
     """(n,) bool: of each class the same share of its images, those with the smallest keys, so that a smaller share is part
     of a larger one; both_sides: at least one image of a class inside, and one outside.
 
-    labels (n,) int64; keys (n,) any numbers, one an image. Raises UsageError where a class would be left without images.
+    labels (n,) int64 into classes, the names; keys (n,) any numbers, one an image. Raises UsageError where a class would be
+    left without images.
     """
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
@@ -133,8 +134,7 @@ def class_share(labels: Tensor, share: float, keys: Tensor, both_sides: bool = F
         if both_sides:
             count = min(max(count, 1), len(members) - 1)
         if not count:
-            raise UsageError(
-                f"a share of {share:g} leaves class {int(label)} with its {len(members)} images none: use a larger one"
-            )
+            found = f"class {classes[label]} with its {len(members)} images"
+            raise UsageError(f"a share of {share:g} leaves {found} none: use a larger one")
         chosen[members[keys[members].argsort()[:count]]] = True
     return chosen

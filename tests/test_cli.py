@@ -253,6 +253,8 @@ def test_recipe_parses_and_says_what_it_is_for(path):
     assert path.read_text().startswith("#")
     told = " ".join(line[2:] for line in head)
     assert "Source: " in told and ("not measured" in told or "docs/RESULTS.md" in told)
+    if path.parent.name == "configs":  # an ablation's are those of its base
+        assert "Hardware" in told and "memory" in told and ("hours" in told or "minutes" in told)
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)

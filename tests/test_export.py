@@ -175,6 +175,8 @@ def test_pretraining_leaves_the_backbone_alone_beside_each_checkpoint(checkpoint
     whole, _ = snclr.load_encoder(str(path))
     alone, info = snclr.load_encoder(str(small))
     assert features.digest(alone) == features.digest(whole) and info["encoder"] == "online" and info["arch"] == "resnet18"
+    with pytest.raises(UsageError, match="holds no momentum encoder"):
+        snclr.load_encoder(str(small), "momentum")
     flags = SMALL.split() + ["--save-freq", "1", "--eval-encoder", "momentum", "--eval-freq", "0", "--epochs", "1"]
     main_snclr.main([str(path.parent.parent / "images"), *flags, "--workdir", str(tmp_path)])
     names = {f"{kind}_{which}.pth.tar" for kind in ("encoder", "checkpoint") for which in ("last", "0001")}
