@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     amp = resolve_amp(args.amp, device)
     # in float32 on a CPU channels-last gains nothing, and torch 2.15 crashes in the backward of narrow convolutions
     channels_last = device.type == "cuda" or amp != "off"
-    model = build_model(args)
+    model = build_model(args, bfloat16=amp == "bf16")
     workdir = args.workdir or (os.path.dirname(os.path.abspath(args.resume)) if args.resume else default_workdir(args))
     found = checkpoint.newest(workdir) if args.resume == "auto" else args.resume
     start_notes = []
@@ -123,12 +123,12 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
     neighbours_from = args.nn_warmup_epochs * steps_per_epoch
     batches = loader.epoch(epoch, inside)
     log.progress(steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
-    interval_start, interval_steps, waited = time.perf_counter(), 0, 0.0
+    interval_start, interval_steps, waited, slowest = time.perf_counter(), 0, 0.0, 0.0
 
     while step < end:
-        wait_start = time.perf_counter()
+        step_start = time.perf_counter()
         batch = next(batches)
-        waited += time.perf_counter() - wait_start
+        waited += time.perf_counter() - step_start
 
         lr = optim.learning_rate(
             step,
@@ -155,6 +155,7 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
             grad_norm = optim.gradient_norm(optimizer)
         scaler.step(optimizer)
         scaler.update()
+        slowest = max(slowest, time.perf_counter() - step_start)
 
         if is_logged:
             metrics = monitor.step_metrics(
@@ -173,9 +174,10 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
             }
             metrics["images_per_s"] = interval_steps * args.batch_size / seconds
             metrics["data_wait"] = waited / seconds
+            metrics["slowest_step_s"] = slowest
             log.line(metrics)
             log.say(monitor.describe(metrics, args.epochs, total_steps))
-            interval_start, interval_steps, waited = time.perf_counter(), 0, 0.0
+            interval_start, interval_steps, waited, slowest = time.perf_counter(), 0, 0.0, 0.0
     log.end_progress()
     completed, inside = divmod(step, steps_per_epoch)
     if log.enabled and args.viz_freq and not inside and (completed % args.viz_freq == 0 or completed == args.epochs):

@@ -25,7 +25,7 @@ GROUPS = {
     "bank": ("bank_fill", "distinct_rows", "largest_count"),
     "neighbours": ("neighbour_similarity", "positiveness_entropy", "neighbour_purity"),
     "features": ("feature_std", "effective_rank", "view_agreement"),
-    "speed": ("images_per_s", "data_wait"),
+    "speed": ("images_per_s", "data_wait", "slowest_step_s"),
     "eval": ("knn_top1",),
 }
 

@@ -37,7 +37,7 @@ def build_optimizer(name: str, module: nn.Module, weight_decay: float) -> torch.
     """'adamw' or 'lars' over the trainable parameters; the learning rate is set at every step."""
     groups = parameter_groups(module, weight_decay)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
     if name == "lars":
         return LARS(groups, lr=0.0)
     raise ValueError(f"unknown optimiser {name!r}; known are {', '.join(OPTIMIZERS)}")

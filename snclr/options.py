@@ -28,7 +28,7 @@ MEAN_STD = {  # as commonly used; all others take ImageNet's (`python -m snclr.m
     "embedded": ((0.587, 0.587, 0.587), (0.171, 0.171, 0.171)),
 }
 POSITIVE = ("patch_size", "width", "snclr_dim", "snclr_mlp_dim", "snclr_t", "bank_size", "positiveness_t", "gamma", "epochs")
-POSITIVE += ("batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps")
+POSITIVE += ("batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps", "micro_batch")
 NOT_NEGATIVE = ("topk", "wd", "warmup_epochs", "nn_warmup_epochs", "save_freq", "eval_freq", "viz_freq")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EMBEDDED_RECIPE = os.path.join(ROOT, "configs", "embedded.args")
@@ -190,6 +190,11 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--amp", choices=("off", "auto", "bf16", "fp16"), default="off", help="16-bit encoders; auto: where it is native"
     )
+    g.add_argument(
+        "--micro-batch", type=int, metavar="N", help="views a rank encoded at a time, same gradients: the batch in less memory"
+    )
+    g.add_argument("--grad-checkpointing", action=on_off, default=False, help="recompute each block in backward: less memory")
+    g.add_argument("--compile", action=on_off, default=False, help="compile the backbones: the first steps take minutes")
     g.add_argument("--seed", type=int, default=0, metavar="N", help="of initialisation, order and augmentation")
 
     g = parser.add_argument_group("run")

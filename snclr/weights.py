@@ -9,7 +9,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from . import checkpoint
-from .backbones import VisionTransformer, build_encoder, sincos_position_embedding
+from .backbones import ARCHS, TIMM, VisionTransformer, build_encoder, sincos_position_embedding
 from .checkpoint import first_few
 from .errors import UsageError
 from .options import IMAGENET
@@ -72,6 +72,8 @@ def open_encoder(path: str, which: str = "online", load: bool = True, **settings
     file = read_encoder(path, which)
     known = dict(patch_size=16, width=None, small_stem=False, timm_kwargs=None, img_size=224, mean=IMAGENET[0], std=IMAGENET[1])
     known |= {"arch": file.saved.get("arch"), "epoch": file.saved.get("epoch")}
+    if known["arch"] not in ARCHS and not str(known["arch"]).startswith(TIMM):
+        known["arch"] = None  # another library's name
     says = file.saved.get("args") if isinstance(file.saved.get("args"), dict) else {}
     known |= {name: says[name] for name in known if says.get(name) is not None}
     given = {name: value for name, value in settings.items() if value is not None}

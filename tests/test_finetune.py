@@ -71,6 +71,8 @@ def test_an_untrained_encoder_starts_at_random_and_pixels_are_a_baseline_too(ima
     digests = [result["encoder_digest"] for result in results]
     assert digests[0] == digests[1] != digests[2] and features.digest(learned) not in digests
     assert results[0]["encoder"] == "untrained" and results[0]["pretrained_epoch"] is None
+    settings = results[0]["finetune"]  # from scratch: no layer is better than another
+    assert settings["lr"] == settings["head_lr"] and settings["layer_decay"] == 1
     flags = ["--encoder", "pixels", "--epochs", "2", "-b", "8", "--lrs", "0.1"]
     main_lincls.main([str(images), "--pretrained", str(pretrained), *flags, "--workdir", str(tmp_path / "pixels")])
     pixels = json.loads((tmp_path / "pixels/results.json").read_text())

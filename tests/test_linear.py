@@ -10,7 +10,7 @@ from torch import nn
 import main_lincls
 import main_snclr
 from snclr import confusion, features, knn, lincls_options, linear, weights
-from snclr.errors import UsageError
+from snclr.errors import RunError, UsageError
 
 RATES, DIMS, CLASSES = (0.01, 0.3, 2.0), {"token": 4, "token+mean": 7}, 5
 CPU = torch.device("cpu")
@@ -119,7 +119,7 @@ def test_knn_table_equals_the_loops():
     stored = nn.functional.normalize(torch.randn(60, 6, generator=generator, dtype=torch.float64), dim=1)
     queries = nn.functional.normalize(torch.randn(25, 6, generator=generator, dtype=torch.float64), dim=1)
     labels, truth = torch.arange(60) % 4, torch.arange(25) % 4
-    found = knn.table(stored, labels, queries, truth, 4, (3, 10), 0.07)
+    found = knn.table((3 * stored, labels), (2 * queries, truth), 25, 4, (3, 10), 0.07, CPU)
     for k in (3, 10):
         for name, weigh in (("weighted", lambda c: np.exp(c / 0.07)), ("plain", lambda c: 1.0)):
             right = 0
@@ -254,6 +254,28 @@ def test_cached_features_on_disk_equal_those_in_memory_and_are_found_again(image
     file.write_bytes(content[: len(content) // 2])
     assert probe(images, pretrained, tmp_path / "disk", "--cache-features", "--cache-limit-gb", 0) == disk and calls
     assert file.read_bytes() == content and not list((tmp_path / "disk").glob("*.tmp"))
+
+
+def test_a_cache_is_of_its_images_and_a_disk_that_is_full_is_said(images, pretrained, tmp_path):
+    import resource
+
+    flags = ["--label-list", tmp_path / "names.txt", "--cache-features", "--cache-limit-gb", 0, "--epochs", 1]
+    for number, first in enumerate((0, 4)):  # as many images of each class, at the same place
+        (tmp_path / "names.txt").write_text("".join(f"{first + n:02}.png\n" for n in range(12)))
+        probe(images, pretrained, tmp_path / "w", *flags)
+        assert len(list((tmp_path / "w").glob("features_*.f32"))) == number + 1
+        for name in ("results.json", "lincls_last.pth.tar"):
+            (tmp_path / "w" / name).unlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # settings fit, features do not
+    try:
+        with pytest.raises(
+            RunError, match=r"cannot write the features to .*features_.*: File too large; choose another --workdir"
+        ):
+            probe(images, pretrained, tmp_path / "full", *flags, "--cache-copies", 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "full").glob("*.f32"))
 
 
 def test_random_crops_are_cached_in_copies_that_the_epochs_take_in_turn(images, pretrained, tmp_path):
