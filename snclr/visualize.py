@@ -133,7 +133,7 @@ def retrieval_picture(
             row += _row(queries, query, pool, near, size)
         same = [tile.frame == BLUE for row in rows for tile in row[-topk:] if tile.frame != GREY]
         told.append(name + (f"; {100 * np.mean(same):.0f} % of the neighbours have the image's class" if same else ""))
-        heads += ["image", f"nearest {name[:2].rstrip(': ')}".rstrip()] + [""] * (topk - 1)
+        heads += ["image", f"nearest by {name[0]}" if len(features) > 1 else "nearest"] + [""] * (topk - 1)
     return sheet(rows, title, "\n".join(told), SAME_OR_OTHER, heads)
 
 
