@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from .precision import full_precision, unit
 
-COSINES = {"cpu": 2**22, "cuda": 2**28}  # at a time in a search: some megabytes; what a GPU has to spare
-GROUP = 32
+COSINES = {"cpu": 2**23, "cuda": 2**29}  # bytes at a time in a search, of CHUNK rows
+CHUNK = {"cpu": 2**14, "cuda": 2**17}
+GROUP = 16
 
 
 class MemoryBank(nn.Module):
@@ -73,9 +74,9 @@ class MemoryBank(nn.Module):
             raise ValueError(f"ids must be ({len(queries)},), one a query, found {tuple(ids.shape)}")
         if not k:
             return queries.new_zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device)
-        budget = COSINES[queries.device.type]
-        chunk = chunk or min(size, budget // 64)
-        block = max(1, budget // chunk)
+        kind = queries.device.type
+        chunk = min(size, chunk or CHUNK[kind])
+        block = max(1, COSINES[kind] // (chunk * self.products.element_size()))
         parts = unit(queries).to(self.features.dtype).split(block)
         own = [None] * len(parts) if ids is None else ids.split(block)
         found = [self._search(part, k, part_ids, chunk) for part, part_ids in zip(parts, own, strict=True)]
