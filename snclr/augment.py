@@ -72,7 +72,9 @@ class Recipe(NamedTuple):
     colour: bool = True
 
 
-def draw(recipe: Recipe, epoch: int, indices: np.ndarray, view: int, heights: np.ndarray, widths: np.ndarray):
+def draw(
+    recipe: Recipe, epoch: int, indices: np.ndarray, view: int, heights: np.ndarray, widths: np.ndarray
+) -> tuple[np.ndarray, ViewParameters]:
     """Crop boxes (B, 4) int64 (top, left, height, width) and ViewParameters for one view (0 or 1) of B images.
 
     indices (B,) data-set indices; heights, widths (B,) of the images in pixels.

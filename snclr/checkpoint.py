@@ -38,7 +38,7 @@ RUNNING = {
     "stop_after_epochs",
     "stop_after_steps",
 }
-RUNNING |= {"save_freq", "print_freq", "eval_freq", "eval_encoder"}
+RUNNING |= {"save_freq", "print_freq", "eval_freq", "eval_encoder", "viz_freq", "compile", "grad_checkpointing"}
 
 
 def save(path: str, state: dict) -> None:
@@ -145,13 +145,13 @@ def resume(path: str, model: nn.Module, optimizer, scaler, *, args: Namespace, i
     if refused:
         raise UsageError(f"{path} is of another run: {', '.join(refused)}; repeat its settings or choose a new --workdir")
     load_strictly(path, state["state_dict"], model)
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    kept = [{name: group[name] for name in ("weight_decay", "fused") if name in group} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError) as error:
         raise UsageError(f"{path} does not fit the optimiser: {error}") from error
-    for group, decay in zip(optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay  # of this start's flags; the learning rate is set at every step
+    for group, settings in zip(optimizer.param_groups, kept, strict=True):
+        group |= settings  # of this start's flags and version; the learning rate is set at every step
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     return state["step"], [change for name, change in changes.items() if name not in RUNNING]

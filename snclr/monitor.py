@@ -6,6 +6,7 @@ import shlex
 import sys
 from argparse import Namespace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -24,8 +25,8 @@ GROUPS = {
     "bank": ("bank_fill", "distinct_rows", "largest_count"),
     "neighbours": ("neighbour_similarity", "positiveness_entropy", "neighbour_purity"),
     "features": ("feature_std", "effective_rank", "view_agreement"),
-    "speed": ("images_per_s", "data_wait"),
-    "eval": ("knn_top1", "raw_pixels_knn_top1"),
+    "speed": ("images_per_s", "data_wait", "slowest_step_s"),
+    "eval": ("knn_top1",),
 }
 
 
@@ -112,6 +113,21 @@ class Log:
             for name in names:
                 if metrics.get(name) is not None:
                     self.events.add_scalar(f"{group}/{name}", metrics[name], metrics["step"])
+
+    def pictures(self, step: int, pictures: dict, histograms: dict[str, Tensor]) -> None:
+        """PIL images and values (n,) by name to TensorBoard; the images also to pictures/, as NAME_STEP.png."""
+        if not self.enabled:
+            return
+        folder = os.path.join(os.path.dirname(self.path), "pictures")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            for name, picture in pictures.items():
+                picture.save(os.path.join(folder, f"{name}_{step:07d}.png"))
+                self.events.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            for name, values in histograms.items():
+                self.events.add_histogram(f"neighbours/{name}", values.float().cpu().numpy(), step, bins=60)
+        except OSError as error:  # no reason to stop a run
+            self.say(f"note: no pictures of step {step}: {error}")
 
     def say(self, text: str) -> None:
         """One line on the console, above the progress bar if there is one."""

@@ -1,7 +1,7 @@
 """Optimisers and schedules. A schedule is a pure function of the step, so that a resumed run has nothing to replay."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ def build_optimizer(name: str, module: nn.Module, weight_decay: float) -> torch.
     """'adamw' or 'lars' over the trainable parameters; the learning rate is set at every step."""
     groups = parameter_groups(module, weight_decay)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
     if name == "lars":
         return LARS(groups, lr=0.0)
     raise ValueError(f"unknown optimiser {name!r}; known are {', '.join(OPTIMIZERS)}")
@@ -76,7 +76,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable | None = None) -> torch.Tensor | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
