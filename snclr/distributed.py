@@ -5,6 +5,7 @@ Every function also works without a process group, as rank 0 of 1; nothing else 
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,7 @@ def barrier() -> None:
 
 
 @contextlib.contextmanager
-def local_rank_zero_first():
+def local_rank_zero_first() -> Iterator[None]:
     """Let one process of each machine do the block before the others do: it may write what they then find."""
     first = local_rank_zero()
     if not first:

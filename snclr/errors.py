@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
 
 class UsageError(ValueError):
@@ -14,7 +15,7 @@ class RunError(RuntimeError):
 
 
 @contextlib.contextmanager
-def one_clear_line(program: str):
+def one_clear_line(program: str) -> Iterator[None]:
     """Turn the project's own errors into one line on stderr and an exit code; let real bugs keep their traceback.
 
     All ranks meet the same usage error, so only rank 0 prints it; a run error belongs to a rank, which it names.

@@ -103,7 +103,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("-j", "--workers", type=int, metavar="N", help="processes a rank that decode (default: one a core, up to 8)")
 
 
-def add_backbone_flags(parser: argparse.ArgumentParser, default_arch: str | None):
+def add_backbone_flags(parser: argparse.ArgumentParser, default_arch: str | None) -> argparse._ArgumentGroup:
     """The flags that name a backbone (snclr/backbones.py); returns their group."""
     g = parser.add_argument_group("model")
     archs = f"backbone: {', '.join(ARCHS)}, or timm:NAME for any of timm's"

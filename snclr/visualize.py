@@ -133,7 +133,7 @@ def retrieval_picture(
             row += _row(queries, query, pool, near, size)
         same = [tile.frame == BLUE for row in rows for tile in row[-topk:] if tile.frame != GREY]
         told.append(name + (f"; {100 * np.mean(same):.0f} % of the neighbours have the image's class" if same else ""))
-        heads += ["image", f"nearest {name[:2].rstrip(': ')}".rstrip()] + [""] * (topk - 1)
+        heads += ["image", f"nearest by {name[0]}" if len(features) > 1 else "nearest"] + [""] * (topk - 1)
     return sheet(rows, title, "\n".join(told), SAME_OR_OTHER, heads)
 
 
@@ -203,7 +203,8 @@ def map_picture(maps: dict[str, np.ndarray], labels: np.ndarray | None, classes:
     for number, (name, points) in enumerate(maps.items()):
         left = MARGIN + number * (MAP_SIDE + MARGIN)
         low, high = points.min(axis=0), points.max(axis=0)
-        at = (points - low) / np.maximum(high - low, 1e-12).max() + (1 - (high - low) / (high - low).max()) / 2
+        span = max((high - low).max(), 1e-12)  # 0 at full collapse
+        at = (points - low) / span + (1 - (high - low) / span) / 2
         fine = Image.new("RGB", (3 * MAP_SIDE, 3 * MAP_SIDE), (250, 250, 250))  # three times as fine: smooth dots
         pen = ImageDraw.Draw(fine)
         for index in augment.epoch_order(0, 0, len(at)):  # else the last class would cover the others
@@ -285,6 +286,8 @@ def main(argv: list[str]) -> None:
     size, queries = encoders[0].info["img_size"], train if val is None else val
     offered, asked = (augment.epoch_order(args.seed, 0, len(images)) for images in (train, queries))
     offered, asked = np.sort(offered[: args.pool]), asked[: args.count]
+    if len(offered) < 3:
+        raise UsageError(f"neighbours and a map need three training images at least, found {len(offered)}")
     pools = {encoder.name: encoder.features(train, offered, **data) for encoder in encoders}
 
     def retrieval(images, indices, title):

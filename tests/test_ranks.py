@@ -173,5 +173,6 @@ def test_the_launcher_starts_several_processes(tmp_path, images):
     done = subprocess.run([*command, "--workdir", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x cpu" in done.stdout and done.stdout.count("step 2/10") == 1  # one rank speaks
+    assert f"report: {tmp_path}/report.html" in done.stdout and (tmp_path / "report.html").exists()
     assert load(tmp_path / "checkpoint_last.pth.tar")["step"] == 2
     assert json.loads((tmp_path / "args.json").read_text())["world_size"] == 2

@@ -20,6 +20,7 @@ from snclr.errors import RunError, UsageError
 from snclr.memory_bank import MemoryBank
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+CLOCK = {"images_per_s", "data_wait", "slowest_step_s"}
 LEVELS = np.arange(10, 250, 24)  # of ten plain images
 
 
@@ -168,7 +169,7 @@ def images(tmp_path_factory):
 def train(images, workdir, *flags):
     main_snclr.main([str(images), *SMALL.split(), "--eval-freq", "0", "--workdir", str(workdir), *flags])
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("images_per_s", "data_wait")} for line in lines]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +231,12 @@ def test_images_without_labels_are_drawn_too(trained, images, tmp_path):
         tree.rename(images / "val/a")
 
 
+def test_a_map_of_collapsed_features_is_drawn():
+    points = visualize.pca(torch.ones(9, 4))
+    picture = visualize.map_picture({"PCA": points}, np.arange(9) % 2, ["cat", "dog"])
+    assert {canvas.COLOURS[0], canvas.COLOURS[1]} & {colour for _, colour in picture.getcolors(10**6)}
+
+
 def test_map_by_tsne_where_scikit_learn_is_installed():
     pytest.importorskip("sklearn", reason="t-SNE needs scikit-learn")
     features = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
@@ -250,6 +257,7 @@ def test_without_scikit_learn_there_is_pca_alone(monkeypatch):
         (["{file}", "--count", "0"], "--count must be above 0"),
         (["{file}", "--against", "nowhere.pth"], "nowhere.pth does not exist"),
         (["{file}", "nowhere"], "nowhere"),
+        (["{file}", "--pool", "2", "--workers", "0"], "three training images at least, found 2"),
     ],
 )
 def test_wrong_flags_are_answered_in_one_line(trained, flags, named, tmp_path, monkeypatch):
