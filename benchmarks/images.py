@@ -74,7 +74,9 @@ def main():
                 seconds[name].append(time.perf_counter() - start)
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     print(f"{len(chosen)} images to 2 x {recipe.size} px, batch {args.batch_size}, blur {'on' if recipe.blur else 'off'}")
-    print(f"{hardware}, {torch.get_num_threads()} threads, {args.workers} workers, torch {torch.__version__}; fastest of {args.turns}\n")
+    print(
+        f"{hardware}, {torch.get_num_threads()} threads, {args.workers} workers, torch {torch.__version__}; fastest of {args.turns}\n"
+    )
     print(f"{'':<46}{'images/s':>10}{'ratio':>8}")
     first, *_ = map(min, seconds.values())
     for name, values in seconds.items():
