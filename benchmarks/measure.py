@@ -13,16 +13,18 @@ import torch
 
 def fastest(sides: dict[str, Callable[[], object]], steps: int, device: torch.device) -> dict[str, float]:
     """Seconds of the fastest of `steps` calls of each function. They alternate, so that a machine that slows down slows all
-    alike, and the fastest was disturbed least; a call of each goes before, to warm up."""
+    alike, and the fastest was disturbed least; a call of each goes before, to warm up. On one thread of a CPU they are that
+    CPU's seconds, which other jobs on the machine do not lengthen."""
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     seconds = {name: [] for name in sides}
     for step in range(steps + 1):
         for name, function in sides.items():
             wait(device)
-            start = time.perf_counter()
+            start = clock()
             function()
             wait(device)
             if step:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: min(values) for name, values in seconds.items()}
 
 
