@@ -109,7 +109,7 @@ def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
     named = {}
     for members in kinds.values():
         settings, folders = members[0].settings, [os.path.basename(os.path.abspath(run.path)) for run in members]
-        common = os.path.commonprefix(folders).rstrip("-_. ") or folders[0]
+        common = os.path.commonprefix(folders).rstrip("-_. ") or folders[0]  # noqa: RUF071 - letters, not folders
         name = ", ".join(f"{name} {settings.get(name)}" for name in differing) if 0 < len(differing) <= FEW else common
         named[name if name not in named else members[0].path] = members
     return named
