@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from snclr import options
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 OTHERS = {"help", "dry-run", "nodes", "gpus-per-node", "cpus-per-task", "logdir"}  # flags of other programs
@@ -49,6 +51,17 @@ def test_every_recipe_has_its_line():
     recipes = [path.stem for path in ROOT.glob("configs/**/*.args")]
     assert [name for name in recipes if f"`{name}`" not in text] == []
     assert [name for name in re.findall(r"^\| `(\w[\w.]*)`", text, re.MULTILINE) if name not in recipes] == []
+
+
+def test_the_guide_lists_every_flag_of_the_pretraining_script():
+    table = (ROOT / "docs/GUIDE.md").read_text().split("\n## Flags\n")[1]
+    names = [action.option_strings[0] for action in options.build_parser()._actions if action.option_strings]
+    assert [name for name in names if name != "-h" and not re.search(rf"[`\s/]{name}[`\s/]", table)] == []
+
+
+def test_every_file_of_the_package_has_its_job_in_the_list():
+    text = (ROOT / "docs/EXTENDING.md").read_text()
+    assert [path.name for path in ROOT.glob("snclr/*.py") if path.name[0] != "_" and f"{path.name}`" not in text] == []
 
 
 def test_flags_and_files_that_the_pages_name_exist():
