@@ -5,16 +5,20 @@ decoded and cropped by worker processes). Both answer `views` and `whole` for ar
 difference. Where sets come from is the business of sources.py.
 """
 
+import contextlib
 import copy
+import hashlib
 import io
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -71,6 +75,11 @@ class ImageSet:
             setattr(chosen, name, None if values is None else values[indices])
         return chosen
 
+    def fingerprint(self) -> str:
+        """Hash of which images these are, in order, by the names of their files or their sizes in bytes; nothing is read."""
+        told = self.names if self.names is not None else getattr(self, "size", np.arange(len(self)))
+        return hashlib.sha256(np.ascontiguousarray(told)).hexdigest()
+
     def labelled(self) -> "ImageSet":
         """The images that have a label."""
         return self if (self.labels >= 0).all() else self.select(np.flatnonzero(self.labels.numpy() >= 0))
@@ -119,23 +128,48 @@ class ResidentImages(ImageSet):
 
 
 class EncodedImages(ImageSet):
-    """Images that are decoded whenever they are needed: a subclass says how one of them is read."""
+    """Images that are decoded whenever they are needed: a subclass says how one of them is read.
+
+    skip_bad: one that cannot be read is no error; another takes its place in training, grey in evaluation.
+    """
+
+    skip_bad = False
 
     def image(self, index: int) -> Tensor:
         """One image, (3, H, W) uint8. Raises RunError, naming it, where it cannot be read."""
         raise NotImplementedError
 
+    def readable(self, index: int, seed: int) -> tuple[int, Tensor]:
+        """An image and its number: `index`, or where that cannot be read and skip_bad allows it, a substitute that depends on
+        (seed, index) alone, so that every rank and worker would draw the same."""
+        for attempt in range(20):
+            try:
+                return index, self.image(index)
+            except RunError:
+                if not self.skip_bad or attempt == 19:
+                    raise
+                index = int(augment.keyed_bits(seed, index, attempt) % np.uint64(len(self)))
+
     def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
-        images = [self.image(index) for index in indices]
+        numbers, images = zip(*(self.readable(int(index), recipe.seed) for index in indices), strict=True)
+        indices = np.array(numbers)
         heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
         boxes, parameters = _draw(recipe, epoch, indices, which, heights, widths)
         crops = torch.cat([_cut(image, box, recipe.size) for image, box in zip(images * len(which), boxes, strict=True)])
         return Views(torch.from_numpy(indices), crops, parameters)
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
-        images = [self.image(index) for index in indices]
+        images = [self._image_or_grey(index, size) for index in indices]
         none = torch.empty(0, 3, size, size, dtype=torch.uint8)
         return torch.cat([none, *(_cut(image, _evaluation_box(*image.shape[1:], size), size) for image in images)])
+
+    def _image_or_grey(self, index, size):
+        try:
+            return self.image(index)
+        except RunError:
+            if not self.skip_bad:
+                raise
+            return torch.full((3, size, size), 127, dtype=torch.uint8)
 
     def resident(self) -> ImageSet:
         """The same set held in memory, if all images are of one size and fit into RESIDENT_LIMIT; else this one."""
@@ -181,15 +215,13 @@ class ImageFiles(EncodedImages):
 
 def decode(encoded: np.ndarray, name: str) -> Tensor:
     """The bytes (n,) uint8 of an image file as (3, H, W) uint8, upright. Raises RunError with the name of a damaged one."""
-    if encoded[:3].tobytes() == b"\xff\xd8\xff" and decode_image:  # JPEG only: its PNG decoder crashes on damaged files
-        try:
-            return decode_image(torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=True)
-        except RuntimeError:
-            pass  # PIL reads it, or names the reason
     try:
-        with Image.open(io.BytesIO(encoded)) as picture:
+        with Image.open(io.BytesIO(encoded)) as picture:  # reads the head alone, and refuses what would fill the memory
+            if encoded[:3].tobytes() == b"\xff\xd8\xff" and decode_image:  # JPEG only: its PNG decoder crashes on damaged files
+                with contextlib.suppress(RuntimeError):  # PIL reads it, or names the reason
+                    return decode_image(torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=True)
             return to_rgb(picture)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise whatever the bytes lead to
         raise unreadable(name, error) from error
 
 
@@ -239,6 +271,7 @@ class ViewLoader:
     def __init__(self, images: ImageSet, recipe: Recipe, device: torch.device, workers: int):
         self.images, self.recipe, self.device = images, recipe, device
         self.requests = _Requests()
+        self.replaced: set[int] = set()  # images that could not be read
         self.loader = None
         if isinstance(images, EncodedImages):
             self.loader = DataLoader(
@@ -246,6 +279,7 @@ class ViewLoader:
                 batch_size=None,
                 sampler=self.requests,
                 num_workers=workers,
+                worker_init_fn=leave_signals_to_the_rank,
                 persistent_workers=workers > 0,
                 pin_memory=device.type == "cuda",
             )
@@ -254,12 +288,29 @@ class ViewLoader:
         """For each request the ids (B,) and the augmented, normalised views (B or 2B, 3, S, S) on the device."""
         self.requests.list = requests
         direct = (self.images.views(self.recipe, *request) for request in requests)
-        for views in direct if self.loader is None else self.loader:
+        for request, views in zip(requests, direct if self.loader is None else self.loader, strict=True):
             if isinstance(views, Exception):
                 raise views
+            self.replaced.update(request[1][request[1] != views.ids.numpy()].tolist())
             crops = views.crops.to(self.device, non_blocking=True)
             x = augment.apply(crops, views.parameters, self.images.mean, self.images.std)
             yield views.ids.to(self.device, non_blocking=True), x
+
+
+def leave_signals_to_the_rank(worker: int) -> None:
+    """A signal that reaches a whole group of processes must not take the images from a rank that finishes its step: a worker
+    heeds its rank's SIGTERM alone."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which says who sent it; macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_rank, daemon=True).start()
+
+
+def _end_with_the_rank():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Batch(NamedTuple):
@@ -284,6 +335,12 @@ class TwoViewLoader(ViewLoader):
         order = augment.epoch_order(self.recipe.seed, epoch, len(self.images))
         starts = [step * self.global_batch_size for step in range(first, self.steps_per_epoch)]
         return self._pairs(epoch, [share(order[start : start + self.global_batch_size]) for start in starts])
+
+    def indices(self, step: int) -> np.ndarray:
+        """The images of the global batch that step `step` (from 1) trained on, in rank order."""
+        epoch, inside = divmod(step - 1, self.steps_per_epoch)
+        order = augment.epoch_order(self.recipe.seed, epoch, len(self.images))
+        return order[inside * self.global_batch_size :][: self.global_batch_size]
 
     def sample(self, count: int) -> Iterator[Batch]:
         """This rank's part of `count` images (rounded down to the ranks) in views that no epoch shows; the same each time."""
@@ -354,7 +411,13 @@ def whole_images(
     chunks = np.split(indices, range(chunk, len(indices), chunk))
     batches = (images.whole(part, size) for part in chunks)
     if isinstance(images, EncodedImages):
-        batches = DataLoader(_WholeOnRequest(images, size), batch_size=None, sampler=chunks, num_workers=workers)
+        batches = DataLoader(
+            _WholeOnRequest(images, size),
+            batch_size=None,
+            sampler=chunks,
+            num_workers=workers,
+            worker_init_fn=leave_signals_to_the_rank,
+        )
     for batch in batches:
         if isinstance(batch, Exception):
             raise batch

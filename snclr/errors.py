@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import sys
 
 
@@ -11,6 +12,10 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A run that had started cannot go on (for instance a non-finite loss). Exit code 1."""
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run, and everything is saved. Exit code 75 (EX_TEMPFAIL: to be tried again)."""
 
 
 @contextlib.contextmanager
@@ -26,8 +31,17 @@ def one_clear_line(program: str):
         if rank == 0:
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except RunError as error:
-        print(f"{program}: stopped on rank {rank}: {error}", file=sys.stderr, flush=True)
+    except Interrupted as error:
+        if rank == 0:
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
+        sys.exit(75)
+    except RuntimeError as error:
+        told = str(error)
+        if told.startswith("DataLoader worker"):  # torch's words for it, which its signal handler raises anywhere
+            told = f"{told.splitlines()[0].rstrip('. ')}: out of memory? fewer --workers need less of it"
+        elif not isinstance(error, RunError):
+            raise
+        print(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {told}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         if rank == 0:

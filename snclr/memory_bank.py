@@ -81,7 +81,9 @@ class MemoryBank(nn.Module):
         kept = min(count, size)
         first = self.pointer + (count - kept)
         rows = (first + torch.arange(kept, device=self.features.device)) % size
-        self.features.index_copy_(0, rows, unit(keys[count - kept :]).to(self.features.dtype))
-        self.ids.index_copy_(0, rows, ids[count - kept :].to(self.ids))
+        features = unit(keys[count - kept :]).to(self.features.dtype)
+        sound = features.isfinite().all(dim=1)  # another key leaves its row as it was: every later search would find it
+        self.features.index_copy_(0, rows, torch.where(sound[:, None], features, self.features[rows]))
+        self.ids.index_copy_(0, rows, torch.where(sound, ids[count - kept :].to(self.ids), self.ids[rows]))
         self.pointer.copy_((self.pointer + count) % size)
         self.filled.add_(count).clamp_(max=size)
