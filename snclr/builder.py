@@ -121,6 +121,7 @@ class SNCLR(nn.Module):
         if self.detach_weights:
             weights = weights.detach()
         candidates = gather_candidates(key, rows, len(bank))
+        bank = self.memory_bank.products
         loss = snclr_loss(z, key, bank, rows, weights, temperature=self.temperature, form=self.form, candidates=candidates)
         return loss, weights, candidates
 
@@ -150,7 +151,7 @@ class SNCLR(nn.Module):
         y1 = self.base_encoder(view1)
         (k2,) = self._momentum_projections(momentum, view2)
         bank = self.memory_bank
-        loss = mocov2_loss(y1, k2, bank.features, bank.valid(), temperature=self.temperature)
+        loss = mocov2_loss(y1, k2, bank.products, bank.valid(), temperature=self.temperature)
         return loss, all_gather(unit(k2)), self._show(y1, 1 + bank.filled)
 
     @torch.no_grad()

@@ -5,12 +5,16 @@ from torch import Tensor, nn
 
 from .precision import full_precision, unit
 
+COSINES = {"cpu": 2**22, "cuda": 2**28}  # at a time in a search: some megabytes; what a GPU has to spare
+GROUP = 32
+
 
 class MemoryBank(nn.Module):
     """First-in first-out bank of unit features, each with the data-set index of its image.
 
     features (M, D) unit rows; ids (M,) data-set index, -1 where nothing was written; pointer () next row to write;
-    filled () rows written so far, at most M. All are buffers, so the bank travels in the checkpoint.
+    filled () rows written so far, at most M. All are buffers, so the bank travels in the checkpoint. With bfloat16, a copy of the
+    features in that format is kept beside them for the large products; it is made anew from a checkpoint.
     The caller enqueues the keys of ALL ranks in rank order: then the bank is identical everywhere, and a run may resume
     on another number of ranks. Nothing here moves a value to the host, so a GPU never waits.
     """
@@ -19,8 +23,9 @@ class MemoryBank(nn.Module):
     ids: Tensor
     pointer: Tensor
     filled: Tensor
+    features16: Tensor | None
 
-    def __init__(self, size: int, dim: int):
+    def __init__(self, size: int, dim: int, bfloat16: bool = False):
         super().__init__()
         if size < 1 or dim < 1:
             raise ValueError(f"a memory bank needs at least one row and one dimension, found size {size} and dim {dim}")
@@ -28,6 +33,17 @@ class MemoryBank(nn.Module):
         self.register_buffer("ids", torch.full((size,), -1, dtype=torch.long))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+        self.register_buffer("features16", self.features.bfloat16() if bfloat16 else None, persistent=False)
+        self.register_load_state_dict_post_hook(MemoryBank._copy)
+
+    def _copy(self, _) -> None:
+        if self.features16 is not None:
+            self.features16.copy_(self.features)
+
+    @property
+    def products(self) -> Tensor:
+        """(M, D) the features in the format that large products with them are taken in."""
+        return self.features if self.features16 is None else self.features16
 
     def __len__(self) -> int:
         """Rows the bank can hold (M), written or not."""
@@ -39,12 +55,13 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     @full_precision
-    def search(self, queries: Tensor, k: int, ids: Tensor | None = None, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+    def search(self, queries: Tensor, k: int, ids: Tensor | None = None, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """The k rows of highest cosine to each query, best first.
 
         queries (B, D), of any length; ids (B,) data-set indices of the queries' images: a row of the same image is left
         out (None: nothing is). Returns scores (B, k) cosines and rows (B, k); where fewer than k rows are eligible the
-        rest has score -inf and row -1. Streams over the bank, so memory is O(B * (chunk + k)).
+        rest has score -inf and row -1. With the bfloat16 copy, the best 2k of it are compared again in full precision.
+        Streams over queries and bank (chunk rows at a time; None: what suits the device), so memory is bounded.
         Raises ValueError where k exceeds the bank or the shapes do not fit.
         """
         size, dim = self.features.shape
@@ -54,18 +71,44 @@ class MemoryBank(nn.Module):
             raise ValueError(f"k must be between 0 and the bank's size {size}, found {k}")
         if ids is not None and ids.shape != queries.shape[:1]:
             raise ValueError(f"ids must be ({len(queries)},), one a query, found {tuple(ids.shape)}")
-        queries = unit(queries).to(self.features.dtype)
-        scores = queries.new_full((len(queries), k), float("-inf"))
-        rows = torch.full((len(queries), k), -1, dtype=torch.long, device=queries.device)
-        for start in range(0, size if k else 0, chunk):
-            stop = min(start + chunk, size)
-            cosines = queries @ self.features[start:stop].T  # (B, chunk)
-            cosines.masked_fill_(torch.arange(start, stop, device=queries.device) >= self.filled, float("-inf"))
+        if not k:
+            return queries.new_zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device)
+        budget = COSINES[queries.device.type]
+        chunk = chunk or min(size, budget // 64)
+        block = max(1, budget // chunk)
+        parts = unit(queries).to(self.features.dtype).split(block)
+        own = [None] * len(parts) if ids is None else ids.split(block)
+        found = [self._search(part, k, part_ids, chunk) for part, part_ids in zip(parts, own, strict=True)]
+        scores, rows = map(torch.cat, zip(*found, strict=True))
+        return scores, rows
+
+    def _search(self, queries, k, ids, chunk):
+        narrow, fetched, offset = queries.to(self.products.dtype), k, None
+        if self.features16 is not None:
+            # bfloat16 is coarse at 1 and fine at 0: where features crowd, only the distance to about the best orders them
+            fetched = min(2 * k, len(self))
+            offset = -(narrow @ self.features16[::16].T).amax(dim=1, keepdim=True)
+        written = int(self.filled) if on_host(self.filled) else len(self)
+        scores = queries.new_full((len(queries), fetched), float("-inf"))
+        rows = torch.full((len(queries), fetched), -1, dtype=torch.long, device=queries.device)
+        for start in range(0, written, chunk):
+            part = slice(start, min(start + chunk, written))
+            features, their_ids = self.products[part], self.ids[part]
+            if offset is None:
+                cosines = narrow @ features.T  # (B, chunk)
+            else:
+                cosines = torch.addmm(offset.expand(-1, len(features)), narrow, features.T)
+            if not on_host(self.filled):
+                cosines.masked_fill_(torch.arange(part.start, part.stop, device=queries.device) >= self.filled, float("-inf"))
             if ids is not None:
-                cosines.masked_fill_(ids[:, None] == self.ids[start:stop], float("-inf"))
-            best, where = cosines.topk(min(k, stop - start))
-            scores, order = torch.cat([scores, best], dim=1).topk(k)
+                _mask_same(cosines, ids, their_ids)
+            best, where = largest(cosines, fetched)
+            scores, order = torch.cat([scores, best.to(scores.dtype)], dim=1).topk(fetched)
             rows = torch.cat([rows, where + start], dim=1).gather(1, order)
+        if offset is not None:
+            exact = (self.features[rows.clamp(min=0)] @ queries[:, :, None]).squeeze(2)
+            scores, order = exact.masked_fill_(scores == float("-inf"), float("-inf")).topk(k)
+            rows = rows.gather(1, order)
         return scores, rows.masked_fill_(scores == float("-inf"), -1)
 
     @torch.no_grad()
@@ -81,9 +124,46 @@ class MemoryBank(nn.Module):
         kept = min(count, size)
         first = self.pointer + (count - kept)
         rows = (first + torch.arange(kept, device=self.features.device)) % size
-        features = unit(keys[count - kept :]).to(self.features.dtype)
-        sound = features.isfinite().all(dim=1)  # another key leaves its row as it was: every later search would find it
-        self.features.index_copy_(0, rows, torch.where(sound[:, None], features, self.features[rows]))
+        written = unit(keys[count - kept :]).to(self.features.dtype)
+        sound = written.isfinite().all(dim=1)  # any other key leaves its row as it was: all later searches would find it
+        written = torch.where(sound[:, None], written, self.features[rows])
+        self.features.index_copy_(0, rows, written)
+        if self.features16 is not None:
+            self.features16.index_copy_(0, rows, written.to(self.features16.dtype))
         self.ids.index_copy_(0, rows, torch.where(sound, ids[count - kept :].to(self.ids), self.ids[rows]))
         self.pointer.copy_((self.pointer + count) % size)
         self.filled.add_(count).clamp_(max=size)
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether the host may look at x without waiting. Where not, on a GPU, what need not be multiplied is multiplied and masked."""
+    return x.device.type == "cpu"
+
+
+def _mask_same(cosines: Tensor, ids: Tensor, their_ids: Tensor) -> None:
+    """Set cosines (B, M) of the same image to -inf: ids (B,), their_ids (M,)."""
+    if not on_host(ids):
+        cosines.masked_fill_(ids[:, None] == their_ids, float("-inf"))
+    elif len(ids):  # few columns, found faster than all are masked
+        known = ids.sort().values
+        columns = (known[torch.searchsorted(known, their_ids).clamp_(max=len(ids) - 1)] == their_ids).nonzero()[:, 0]
+        cosines[:, columns] = cosines[:, columns].masked_fill(ids[:, None] == their_ids[columns], float("-inf"))
+
+
+def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As scores.topk(min(k, n)) of (B, n), many times faster for wide rows.
+
+    The k largest lie in the k groups of columns whose maxima are largest; a group is every (n / GROUP)-th column, so that the
+    maxima are taken of whole rows.
+    """
+    width = scores.shape[1]
+    groups = width // GROUP
+    if groups < 4 * k:
+        return scores.topk(min(k, width))
+    whole = groups * GROUP
+    maxima = scores[:, :whole].unflatten(1, (GROUP, groups)).amax(dim=1)
+    columns = maxima.topk(k, sorted=False).indices[:, :, None] + torch.arange(0, whole, groups, device=scores.device)
+    rest = torch.arange(whole, width, device=scores.device).expand(len(scores), -1)
+    columns = torch.cat([columns.flatten(1), rest], dim=1)
+    best, order = scores.gather(1, columns).topk(k)
+    return best, columns.gather(1, order)

@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .distributed import all_gather, all_gather_with_grad, all_sum, rank
+from .memory_bank import on_host
 from .precision import full_precision, unit, widen
 
 FORMS = ("sum_of_logs", "log_of_sum")
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}  # logits at a time: what stays in a core's cache; what fills a GPU
 
 
 class Candidates(NamedTuple):
@@ -187,12 +189,18 @@ def loss_at_chance(method: str, form: str, temperature: float, num_candidates: f
     return 2 * (2 * temperature * per_image)
 
 
-def log_sum_exp(query: Tensor, keys: Tensor, bank: Tensor, counts: Tensor, temperature: float, chunk: int = 8192) -> Tensor:
+def log_sum_exp(
+    query: Tensor, keys: Tensor, bank: Tensor, counts: Tensor, temperature: float, chunk: int | None = None
+) -> Tensor:
     """log( sum_n exp(q_i . keys_n / T) + sum_m counts_m exp(q_i . bank_m / T) ) for each query: (B,).
 
     query (B, D) unit rows, with gradient; keys (N, D); bank (M, D); counts (M,) non-negative integers. No gradient to
-    keys, bank and counts. -inf where there is no candidate at all. Memory is O(B * (chunk + D)), whatever N and M are.
+    keys, bank and counts. -inf where there is no candidate at all. With a bank in bfloat16 the products are taken in that format,
+    maxima and sums still in the query's. Memory is O(B * chunk), whatever N and M are; chunk: rows at a time (None: what
+    suits the device).
     """
+    if chunk is None:
+        chunk = max(512, CHUNK_ELEMENTS[query.device.type] // max(len(query), 1))
     return _LogSumExp.apply(query, keys, bank, counts, temperature, chunk)
 
 
@@ -207,13 +215,16 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, keys, bank, counts, temperature, chunk):
         with_mean = ctx.needs_input_grad[0]
+        format = bank.dtype if bank.dtype == torch.bfloat16 else query.dtype  # of the products
+        scaled = (query / temperature).to(format)
         largest = query.new_full((len(query), 1), -math.inf)
         total = query.new_zeros(len(query), 1)  # sum of exp(logit - largest)
         mean = torch.zeros_like(query)  # sum of exp(logit - largest) * candidate
-        for features, log_counts in _blocks(keys, bank, counts, query.dtype, chunk):
-            logits = (query @ features.T).div_(temperature)
-            if log_counts is not None:
-                logits += log_counts
+        for features, multiplicity in _blocks(keys, bank, counts, chunk):
+            features = features.to(format)
+            logits = (scaled @ features.T).to(query.dtype)
+            if multiplicity is not None:
+                logits += multiplicity.to(query.dtype).log()
             new_largest = torch.maximum(largest, logits.amax(dim=1, keepdim=True))
             # a block (or all so far) without candidates has maximum -inf: -inf - (-inf) would be nan
             pivot = new_largest.masked_fill(new_largest == -math.inf, 0)
@@ -221,7 +232,7 @@ class _LogSumExp(torch.autograd.Function):
             scale = (largest - pivot).exp()
             total = total * scale + exponentials.sum(dim=1, keepdim=True)
             if with_mean:
-                mean = torch.addmm(mean.mul_(scale), exponentials, features)
+                mean = mean.mul_(scale).add_(exponentials.to(format) @ features)
             largest = new_largest
         if with_mean:
             ctx.save_for_backward(mean.div_(total.clamp(min=torch.finfo(total.dtype).tiny)).div_(temperature))
@@ -234,18 +245,16 @@ class _LogSumExp(torch.autograd.Function):
         return grad[:, None] * mean, None, None, None, None, None
 
 
-def _blocks(keys: Tensor, bank: Tensor, counts: Tensor, dtype: torch.dtype, chunk: int):
-    """Candidates in blocks of at most chunk rows: features (c, D) and log of their multiplicity (c,), None for all 1."""
-    for start in range(0, len(keys), chunk):
-        yield keys[start : start + chunk].to(dtype), None
-    if bank.device.type == "cpu":
-        # leave out what nobody picked; on a GPU the length of this list would have to travel to the host first
+def _blocks(keys: Tensor, bank: Tensor, counts: Tensor, chunk: int):
+    """Candidates in blocks of at most chunk rows: features (c, D) and how often each counts (c,), None for once."""
+    for part in keys.split(chunk) if len(keys) else ():
+        yield part, None
+    if on_host(counts):  # leave out what nobody picked
         picked = counts.nonzero().squeeze(1)
         for rows in picked.split(chunk) if len(picked) else ():
-            yield bank[rows].to(dtype), counts[rows].to(dtype).log()
+            yield bank.index_select(0, rows), counts[rows]
     else:
-        for start in range(0, len(bank), chunk):
-            yield bank[start : start + chunk].to(dtype), counts[start : start + chunk].to(dtype).log()
+        yield from zip(bank.split(chunk), counts.split(chunk), strict=True)
 
 
 def _cosines_with_rows(query: Tensor, bank: Tensor, rows: Tensor) -> Tensor:

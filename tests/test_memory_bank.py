@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from snclr.memory_bank import MemoryBank
+from snclr import memory_bank
+from snclr.memory_bank import MemoryBank, largest
 
 
 def filled_bank(size=40, dim=6, rows=40, seed=0, images=15):
@@ -37,7 +38,9 @@ def test_the_bank_holds_the_last_rows_in_order_for_any_batch_and_bank_size(batch
 @pytest.mark.parametrize("exclude", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 40, 8192])
 @pytest.mark.parametrize("k", [1, 5, 40])
-def test_search_equals_the_exhaustive_one(rows, exclude, chunk, k):
+@pytest.mark.parametrize("on_host", [True, False])  # False: what a GPU does
+def test_search_equals_the_exhaustive_one(rows, exclude, chunk, k, on_host, monkeypatch):
+    monkeypatch.setattr(memory_bank, "on_host", lambda _: on_host)
     bank = filled_bank(rows=rows)
     queries, ids = torch.randn(9, 6, dtype=torch.float64), torch.arange(9)
     scores, found = bank.search(queries, k, ids if exclude else None, chunk=chunk)
@@ -76,6 +79,50 @@ def test_the_bank_travels_in_the_state_dict():
     for each in (bank, other):
         each.enqueue(keys, ids)
     assert all(torch.equal(a, b) for a, b in zip(bank.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("width", [1, 5, 31, 32, 640, 641, 5000])
+@pytest.mark.parametrize("k", [1, 4, 5])
+def test_the_largest_of_wide_rows_are_found_through_their_groups(width, k):
+    scores = torch.randn(7, width)
+    scores[3, 2:] = float("-inf")
+    best, columns = largest(scores, k)
+    expected = scores.topk(min(k, width))
+    assert torch.equal(best, expected.values)
+    seen = best > float("-inf")
+    assert torch.equal(columns[seen], expected.indices[seen])
+
+
+def crowded(generator, count, centres, cosine=0.95):
+    """Unit rows in clusters: two of a cluster have about this cosine."""
+    noise = normalize(torch.randn(count, centres.shape[1], generator=generator), dim=1)
+    return normalize(centres[torch.randint(len(centres), (count,), generator=generator)] + (1 / cosine - 1) ** 0.5 * noise, dim=1)
+
+
+@pytest.mark.parametrize("clusters", [None, 8])
+def test_bfloat16_products_find_the_true_neighbours_even_where_features_crowd(clusters):
+    generator = torch.Generator().manual_seed(0)
+    centres = normalize(torch.randn(clusters or 4000, 64, generator=generator), dim=1)
+    keys, queries = crowded(generator, 4000, centres), crowded(generator, 40, centres)
+    narrow, exact = MemoryBank(4000, 64, bfloat16=True), MemoryBank(4000, 64)
+    for bank in (narrow, exact):
+        bank.enqueue(keys, torch.arange(4000))
+    (scores, rows), (true_scores, true_rows) = (bank.search(queries, 30) for bank in (narrow, exact))
+    recall = sum(len({*a} & {*b}) for a, b in zip(rows.tolist(), true_rows.tolist(), strict=True)) / rows.numel()
+    assert recall > 0.99
+    torch.testing.assert_close(scores, true_scores, rtol=0, atol=1e-3)
+    torch.testing.assert_close(scores, (queries @ keys.T).gather(1, rows))  # of the rows found, in full precision
+
+
+def test_the_bfloat16_copy_follows_the_bank_and_is_no_part_of_a_checkpoint():
+    torch.manual_seed(0)
+    bank, other = MemoryBank(10, 3, bfloat16=True), MemoryBank(10, 3, bfloat16=True)
+    assert set(bank.state_dict()) == {"features", "ids", "pointer", "filled"}
+    for count in (4, 9):
+        bank.enqueue(torch.randn(count, 3), torch.arange(count))
+    other.load_state_dict(bank.state_dict())
+    for each in (bank, other):
+        assert each.products.dtype == torch.bfloat16 and torch.equal(each.products, bank.features.bfloat16())
 
 
 def test_search_under_autocast_is_not_taken_in_16_bits():

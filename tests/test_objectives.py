@@ -144,8 +144,7 @@ def test_zero_weights_under_the_log_have_finite_gradients_at_low_temperature():
 @pytest.mark.parametrize("device_path", ["picked rows only", "whole bank with a bias"])
 @pytest.mark.parametrize("chunk", [1, 3, 7, 50, 1000])
 def test_streamed_log_sum_exp_equals_the_dense_one_for_any_chunk(chunk, device_path, monkeypatch):
-    if device_path != "picked rows only":
-        monkeypatch.setattr(objectives, "_blocks", whole_bank_blocks)
+    monkeypatch.setattr(objectives, "on_host", lambda _: device_path == "picked rows only")
     query, _, key, bank, _ = problem(dim=8)
     counts = torch.zeros(50, dtype=torch.int32)
     counts[20:30] = torch.arange(10)  # chunks before and after it are without any candidate
@@ -161,12 +160,25 @@ def test_streamed_log_sum_exp_equals_the_dense_one_for_any_chunk(chunk, device_p
     torch.testing.assert_close(fast.grad, slow.grad, **TIGHT)
 
 
-def whole_bank_blocks(keys, bank, counts, dtype, chunk):
-    """The order that a GPU takes: rows with count 0 are multiplied too, and carry -inf."""
-    for start in range(0, len(bank), chunk):
-        yield bank[start : start + chunk].to(dtype), counts[start : start + chunk].to(dtype).log()
-    for start in range(0, len(keys), chunk):
-        yield keys[start : start + chunk].to(dtype), None
+@pytest.mark.parametrize("form", objectives.FORMS)
+@pytest.mark.parametrize("crowd", [0.0, 3.0])  # features that share a direction, with cosines of about 0.9
+def test_bfloat16_products_stay_near_the_float64_loss_and_gradient(form, crowd):
+    query, online, key, bank, rows = problem(batch=32, k=10, bank_size=4000, dim=64)
+    with torch.no_grad():
+        for x in (query, online, key, bank):
+            x += crowd
+        bank = normalize(bank, dim=1)
+    found = []
+    for products in (bank, bank.bfloat16()):
+        wide = torch.float64 if products is bank else torch.float32
+        z, y, own = (x.detach().to(wide).requires_grad_() for x in (query, online, key))
+        weights = positiveness(y, bank.to(wide), rows)
+        loss = snclr_loss(z, own, products, rows, weights, temperature=0.2, form=form)
+        assert loss.dtype == wide
+        found.append((loss.item(), torch.cat([g.double() for g in torch.autograd.grad(loss, (z, y))])))
+    (exact, exact_gradient), (loss, gradient) = found
+    assert loss == pytest.approx(exact, rel=1e-3)
+    assert torch.nn.functional.cosine_similarity(gradient.flatten(), exact_gradient.flatten(), dim=0) > 0.999
 
 
 def test_without_any_candidate_the_log_sum_exp_is_minus_infinity_and_its_gradient_zero():
