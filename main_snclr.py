@@ -27,7 +27,7 @@ from snclr import augment, checkpoint, data, distributed, knn, label_free, lock,
 from snclr.builder import build_model
 from snclr.guard import Guard
 from snclr.precision import autocast, resolve_amp
-from snclr.preemption import LEAVE, Interruptions
+from snclr.preemption import Interruptions
 
 
 def main(argv: list[str]) -> None:
@@ -111,19 +111,19 @@ def main(argv: list[str]) -> None:
             try:
                 save(workdir, state, encoder, numbered, args.keep, log)
             except RunError as error:
-                if step >= last_step or interruptions.agreed == LEAVE:
+                if step >= last_step or interruptions.ending:
                     raise
                 log.say(f"note: {error}; the run goes on and tries again at the next save")
         interruptions.saved()
-        if interruptions.agreed == LEAVE:
+        if interruptions.ending:
             break
     distributed.barrier()  # nobody leaves while rank 0 still writes
-    if speaks and interruptions.agreed != LEAVE:
+    if speaks and not interruptions.ending:
         log.say(monitor.farewell(workdir, done=step == total_steps))
     log.close()
     distributed.stop()
-    if interruptions.agreed == LEAVE:
-        interruptions.leave()
+    if interruptions.ending:
+        interruptions.leave(interruptions.ending)
 
 
 def open_workdir(args) -> tuple[str, str | None, list[str]]:

@@ -47,7 +47,20 @@ def launch(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException, api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    signal.signal(signal.SIGUSR1, api._terminate_process_handler)  # torchrun itself takes SIGTERM and SIGINT
+    stop = api._terminate_process_handler  # raises SignalException, upon which the processes get the signal and time to save
+
+    interrupts = []
+
+    def stop_or_kill(number, frame):
+        interrupts.extend([number] * (number == signal.SIGINT))
+        if len(interrupts) > 1:
+            for process in started:
+                process.kill()
+            os._exit(128 + number)
+        stop(number, frame)
+
+    api._terminate_process_handler = stop_or_kill  # for SIGTERM and SIGINT
+    signal.signal(signal.SIGUSR1, stop_or_kill)
     try:
         run.run(run.parse_args(arguments))
         return 0
@@ -59,7 +72,7 @@ def launch(arguments: list[str]) -> int:
             print(f"start.sh: {told}" + ": out of memory?" * (name == "SIGKILL"), file=sys.stderr, flush=True)
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException as error:
-        codes = {process.wait(GRACE) for process in started if process.args[:2] == [sys.executable, "-u"]}
+        codes = {process.wait(GRACE) for process in started if "-u" in process.args}
         return SAVED if codes == {SAVED} else 128 + error.sigval
     except (DistError, RuntimeError) as error:
         print(f"start.sh: error: the machines did not meet: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
