@@ -57,6 +57,14 @@ def rank_pid(process, rank):
     return next(pid for pid in ranks_of(process) if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
 
 
+def lives(pid):
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def lines_of(workdir):
     """The lines of metrics.jsonl, a torn last one left out."""
     path = Path(workdir) / "metrics.jsonl"
