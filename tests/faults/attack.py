@@ -15,20 +15,19 @@ SMALL = (
     "--print-freq 1 --eval-freq 1 --epochs 2"
 )  # 5 steps an epoch on the images of test_ranks.write_images
 FLAGS = SMALL.split()
+LAST = "checkpoint_last.pth.tar"
 CLOCK = ("images_per_s", "data_wait")  # what differs between two equal runs
 FOREIGN = ("SLURM", "NNODES", "NODE_RANK", "MASTER", "WORLD", "TORCHELASTIC", "SNCLR")
 
 
-def start(*flags, ranks=2, before=(), path=(), **environment):
+def start(*flags, ranks=2, before=(), path=(), output=subprocess.PIPE, **environment):
     """A run through start.sh, as a user starts it; its output is one text. before: what to run it with; path: folders of
     commands that stand in for others."""
     keep = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     keep["PATH"] = os.pathsep.join([*map(str, path), str(Path(sys.executable).parent), os.environ["PATH"]])
     keep |= {"OMP_NUM_THREADS": "1", "NPROC_PER_NODE": str(ranks), "CUDA_VISIBLE_DEVICES": ""} | environment
     command = [*before, "bash", str(ROOT / "start.sh"), *map(str, flags)]
-    return subprocess.Popen(
-        command, env=keep, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    return subprocess.Popen(command, env=keep, text=True, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def ended(process, within=180):
@@ -88,7 +87,7 @@ def wait_for_step(workdir, step, process):
 def differences(one, other):
     """What differs between the end of two runs: of checkpoint (weights, bank, optimiser), encoder and metrics."""
     found = []
-    for name in ("checkpoint_last.pth.tar", "encoder_last.pth.tar"):
+    for name in (LAST, "encoder_last.pth.tar"):
         a, b = (torch.load(Path(workdir) / name, weights_only=True) for workdir in (one, other))
         found += [
             f"{name} {key}" for key in ("epoch", "step", "state_dict", "optimizer") if key in a and not same(a[key], b[key])
