@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -221,6 +221,8 @@ def decode(encoded: np.ndarray, name: str) -> Tensor:
                 with contextlib.suppress(RuntimeError):  # PIL reads it, or names the reason
                     return decode_image(torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=True)
             return to_rgb(picture)
+    except UnidentifiedImageError as error:
+        raise unreadable(name, "it is no image of a known format") from error
     except Exception as error:  # decoders raise whatever the bytes lead to
         raise unreadable(name, error) from error
 

@@ -1,5 +1,6 @@
 """What a run tells: metrics of a step, metrics.jsonl, TensorBoard scalars and the lines on the console."""
 
+import contextlib
 import json
 import math
 import os
@@ -111,10 +112,14 @@ class Log:
             return
         self.pending += json.dumps({name: _rounded(value) for name, value in metrics.items()}).encode() + b"\n"
         self.flush()
-        for group, names in GROUPS.items():
-            for name in names:
-                if metrics.get(name) is not None:
-                    self.events.add_scalar(f"{group}/{name}", metrics[name], metrics["step"])
+        try:
+            self.events = self.events or SummaryWriter(os.path.join(os.path.dirname(self.path), "tensorboard"))
+            for group, names in GROUPS.items():
+                for name in names:
+                    if metrics.get(name) is not None:
+                        self.events.add_scalar(f"{group}/{name}", metrics[name], metrics["step"])
+        except OSError:  # a full disk ends its thread: another one at the next line
+            self.events = None
 
     def flush(self, durable: bool = False) -> None:
         """Write the lines that wait, which on a full disk they do. durable: so that a checkpoint that follows finds them after
@@ -160,7 +165,8 @@ class Log:
         if self.enabled:
             self.flush()
             self.file.close()
-            self.events.close()
+            with contextlib.suppress(OSError, AttributeError):
+                self.events.close()
 
 
 def save_settings(workdir: str, args: Namespace, more: dict) -> None:
