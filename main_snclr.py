@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from snclr import augment, checkpoint, data, distributed, knn, label_free, lock, monitor, optim, sources, weights
+from snclr import augment, checkpoint, data, distributed, features, knn, label_free, lock, monitor, optim, sources, weights
 from snclr.builder import build_model
 from snclr.guard import Guard
 from snclr.precision import autocast, resolve_amp
@@ -118,8 +118,14 @@ def main(argv: list[str]) -> None:
         if interruptions.ending:
             break
     distributed.barrier()  # nobody leaves while rank 0 still writes
-    if speaks and not interruptions.ending:
-        log.say(monitor.farewell(workdir, done=step == total_steps))
+    if not interruptions.ending:
+        digests = distributed.union({features.digest(model)})
+        if distributed.world_size() > 1:
+            log.say(
+                f"weights and bank of the ranks: {'the same' if len(digests) == 1 else 'NOT the same'}, {', '.join(digests)}"
+            )
+        if speaks:
+            log.say(monitor.farewell(workdir, done=step == total_steps))
     log.close()
     distributed.stop()
     if interruptions.ending:

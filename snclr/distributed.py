@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import datetime
 import os
+import re
 import signal
 import socket
 import sys
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
-from .errors import RunError, UsageError
+from .errors import Interrupted, RunError, UsageError
 from .precision import widen
 
 GRACE = 5  # seconds in which every rank that still lives has noticed that another one does not
@@ -79,13 +80,10 @@ def failures_named():
     try:
         yield
     except RuntimeError as error:
-        told = _first_line(error)
-        if (
-            world_size() == 1
-            or isinstance(error, RunError)
-            or not any(word in told.lower() for word in ("gloo", "nccl", "peer"))
-        ):
+        known = any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+        if world_size() == 1 or isinstance(error, RunError | Interrupted) or not known:
             raise
+        told = _first_line(error)
         raise RunError(f"{_silent_ranks()}: {told}") from error
 
 
@@ -107,7 +105,8 @@ def _store():
 
 
 def _first_line(error) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Of torch's message the sentence that says what happened, without the place in its source and the advice."""
+    return re.sub(r"^\[\S*\] ", "", (str(error).splitlines() or [type(error).__name__])[0]).partition(". ")[0]
 
 
 class LaggedMaximum:

@@ -75,7 +75,8 @@ def launch(arguments: list[str]) -> int:
         codes = {process.wait(GRACE) for process in started if "-u" in process.args}
         return SAVED if codes == {SAVED} else 128 + error.sigval
     except (DistError, RuntimeError) as error:
-        print(f"start.sh: error: the machines did not meet: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        print(f"start.sh: error: the machines did not meet in time: {reason}", file=sys.stderr, flush=True)
         return 1
     finally:
         for process in started:
@@ -85,8 +86,8 @@ def launch(arguments: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Launch, and after a failure start again as often as MAX_RESTARTS says; the exit code."""
-    if "--nnodes" in arguments and "JOIN_MINUTES" in os.environ:
-        arguments = ["--rdzv_conf", f"timeout={round(60 * float(os.environ['JOIN_MINUTES']))}", *arguments]
+    if "--nnodes" in arguments:
+        arguments = ["--rdzv_conf", f"timeout={os.environ.get('JOIN_SECONDS', 600)}", *arguments]
     code = launch(arguments)
     count, allowed = (int(os.environ.get(name, 0)) for name in ("SNCLR_RESTART_COUNT", "MAX_RESTARTS"))
     if code in (0, USAGE, SAVED) or code > 128 or count == allowed:
