@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from . import __version__
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, first_line
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
@@ -66,7 +66,7 @@ def save(path: str, state: dict, keep: int = 1) -> None:
         if os.path.exists(temporary):
             os.remove(temporary)
         cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(cause, "strerror", None) or first_line(error)
         raise RunError(f"cannot write {path}: {reason}; the checkpoint before it is untouched") from error
 
 
@@ -97,7 +97,7 @@ def verify(path: str) -> None:
             odd = [record.filename for record in archive.infolist() if record.external_attr or record.compress_type]
             damaged = next(iter(odd), None) or archive.testzip()
     except Exception as error:  # a damaged directory of the zip leads to anything
-        raise UsageError(f"checkpoint {path} is truncated or no checkpoint ({error}); take another one") from error
+        raise UsageError(f"checkpoint {path} is truncated or no checkpoint ({first_line(error)}); take another one") from error
     if damaged:
         raise UsageError(f"checkpoint {path} is damaged (wrong checksum in {damaged}); take another one")
 
@@ -112,10 +112,19 @@ def load(path: str) -> dict:
     if state.get("format", 1) not in range(1, FORMAT + 1):
         raise UsageError(f"checkpoint {path} has format {state['format']}; this version reads up to {FORMAT}")
     odd = [key for key, kind in kinds.items() if type(state[key]) is not kind]
-    odd += [name for name, value in state["state_dict"].items() if not isinstance(value, torch.Tensor)] if not odd else []
+    odd += (
+        [str(name) for name, value in state["state_dict"].items() if not (isinstance(name, str) and is_plain(value))]
+        if not odd
+        else []
+    )
     if odd or state["step"] < 0:
         raise UsageError(f"checkpoint {path} cannot be resumed: no sensible {first_few(odd or ['step'])} in it")
     return state
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value of a file is a tensor with content, as every weight is."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def newest(workdir: str) -> tuple[str | None, list[str]]:
@@ -208,12 +217,12 @@ def load_optimizer(path: str, state: dict, optimizer) -> None:
         groups = [saved | {**group, "params": saved["params"]} for saved, group in zip(state["param_groups"], now, strict=True)]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
         states = list(optimizer.state.items())
-        if any(tuple(value.shape) not in (tuple(p.shape), ()) for p, values in states for value in values.values()):
-            raise ValueError("tensors of another shape")
+        if not all(is_plain(x) and tuple(x.shape) in (tuple(p.shape), ()) for p, values in states for x in values.values()):
+            raise ValueError("no tensors, or of another shape")
         if any(values.keys() != states[0][1].keys() for _, values in states):
             raise ValueError("parameters with less state than others")
     except Exception as error:  # torch checks little, so that odd content leads to anything
-        raise UsageError(f"{path} does not fit the optimiser: {error}") from error
+        raise UsageError(f"{path} does not fit the optimiser: {first_line(error)}") from error
 
 
 def provenance() -> dict:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from . import augment
 from .augment import Recipe, ViewParameters
 from .distributed import rank, world_size
-from .errors import RunError
+from .errors import RunError, first_line
 
 try:  # torchvision 0.29 announces that its decoders will go; PIL takes half as long again
     from torchvision.io import ImageReadMode, decode_image
@@ -237,7 +237,7 @@ def to_rgb(picture: Image.Image) -> Tensor:
 
 def unreadable(name: str, reason: object) -> RunError:
     """The error of an image that cannot be read."""
-    return RunError(f"cannot read image {name}: {reason}; remove or replace the file")
+    return RunError(f"cannot read image {name}: {first_line(reason)}; remove or replace the file")
 
 
 def _draw(recipe, epoch, indices, which, heights, widths):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
-from .errors import Interrupted, RunError, UsageError
+from .errors import Interrupted, RunError, UsageError, first_line
 from .precision import widen
 
 GRACE = 5  # seconds in which every rank that still lives has noticed that another one does not
@@ -42,7 +42,7 @@ def start(timeout_minutes: float = 30) -> torch.device:
         try:
             dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=timeout)
         except (RuntimeError, ValueError) as error:
-            raise RunError(f"the ranks did not meet within {timeout_minutes:g} minutes: {_first_line(error)}") from error
+            raise RunError(f"the ranks did not meet within {timeout_minutes:g} minutes: {_sentence(error)}") from error
         _store().set(f"host/{rank()}", socket.gethostname())
     return device
 
@@ -83,7 +83,7 @@ def failures_named():
         known = any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
         if world_size() == 1 or isinstance(error, RunError | Interrupted) or not known:
             raise
-        told = _first_line(error)
+        told = _sentence(error)
         raise RunError(f"{_silent_ranks()}: {told}") from error
 
 
@@ -104,9 +104,9 @@ def _store():
     return dist.distributed_c10d._get_default_store()
 
 
-def _first_line(error) -> str:
+def _sentence(error) -> str:
     """Of torch's message the sentence that says what happened, without the place in its source and the advice."""
-    return re.sub(r"^\[\S*\] ", "", (str(error).splitlines() or [type(error).__name__])[0]).partition(". ")[0]
+    return re.sub(r"^\[\S*\] ", "", first_line(error)).partition(". ")[0]
 
 
 class LaggedMaximum:
