@@ -208,7 +208,7 @@ def _read_list(path):
 
 def _read_labels(path, source, count):
     """Class names of a text file, one a line in the order of the images; an empty line or -1 is no label."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         names = [name if name not in ("", "-1") else None for name in map(str.strip, file)]
     if len(names) != count:
         raise UsageError(f"{path} has {len(names)} labels for the {count} images of {source}: one a line is needed, in order")
