@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from snclr import augment, checkpoint, confusion, distributed, features, finetune, knn, linear, monitor, optim, sources, weights
 from snclr.data import ImageSet, ViewLoader, share, whole_images
-from snclr.precision import autocast, resolve_amp, unit, widen
+from snclr.precision import autocast, resolve_amp, widen
 
 LAST = "lincls_last.pth.tar"
 KNN_K, KNN_TEMPERATURE = (10, 20, 100, 200), 0.07
@@ -131,7 +131,7 @@ def labelled(train: ImageSet, val: ImageSet | None, args) -> tuple[ImageSet, Ima
         train = train.select(listed(train, args.label_list))
     elif args.label_fraction is not None:
         keys = torch.from_numpy(augment.keyed_uniforms(1, args.subset_seed, np.arange(len(train)))[:, 0])
-        train = train.select(np.flatnonzero(linear.class_share(train.labels, args.label_fraction, keys).numpy()))
+        train = train.select(np.flatnonzero(linear.class_share(train.labels, train.classes, args.label_fraction, keys).numpy()))
     present = train.labels.unique()
     if len(present) < 2:
         raise UsageError(f"a classifier needs two classes, the training images have {len(present)}")
@@ -172,12 +172,10 @@ def embedder(task) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def knn_table(task, train_share, val_share) -> dict[str, float]:
     """kNN of the class token's or pooled features, for every k, weighted and plain."""
-    train, val, device, width = task.train, task.val, task.device, task.encoder.num_features
-    queries = knn.join_shares(unit(val_share[0][:, :width]).to(device), len(val))
-    truth = knn.join_shares(val_share[1].to(device), len(val))
-    mine = unit(train_share[0][:, :width]).to(device), train_share[1].to(device)
-    ks = sorted({min(k, len(train)) for k in KNN_K})
-    return knn.table(*mine, queries, truth, len(train.classes), ks, KNN_TEMPERATURE)
+    width = task.encoder.num_features
+    shares = [(features[:, :width], labels) for features, labels in (train_share, val_share)]
+    ks = sorted({min(k, len(task.train)) for k in KNN_K})
+    return knn.table(*shares, len(task.val), len(task.train.classes), ks, KNN_TEMPERATURE, task.device)
 
 
 # -- linear probe ----------------------------------------------------------------------------------------------------------
@@ -195,7 +193,7 @@ def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
                 f"every class needs two training images, one to be held out; only one has {names} (or --select val)"
             )
         keys = torch.from_numpy(augment.keyed_uniforms(1, args.seed, np.arange(len(train)))[:, 0])
-        held = linear.class_share(train.labels, args.heldout, keys, both_sides=True)
+        held = linear.class_share(train.labels, train.classes, args.heldout, keys, both_sides=True)
     held_share = held[distributed.rank() :: distributed.world_size()]
     judges = {"val": val_share, "heldout": (train_share[0][held_share], train_share[1][held_share])}
     fit = train.select(np.flatnonzero(~held.numpy()))
@@ -210,8 +208,7 @@ def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
         settings = ("dataset", "data", "subset", "subset_seed", "label_fraction", "label_list", "select", "heldout")
         key = f"{task.digest} {[getattr(args, name) for name in settings]} {recipe} {task.amp}"
         place = dict(limit=args.cache_limit_gb * 2**30, folder=args.workdir, key=key)
-        size = dict(size=args.img_size, workers=args.workers)
-        cached = features.cache(embedder(task), max(kinds.values()), fit, args.cache_copies, loader, **size, **place)
+        cached = features.cache(embedder(task), max(kinds.values()), loader, args.cache_copies, workers=args.workers, **place)
     correct, start = accuracies(grid, *judges[select]), time.perf_counter()
     while epoch < args.epochs:
         for step, (ids, x) in enumerate(batches(task, fit, loader, epoch, steps, cached)):
@@ -256,7 +253,7 @@ def batches(task, fit, loader, epoch, steps, cached):
 def accuracies(grid, x, labels) -> torch.Tensor:
     """Top-1 and top-5 of every head in percent, (2, heads), over the images of all ranks."""
     total = distributed.all_sum(torch.tensor(float(len(labels)), device=grid.rates.device))
-    return 100 * distributed.all_sum(grid.correct(x, labels)).cpu() / total.cpu()
+    return 100 * distributed.all_sum(grid.correct(x, labels)).cpu().double() / total.cpu()
 
 
 def table(heads: list[dict], rates: list[float]) -> str:
@@ -276,12 +273,12 @@ def table(heads: list[dict], rates: list[float]) -> str:
 def tune(task) -> tuple[dict, np.ndarray]:
     """Train encoder and classifier; results after the last epoch (nothing is chosen on validation images), confusion counts."""
     args, train, device = task.args, task.train, task.device
-    is_vit = getattr(task.encoder, "kind", None) == "vit"
+    is_vit, scratch = getattr(task.encoder, "kind", None) == "vit", args.encoder == "untrained"
     name = args.optimizer or ("adamw" if is_vit else "sgd")
-    lr, head_lr, weight_decay = finetune.DEFAULTS[name]
-    lr, head_lr = args.lr or lr, args.head_lr or (10 * args.lr if args.lr else head_lr)
-    weight_decay = weight_decay if args.wd is None else args.wd
-    layer_decay = args.layer_decay or (0.75 if is_vit else 1.0)
+    lr, head_lr, weight_decay = (finetune.FROM_SCRATCH if scratch else finetune.DEFAULTS)[name]
+    head_lr = args.head_lr or (args.lr or lr) * (head_lr / lr)
+    lr, weight_decay = args.lr or lr, weight_decay if args.wd is None else args.wd
+    layer_decay = args.layer_decay or (0.75 if is_vit and not scratch else 1.0)
     scale, steps = args.batch_size / 256, steps_of(train, args)
     model = finetune.Classifier(task.encoder, len(train.classes)).to(device)
     model = distributed.synchronise_batch_norm(model, device)
@@ -323,9 +320,8 @@ def judge(task, model) -> tuple[float, float, np.ndarray]:
     """Top-1 and top-5 in percent and confusion counts of a classifier on the validation images of all ranks."""
     model.eval()
     classes = len(task.train.classes)
-    found = torch.zeros(
-        classes * classes + 1, dtype=torch.long, device=task.device
-    )  # the counts, and how many in the best five
+    # the counts, and how many are among the best five
+    found = torch.zeros(classes * classes + 1, dtype=torch.long, device=task.device)
     indices = np.arange(distributed.rank(), len(task.val), distributed.world_size())
     labels = task.val.labels[indices].to(task.device)
     for batch, y in zip(whole_images(task.val, indices, **where(task)), labels.split(features.EVALUATION_BATCH), strict=True):

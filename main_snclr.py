@@ -23,9 +23,11 @@ if __name__ == "__main__":
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from snclr import augment, checkpoint, data, distributed, features, knn, label_free, lock, monitor, optim, sources, weights
+from snclr import augment, checkpoint, data, distributed, knn, label_free, monitor, optim, report, sources, visualize, weights
 from snclr.builder import build_model
+from snclr.features import digest
 from snclr.guard import Guard
+from snclr.lock import hold
 from snclr.precision import autocast, resolve_amp
 from snclr.preemption import Interruptions
 
@@ -49,7 +51,7 @@ def main(argv: list[str]) -> None:
     amp = resolve_amp(args.amp, device)
     # in float32 on a CPU channels-last gains nothing, and torch 2.15 crashes in the backward of narrow convolutions
     channels_last = device.type == "cuda" or amp != "off"
-    model = build_model(args)
+    model = build_model(args, bfloat16=amp == "bf16")
     workdir, found, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
     if args.init_from and not found:
         start_notes += weights.load_backbone(model.base_encoder, weights.read_encoder(args.init_from))
@@ -68,7 +70,8 @@ def main(argv: list[str]) -> None:
         step, changed = checkpoint.resume(found, model, optimizer, scaler, args=args, **which)
     speaks = distributed.rank() == 0
     if speaks:
-        monitor.save_settings(workdir, args, {"world_size": distributed.world_size(), "amp_used": amp})
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        monitor.save_settings(workdir, args, {"world_size": distributed.world_size(), "amp_used": amp, "device": name})
     log = monitor.Log(workdir, step=step, enabled=speaks)
     log.say(f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), batch {args.batch_size}")
     log.say(f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, in {workdir}")
@@ -119,13 +122,14 @@ def main(argv: list[str]) -> None:
             break
     distributed.barrier()  # nobody leaves while rank 0 still writes
     if not interruptions.ending:
-        digests = distributed.union({features.digest(model)})
+        digests = distributed.union({digest(model)})
         if distributed.world_size() > 1:
             log.say(
                 f"weights and bank of the ranks: {'the same' if len(digests) == 1 else 'NOT the same'}, {', '.join(digests)}"
             )
         if speaks:
             log.say(monitor.farewell(workdir, done=step == total_steps))
+            log.say(report.leave(workdir))
     log.close()
     distributed.stop()
     if interruptions.ending:
@@ -136,7 +140,7 @@ def open_workdir(args) -> tuple[str, str | None, list[str]]:
     """The folder of this run, locked from now on; the checkpoint to go on from, if any; what a user should know of it."""
     path = args.resume if args.resume != "auto" else None
     workdir = args.workdir or (os.path.dirname(os.path.abspath(path)) if path else default_workdir(args))
-    lock.hold(workdir, "main_snclr")
+    hold(workdir, "main_snclr")
     if args.resume != "auto":
         return workdir, path, []
     found, told = checkpoint.newest(workdir)
@@ -171,12 +175,12 @@ def train_epoch(
     neighbours_from = args.nn_warmup_epochs * steps_per_epoch
     batches = loader.epoch(epoch, inside)
     log.progress(steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
-    interval_start, interval_steps, waited = time.perf_counter(), 0, 0.0
+    interval_start, interval_steps, waited, slowest = time.perf_counter(), 0, 0.0, 0.0
 
     while step < end:
-        wait_start = time.perf_counter()
+        step_start = time.perf_counter()
         batch = next(batches)
-        waited += time.perf_counter() - wait_start
+        waited += time.perf_counter() - step_start
 
         lr = optim.learning_rate(
             step,
@@ -204,6 +208,7 @@ def train_epoch(
         guard.watch(loss, grad_norm, step)
         scaler.step(optimizer)
         scaler.update()
+        slowest = max(slowest, time.perf_counter() - step_start)
 
         if is_logged:
             metrics = monitor.step_metrics(
@@ -222,10 +227,14 @@ def train_epoch(
             }
             metrics["images_per_s"] = interval_steps * args.batch_size / seconds
             metrics["data_wait"] = waited / seconds
+            metrics["slowest_step_s"] = slowest
             log.line(metrics)
             log.say(monitor.describe(metrics, args.epochs, total_steps))
-            interval_start, interval_steps, waited = time.perf_counter(), 0, 0.0
+            interval_start, interval_steps, waited, slowest = time.perf_counter(), 0, 0.0, 0.0
     log.end_progress()
+    completed, inside = divmod(step, steps_per_epoch)
+    if log.enabled and args.viz_freq and not inside and (completed % args.viz_freq == 0 or completed == args.epochs):
+        log.pictures(step, *visualize.of_step(batch, shown, loader.images, args, step))
     return step
 
 

@@ -51,8 +51,10 @@ visible_gpus() {
 
 is_number() { [[ $2 =~ ^[0-9]+$ ]] || fail "$1 must be a whole number, found '$2'"; }
 
-# SLURM_STEP_ID is there in what srun starts, and not in the batch script nor in the shell of salloc
+# SLURM_STEP_ID is there in what srun starts, and not in the batch script nor in the shell of salloc, which may be a step of
+# its own kind, though (use_interactive_step; the number is slurm.h's SLURM_INTERACTIVE_STEP)
 in_step=${SLURM_STEP_ID:-}
+[ "$in_step" != 4294967290 ] || in_step=
 nodes=${NNODES:-$([ -n "$in_step" ] && echo "${SLURM_STEP_NUM_NODES:-1}" || echo "${SLURM_JOB_NUM_NODES:-1}")}
 processes=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(visible_gpus)}}
 is_number NNODES "$nodes"
@@ -89,6 +91,7 @@ if [ "$nodes" -gt 1 ]; then
   [ -n "${MASTER_ADDR:-}" ] || fail "NNODES is $nodes, so MASTER_ADDR must name the machine of NODE_RANK 0"
   port=${MASTER_PORT:-29500}
   is_number MASTER_PORT "$port"
+  [ "$port" -gt 0 ] && [ "$port" -lt 65536 ] || fail "MASTER_PORT must be 1 .. 65535, found $port"
   if [ "$node_rank" -eq 0 ] && [ -z "$DRY_RUN" ]; then
     "$PYTHON" "$ROOT/tools/torchrun.py" --port-is-free "$port" || fail "port $port is in use: set MASTER_PORT to a free one"
   fi

@@ -1,5 +1,6 @@
 """What the benchmarks share: alternating timings, peak memory, the hardware's name, tables."""
 
+import contextlib
 import ctypes
 import platform
 import re
@@ -12,16 +13,18 @@ import torch
 
 def fastest(sides: dict[str, Callable[[], object]], steps: int, device: torch.device) -> dict[str, float]:
     """Seconds of the fastest of `steps` calls of each function. They alternate, so that a machine that slows down slows all
-    alike, and the fastest was disturbed least; a call of each goes before, to warm up."""
+    alike, and the fastest was disturbed least; a call of each goes before, to warm up. On one thread of a CPU they are that
+    CPU's seconds, which other jobs on the machine do not lengthen."""
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     seconds = {name: [] for name in sides}
     for step in range(steps + 1):
         for name, function in sides.items():
             wait(device)
-            start = time.perf_counter()
+            start = clock()
             function()
             wait(device)
             if step:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: min(values) for name, values in seconds.items()}
 
 
@@ -74,3 +77,31 @@ def table(head: list[str], rows: Iterable[list]) -> str:
         "  ".join([line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], rest, strict=True))])
         for line in lines
     )
+
+
+@contextlib.contextmanager
+def simulated_ranks(number: int):
+    """Let this process believe in `number` ranks that all hold what it holds; yields a list of the bytes that a rank sends in
+    each collective of the block, by the ring algorithms: a gather passes a rank's part on to all others, a reduction sends
+    everything twice."""
+    sent = []
+
+    def all_gather(parts, x):
+        sent.append(x.nbytes * (number - 1))
+        for part in parts:
+            part.copy_(x)
+
+    def all_reduce(x):
+        sent.append(2 * x.nbytes * (number - 1) // number)
+        x.mul_(number)
+
+    stand_ins = {"is_initialized": lambda: True, "get_world_size": lambda: number, "get_rank": lambda: 0}
+    stand_ins |= {"all_gather": all_gather, "all_reduce": all_reduce}
+    true = {name: getattr(torch.distributed, name) for name in stand_ins}
+    try:
+        for name, function in stand_ins.items():
+            setattr(torch.distributed, name, function)
+        yield sent
+    finally:
+        for name, function in true.items():
+            setattr(torch.distributed, name, function)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Objective and bank at the paper's scale: search, loss forward and backward of both directions, enqueue.
 
-    python benchmarks/objective.py                     one rank's part of 32 x 128 images, K = 30, M = 128000; 2 minutes on a CPU
+    python benchmarks/objective.py                     a rank's part of 32 x 128 images, K = 30, M = 128000: minutes on a CPU
     python benchmarks/objective.py --ranks 4 -M 16000  smaller
 
 Streamed (snclr/objectives.py, snclr/memory_bank.py) against the dense formulation of the released design, written anew: the
@@ -17,11 +17,11 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import measure
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks import measure
 from snclr import objectives
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import Candidates, positiveness, snclr_loss
@@ -118,9 +118,7 @@ class Streamed:
             counts = objectives.count_picks(rows, len(self.bank)) + self.others[direction]
             candidates = Candidates(p.keys[direction], counts)
             weights = positiveness(y, self.bank.features, rows)
-            loss = snclr_loss(
-                z, keys[direction], self.bank.products, rows, weights, temperature=T, candidates=candidates
-            )
+            loss = snclr_loss(z, keys[direction], self.bank.products, rows, weights, temperature=T, candidates=candidates)
             gradients += [loss.detach(), *torch.autograd.grad(loss, (z, y))]
         self.bank.enqueue(p.keys[0], p.own_ids)
         return gradients
@@ -177,13 +175,15 @@ def main():
     }
     memory = {name: measure.peak_memory(side.step, device) for name, side in sides.items()}
     seconds = measure.fastest({name: side.step for name, side in sides.items()}, args.steps, device)
-    print(f"B {args.batch}, {args.ranks} ranks, K {args.topk}, M {args.bank}, D {args.dim}: both directions, forward, backward,")
-    print(f"search, enqueue; {measure.hardware(device)}; fastest of {args.steps}\n")
+    sizes = f"B {args.batch}, {args.ranks} ranks, K {args.topk}, M {args.bank}, D {args.dim}"
+    print(
+        f"{sizes}: search, both directions forward and backward, enqueue\n{measure.hardware(device)}; fastest of {args.steps}\n"
+    )
     dense = next(iter(sides))
-    rows = [
-        [name, f"{1000 * t:.0f}", f"{seconds[dense] / t:.1f}", f"{memory[name] / 2**20:.0f}", f"{memory[dense] / memory[name]:.1f}"]
-        for name, t in seconds.items()
-    ]
+    rows = []
+    for name, taken in seconds.items():
+        less = [f"{memory[name] / 2**20:.0f}", f"{memory[dense] / memory[name]:.1f}"]
+        rows.append([name, f"{1000 * taken:.0f}", f"{seconds[dense] / taken:.1f}", *less])
     print(measure.table(["", "ms a step", "times faster", "MB beyond the bank", "times less"], rows))
     head = ["bfloat16 products against float64", "loss, relative error", "least gradient cosine", "recall of the top K"]
     print("\n" + measure.table(head, exactness(args, device)))

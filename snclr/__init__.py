@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 
-def load_encoder(path: str, which: str = "online", **settings):
+def load_encoder(path: str, which: str = "online", **settings) -> tuple:
     """The backbone in a file, frozen, as a module from normalised images (B, 3, S, S) to features (B, C), and its info.
 
     See snclr.weights.open_encoder, which this calls; torch is imported only then.

@@ -4,16 +4,19 @@ The recipe is MoCo v3's (Chen et al. 2021, appendix; BYOL's two views). Every pa
 index, view) alone: a counter-based hash replaces generator state, so any number of ranks and workers draws the same.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 GRAY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision's
 SIGMA_RANGE = (0.1, 2.0)  # blur, in output pixels
 JITTER = (0.4, 0.4, 0.2, 0.1)  # half-widths of brightness, contrast, saturation (factors about 1) and hue (turns about 0)
 CROP_TRIES = 10
+CACHED_PIXELS = 2**16  # of float views that a core of a CPU works on at a time
 
 # -- drawing -------------------------------------------------------------------------------------------------------------
 
@@ -69,7 +72,9 @@ class Recipe(NamedTuple):
     colour: bool = True
 
 
-def draw(recipe: Recipe, epoch: int, indices: np.ndarray, view: int, heights: np.ndarray, widths: np.ndarray):
+def draw(
+    recipe: Recipe, epoch: int, indices: np.ndarray, view: int, heights: np.ndarray, widths: np.ndarray
+) -> tuple[np.ndarray, ViewParameters]:
     """Crop boxes (B, 4) int64 (top, left, height, width) and ViewParameters for one view (0 or 1) of B images.
 
     indices (B,) data-set indices; heights, widths (B,) of the images in pixels.
@@ -139,23 +144,40 @@ def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int)
 def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) -> Tensor:
     """Jitter, grey, blur, solarise, flip and normalise: crops (B, 3, S, S) uint8 -> (B, 3, S, S) float on their device.
 
-    mean, std (3,) of the data set, in [0, 1]. Each operation runs on just the images that were drawn for it, as one batch;
-    which these are is known on the host, so a GPU is never asked.
+    mean, std (3,) of the data set, in [0, 1]. Each operation runs on just the images that were drawn for it: on a GPU as one
+    batch, on a CPU in parts that its cache holds. Which these are is known on the host, so a GPU is never asked.
     """
-    device = crops.device
-    x = crops.to(torch.get_default_dtype()).div_(255)
-    factors = parameters.factors.to(x.dtype)
+    views = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device)
+    part = len(crops) if crops.is_cuda else max(1, CACHED_PIXELS // crops.shape[-1] ** 2)
+    for start in range(0, len(crops), part):
+        here = slice(start, start + part)
+        _apply_(views[here].copy_(crops[here]).div_(255), *(field[here].numpy() for field in parameters))
+        normalize_(views[here], mean, std)
+    return views
+
+
+def _apply_(x, jitter, order, factors, gray, sigma, solarize, flip):
     for position in range(4):
-        for number, operation in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
-            chosen = parameters.jitter & (parameters.order[:, position] == number)
-            factor = factors[chosen, number].view(-1, 1, 1, 1).to(device, non_blocking=True)
-            _on_some(x, chosen, operation, factor)
-    _on_some(x, parameters.gray, grayscale)
-    blurred = parameters.sigma > 0
-    _on_some(x, blurred, gaussian_blur, parameters.sigma[blurred].to(device, x.dtype, non_blocking=True))
-    _on_some(x, parameters.solarize, solarize)
-    _on_some(x, parameters.flip, flip)
-    return normalize_(x, mean, std)
+        for number, operation_ in enumerate((adjust_brightness_, adjust_contrast_, adjust_saturation_, adjust_hue_)):
+            _on_some_(x, jitter & (order[:, position] == number), operation_, factors[:, number])
+    _on_some_(x, gray, grayscale_)
+    blurred = sigma > 0
+    _on_some_(x, blurred, gaussian_blur_, gaussian_taps(np.where(blurred, sigma, 1)))
+    _on_some_(x, solarize, solarize_)
+    _on_some_(x, flip, flip_)
+
+
+def _on_some_(x, chosen, operation_, *strengths):
+    """Apply operation_ in place to the chosen images, each with its strength; chosen and strengths (B, ...) on the host."""
+    where = np.flatnonzero(chosen)
+    if not len(where):
+        return
+    strengths = [torch.from_numpy(values[where]).to(x, non_blocking=True).view(len(where), -1, 1, 1) for values in strengths]
+    if len(where) == len(x):
+        operation_(x, *strengths)
+    else:
+        where = torch.from_numpy(where).to(x.device, non_blocking=True)
+        x.index_copy_(0, where, operation_(x.index_select(0, where), *strengths))
 
 
 def normalize_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -163,70 +185,92 @@ def normalize_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return x.sub_(mean.to(x).view(3, 1, 1)).div_(std.to(x).view(3, 1, 1))
 
 
-def _on_some(x: Tensor, chosen: Tensor, operation, *arguments) -> None:
-    where = chosen.nonzero().squeeze(1)
-    if len(where):
-        where = where.to(x.device, non_blocking=True)
-        x.index_copy_(0, where, operation(x.index_select(0, where), *arguments))
+# The operations work in place on x (B, 3, S, S) in [0, 1] and return it; strengths (B, 1, 1, 1).
 
 
-def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor).clamp_(0, 1)
+def adjust_brightness_(x: Tensor, factor: Tensor) -> Tensor:
+    return x.mul_(factor).clamp_(0, 1)
 
 
-def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+def adjust_contrast_(x: Tensor, factor: Tensor) -> Tensor:
     # rows first: a single large sum would be split over threads, and depend on their number
     mean = _luma(x).mean(dim=3, keepdim=True).mean(dim=2, keepdim=True)
-    return torch.lerp(mean, x, factor).clamp_(0, 1)
+    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
-def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(_luma(x), x, factor).clamp_(0, 1)
+def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
+    luma = _luma(x).mul_(1 - factor)
+    return x.mul_(factor).add_(luma).clamp_(0, 1)
 
 
-def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the hue of HSV.
+def adjust_hue_(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate the hue of HSV by up to a sixth of a turn either way.
 
-    Back to RGB with n = 5, 3, 1 for red, green, blue: value - chroma * clamp(min(k, 4 - k), 0, 1), k = (n + 6 * hue) mod 6.
+    In units of chroma (a sixth of a turn is one chroma) the angle from red is +-(value - 2 low + green + blue - red), with
+    the sign of green - blue: no sextant need be told apart. A channel is low + clamp(2 chroma - angle from its own primary,
+    0, chroma), the angle taken the shorter way round: 3 chroma - |3 chroma - |angle||.
     """
-    red, green, blue = x.unbind(1)
-    value, low = x.amax(dim=1), x.amin(dim=1)
+    red, green, blue = x.split(1, dim=1)
+    value, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
     chroma = value - low
-    safe = chroma.masked_fill(chroma == 0, 1)
-    hue = torch.where(
-        value == red, (green - blue) / safe, torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
-    )
-    position = torch.tensor([5.0, 3.0, 1.0], dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
-    k = (position + hue[:, None] + 6 * turns).remainder_(6)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+    angle = (green + blue).sub_(red).add_(value).sub_(low, alpha=2).copysign_(green - blue).add_(chroma * (6 * turns))
+    primaries = torch.tensor([0.0, -2.0, 2.0]).to(x, non_blocking=True).view(3, 1, 1)  # less red's, green's, blue's angle
+    torch.mul(chroma, primaries, out=x).add_(angle).abs_().sub_(chroma, alpha=3).abs_()
+    return x.clamp_(chroma, 2 * chroma).add_(low - chroma)
 
 
-def grayscale(x: Tensor) -> Tensor:
-    return _luma(x).expand_as(x)
+def grayscale_(x: Tensor) -> Tensor:
+    return x.copy_(_luma(x))
 
 
-def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each image with its own sigma (B,), reflecting at the border: two products with a banded matrix an image."""
-    size = x.shape[-1]
-    radius = min(int(3 * SIGMA_RANGE[1]), size - 1)
-    offsets = torch.arange(-radius, radius + 1, device=x.device)
-    taps = torch.softmax(-(offsets.to(x.dtype) ** 2) / (2 * sigma[:, None] ** 2), dim=1)  # (B, 2 * radius + 1)
-    source = torch.arange(size, device=x.device)[:, None] + offsets
-    source = (size - 1) - ((size - 1) - source.abs()).abs()  # reflected, without repeating the edge
-    matrices = x.new_zeros(len(x), size, size)
-    matrices.scatter_add_(2, source.expand(len(x), -1, -1), taps[:, None].expand(-1, size, -1))
-    return matrices[:, None] @ x @ matrices[:, None].transpose(2, 3)
+def gaussian_taps(sigma: np.ndarray) -> np.ndarray:
+    """The weights (B, 2R + 1) of a blur with sigma (B,): those beyond 3 sigma are 0, the others add up to 1."""
+    radius = math.ceil(3 * SIGMA_RANGE[1])
+    offsets, sigma = np.arange(-radius, radius + 1), sigma[:, None]
+    taps = np.exp(-(offsets**2) / (2 * sigma**2)) * (np.abs(offsets) <= np.ceil(3 * sigma))
+    return taps / taps.sum(axis=1, keepdims=True)
 
 
-def solarize(x: Tensor) -> Tensor:
-    return torch.where(x >= 128 / 255, 1 - x, x)
+def gaussian_blur_(x: Tensor, taps: Tensor) -> Tensor:
+    """Blur each image with its own taps (B, 2R + 1, 1, 1), reflecting at the border."""
+    return (_blur_by_products_ if x.is_cuda or x.shape[-1] <= 64 else _blur_by_shifts_)(x, taps.flatten(1))
 
 
-def flip(x: Tensor) -> Tensor:
-    return x.flip(-1)
+def _blur_by_products_(x, taps):
+    """Two products with a banded matrix an image."""
+    size, radius = x.shape[-1], taps.shape[1] // 2
+    source = torch.arange(size, device=x.device)[:, None] + torch.arange(-radius, radius + 1, device=x.device)
+    source = source.remainder(max(1, 2 * size - 2))  # reflected, without repeating the edge
+    source = torch.minimum(source, 2 * size - 2 - source)
+    matrices = x.new_zeros(len(x), 1, size, size)
+    matrices.scatter_add_(3, source.expand(len(x), 1, -1, -1), taps[:, None, None].expand(-1, 1, size, -1))
+    return x.copy_(matrices @ x @ matrices.transpose(2, 3))
+
+
+def _blur_by_shifts_(x, taps):
+    """The same image by image, adding shifted copies, no more than its sigma asks for: the faster way on a CPU."""
+    for image, weights in zip(x, taps.tolist(), strict=True):
+        first, *others = (weight for weight in weights if weight)
+        blurred = pad(image, (len(others) // 2,) * 4, mode="reflect")
+        for axis in (1, 2):
+            shifted = [blurred.narrow(axis, start, x.shape[-1]) for start in range(1 + len(others))]
+            blurred = shifted[0] * first
+            for weight, copy in zip(others, shifted[1:], strict=True):
+                blurred.add_(copy, alpha=weight)
+        image.copy_(blurred)
+    return x
+
+
+def solarize_(x: Tensor) -> Tensor:
+    bright = torch.ge(x, 128 / 255, out=torch.empty_like(x))
+    return x.sub_(bright).abs_()
+
+
+def flip_(x: Tensor) -> Tensor:
+    return x.copy_(x.flip(-1))
 
 
 def _luma(x: Tensor) -> Tensor:
     """(B, 3, S, S) -> (B, 1, S, S)."""
     red, green, blue = x.split(1, dim=1)
-    return GRAY[0] * red + GRAY[1] * green + GRAY[2] * blue
+    return (red * GRAY[0]).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])

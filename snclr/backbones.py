@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import heads
 from .errors import UsageError, first_line
+from .recompute import recomputed
 
 
 class ConvStem(PatchEmbed):
@@ -131,6 +132,7 @@ class ResNet(tv_resnet.ResNet):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.num_features = self.inplanes
         self.fc = nn.Identity()
+        self.grad_checkpointing = False
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -141,11 +143,16 @@ class ResNet(tv_resnet.ResNet):
     def projector(self) -> nn.Module:
         return self.fc
 
+    def set_grad_checkpointing(self) -> None:
+        """Keep the inputs of each residual block alone for backward, and compute the rest again."""
+        self.grad_checkpointing = True
+
     def embed(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) -> globally averaged features (B, num_features)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for name in self.stages:
-            x = getattr(self, name)(x)
+            for block in getattr(self, name):
+                x = recomputed(block, x, module=block) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
         return self.avgpool(x).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,6 +169,15 @@ class TimmEncoder:
     def embed(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) -> features as the model's classifier would get them (B, num_features)."""
         return self.forward_head(self.forward_features(x), pre_logits=True)
+
+    def set_grad_checkpointing(self) -> None:
+        """Recompute each block in backward, as timm does it. Raises UsageError where that would not be exact, or cannot be."""
+        if has_batch_norm(self, besides=self.projector):
+            raise UsageError("--grad-checkpointing would let timm's batch norms count each batch twice: use --micro-batch")
+        try:
+            super().set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise UsageError("--grad-checkpointing is not known to this model of timm: use --micro-batch") from error
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projector(self.embed(x))  # timm's own passes some classifiers (B, C, 1, 1), or wraps them in an MLP
@@ -198,11 +214,16 @@ def build_timm(name: str, img_size: int, settings: dict, hidden_dim: int, out_di
         parameter.requires_grad_(gradient is not None)
     width = features.shape[1]  # timm has no attribute that is the width of pooled features in every model
     model.train()
-    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    model.kind, model.num_features = "resnet" if has_batch_norm else "vit", width
+    model.kind, model.num_features = "resnet" if has_batch_norm(model) else "vit", width
     model.set_submodule(config.classifier, heads.projector(model.kind, width, hidden_dim, out_dim))
     model.__class__ = type(type(model).__name__, (TimmEncoder, type(model)), {})
     return model
+
+
+def has_batch_norm(module: nn.Module, besides: nn.Module | None = None) -> bool:
+    """Whether any layer of module, those of `besides` left aside, is a batch norm."""
+    left_out = set() if besides is None else {*besides.modules()}
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in {*module.modules()} - left_out)
 
 
 def sincos_position_embedding(rows: int, columns: int, width: int, temperature: float = 10000.0) -> Tensor:

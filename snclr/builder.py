@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from . import heads
-from .backbones import build_encoder
+from .backbones import build_encoder, has_batch_norm
 from .distributed import all_gather, world_size
 from .memory_bank import MemoryBank
 from .objectives import count_picks, gather_candidates, mocov2_loss, mocov3_loss, nnclr_loss, positiveness, snclr_loss
 from .precision import unit
+from .recompute import recomputed
 
 
 class StepView(NamedTuple):
@@ -57,6 +58,8 @@ class SNCLR(nn.Module):
         positiveness_temperature: float = 1.0,
         threshold: bool = False,
         exclude_own_image: bool = True,
+        micro_batch: int | None = None,
+        compiled: bool = False,
     ):
         super().__init__()
         self.base_encoder = base_encoder
@@ -73,6 +76,9 @@ class SNCLR(nn.Module):
         self.positiveness_temperature = positiveness_temperature
         self.threshold = threshold
         self.exclude_own_image = exclude_own_image
+        self.micro_batch = micro_batch
+        self.embed = torch.compile(_embed) if compiled else _embed  # a function, so that no key of the state changes
+        self.joins_views = not has_batch_norm(base_encoder, besides=base_encoder.projector)
         self.attention = None
         if method == "snclr" and weights == "projected":
             self.attention = heads.AttentionProjections(memory_bank.features.shape[1])
@@ -92,7 +98,7 @@ class SNCLR(nn.Module):
         return loss, shown
 
     def _snclr(self, view1, view2, ids, momentum, use_neighbours):
-        y1, y2 = self.base_encoder(view1), self.base_encoder(view2)
+        y1, y2 = self._project(self.base_encoder, view1, view2)
         z1, z2 = self.predictor(y1), self.predictor(y2)
         k1, k2 = self._momentum_projections(momentum, view1, view2)
         scores, rows = self._search(torch.cat([k2, k1]), ids.repeat(2), use_neighbours)
@@ -126,14 +132,14 @@ class SNCLR(nn.Module):
         return loss, weights, candidates
 
     def _mocov3(self, view1, view2, ids, momentum, use_neighbours):
-        y1, y2 = self.base_encoder(view1), self.base_encoder(view2)
+        y1, y2 = self._project(self.base_encoder, view1, view2)
         z1, z2 = self.predictor(y1), self.predictor(y2)
         k1, k2 = self._momentum_projections(momentum, view1, view2)
         loss = mocov3_loss(z1, k2, temperature=self.temperature) + mocov3_loss(z2, k1, temperature=self.temperature)
         return loss, None, self._show(y1, len(y1) * world_size())
 
     def _nnclr(self, view1, view2, ids, momentum, use_neighbours):
-        y1, y2 = self.base_encoder(view1), self.base_encoder(view2)
+        y1, y2 = self._project(self.base_encoder, view1, view2)
         z1, z2 = self.predictor(y1), self.predictor(y2)
         y = unit(torch.cat([y1, y2])).detach()
         scores, rows = self._search(y, ids.repeat(2), use_neighbours)
@@ -148,7 +154,7 @@ class SNCLR(nn.Module):
         return (loss1 + loss2) / 2, all_gather(y.chunk(2)[1]), shown
 
     def _mocov2(self, view1, view2, ids, momentum, use_neighbours):
-        y1 = self.base_encoder(view1)
+        (y1,) = self._project(self.base_encoder, view1)
         (k2,) = self._momentum_projections(momentum, view2)
         bank = self.memory_bank
         loss = mocov2_loss(y1, k2, bank.products, bank.valid(), temperature=self.temperature)
@@ -158,7 +164,21 @@ class SNCLR(nn.Module):
     def _momentum_projections(self, momentum, *views):
         online = list(self.base_encoder.parameters())
         torch._foreach_lerp_(list(self.momentum_encoder.parameters()), online, 1 - momentum)
-        return [self.momentum_encoder(view) for view in views]
+        return self._project(self.momentum_encoder, *views)
+
+    def _project(self, encoder, *views):
+        # without batch norm an image's features do not depend on its company: one call for all views
+        parts = [torch.cat(views)] if self.joins_views else views
+        features = torch.cat([self._features(encoder, part) for part in parts])
+        return [encoder.projector(part) for part in features.chunk(len(views))]
+
+    def _features(self, encoder, x):
+        if self.micro_batch is None:
+            return self.embed(encoder, x)
+        parts = x.tensor_split(-(-len(x) // self.micro_batch))  # as equal as can be
+        if not torch.is_grad_enabled():
+            return torch.cat([self.embed(encoder, part) for part in parts])
+        return torch.cat([recomputed(self.embed, encoder, part, module=encoder) for part in parts])
 
     def _search(self, queries, ids, use_neighbours):
         if not use_neighbours:
@@ -178,8 +198,15 @@ class SNCLR(nn.Module):
         return StepView(projection.detach(), scores, neighbour_ids, weights.detach(), counts, num_candidates, bank_fill)
 
 
-def build_model(args: Namespace) -> SNCLR:
-    """The model that the flags describe (snclr/options.py), on the CPU, in torch's default dtype."""
+def _embed(encoder: nn.Module, x: Tensor) -> Tensor:
+    return encoder.embed(x)
+
+
+def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
+    """The model that the flags describe (snclr/options.py), on the CPU, in torch's default dtype.
+
+    bfloat16: take the large products with the bank in that format. Raises UsageError for flags that do not fit the backbone.
+    """
     encoder = build_encoder(
         args.arch,
         img_size=args.img_size,
@@ -192,10 +219,10 @@ def build_model(args: Namespace) -> SNCLR:
         out_dim=args.snclr_dim,
     )
     has_predictor, has_bank = args.method != "mocov2", args.method != "mocov3"
-    return SNCLR(
+    model = SNCLR(
         encoder,
         heads.predictor(encoder.kind, args.snclr_dim, args.snclr_mlp_dim) if has_predictor else None,
-        MemoryBank(args.bank_size, args.snclr_dim) if has_bank else None,
+        MemoryBank(args.bank_size, args.snclr_dim, bfloat16) if has_bank else None,
         method=args.method,
         topk=1 if args.method == "nnclr" else args.topk,
         temperature=args.snclr_t,
@@ -206,4 +233,9 @@ def build_model(args: Namespace) -> SNCLR:
         positiveness_temperature=args.positiveness_t,
         threshold=args.threshold,
         exclude_own_image=args.exclude_own_image,
+        micro_batch=args.micro_batch,
+        compiled=args.compile,
     )
+    if args.grad_checkpointing:
+        model.base_encoder.set_grad_checkpointing()
+    return model

@@ -39,8 +39,8 @@ RUNNING = {
     "stop_after_epochs",
     "stop_after_steps",
 }
-RUNNING |= {"save_freq", "save_every_minutes", "keep", "print_freq", "eval_freq", "eval_encoder"}
-RUNNING |= {"on_bad_image", "skip_non_finite", "timeout_minutes"}
+RUNNING |= {"save_freq", "save_every_minutes", "keep", "print_freq", "eval_freq", "eval_encoder", "viz_freq"}
+RUNNING |= {"compile", "grad_checkpointing", "on_bad_image", "skip_non_finite", "timeout_minutes"}
 
 
 def save(path: str, state: dict, keep: int = 1) -> None:

@@ -14,6 +14,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 import numpy as np
@@ -177,11 +178,11 @@ class EncodedImages(ImageSet):
         if first.numel() * len(self) > RESIDENT_LIMIT:
             return self
         images = torch.empty(len(self), *first.shape, dtype=torch.uint8)
-        for index in range(len(self)):
-            image = self.image(index)
-            if image.shape != first.shape:
-                return self
-            images[index] = image
+        with ThreadPool() as threads:
+            for index, image in enumerate(threads.imap(self.image, range(len(self)), chunksize=16)):
+                if image.shape != first.shape:
+                    return self
+                images[index] = image
         labels = None if self.labels is None else self.labels.numpy()
         resident = ResidentImages(images, labels, self.classes, (self.mean.tolist(), self.std.tolist()))
         resident.names = self.names
@@ -267,7 +268,8 @@ def _evaluation_box(height, width, size):
 class ViewLoader:
     """Loads what it is asked for: requests (epoch, indices) or (epoch, indices, which views) to Views, in order.
 
-    Encoded images are decoded and cropped by worker processes, which stay from one call to the next.
+    Encoded images are decoded and cropped by worker processes, which stay from one call to the next. On a GPU the rest has a
+    stream of its own: the host runs ahead of the GPU, so that a batch is copied and augmented while the one before trains.
     """
 
     def __init__(self, images: ImageSet, recipe: Recipe, device: torch.device, workers: int):
@@ -275,6 +277,7 @@ class ViewLoader:
         self.requests = _Requests()
         self.replaced: set[int] = set()  # images that could not be read
         self.loader = None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if isinstance(images, EncodedImages):
             self.loader = DataLoader(
                 _ViewsOnRequest(images, recipe),
@@ -290,13 +293,22 @@ class ViewLoader:
         """For each request the ids (B,) and the augmented, normalised views (B or 2B, 3, S, S) on the device."""
         self.requests.list = requests
         direct = (self.images.views(self.recipe, *request) for request in requests)
-        for request, views in zip(requests, direct if self.loader is None else self.loader, strict=True):
-            if isinstance(views, Exception):
-                raise views
-            self.replaced.update(request[1][request[1] != views.ids.numpy()].tolist())
-            crops = views.crops.to(self.device, non_blocking=True)
-            x = augment.apply(crops, views.parameters, self.images.mean, self.images.std)
-            yield views.ids.to(self.device, non_blocking=True), x
+        batches = iter(direct if self.loader is None else self.loader)
+        for request in requests:
+            with torch.cuda.stream(self.stream):  # without one, nothing
+                views = next(batches)
+                if isinstance(views, Exception):
+                    raise views
+                self.replaced.update(request[1][request[1] != views.ids.numpy()].tolist())
+                crops = views.crops.to(self.device, non_blocking=True)
+                x = augment.apply(crops, views.parameters, self.images.mean, self.images.std)
+                ids = views.ids.to(self.device, non_blocking=True)
+            if self.stream is not None:
+                training = torch.cuda.current_stream(self.device)
+                training.wait_stream(self.stream)
+                ids.record_stream(training)  # so that their memory is not used again before the step has read it
+                x.record_stream(training)
+            yield ids, x
 
 
 def leave_signals_to_the_rank(worker: int) -> None:

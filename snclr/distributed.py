@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -154,7 +154,7 @@ def union(found: set) -> set:
 
 
 @contextlib.contextmanager
-def local_rank_zero_first():
+def local_rank_zero_first() -> Iterator[None]:
     """Let one process of each machine do the block before the others do: it may write what they then find."""
     first = local_rank_zero()
     if not first:

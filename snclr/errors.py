@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import sys
+from collections.abc import Iterator
 
 
 class UsageError(ValueError):
@@ -29,7 +30,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def one_clear_line(program: str):
+def one_clear_line(program: str) -> Iterator[None]:
     """Turn the project's own errors into one line on stderr and an exit code; let real bugs keep their traceback.
 
     All ranks meet the same usage error, so only rank 0 prints it; a run error belongs to a rank, which it names.

@@ -5,7 +5,6 @@ write. The command loads the written file back into that model and compares the 
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from . import checkpoint
 from .backbones import RESNETS, TIMM, VITS, VisionTransformer
 from .errors import RunError, UsageError, one_clear_line
 from .options import new_parser
-from .weights import open_encoder
+from .weights import open_encoder, read_encoder
 
 TOLERANCE = 1e-5
 
@@ -94,6 +93,7 @@ def to_hf(encoder: nn.Module, info: dict) -> tuple[nn.Module, dict]:
 
 
 HF_NAMES = (
+    ("norm.", "layernorm."),  # the last one: those of the blocks have numbers
     ("cls_token", "embeddings.cls_token"),
     ("pos_embed", "embeddings.position_embeddings"),
     ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
@@ -104,23 +104,13 @@ HF_NAMES = (
     (".mlp.fc1.", ".intermediate.dense."),
     (".mlp.fc2.", ".output.dense."),
 )
-FORMATS: dict[str, Callable] = {
-    "timm": to_timm,
-    "torchvision": to_torchvision,
-    "deit": to_deit,
-    "hf": to_hf,
-    "mocov3": to_mocov3,
-}
+FORMATS = {"timm": to_timm, "torchvision": to_torchvision, "deit": to_deit, "hf": to_hf, "mocov3": to_mocov3}
 
 
 def _plain_resnet(info, library):
     arch = info["arch"]
-    if (
-        arch not in RESNETS
-        or info["width"] not in (None, RESNETS[arch][2])
-        or info["small_stem"]
-        or RESNETS[arch][3] == "light"
-    ):
+    plain = arch in RESNETS and RESNETS[arch][3] == "imagenet" and info["width"] in (None, RESNETS[arch][2])
+    if not plain or info["small_stem"]:
         raise UsageError(f"{library} has no {arch} with the encoder's stem and width: its own have 7x7 stems and full width")
     return arch
 
@@ -128,19 +118,14 @@ def _plain_resnet(info, library):
 def write(format_name: str, content: dict, model: nn.Module, out: str) -> None:
     """Write the content as the format wants it: a folder for hf, else a file, safetensors where its name says so."""
     if format_name == "hf":
-        from safetensors.torch import save_file
-
         os.makedirs(out, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in content.items()}
-        save_file(tensors, os.path.join(out, "model.safetensors"), metadata={"format": "pt"})
-        with open(os.path.join(out, "config.json"), "w") as file:
-            json.dump({**model.config.to_dict(), "architectures": ["ViTModel"]}, file, indent=1)
-    elif out.endswith(".safetensors"):
-        if format_name not in ("timm", "torchvision"):
-            raise UsageError(f"--format {format_name} is a nested file, which safetensors cannot hold: choose another --out")
+        model.config.architectures = ["ViTModel"]
+        model.config.save_pretrained(out)
+        out = os.path.join(out, "model.safetensors")
+    if out.endswith(".safetensors"):
         from safetensors.torch import save_file
 
-        save_file({name: tensor.contiguous() for name, tensor in content.items()}, out)
+        save_file({name: tensor.contiguous() for name, tensor in content.items()}, out, metadata={"format": "pt"})
     else:
         checkpoint.save(out, content)
 
@@ -148,18 +133,9 @@ def write(format_name: str, content: dict, model: nn.Module, out: str) -> None:
 def read_back(format_name: str, model: nn.Module, out: str) -> Callable[[Tensor], Tensor]:
     """The consumer's model with the weights of the written file, as a function from images to features."""
     if format_name == "hf":
-        from transformers import ViTModel
-
-        model = ViTModel.from_pretrained(out, add_pooling_layer=False).eval()
+        model = type(model).from_pretrained(out, add_pooling_layer=False).eval()
         return lambda x: model(x).last_hidden_state[:, 0]
-    if out.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        state = load_file(out)
-    else:
-        state = checkpoint.read(out)
-    state = state.get("model", state.get("state_dict", state))
-    model.load_state_dict({name.removeprefix("module.base_encoder."): tensor for name, tensor in state.items()}, strict=True)
+    model.load_state_dict(read_encoder(out).tensors, strict=True)
     return model.eval()
 
 
@@ -179,14 +155,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser("snclr.export", "Writes the encoder of a checkpoint for another library, and checks that it reads it.")
     parser.add_argument("file", metavar="FILE", help="checkpoint or state dict, any layout")
     parser.add_argument("--format", choices=FORMATS, required=True, help="who shall read it")
-    parser.add_argument(
-        "--out", required=True, metavar="OUT", help="file to write (hf: folder); .safetensors for timm, torchvision"
-    )
+    out = "file to write (hf: folder); .safetensors for timm, torchvision"
+    parser.add_argument("--out", required=True, metavar="OUT", help=out)
     parser.add_argument("--encoder", choices=("online", "momentum"), default="online", help="where the file has both")
     parser.add_argument("-a", "--arch", help="architecture, where the file does not say it")
     args = parser.parse_args(argv)
     if os.path.exists(args.out):
         raise UsageError(f"--out {args.out} exists: choose another name or remove it")
+    if not os.access(os.path.dirname(os.path.abspath(args.out)), os.W_OK):
+        raise UsageError(f"--out {args.out}: its folder does not exist, or may not be written to")
+    if args.out.endswith(".safetensors") and args.format not in ("timm", "torchvision"):
+        raise UsageError(f"--format {args.format} is more than safetensors can hold in one file: choose another --out")
     return args
 
 
@@ -194,8 +173,11 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     encoder, info = open_encoder(args.file, args.encoder, arch=args.arch)
     model, content = FORMATS[args.format](encoder, info)
-    write(args.format, content, model, args.out)
-    difference = check(encoder, read_back(args.format, model, args.out), info["img_size"])
+    folder, name = os.path.split(os.path.abspath(args.out))
+    unchecked = os.path.join(folder, f"unchecked_{name}")
+    write(args.format, content, model, unchecked)
+    difference = check(encoder, read_back(args.format, model, unchecked), info["img_size"])
+    os.replace(unchecked, args.out)
     for note in info["notes"]:
         print(f"note: {note}")
     print(f"{args.out}: {info['arch']} ({info['encoder']} encoder) for {args.format}")

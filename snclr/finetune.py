@@ -9,6 +9,7 @@ from .optim import parameter_groups
 
 # optimiser: peak rates of encoder and head for a batch of 256, weight decay
 DEFAULTS = {"sgd": (0.02, 0.2, 0.0), "adamw": (5e-4, 5e-3, 0.05)}
+FROM_SCRATCH = {"sgd": (0.1, 0.1, 5e-4), "adamw": (5e-4, 5e-4, 0.05)}  # where the encoder has learned nothing yet
 
 
 class Classifier(nn.Module):

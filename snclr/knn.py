@@ -9,21 +9,8 @@ from torch import Tensor, nn
 
 from .data import EVALUATION_BATCH, ImageSet, whole_images
 from .distributed import all_gather, rank, world_size
+from .features import encode_share
 from .precision import full_precision, unit
-
-
-@torch.no_grad()
-def encode(
-    embed: Callable[[Tensor], Tensor], images: ImageSet, *, size: int, device: torch.device, workers: int
-) -> tuple[Tensor, Tensor]:
-    """Unit features (n_r, F) and labels (n_r,) of this rank's share (every world_size-th image) of a labelled set.
-
-    embed: normalised images (B, 3, size, size) to features (B, F).
-    """
-    indices = np.arange(rank(), len(images), world_size())
-    batches = whole_images(images, indices, size=size, device=device, workers=workers)
-    features = torch.cat([unit(embed(batch)) for batch in batches])
-    return features, images.labels[indices].to(device)
 
 
 @torch.no_grad()
@@ -54,15 +41,32 @@ def vote(cosines: Tensor, votes: Tensor, num_classes: int, temperature: float | 
     return cosines.new_zeros(len(cosines), num_classes).scatter_add_(1, votes, weights)
 
 
-def classify(
-    queries: Tensor, features: Tensor, labels: Tensor, num_classes: int, *, k: int, temperature: float, chunk: int = 1024
-) -> Tensor:
-    """Class scores (n, num_classes) of queries (n, F), alike on every rank, from the features of ALL ranks (see `nearest`)."""
-    return vote(*nearest(queries, features, labels, k, chunk), num_classes, temperature)
-
-
 def _pad(x: Tensor, columns: int, value: float) -> Tensor:
     return torch.nn.functional.pad(x, (0, columns - x.shape[1]), value=value)
+
+
+def table(
+    train: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
+    num_val: int,
+    num_classes: int,
+    ks: Sequence[int],
+    temperature: float,
+    device: torch.device,
+) -> dict[str, float]:
+    """Top-1 in percent for each k, weighted and by plain votes, from one search: 'k=20 weighted' and so on.
+
+    train, val: this rank's shares, features (n_r, F) and labels (n_r,) as encode_share returns them; num_val: images of all
+    shares of val.
+    """
+    queries, truth = (join_shares(x.to(device), num_val) for x in (unit(val[0]), val[1]))
+    cosines, votes = nearest(queries, unit(train[0]).to(device), train[1].to(device), max(ks))
+    found = {}
+    for k in ks:
+        for name, weighting in (("weighted", temperature), ("plain", None)):
+            said = vote(cosines[:, :k], votes[:, :k], num_classes, weighting).argmax(dim=1)
+            found[f"k={k} {name}"] = 100 * (said == truth).double().mean().item()
+    return found
 
 
 def accuracy(
@@ -76,13 +80,14 @@ def accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Top-1 accuracy in percent on val, with the labelled features of train as neighbours; the same on every rank."""
+    """Top-1 accuracy in percent on val, with the labelled features of train as neighbours; the same on every rank.
+
+    embed: normalised images (B, 3, size, size) to features (B, F).
+    """
     train, val = train.labelled(), val.labelled()
-    features, labels = encode(embed, train, size=size, device=device, workers=workers)
-    queries, truth = encode(embed, val, size=size, device=device, workers=workers)
-    queries, truth = join_shares(queries, len(val)), join_shares(truth, len(val))
-    scores = classify(queries, features, labels, len(train.classes), k=k, temperature=temperature)
-    return 100 * (scores.argmax(dim=1) == truth).double().mean().item()
+    where = dict(size=size, device=device, workers=workers)
+    shares = [encode_share(embed, images, **where) for images in (train, val)]
+    return table(*shares, len(val), len(train.classes), (k,), temperature, device)[f"k={k} weighted"]
 
 
 def join_shares(x: Tensor, total: int) -> Tensor:
@@ -114,19 +119,3 @@ def calibrated_copy(
         for batch in whole_images(images, indices, size=size, device=device, workers=workers):
             encoder.embed(batch)
     return encoder.eval()
-
-
-def table(
-    features: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, num_classes: int, ks: Sequence[int], temperature: float
-) -> dict[str, float]:
-    """Top-1 in percent for each k, weighted and by plain votes, from one search: 'k=20 weighted' and so on.
-
-    features and labels are this rank's share, queries and truth the whole, the same on every rank.
-    """
-    cosines, votes = nearest(queries, features, labels, max(ks))
-    found = {}
-    for k in ks:
-        for name, weighting in (("weighted", temperature), ("plain", None)):
-            said = vote(cosines[:, :k], votes[:, :k], num_classes, weighting).argmax(dim=1)
-            found[f"k={k} {name}"] = 100 * (said == truth).double().mean().item()
-    return found

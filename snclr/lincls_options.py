@@ -47,10 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--cache-limit-gb", type=float, default=4, metavar="GB", help="larger caches go to disk, into --workdir")
 
     g = parser.add_argument_group("fine-tuning")
-    g.add_argument("--finetune", action=on_off, default=False, help="train the encoder, too, instead of a probe")
+    g.add_argument(
+        "--finetune", action=on_off, default=False, help="train the encoder, too; of an untrained one: supervised from scratch"
+    )
     g.add_argument("--optimizer", choices=("sgd", "adamw"), help="default: adamw for ViTs, sgd for others")
     g.add_argument("--lr", type=float, metavar="LR", help="peak of the encoder, times batch/256 (default: by optimiser)")
-    g.add_argument("--head-lr", type=float, metavar="LR", help="peak of the head, times batch/256 (default: ten times --lr)")
+    g.add_argument(
+        "--head-lr", type=float, metavar="LR", help="the same of the head (default: ten times --lr; untrained: as --lr)"
+    )
     g.add_argument("--wd", type=float, metavar="WD", help="weight decay of matrices and filters (default: by optimiser)")
     g.add_argument("--layer-decay", type=float, metavar="F", help="rate from layer to layer downwards (default: ViTs 0.75)")
     g.add_argument("--warmup-epochs", type=float, metavar="E", help="linear warm-up (default: a tenth of --epochs)")

@@ -90,40 +90,42 @@ class LinearGrid(nn.Module):
         optimizer.step()
         return losses.detach()
 
-    @torch.no_grad()
     def correct(self, features: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
         """How many of this rank's images each head has right among its 1 and its 5 best classes: (2, heads)."""
-        self.eval()
         total = torch.zeros(2, len(self.names()), device=self.rates.device)
-        for x, y in zip(features.split(chunk), labels.split(chunk), strict=True):
-            logits = self.logits(x.to(total.device))
-            best = logits.topk(min(5, logits.shape[2]), dim=2).indices == y.to(total.device)[:, None, None]
+        for logits, y in self._answers(features, labels, chunk):
+            best = logits.topk(min(5, logits.shape[2]), dim=2).indices == y[:, None, None]
             total += torch.stack([best[..., 0].sum(dim=0), best.any(dim=2).sum(dim=0)])
-        self.train()
         return total
 
-    @torch.no_grad()
     def confusion(self, head: int, features: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
         """(classes, classes) counts of this rank's images: row the true class, column what one head says."""
-        self.eval()
         classes = next(iter(self.biases.values())).shape[1]
         counts = torch.zeros(classes * classes, dtype=torch.long, device=self.rates.device)
-        for x, y in zip(features.split(chunk), labels.split(chunk), strict=True):
-            said = self.logits(x.to(counts.device))[:, head].argmax(dim=1)
-            counts += torch.bincount(y.to(counts.device) * classes + said, minlength=classes * classes)
-        self.train()
+        for logits, y in self._answers(features, labels, chunk):
+            counts += torch.bincount(y * classes + logits[:, head].argmax(dim=1), minlength=classes * classes)
         return counts.view(classes, classes)
+
+    def _answers(self, features, labels, chunk):
+        """(logits, labels) of chunk after chunk, as an evaluation finds them."""
+        self.eval()
+        for x, y in zip(features.split(chunk), labels.split(chunk), strict=True):
+            with torch.no_grad():
+                logits = self.logits(x.to(self.rates.device))
+            yield logits, y.to(self.rates.device)
+        self.train()
 
     def synchronised(self, device: torch.device) -> "LinearGrid":
         """On the device, its batch norms over the batches of all ranks."""
         return synchronise_batch_norm(self.to(device), device)
 
 
-def class_share(labels: Tensor, share: float, keys: Tensor, both_sides: bool = False) -> Tensor:
+def class_share(labels: Tensor, classes: list, share: float, keys: Tensor, both_sides: bool = False) -> Tensor:
     """(n,) bool: of each class the same share of its images, those with the smallest keys, so that a smaller share is part
     of a larger one; both_sides: at least one image of a class inside, and one outside.
 
-    labels (n,) int64; keys (n,) any numbers, one an image. Raises UsageError where a class would be left without images.
+    labels (n,) int64 into classes, the names; keys (n,) any numbers, one an image. Raises UsageError where a class would be
+    left without images.
     """
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
@@ -132,8 +134,7 @@ def class_share(labels: Tensor, share: float, keys: Tensor, both_sides: bool = F
         if both_sides:
             count = min(max(count, 1), len(members) - 1)
         if not count:
-            raise UsageError(
-                f"a share of {share:g} leaves class {int(label)} with its {len(members)} images none: use a larger one"
-            )
+            found = f"class {classes[label]} with its {len(members)} images"
+            raise UsageError(f"a share of {share:g} leaves {found} none: use a larger one")
         chosen[members[keys[members].argsort()[:count]]] = True
     return chosen

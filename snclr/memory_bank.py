@@ -13,8 +13,8 @@ class MemoryBank(nn.Module):
     """First-in first-out bank of unit features, each with the data-set index of its image.
 
     features (M, D) unit rows; ids (M,) data-set index, -1 where nothing was written; pointer () next row to write;
-    filled () rows written so far, at most M. All are buffers, so the bank travels in the checkpoint. With bfloat16, a copy of the
-    features in that format is kept beside them for the large products; it is made anew from a checkpoint.
+    filled () rows written so far, at most M. All are buffers, so the bank travels in the checkpoint. With bfloat16, a copy of
+    the features in that format is kept beside them for the large products; it is made anew from a checkpoint.
     The caller enqueues the keys of ALL ranks in rank order: then the bank is identical everywhere, and a run may resume
     on another number of ranks. Nothing here moves a value to the host, so a GPU never waits.
     """
@@ -136,7 +136,7 @@ class MemoryBank(nn.Module):
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether the host may look at x without waiting. Where not, on a GPU, what need not be multiplied is multiplied and masked."""
+    """Whether the host may look at x without waiting. Where not, on a GPU, all is multiplied, and masked where need be."""
     return x.device.type == "cpu"
 
 

@@ -8,6 +8,7 @@ import shlex
 import sys
 from argparse import Namespace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -27,8 +28,8 @@ GROUPS = {
     "bank": ("bank_fill", "distinct_rows", "largest_count"),
     "neighbours": ("neighbour_similarity", "positiveness_entropy", "neighbour_purity"),
     "features": ("feature_std", "effective_rank", "view_agreement"),
-    "speed": ("images_per_s", "data_wait"),
-    "eval": ("knn_top1", "raw_pixels_knn_top1"),
+    "speed": ("images_per_s", "data_wait", "slowest_step_s"),
+    "eval": ("knn_top1",),
 }
 
 
@@ -137,6 +138,21 @@ class Log:
         """The step of the last evaluation in metrics.jsonl."""
         with open(self.path) as file:
             return max((line["step"] for line in map(json.loads, file) if "loss" not in line), default=None)
+
+    def pictures(self, step: int, pictures: dict, histograms: dict[str, Tensor]) -> None:
+        """PIL images and values (n,) by name to TensorBoard; the images also to pictures/, as NAME_STEP.png."""
+        if not self.enabled:
+            return
+        folder = os.path.join(os.path.dirname(self.path), "pictures")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            for name, picture in pictures.items():
+                picture.save(os.path.join(folder, f"{name}_{step:07d}.png"))
+                self.events.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            for name, values in histograms.items():
+                self.events.add_histogram(f"neighbours/{name}", values.float().cpu().numpy(), step, bins=60)
+        except OSError as error:  # no reason to stop a run
+            self.say(f"note: no pictures of step {step}: {error}")
 
     def say(self, text: str) -> None:
         """One line on the console, above the progress bar if there is one."""

@@ -195,9 +195,9 @@ def log_sum_exp(
     """log( sum_n exp(q_i . keys_n / T) + sum_m counts_m exp(q_i . bank_m / T) ) for each query: (B,).
 
     query (B, D) unit rows, with gradient; keys (N, D); bank (M, D); counts (M,) non-negative integers. No gradient to
-    keys, bank and counts. -inf where there is no candidate at all. With a bank in bfloat16 the products are taken in that format,
-    maxima and sums still in the query's. Memory is O(B * chunk), whatever N and M are; chunk: rows at a time (None: what
-    suits the device).
+    keys, bank and counts. -inf where there is no candidate at all. With a bank in bfloat16 the products are taken in that
+    format, maxima and sums still in the query's. Memory is O(B * chunk), whatever N and M are; chunk: rows at a time (None:
+    what suits the device).
     """
     if chunk is None:
         chunk = max(512, CHUNK_ELEMENTS[query.device.type] // max(len(query), 1))

@@ -28,17 +28,19 @@ MEAN_STD = {  # as commonly used; all others take ImageNet's (`python -m snclr.m
     "embedded": ((0.587, 0.587, 0.587), (0.171, 0.171, 0.171)),
 }
 POSITIVE = ("patch_size", "width", "snclr_dim", "snclr_mlp_dim", "snclr_t", "bank_size", "positiveness_t", "gamma", "epochs")
-POSITIVE += ("batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps", "keep", "timeout_minutes")
-NOT_NEGATIVE = ("topk", "wd", "warmup_epochs", "nn_warmup_epochs", "save_freq", "eval_freq", "save_every_minutes")
+POSITIVE += ("batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps", "micro_batch", "keep")
+POSITIVE += ("timeout_minutes",)
+NOT_NEGATIVE = ("topk", "wd", "warmup_epochs", "nn_warmup_epochs", "save_freq", "eval_freq", "viz_freq", "save_every_minutes")
 NOT_NEGATIVE += ("skip_non_finite",)
-EMBEDDED_RECIPE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "embedded.args")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+EMBEDDED_RECIPE = os.path.join(ROOT, "configs", "embedded.args")
 
 
 class _Parser(argparse.ArgumentParser):
     """Reads @file recipes: flags as on a command line, any number a line, # starts a comment; errors become UsageError."""
 
     def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
+        return [_where_it_lies(word) for word in shlex.split(line, comments=True)]
 
     def error(self, message):
         message = message.replace("[Errno 2] No such file or directory:", "there is no recipe")
@@ -46,11 +48,17 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         try:
-            return super().parse_args(args, namespace)
+            return super().parse_args([_where_it_lies(word) for word in args], namespace)
         except UsageError:
             raise
         except (ValueError, RecursionError) as error:  # an open quote, a binary file, a recipe that reads itself
             raise UsageError(f"a recipe among {' '.join(args)} cannot be read: {error}") from error
+
+
+def _where_it_lies(word: str) -> str:
+    """An @FILE that is not here may be one of the repository's: recipes can name others, wherever they are started from."""
+    there = os.path.join(ROOT, word[1:])
+    return f"@{there}" if word.startswith("@") and not os.path.exists(word[1:]) and os.path.isfile(there) else word
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -99,7 +107,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("-j", "--workers", type=int, metavar="N", help="processes a rank that decode (default: one a core, up to 8)")
 
 
-def add_backbone_flags(parser: argparse.ArgumentParser, default_arch: str | None):
+def add_backbone_flags(parser: argparse.ArgumentParser, default_arch: str | None) -> argparse._ArgumentGroup:
     """The flags that name a backbone (snclr/backbones.py); returns their group."""
     g = parser.add_argument_group("model")
     archs = f"backbone: {', '.join(ARCHS)}, or timm:NAME for any of timm's"
@@ -186,6 +194,11 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--amp", choices=("off", "auto", "bf16", "fp16"), default="off", help="16-bit encoders; auto: where it is native"
     )
+    g.add_argument(
+        "--micro-batch", type=int, metavar="N", help="views a rank encoded at a time, same gradients: the batch in less memory"
+    )
+    g.add_argument("--grad-checkpointing", action=on_off, default=False, help="recompute each block in backward: less memory")
+    g.add_argument("--compile", action=on_off, default=False, help="compile the backbones: the first steps take minutes")
     g.add_argument("--seed", type=int, default=0, metavar="N", help="of initialisation, order and augmentation")
 
     g = parser.add_argument_group("run")
@@ -200,6 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--timeout-minutes", type=float, default=30, metavar="N", help="wait for another rank before it is given up")
     g.add_argument("--print-freq", type=int, default=10, metavar="N", help="steps between log lines")
     g.add_argument("--eval-freq", type=int, default=10, metavar="E", help="epochs between kNN evaluations; 0: never")
+    g.add_argument("--viz-freq", type=int, default=10, metavar="E", help="epochs between pictures in TensorBoard; 0: never")
     g.add_argument("--eval-encoder", choices=("online", "momentum"), default="online", help="encoder that is evaluated")
     return parser
 
@@ -210,8 +224,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     resolve_resume(args)
     resolve_data(args)
     resolve_views(args)
-    if args.dataset == "embedded" and not any(flag.startswith("@") for flag in argv):
-        return parse([f"@{EMBEDDED_RECIPE}", *argv])  # the general defaults are ImageNet's
+    base = f"@{EMBEDDED_RECIPE}"
+    if args.dataset == "embedded" and argv[:1] != [base]:
+        return parse([base, *argv])  # the general defaults are ImageNet's
     if args.warmup_epochs is None:
         args.warmup_epochs = min(40, args.epochs / 5)
     if args.blur is None:

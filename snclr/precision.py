@@ -1,6 +1,7 @@
 """Number formats: which parts of a step may be computed in 16 bits and which may not."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ def unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(widen(x), dim=-1)
 
 
-def full_precision(function):
+def full_precision(function: Callable) -> Callable:
     """Run a function outside autocast, so that its products, maxima and sums are not taken in 16 bits."""
 
     @functools.wraps(function)

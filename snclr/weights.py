@@ -9,7 +9,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from . import checkpoint
-from .backbones import VisionTransformer, build_encoder, sincos_position_embedding
+from .backbones import ARCHS, TIMM, VisionTransformer, build_encoder, sincos_position_embedding
 from .checkpoint import first_few
 from .errors import UsageError, first_line
 from .options import IMAGENET
@@ -55,7 +55,8 @@ def read_encoder(path: str, which: str = "online") -> EncoderFile:
             encoder = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             others += [name for name in tensors if not name.startswith(prefix)]
             return EncoderFile(path, encoder, f"the {which} encoder of {prefix}*", others, saved)
-    if any(name.startswith(prefix) for prefixes in PREFIXES.values() for name in tensors for prefix in prefixes):
+    has_other = any(name.startswith(prefix) for prefixes in PREFIXES.values() for name in tensors for prefix in prefixes)
+    if has_other or (which == "momentum" and saved.get("encoder") != which):  # a backbone alone says which one it is
         raise UsageError(f"{path} holds no {which} encoder: choose the other one")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
@@ -74,6 +75,8 @@ def open_encoder(path: str, which: str = "online", load: bool = True, **settings
     known = dict(patch_size=16, width=None, small_stem=False, timm_kwargs=None, img_size=224, mean=IMAGENET[0], std=IMAGENET[1])
     epoch = file.saved.get("epoch")
     known |= {"arch": file.saved.get("arch"), "epoch": epoch if isinstance(epoch, int) else None}
+    if known["arch"] not in ARCHS and not str(known["arch"]).startswith(TIMM):
+        known["arch"] = None  # another library's name
     says = file.saved.get("args") if isinstance(file.saved.get("args"), dict) else {}
     known |= {name: says[name] for name in known if says.get(name) is not None}
     given = {name: value for name, value in settings.items() if value is not None}
@@ -85,14 +88,8 @@ def open_encoder(path: str, which: str = "online", load: bool = True, **settings
     shape = {name: known[name] for name in ("img_size", "patch_size", "width", "small_stem")}
     try:
         known["mean"], known["std"] = ([float(x) for x in known[name]] for name in ("mean", "std"))
-        encoder = build_encoder(
-            known["arch"],
-            **shape,
-            timm_kwargs=dict(known["timm_kwargs"] or []),
-            stop_grad_conv1=False,
-            hidden_dim=1,
-            out_dim=1,
-        )
+        shape["timm_kwargs"] = dict(known["timm_kwargs"] or [])
+        encoder = build_encoder(known["arch"], **shape, stop_grad_conv1=False, hidden_dim=1, out_dim=1)
     except (TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:  # a file may say anything
         told = error if isinstance(error, UsageError) else f"{path} says what no encoder can be built from: {first_line(error)}"
         raise UsageError(told) from error

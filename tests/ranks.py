@@ -86,7 +86,7 @@ def nearest():
     torch.manual_seed(3)
     features, labels, queries = normalize(torch.randn(21, D), dim=1), torch.arange(21) % 4, normalize(torch.randn(9, D), dim=1)
     share = slice(distributed.rank(), None, distributed.world_size())
-    return [knn.classify(queries, features[share], labels[share], 4, k=6, temperature=0.07, chunk=4)]
+    return [knn.vote(*knn.nearest(queries, features[share], labels[share], 6, chunk=4), 4, 0.07)]
 
 
 def pieces(out):

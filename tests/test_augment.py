@@ -1,8 +1,10 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import ImageFilter
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
@@ -258,19 +260,21 @@ def test_a_box_of_the_output_size_is_copied_exactly():
 # -- each operation against torchvision ----------------------------------------------------------------------------------
 
 THEIRS = {
-    "adjust_brightness": F.adjust_brightness,
-    "adjust_contrast": F.adjust_contrast,
-    "adjust_saturation": F.adjust_saturation,
-    "adjust_hue": F.adjust_hue,
-    "gaussian_blur": lambda x, sigma: F.gaussian_blur(x, 13, sigma),
+    "adjust_brightness_": F.adjust_brightness,
+    "adjust_contrast_": F.adjust_contrast,
+    "adjust_saturation_": F.adjust_saturation,
+    "adjust_hue_": F.adjust_hue,
+    "gaussian_blur_": lambda x, sigma: F.gaussian_blur(x, 2 * math.ceil(3 * sigma) + 1, sigma),
 }
 STRENGTHS = dict.fromkeys(THEIRS, (0.0, 0.6, 0.8, 1.0, 1.2, 1.4))
-STRENGTHS |= {"adjust_hue": (-0.1, -0.05, -0.001, 0.0, 0.03, 0.1), "gaussian_blur": (0.1, 0.3, 0.7, 1.0, 1.5, 2.0)}
+STRENGTHS |= {"adjust_hue_": (-0.1, -0.05, -0.001, 0.0, 0.03, 0.1), "gaussian_blur_": (0.1, 0.3, 0.7, 1.0, 1.5, 2.0)}
 
 
 def ours(name, x, strengths):
     """Our operation of that name, with the strength (B,) of each image."""
-    return getattr(augment, name)(x.clone(), strengths if name == "gaussian_blur" else strengths.view(-1, 1, 1, 1))
+    if name == "gaussian_blur_":
+        strengths = torch.from_numpy(augment.gaussian_taps(strengths.numpy())).to(x)
+    return getattr(augment, name)(x.clone(), strengths.view(len(x), -1, 1, 1))
 
 
 @pytest.mark.parametrize("name, strength", [(name, strength) for name in THEIRS for strength in STRENGTHS[name]])
@@ -282,7 +286,7 @@ def test_operation_equals_torchvisions(name, strength):
 @pytest.mark.parametrize("name", THEIRS)
 def test_each_image_of_a_batch_has_its_own_strength(name):
     x = pictures(8)
-    strengths = torch.linspace(-0.1, 0.1, 8) if name == "adjust_hue" else torch.linspace(0.2, 1.9, 8)
+    strengths = torch.linspace(-0.1, 0.1, 8) if name == "adjust_hue_" else torch.linspace(0.2, 1.9, 8)
     expected = torch.stack([THEIRS[name](image, strength.item()) for image, strength in zip(x, strengths, strict=True)])
     torch.testing.assert_close(ours(name, x, strengths), expected, atol=1e-5, rtol=0)
 
@@ -291,33 +295,45 @@ def test_hue_of_every_kind_of_pixel_equals_torchvisions():
     levels = torch.tensor([0.0, 0.25, 0.5, 1.0])
     x = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 8, 8)  # greys, ties of two channels, pure colours
     for turns in (-0.1, 0.0, 0.1):
-        torch.testing.assert_close(ours("adjust_hue", x, torch.tensor([turns])), F.adjust_hue(x, turns), atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours("adjust_hue_", x, torch.tensor([turns])), F.adjust_hue(x, turns), atol=1e-5, rtol=0)
 
 
 def test_hue_leaves_grey_pixels_exactly_as_they_are():
     grey = torch.linspace(0, 1, 16).view(1, 1, 4, 4).expand(1, 3, 4, 4)
-    assert torch.equal(ours("adjust_hue", grey, torch.tensor([0.1])), grey)
+    assert torch.equal(ours("adjust_hue_", grey, torch.tensor([0.1])), grey)
 
 
 def test_grayscale_solarize_and_flip_equal_torchvisions():
     x = pictures(8)
-    torch.testing.assert_close(augment.grayscale(x), F.rgb_to_grayscale(x, 3), atol=1e-6, rtol=0)
-    torch.testing.assert_close(augment.solarize(x), F.solarize(x, 128 / 255), atol=0, rtol=0)
-    assert torch.equal(augment.flip(x), F.hflip(x))
+    torch.testing.assert_close(augment.grayscale_(x.clone()), F.rgb_to_grayscale(x, 3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(augment.solarize_(x.clone()), F.solarize(x, 128 / 255), atol=0, rtol=0)
+    assert torch.equal(augment.flip_(x.clone()), F.hflip(x))
 
 
 def test_solarize_inverts_from_level_128_on():
     levels = torch.tensor([0, 127, 128, 255])
     x = (levels / 255).view(1, 1, 2, 2).expand(1, 3, 2, 2)
-    assert (augment.solarize(x)[0, 0].flatten() * 255).round().tolist() == [0, 127, 127, 0]
+    assert (augment.solarize_(x.clone())[0, 0].flatten() * 255).round().tolist() == [0, 127, 127, 0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7])
 def test_blur_of_a_picture_smaller_than_the_kernel_keeps_flat_areas_and_stays_in_range(size):
-    flat = torch.full((1, 3, size, size), 0.3)
-    torch.testing.assert_close(augment.gaussian_blur(flat, torch.tensor([2.0])), flat)
-    blurred = augment.gaussian_blur(torch.rand(1, 3, size, size), torch.tensor([2.0]))
+    flat, sigma = torch.full((1, 3, size, size), 0.3), torch.tensor([2.0])
+    torch.testing.assert_close(ours("gaussian_blur_", flat, sigma), flat)
+    blurred = ours("gaussian_blur_", torch.rand(1, 3, size, size), sigma)
     assert blurred.min() >= 0 and blurred.max() <= 1
+
+
+@pytest.mark.parametrize("form", [augment._blur_by_products_, augment._blur_by_shifts_])
+def test_both_ways_to_blur_equal_torchvisions_at_every_size(form):
+    """One is a GPU's, the other a CPU's, where images are large."""
+    sigmas = torch.linspace(0.1, 2, 9)
+    taps = torch.from_numpy(augment.gaussian_taps(sigmas.numpy())).float()
+    for size in (7, 64, 65, 100):
+        x = pictures(9, size)
+        blur = THEIRS["gaussian_blur_"]
+        expected = torch.stack([blur(image, sigma.item()) for image, sigma in zip(x, sigmas, strict=True)])
+        torch.testing.assert_close(form(x.clone(), taps), expected, atol=1e-5, rtol=0)
 
 
 # -- the whole half of the device ----------------------------------------------------------------------------------------
@@ -337,7 +353,7 @@ def apply_one_by_one(crops, p):
         if p.gray[i]:
             x = F.rgb_to_grayscale(x, 3)
         if p.sigma[i] > 0:
-            x = F.gaussian_blur(x, 13, p.sigma[i].item())
+            x = THEIRS["gaussian_blur_"](x, p.sigma[i].item())
         if p.solarize[i]:
             x = F.solarize(x, 128 / 255)
         if p.flip[i]:
@@ -355,6 +371,41 @@ def test_apply_equals_torchvision_image_by_image(view, size, count):
     views = augment.apply(crops, parameters, MEAN, STD)
     torch.testing.assert_close(views, apply_one_by_one(crops, parameters), atol=1e-5, rtol=0)
     assert torch.equal(crops, before)
+
+
+def view_of_picture(picture, box, p, i, size, throughout):
+    """View i as MoCo v3 makes it of a PIL image: cropped by PIL; the rest in PIL's 8 bits throughout, or in torchvision's
+    float. (3, S, S) in [0, 1]."""
+    x = F.resized_crop(picture, *box, [size, size], InterpolationMode.BILINEAR)
+    x = x if throughout else F.to_tensor(x)
+    jitters = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    if p.jitter[i]:
+        for operation in p.order[i].tolist():
+            x = jitters[operation](x, p.factors[i, operation].item())
+    if p.gray[i]:
+        x = F.rgb_to_grayscale(x, 3)
+    if sigma := p.sigma[i].item():
+        x = x.filter(ImageFilter.GaussianBlur(sigma)) if throughout else THEIRS["gaussian_blur_"](x, sigma)
+    if p.solarize[i]:
+        x = F.solarize(x, 128 if throughout else 128 / 255)
+    x = F.hflip(x) if p.flip[i] else x
+    return F.to_tensor(x) if throughout else x
+
+
+# PIL cuts off the fraction after each of up to seven steps, half a level each, and keeps hue in 8 bits
+@pytest.mark.parametrize("throughout, mean, most", [(False, 0.2, 1.0), (True, 1.5, 3.0)])
+@pytest.mark.parametrize("view", [0, 1])
+def test_whole_views_are_those_of_pil_and_torchvision(view, throughout, mean, most):
+    """From the decoded picture on; mean distance of a view in grey levels."""
+    count, size = 40, 80
+    pixels = pictures(count, 150, seed=9).mul(255).round().to(torch.uint8)
+    boxes, p = draw_many(RECIPE._replace(size=size), view=view, count=count, height=150, width=150)
+    crops = augment.crop_and_resize(pixels, torch.from_numpy(boxes), size)
+    found = augment.apply(crops, p, torch.zeros(3), torch.ones(3))
+    pictured = map(F.to_pil_image, pixels)
+    expected = [view_of_picture(picture, boxes[i].tolist(), p, i, size, throughout) for i, picture in enumerate(pictured)]
+    apart = 255 * (found - torch.stack(expected)).abs().mean(dim=(1, 2, 3))
+    assert apart.mean() < mean and apart.max() < most
 
 
 def test_with_nothing_drawn_apply_only_normalises():

@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 import main_snclr
-from snclr import options
+from snclr import export, lincls_options, options, report, visualize
 from snclr.errors import Interrupted, RunError, UsageError, one_clear_line
 
 ROOT = Path(main_snclr.__file__).resolve().parent
-RECIPES = sorted(ROOT.glob("configs/*.args"))
+RECIPES = sorted(ROOT.glob("configs/**/*.args"))
+ABLATIONS = [path for path in RECIPES if path.parent.name == "ablations"]
 FLAGS = [action for action in options.build_parser()._actions if action.dest != "help"]
 BOOLEANS = [action for action in FLAGS if isinstance(action, argparse.BooleanOptionalAction)]
 TINY = "--arch resnet8 --width 8 --img-size 16 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 8 --topk 2 -b 4 --epochs 2"
@@ -184,10 +185,39 @@ def test_parsing_does_not_import_what_is_slow(process):
     assert (result.stdout, result.stderr) == ("set()\n", "")
 
 
-def test_every_flag_is_read_by_the_program():
-    sources = "".join(path.read_text() for path in (ROOT / "snclr").glob("*.py") if path.name != "options.py")
-    sources += (ROOT / "main_snclr.py").read_text()
-    assert [flag.dest for flag in FLAGS if not re.search(rf"\bargs\.{flag.dest}\b", sources)] == []
+DATA_FLAGS_ARE_READ_IN = ["snclr/sources.py", "snclr/data.py"]
+PROGRAMS = {
+    options.parse: [
+        "main_snclr.py",
+        *(f"snclr/{path.name}" for path in (ROOT / "snclr").glob("*.py") if path.stem != "options"),
+    ],
+    lincls_options.parse: ["main_lincls.py", *DATA_FLAGS_ARE_READ_IN],
+    visualize.parse: ["snclr/visualize.py", *DATA_FLAGS_ARE_READ_IN],
+    export.main: ["snclr/export.py"],
+    report.main: ["snclr/report.py"],
+    options.parse_data: ["snclr/mean_std.py", *DATA_FLAGS_ARE_READ_IN],
+}
+
+
+@pytest.mark.parametrize("start", PROGRAMS, ids=lambda start: f"{start.__module__}.{start.__name__}")
+def test_every_flag_is_read_by_its_program(start, monkeypatch):
+    parsers = []
+
+    def stop(parser, *arguments):
+        parsers.append(parser)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(options._Parser, "parse_args", stop)
+    with pytest.raises(KeyboardInterrupt):
+        start([])
+    text = "".join((ROOT / name).read_text() for name in PROGRAMS[start])
+    flags = {action.dest for action in parsers[0]._actions} - {"help"}
+    by_name = {
+        name
+        for names in re.findall(r"getattr\(args, name\) for name in \(([^)]*)\)", text)
+        for name in re.findall(r"\w+", names)
+    }
+    assert {flag for flag in flags - by_name if not re.search(rf"\bargs\.{flag}\b", text)} == set()
 
 
 def test_every_flag_is_explained():
@@ -224,6 +254,28 @@ def test_recipe_parses_and_says_what_it_is_for(path):
     assert path.read_text().startswith("#")
     told = " ".join(line[2:] for line in head)
     assert "Source: " in told and ("not measured" in told or "docs/RESULTS.md" in told)
+    if path.parent.name == "configs":  # an ablation's are those of its base
+        assert "Hardware" in told and "memory" in told and ("hours" in told or "minutes" in told)
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_an_ablation_changes_one_setting_of_the_recipe_before_it_or_of_the_embedded_one(path):
+    for base in ([], ["@configs/cifar10_resnet18.args", os.getcwd()]):  # found in the repository from anywhere
+        before, after = vars(parse(*base)), vars(parse(*base, f"@{path}"))
+        assert sum(before[name] != after[name] for name in after) == (path.stem != "base")
+
+
+def test_a_recipe_may_begin_with_another(tmp_path):
+    (tmp_path / "mine.args").write_text("@configs/embedded.args\n--topk 9\n")
+    (tmp_path / "yours.args").write_text("@mine.args --epochs 3")
+    args = parse("@yours.args")
+    assert (args.topk, args.epochs, args.bank_size) == (9, 3, parse().bank_size)
+
+
+def test_a_recipe_here_is_preferred_to_the_repositorys(tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/embedded.args").write_text("--topk 3")
+    assert parse("@configs/embedded.args").topk == 3
 
 
 def test_the_recipes_of_the_methods_differ_in_the_method_alone():

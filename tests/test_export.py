@@ -30,19 +30,14 @@ ARCHS = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A function from a name of ARCHS to a checkpoint after one step."""
+    """A function from a name of ARCHS to a checkpoint after one long step, which leaves no norm or bias at its start."""
     root = tmp_path_factory.mktemp("checkpoints")
     images, made = write_images(root / "images"), {}
+    step = "--eval-freq 0 --stop-after-steps 1 --warmup-epochs 0 --lr 1"
 
     def make(name):
         if name not in made:
-            flags = [
-                *SMALL.replace("--arch resnet8 --width 8", ARCHS[name]).split(),
-                "--eval-freq",
-                "0",
-                "--stop-after-steps",
-                "1",
-            ]
+            flags = f"{SMALL.replace('--arch resnet8 --width 8', ARCHS[name])} {step}".split()
             main_snclr.main([str(images), *flags, "--workdir", str(root / name)])
             made[name] = root / name / "checkpoint_last.pth.tar"
         return made[name]
@@ -131,21 +126,25 @@ def test_a_format_that_has_no_such_model_is_refused_and_nothing_is_written(check
 
 
 def test_a_nested_format_is_no_safetensors_file_and_an_existing_file_stays(checkpoints, tmp_path):
-    with pytest.raises(UsageError, match="safetensors cannot hold"):
+    with pytest.raises(UsageError, match="more than safetensors can hold"):
         run(checkpoints("vit"), "deit", tmp_path / "deit.safetensors")
+    with pytest.raises(UsageError, match="its folder does not exist"):
+        run(checkpoints("vit"), "timm", tmp_path / "nowhere/vit.safetensors")
     (tmp_path / "there.pth").write_text("mine")
     with pytest.raises(UsageError, match="exists: choose another name"):
         run(checkpoints("vit"), "timm", tmp_path / "there.pth")
     assert (tmp_path / "there.pth").read_text() == "mine"
 
 
-def test_the_command_notices_weights_that_give_other_features(checkpoints):
-    encoder, info = snclr.load_encoder(str(checkpoints("vit")))
-    model, state = export.to_timm(encoder, info)
-    state = {name: tensor * (1.001 if name == "norm.weight" else 1) for name, tensor in state.items()}
-    model.load_state_dict(state)
+def test_weights_that_give_other_features_are_noticed_and_never_get_the_name(checkpoints, tmp_path, monkeypatch):
+    def wrong(encoder, info):
+        model, state = export.to_timm(encoder, info)
+        return model, {name: tensor * (1.001 if name == "norm.weight" else 1) for name, tensor in state.items()}
+
+    monkeypatch.setitem(export.FORMATS, "timm", wrong)
     with pytest.raises(RunError, match="do not use them"):
-        export.check(encoder, model.eval(), 32)
+        run(checkpoints("vit"), "timm", tmp_path / "vit.pth")
+    assert not (tmp_path / "vit.pth").exists()
 
 
 def test_the_command_line_exports_and_ends_wrong_usage_in_one_line(checkpoints, tmp_path):
@@ -176,6 +175,8 @@ def test_pretraining_leaves_the_backbone_alone_beside_each_checkpoint(checkpoint
     whole, _ = snclr.load_encoder(str(path))
     alone, info = snclr.load_encoder(str(small))
     assert features.digest(alone) == features.digest(whole) and info["encoder"] == "online" and info["arch"] == "resnet18"
+    with pytest.raises(UsageError, match="holds no momentum encoder"):
+        snclr.load_encoder(str(small), "momentum")
     flags = SMALL.split() + ["--save-freq", "1", "--eval-encoder", "momentum", "--eval-freq", "0", "--epochs", "1"]
     main_snclr.main([str(path.parent.parent / "images"), *flags, "--workdir", str(tmp_path)])
     names = {f"{kind}_{which}.pth.tar" for kind in ("encoder", "checkpoint") for which in ("last", "0001")}
@@ -199,3 +200,9 @@ def test_a_file_that_does_not_say_its_architecture_needs_the_flag(tmp_path):
     assert encoder(X).shape == (2, 512) and np.isclose(info["mean"][0], 0.485) and json.dumps(info["notes"])
     with pytest.raises(UsageError, match="is --arch the right one"):
         snclr.load_encoder(str(tmp_path / "resnet18.pth"), arch="resnet50")
+    # another library's name for it says nothing here
+    torch.save({"arch": "test_vit.r160_in1k", "state_dict": timm.create_model("test_vit").state_dict()}, tmp_path / "timm.pth")
+    with pytest.raises(UsageError, match="give --arch"):
+        snclr.load_encoder(str(tmp_path / "timm.pth"))
+    _, info = snclr.load_encoder(str(tmp_path / "timm.pth"), arch="timm:test_vit", img_size=160)
+    assert info["arch"] == "timm:test_vit"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_backbones import build
 from test_data import save_folder
-from test_linear import images, interrupted_after, pretrained  # noqa: F401 - fixtures
+from test_linear import float64, images, interrupted_after, pretrained  # noqa: F401 - fixtures
 from test_ranks import start_ranks
 
 import main_lincls
@@ -50,14 +50,14 @@ def test_resumed_fine_tuning_equals_the_uninterrupted_one(images, pretrained, tm
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
-def test_two_ranks_fine_tune_as_one_does(images, pretrained, tmp_path):  # noqa: F811
-    for world_size in (1, 2):
-        command = f"main_lincls:float64:{images} --pretrained {pretrained} {TUNE} --workdir {tmp_path}/{world_size}"
-        start_ranks(world_size, tmp_path, [command])
+def test_two_ranks_fine_tune_as_one_does(images, pretrained, tmp_path, float64):  # noqa: F811
+    command = f"main_lincls:float64:{images} --pretrained {pretrained} {TUNE} --workdir {tmp_path}/2"
+    start_ranks(2, tmp_path, [command])
+    tune(images, pretrained, tmp_path / "1")
     one, two = state(tmp_path / "1"), state(tmp_path / "2")
     for name, tensor in one.items():
         if tensor.is_floating_point():
-            assert (two[name] - tensor).norm() < 1e-8 * tensor.norm() + 1e-8, name
+            assert tensor.dtype == torch.float64 and (two[name] - tensor).norm() < 1e-8 * tensor.norm() + 1e-8, name
 
 
 def test_an_untrained_encoder_starts_at_random_and_pixels_are_a_baseline_too(images, pretrained, tmp_path):  # noqa: F811
@@ -71,6 +71,8 @@ def test_an_untrained_encoder_starts_at_random_and_pixels_are_a_baseline_too(ima
     digests = [result["encoder_digest"] for result in results]
     assert digests[0] == digests[1] != digests[2] and features.digest(learned) not in digests
     assert results[0]["encoder"] == "untrained" and results[0]["pretrained_epoch"] is None
+    settings = results[0]["finetune"]  # from scratch: no layer is better than another
+    assert settings["lr"] == settings["head_lr"] and settings["layer_decay"] == 1
     flags = ["--encoder", "pixels", "--epochs", "2", "-b", "8", "--lrs", "0.1"]
     main_lincls.main([str(images), "--pretrained", str(pretrained), *flags, "--workdir", str(tmp_path / "pixels")])
     pixels = json.loads((tmp_path / "pixels/results.json").read_text())
@@ -102,7 +104,7 @@ def test_a_list_of_names_chooses_the_training_images(pretrained, tmp_path):  # n
 @pytest.mark.parametrize(
     "flags, named",
     [
-        ("--label-fraction 0.01", "leaves class 0 with its 20 images none"),
+        ("--label-fraction 0.01", "leaves class a with its 20 images none"),
         ("--label-fraction 1.5", "at most 1"),
         ("--label-fraction 0.5 --label-list setup.py", "there is no such file"),
         ("--warmup-epochs 3", "--warmup-epochs below --epochs"),
@@ -113,6 +115,20 @@ def test_wrong_flags_are_answered_in_one_line(images, pretrained, tmp_path, flag
     with pytest.raises(UsageError) as caught:
         tune(images, pretrained, tmp_path / "w", *flags.split())
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_option_of_fine_tuning_reaches_the_optimiser_and_the_crops(images, pretrained, tmp_path):  # noqa: F811
+    flags = "--optimizer adamw --lr 0.01 --head-lr 0.02 --wd 0.3 --warmup-epochs 0.5 --epochs 1 --amp bf16"
+    is_vit = "vit" in str(pretrained)
+    decay = ["--layer-decay", "0.5"] if is_vit else []
+    settings = tune(images, pretrained, tmp_path / "run", *flags.split(), *decay)["finetune"]
+    assert settings == dict(optimizer="adamw", lr=0.01, head_lr=0.02, weight_decay=0.3, layer_decay=0.5 if is_vit else 1.0)
+    groups = torch.load(tmp_path / "run/lincls_last.pth.tar", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0, 0.3} and "betas" in groups[0]
+    peaks = {group["peak"] for group in groups}
+    assert {0.02 * 8 / 256, 0.01 * 8 / 256} <= peaks and len(peaks) > 10 * is_vit
+    tune(images, pretrained, tmp_path / "crops", *flags.split(), *decay, "--crop-min", 0.9)
+    assert not torch.equal(state(tmp_path / "run")["head.weight"], state(tmp_path / "crops")["head.weight"])
 
 
 def test_rates_fall_from_layer_to_layer():

@@ -10,12 +10,17 @@ from torch import nn
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_pil_image
 
+from snclr import features as frozen
 from snclr import knn
 from snclr.data import ImageFiles, ResidentImages
 
 CPU = torch.device("cpu")
 MOMENTS = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 WHERE = dict(size=8, device=CPU, workers=0)
+
+
+def classify(queries, features, labels, num_classes, *, k, temperature, chunk=1024):
+    return knn.vote(*knn.nearest(queries, features, labels, k, chunk), num_classes, temperature)
 
 
 def scores_by_loops(queries, features, labels, num_classes, k, temperature):
@@ -57,8 +62,9 @@ def on_ranks(monkeypatch):
                 barrier.abort()
                 raise
 
-        monkeypatch.setattr(knn, "rank", lambda: here.rank)
-        monkeypatch.setattr(knn, "world_size", lambda: num_ranks)
+        for module in (knn, frozen):
+            monkeypatch.setattr(module, "rank", lambda: here.rank)
+            monkeypatch.setattr(module, "world_size", lambda: num_ranks)
         monkeypatch.setattr(knn, "all_gather", all_gather)
         with ThreadPoolExecutor(num_ranks) as pool:
             futures = [pool.submit(as_rank, rank) for rank in range(num_ranks)]
@@ -77,45 +83,45 @@ def on_ranks(monkeypatch):
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
 @pytest.mark.parametrize("chunk", [1, 4, 1024])
 def test_scores_equal_the_loops(k, temperature, chunk):
-    scores = knn.classify(*problem(), k=k, temperature=temperature, chunk=chunk)
+    scores = classify(*problem(), k=k, temperature=temperature, chunk=chunk)
     torch.testing.assert_close(scores, scores_by_loops(*problem(), k, temperature), rtol=1e-11, atol=1e-12)
 
 
 def test_scores_of_float32_features_equal_the_loops_to_rounding():
     arguments = problem(num_queries=50, num_features=300, dtype=torch.float32)
-    scores = knn.classify(*arguments, k=20, temperature=0.07)
+    scores = classify(*arguments, k=20, temperature=0.07)
     torch.testing.assert_close(scores.double(), scores_by_loops(*arguments, 20, 0.07), rtol=1e-4, atol=1e-6)
 
 
 def test_one_neighbour_is_the_label_of_the_nearest():
     queries, features, labels, num_classes = problem()
-    scores = knn.classify(queries, features, labels, num_classes, k=1, temperature=0.07)
+    scores = classify(queries, features, labels, num_classes, k=1, temperature=0.07)
     assert scores.argmax(dim=1).tolist() == labels[(queries @ features.T).argmax(dim=1)].tolist()
     assert ((scores > 0).sum(dim=1) == 1).all()
 
 
 def test_a_single_stored_feature_is_enough():
     queries, features, labels, num_classes = problem(num_features=1)
-    scores = knn.classify(queries, features, labels, num_classes, k=20, temperature=0.5)
+    scores = classify(queries, features, labels, num_classes, k=20, temperature=0.5)
     torch.testing.assert_close(scores, scores_by_loops(queries, features, labels, num_classes, 20, 0.5))
 
 
 def test_a_close_neighbour_outvotes_two_distant_ones():
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    scores = knn.classify(torch.tensor([[1.0, 0.0]]), features, torch.tensor([0, 1, 1]), 2, k=3, temperature=0.07)
+    scores = classify(torch.tensor([[1.0, 0.0]]), features, torch.tensor([0, 1, 1]), 2, k=3, temperature=0.07)
     torch.testing.assert_close(scores, torch.tensor([[math.exp(1 / 0.07), 2.0]]))
 
 
 def test_an_opposite_feature_still_votes():
-    scores = knn.classify(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]]), torch.tensor([1]), 2, k=5, temperature=1.0)
+    scores = classify(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]]), torch.tensor([1]), 2, k=5, temperature=1.0)
     torch.testing.assert_close(scores, torch.tensor([[0.0, math.exp(-1)]]))
 
 
 def test_autocast_does_not_coarsen_the_scores():
     arguments = problem(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = knn.classify(*arguments, k=5, temperature=0.07)
-    torch.testing.assert_close(inside, knn.classify(*arguments, k=5, temperature=0.07))
+        inside = classify(*arguments, k=5, temperature=0.07)
+    torch.testing.assert_close(inside, classify(*arguments, k=5, temperature=0.07))
 
 
 @pytest.mark.parametrize("k", [1, 5, 100])
@@ -124,11 +130,11 @@ def test_ranks_with_shares_of_the_features_give_the_scores_of_one(on_ranks, k, s
     queries, features, labels, num_classes = problem()
     feature_shares, label_shares = features.split(shares), labels.split(shares)
 
-    def classify(rank):
-        return knn.classify(queries, feature_shares[rank], label_shares[rank], num_classes, k=k, temperature=0.07, chunk=4)
+    def on_rank(rank):
+        return classify(queries, feature_shares[rank], label_shares[rank], num_classes, k=k, temperature=0.07, chunk=4)
 
     expected = scores_by_loops(queries, features, labels, num_classes, k, 0.07)
-    for scores in on_ranks(len(shares), classify):
+    for scores in on_ranks(len(shares), on_rank):
         torch.testing.assert_close(scores, expected, rtol=1e-11, atol=1e-12)
 
 
@@ -150,10 +156,10 @@ def mean_colour(x):
 TRAIN = coloured([0, 1, 2] * 10)
 
 
-def test_encode_gives_unit_features_and_labels_in_order():
-    features, labels = knn.encode(lambda x: 5 * mean_colour(x), TRAIN, **WHERE)
+def test_encoding_gives_features_and_labels_in_order():
+    features, labels = frozen.encode_share(lambda x: 5 * mean_colour(x), TRAIN, **WHERE)
     pixels = (TRAIN.images.double() / 255 - TRAIN.mean.view(3, 1, 1)) / TRAIN.std.view(3, 1, 1)
-    torch.testing.assert_close(features.double(), normalize(pixels.mean(dim=(2, 3))), rtol=0, atol=1e-6)
+    torch.testing.assert_close(features.double(), 5 * pixels.mean(dim=(2, 3)), rtol=0, atol=1e-5)
     assert torch.equal(labels, TRAIN.labels)
 
 

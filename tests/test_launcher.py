@@ -133,6 +133,11 @@ def test_inside_a_step_the_node_takes_its_part(start):
     assert command[1:] == [TORCHRUN, "--nnodes", "2", "--node_rank", "1", "--nproc_per_node", "4", *address, MAIN]
 
 
+def test_the_shell_of_salloc_starts_srun_also_where_it_is_a_step_itself(start):
+    command = dry(start, **SLURM, SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_NODES="1", SLURM_NODEID="0")
+    assert command[:2] == ["srun", "--nodes=2"]
+
+
 def test_an_interactive_step_on_one_node_is_one_machine(start):
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0"}
     assert dry(start, **{**SLURM, "SLURM_JOB_NUM_NODES": "1"}, **step)[1:] == [MAIN]
@@ -173,6 +178,7 @@ def test_a_dry_run_neither_runs_nor_installs(start, tmp_path):
         ({"NNODES": "0"}, "NNODES must be at least 1"),
         ({"NPROC_PER_NODE": "all"}, "NPROC_PER_NODE must be a whole number, found 'all'"),
         ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "http"}, "MASTER_PORT must be a whole number"),
+        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "65536"}, "MASTER_PORT must be 1 .. 65535"),
         ({"NNODES": "3", "NODE_RANK": "0", "MASTER_ADDR": "h", "NPROC_PER_NODE": "5"}, "divisible by the 15 ranks"),
     ],
 )

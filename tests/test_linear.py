@@ -1,3 +1,4 @@
+import functools
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 import main_lincls
 import main_snclr
 from snclr import confusion, features, knn, lincls_options, linear, weights
-from snclr.errors import UsageError
+from snclr.errors import RunError, UsageError
 
 RATES, DIMS, CLASSES = (0.01, 0.3, 2.0), {"token": 4, "token+mean": 7}, 5
 CPU = torch.device("cpu")
@@ -88,16 +89,20 @@ def test_a_heads_result_does_not_depend_on_its_neighbours():
 def test_a_share_of_each_class_is_keyed_and_nested():
     labels = torch.tensor([0] * 40 + [1] * 7 + [2] * 2)
     keys = torch.rand(49, generator=torch.Generator().manual_seed(0))
-    held = linear.class_share(labels, 0.1, keys, both_sides=True)
+    share_of = functools.partial(linear.class_share, labels, ["a", "b", "c"])
+    held = share_of(0.1, keys, both_sides=True)
     assert [int(held[labels == c].sum()) for c in range(3)] == [4, 1, 1]
     assert keys[:40][held[:40]].max() < keys[:40][~held[:40]].min()
-    most = linear.class_share(labels, 0.99, keys, both_sides=True)
+    most = share_of(0.99, keys, both_sides=True)
     assert [int(most[labels == c].sum()) for c in range(3)] == [39, 6, 1]
-    half, all_of_them = linear.class_share(labels, 0.5, keys), linear.class_share(labels, 1, keys)
+    half, all_of_them = (
+        share_of(0.5, keys),
+        share_of(1, keys),
+    )
     assert [int(half[labels == c].sum()) for c in range(3)] == [20, 4, 1] and all_of_them.all()
     assert (half | held)[:47].equal(half[:47])
-    with pytest.raises(UsageError, match="leaves class 2 with its 2 images none"):
-        linear.class_share(labels, 0.1, keys)
+    with pytest.raises(UsageError, match="leaves class c with its 2 images none"):
+        share_of(0.1, keys)
 
 
 def test_features_of_a_vit_are_the_class_token_and_the_mean_of_its_patches():
@@ -119,7 +124,7 @@ def test_knn_table_equals_the_loops():
     stored = nn.functional.normalize(torch.randn(60, 6, generator=generator, dtype=torch.float64), dim=1)
     queries = nn.functional.normalize(torch.randn(25, 6, generator=generator, dtype=torch.float64), dim=1)
     labels, truth = torch.arange(60) % 4, torch.arange(25) % 4
-    found = knn.table(stored, labels, queries, truth, 4, (3, 10), 0.07)
+    found = knn.table((3 * stored, labels), (2 * queries, truth), 25, 4, (3, 10), 0.07, CPU)
     for k in (3, 10):
         for name, weigh in (("weighted", lambda c: np.exp(c / 0.07)), ("plain", lambda c: 1.0)):
             right = 0
@@ -224,17 +229,16 @@ def test_a_head_of_the_grid_finds_what_it_finds_alone(images, pretrained, tmp_pa
     assert [grid[head["features"], head["norm"]] for head in single] == single
 
 
-@pytest.mark.parametrize("flags", [(), ("--cache-features",)])
-def test_two_ranks_find_what_one_finds(images, pretrained, tmp_path, flags):
-    command = f"{images} --pretrained {pretrained} {PROBE} {' '.join(flags)} --workdir {tmp_path}"
-    results = []
-    for world_size in (1, 2):
-        start_ranks(world_size, tmp_path, [f"main_lincls:float64:{command}/{world_size}"])
-        results.append(json.loads((tmp_path / str(world_size) / "results.json").read_text()))
-    states = [torch.load(tmp_path / n / "lincls_last.pth.tar", weights_only=True)["model"] for n in "12"]
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(states[1][name], tensor, rtol=1e-9, atol=1e-9)
-    assert comparable(results[1]) == comparable(results[0])
+def test_two_ranks_find_what_one_finds(images, pretrained, tmp_path, float64):
+    flags = {"fresh": [], "cached": ["--cache-features"]}
+    command = f"main_lincls:float64:{images} --pretrained {pretrained} {PROBE} --workdir {tmp_path}/2"
+    start_ranks(2, tmp_path, [f"{command}/{name} {' '.join(more)}" for name, more in flags.items()])
+    for name, more in flags.items():
+        one = probe(images, pretrained, tmp_path / "1" / name, *more)
+        assert comparable(json.loads((tmp_path / "2" / name / "results.json").read_text())) == comparable(one)
+        states = [torch.load(tmp_path / n / name / "lincls_last.pth.tar", weights_only=True)["model"] for n in "12"]
+        for key, tensor in states[0].items():
+            torch.testing.assert_close(states[1][key], tensor, rtol=1e-9, atol=1e-9)
 
 
 def test_cached_features_on_disk_equal_those_in_memory_and_are_found_again(images, pretrained, tmp_path, monkeypatch):
@@ -254,6 +258,28 @@ def test_cached_features_on_disk_equal_those_in_memory_and_are_found_again(image
     file.write_bytes(content[: len(content) // 2])
     assert probe(images, pretrained, tmp_path / "disk", "--cache-features", "--cache-limit-gb", 0) == disk and calls
     assert file.read_bytes() == content and not list((tmp_path / "disk").glob("*.tmp"))
+
+
+def test_a_cache_is_of_its_images_and_a_disk_that_is_full_is_said(images, pretrained, tmp_path):
+    import resource
+
+    flags = ["--label-list", tmp_path / "names.txt", "--cache-features", "--cache-limit-gb", 0, "--epochs", 1]
+    for number, first in enumerate((0, 4)):  # as many images of each class, at the same place
+        (tmp_path / "names.txt").write_text("".join(f"{first + n:02}.png\n" for n in range(12)))
+        probe(images, pretrained, tmp_path / "w", *flags)
+        assert len(list((tmp_path / "w").glob("features_*.f32"))) == number + 1
+        for name in ("results.json", "lincls_last.pth.tar"):
+            (tmp_path / "w" / name).unlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # settings fit, features do not
+    try:
+        with pytest.raises(
+            RunError, match=r"cannot write the features to .*features_.*: File too large; choose another --workdir"
+        ):
+            probe(images, pretrained, tmp_path / "full", *flags, "--cache-copies", 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "full").glob("*.f32"))
 
 
 def test_random_crops_are_cached_in_copies_that_the_epochs_take_in_turn(images, pretrained, tmp_path):

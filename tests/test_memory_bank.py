@@ -95,8 +95,9 @@ def test_the_largest_of_wide_rows_are_found_through_their_groups(width, k):
 
 def crowded(generator, count, centres, cosine=0.95):
     """Unit rows in clusters: two of a cluster have about this cosine."""
+    members = centres[torch.randint(len(centres), (count,), generator=generator)]
     noise = normalize(torch.randn(count, centres.shape[1], generator=generator), dim=1)
-    return normalize(centres[torch.randint(len(centres), (count,), generator=generator)] + (1 / cosine - 1) ** 0.5 * noise, dim=1)
+    return normalize(members + (1 / cosine - 1) ** 0.5 * noise, dim=1)
 
 
 @pytest.mark.parametrize("clusters", [None, 8])

@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from benchmarks import measure
+from benchmarks.objective import dense_loss
 from snclr import objectives
+from snclr.builder import SNCLR
+from snclr.memory_bank import MemoryBank
 from snclr.objectives import log_sum_exp, mocov2_loss, mocov3_loss, nnclr_loss, positiveness, snclr_loss
 
 TIGHT = dict(rtol=1e-11, atol=1e-12)
@@ -50,6 +54,20 @@ def slow_loss(query, key, bank, rows, weights, temperature, form):
 @pytest.mark.parametrize("batch, k", [(6, 4), (1, 3), (5, 1), (6, 0)])
 def test_loss_and_gradients_equal_the_dense_oracle(form, attention, batch, k):
     check_against_oracle(*problem(batch, k), form=form, **attention)
+
+
+def test_the_benchmarks_dense_formulation_is_the_same_loss():
+    query, online, key, bank, rows = problem()
+    key = normalize(key, dim=1)
+    others = torch.cat([key[4:, None], bank[rows[4:]]], dim=1).flatten(0, 1)  # of images 4 and 5
+    dense = dense_loss(normalize(query[:4], dim=1), normalize(online[:4], dim=1), key[:4], bank[rows[:4]], others)
+    candidates = objectives.Candidates(key, objectives.count_picks(rows, len(bank)))
+    weights = positiveness(online[:4], bank, rows[:4])
+    streamed = snclr_loss(query[:4], key[:4], bank, rows[:4], weights, temperature=0.2, candidates=candidates)
+    torch.testing.assert_close(streamed, dense, **TIGHT)
+    gradients = [torch.autograd.grad(loss, (query, online)) for loss in (streamed, dense)]
+    for fast, slow in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, slow, **TIGHT)
 
 
 @pytest.mark.parametrize("form", objectives.FORMS)
@@ -267,3 +285,17 @@ def test_golden_figures_of_the_released_computation(threshold, monkeypatch):
         for name, found in (("loss", loss), ("grad_query", query.grad), ("grad_online", online.grad)):
             expected = golden[f"{name}_{rank}_{threshold}"]
             torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_step_sends_less_than_a_45th_of_what_the_released_gathers_do():
+    batch, ranks, topk, dim, size = 128, 32, 30, 256, 128_000  # the paper's
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, dim))
+    encoder.embed, encoder.projector = encoder[0], encoder[1]
+    model = SNCLR(encoder, torch.nn.Linear(dim, dim), MemoryBank(size, dim), topk=topk)
+    model.memory_bank.enqueue(torch.randn(8192, dim), torch.arange(8192))
+    with measure.simulated_ranks(ranks) as sent:
+        loss, _ = model(*torch.randn(2, batch, 3, 2, 2), torch.arange(batch) + 10_000, 0.99)
+        loss.backward()
+    assert len(sent) == 5  # of each direction keys and counts; ids
+    released = 2 * batch * (2 * topk + 1) * dim * 4 * (ranks - 1)  # K and again K + 1 features an image, in each direction
+    assert released > 45 * sum(sent)

@@ -77,6 +77,7 @@ def run(tmp_path_factory, images):
                 "pieces",
                 f"float64:{images} {SMALL} --workdir {out}/resnet --stop-after-steps 5",
                 f"float64:{images} {VIT} --workdir {out}/vit --stop-after-steps 5",
+                f"float64:{images} {VIT} --micro-batch 3 --workdir {out}/micro --stop-after-steps 5",
                 f"float64:{images} {TIMM} --workdir {out}/timm --stop-after-steps 5",
                 f"float64:{images} {SMALL} --weights projected --wd 0 --workdir {out}/projected --stop-after-steps 5",
                 f"{number}{images} {SMALL} --workdir {out}/whole",
@@ -120,10 +121,11 @@ def test_losses_reduced_gradients_norms_bank_and_knn_do_not_depend_on_the_number
         assert_same(load(run(world_size) / f"pieces_{rank}.pt"), expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("model", ["resnet", "vit", "timm", "projected"])  # the last: while the bank is empty, too
+@pytest.mark.parametrize("model", ["resnet", "vit", "micro", "timm", "projected"])  # the last: while the bank is empty, too
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_five_steps_of_training_do_not_depend_on_the_number_of_ranks(run, world_size, model):
-    one, many = (load(run(n) / model / "checkpoint_last.pth.tar") for n in (1, world_size))
+    undivided = {"micro": "vit"}.get(model, model)  # nor on whether a rank encodes its views in parts
+    one, many = load(run(1) / undivided / "checkpoint_last.pth.tar"), load(run(world_size) / model / "checkpoint_last.pth.tar")
     assert one["step"] == many["step"] == 5
     for name, tensor in one["state_dict"].items():
         if tensor.is_floating_point():
@@ -133,7 +135,8 @@ def test_five_steps_of_training_do_not_depend_on_the_number_of_ranks(run, world_
             assert error < 1e-9 * tensor.norm() + 1e-10, f"{name}: {error:.1e} of {tensor.norm():.1e}"
         else:
             assert torch.equal(many["state_dict"][name], tensor), name
-    lines = [read_lines(run(n) / model, drop=("images_per_s", "data_wait")) for n in (1, world_size)]
+    folders = run(1) / undivided, run(world_size) / model
+    lines = [read_lines(folder, drop=("images_per_s", "data_wait", "slowest_step_s")) for folder in folders]
     for line, expected in zip(*lines, strict=True):
         assert line.pop("encoder", "") == expected.pop("encoder", "")
         assert line == pytest.approx(expected, rel=1e-5)  # six digits are written
@@ -146,13 +149,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(run, world_size):
     tolerance = dict(rtol=1e-9, atol=1e-9) if world_size == 4 else {}
     for part in ("state_dict", "optimizer"):
         assert_same(parts[part], whole[part], **tolerance)
-    drop = ("images_per_s", "data_wait")
+    drop = ("images_per_s", "data_wait", "slowest_step_s")
     lines = [read_lines(run(world_size) / name, drop) for name in ("whole", "parts")]
     assert [line["step"] for line in lines[0]] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
     if world_size == 4:
         assert [line["step"] for line in lines[1]] == [line["step"] for line in lines[0]]
     else:
         assert lines[1] == lines[0]
+        for name in ("views_0000010.png", "neighbours_0000010.png"):
+            pictures = [(run(world_size) / workdir / "pictures" / name).read_bytes() for workdir in ("whole", "parts")]
+            assert pictures[0] == pictures[1]
 
 
 def read_lines(workdir, drop):
@@ -167,5 +173,6 @@ def test_the_launcher_starts_several_processes(tmp_path, images):
     done = subprocess.run([*command, "--workdir", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x cpu" in done.stdout and done.stdout.count("step 2/10") == 1  # one rank speaks
+    assert f"report: {tmp_path}/report.html" in done.stdout and (tmp_path / "report.html").exists()
     assert load(tmp_path / "checkpoint_last.pth.tar")["step"] == 2
     assert json.loads((tmp_path / "args.json").read_text())["world_size"] == 2

@@ -70,6 +70,52 @@ def test_moco_v3s_layout(tmp_path, which, seed):
     assert f"left out: {len(tiny().state_dict()) + 3} others: " in told
 
 
+def published_names(arch):
+    """The encoder's tensors in MoCo v3's published files, written out: name and shape."""
+    if arch == "resnet50":
+        shapes, width = {"conv1.weight": (64, 3, 7, 7)}, 64
+        norms = {"bn1": 64}
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            inner = 64 * 2**stage
+            for block in range(blocks):
+                name = f"layer{stage + 1}.{block}"
+                convolutions = {"conv1": (inner, width, 1, 1), "conv2": (inner, inner, 3, 3), "conv3": (4 * inner, inner, 1, 1)}
+                shapes |= {f"{name}.{conv}.weight": shape for conv, shape in convolutions.items()}
+                norms |= {f"{name}.bn{number}": inner * (4 if number == 3 else 1) for number in (1, 2, 3)}
+                if not block:
+                    shapes[f"{name}.downsample.0.weight"] = (4 * inner, width, 1, 1)
+                    norms[f"{name}.downsample.1"] = 4 * inner
+                width = 4 * inner
+        for norm, width in norms.items():
+            shapes |= {f"{norm}.{part}": (width,) for part in ("weight", "bias", "running_mean", "running_var")}
+            shapes[f"{norm}.num_batches_tracked"] = ()
+        return shapes | {"fc.0.weight": (4096, 2048), "fc.1.weight": (4096,), "fc.3.weight": (256, 4096)}
+    width, depth = 384, 12
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 197, width), "norm.weight": (width,), "norm.bias": (width,)}
+    shapes |= {"patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,)}
+    for block in range(depth):
+        layers = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+        layers |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+        for layer, shape in layers.items():
+            shapes |= {f"blocks.{block}.{layer}.weight": shape, f"blocks.{block}.{layer}.bias": shape[:1]}
+        shapes |= {f"blocks.{block}.{norm}.{part}": (width,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
+    return shapes | {"head.0.weight": (4096, width), "head.1.weight": (4096,), "head.6.weight": (256, 4096)}
+
+
+@pytest.mark.parametrize("arch, width", [("vit_small", 384), ("resnet50", 2048)])
+def test_moco_v3s_published_files_open_whole_without_a_flag(tmp_path, arch, width):
+    names = {name: torch.rand(shape) if shape else torch.tensor(7) for name, shape in published_names(arch).items()}
+    state = {f"module.{which}_encoder.{name}": x for which in ("base", "momentum") for name, x in names.items()}
+    state["module.predictor.0.weight"] = torch.zeros(2, 2)
+    torch.save({"epoch": 300, "arch": arch, "state_dict": state, "optimizer": {"state": {}}, "scaler": {}}, tmp_path / "m.pth")
+    encoder, info = weights.open_encoder(str(tmp_path / "m.pth"))
+    head = "head." if arch == "vit_small" else "fc."
+    assert_equal(dict(encoder.state_dict()), {name: x for name, x in names.items() if not name.startswith(head)})
+    assert (info["arch"], info["img_size"], info["epoch"], info["num_features"]) == (arch, 224, 300, width)
+    assert encoder.embed(torch.randn(1, 3, 224, 224)).shape == (1, width)
+    assert f"left out: 3 tensors of its head ({head}*)" in info["notes"]
+
+
 def test_everything_else_in_the_file_is_counted_as_left_out(tmp_path):
     path = moco_v3_file(tiny(1), tiny(2), tmp_path / "moco.pth.tar")
     others = weights.read_encoder(str(path)).others

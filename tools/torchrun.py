@@ -22,7 +22,7 @@ def port_is_free(port: int) -> bool:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
         try:
             server.bind(("", port))
-        except (OSError, OverflowError):
+        except OSError:
             return False
     return True
 

@@ -16,7 +16,7 @@ SMALL = (
 )  # 5 steps an epoch on the images of test_ranks.write_images
 FLAGS = SMALL.split()
 LAST = "checkpoint_last.pth.tar"
-CLOCK = ("images_per_s", "data_wait")  # what differs between two equal runs
+CLOCK = ("images_per_s", "data_wait", "slowest_step_s")  # what differs between two equal runs
 FOREIGN = ("SLURM", "NNODES", "NODE_RANK", "MASTER", "WORLD", "TORCHELASTIC", "SNCLR")
 
 

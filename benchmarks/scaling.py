@@ -1,0 +1,135 @@
+#!/usr/bin/env python3
+"""How cost grows with batch, neighbours, bank and ranks: tables, and a plot beside them.
+
+    python benchmarks/scaling.py --out scaling.png    objective and bank with 1 to 64 simulated ranks; 1, 2, 4 true ones
+    python benchmarks/scaling.py --true-ranks         the simulated part alone
+
+Simulated ranks: this process has one rank's images, and is given the others' keys and picks, as in objective.py; the bytes
+are those that the collectives of a step send. True ranks (gloo on CPUs): a step of a small network, one thread a rank, the
+batch a rank fixed.
+"""
+
+import argparse
+import os
+import sys
+import time
+from argparse import Namespace
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks import measure
+from benchmarks.objective import Problem, Streamed
+from benchmarks.step import Step
+from snclr import distributed, objectives
+from snclr.canvas import BLUE, FAINT, INK, MARGIN, ORANGE, font, page
+
+BASE = dict(batch=128, topk=30, bank=128000, ranks=32, dim=256)
+SWEEPS = {  # what is varied, all else as in BASE
+    "batch": (32, 64, 128, 256),
+    "topk": (1, 10, 30, 100, 300),
+    "bank": (16000, 32000, 64000, 128000, 256000),
+    "ranks": (1, 4, 16, 32, 64),
+}
+
+
+def simulated(args, device) -> dict[str, list[list]]:
+    """For each sweep: value, milliseconds of the loss (forward and backward) and of the search, peak MB, MB sent."""
+    found = {}
+    for name, values in SWEEPS.items():
+        found[name] = []
+        for value in values:
+            sizes = Namespace(**{**BASE, name: value})
+            side = Streamed(Problem(sizes, device), bfloat16=not args.float32)
+            keys = torch.cat([key[: sizes.batch] for key in side.p.keys])
+            steps = {"step": side.step, "search": lambda side=side, keys=keys: side.bank.search(keys, side.p.topk)}
+            memory = measure.peak_memory(side.step, device)
+            seconds = measure.fastest(steps, args.steps, device)
+            with measure.simulated_ranks(sizes.ranks) as sent:
+                for key, rows in zip(side.p.keys, side.p.rows, strict=True):
+                    objectives.gather_candidates(key[: sizes.batch], rows[: sizes.batch], sizes.bank)
+                distributed.all_gather(side.p.own_ids[: sizes.batch])
+            loss = 1000 * (seconds["step"] - seconds["search"])
+            found[name].append([value, loss, 1000 * seconds["search"], memory / 2**20, sum(sent) / 1e6])
+    return found
+
+
+def true_rank(rank: int, world_size: int, port: int, batch: int, steps: int) -> None:
+    """One process of `world_size`: the time of its training step, which rank 0 prints."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = str(rank)
+    device = distributed.start()
+    step = Step("@configs/embedded.args --amp off", batch, device)
+    step.model = distributed.synchronise_batch_norm(step.model, device)
+    step.model = DistributedDataParallel(step.model, broadcast_buffers=False)
+    seconds = []
+    for _ in range(steps + 1):
+        distributed.barrier()
+        start = time.perf_counter()
+        step()
+        measure.wait(device)
+        seconds.append(time.perf_counter() - start)
+    distributed.barrier()
+    if rank == 0:
+        print(f"{world_size:>5}  {1000 * min(seconds[1:]):>9.1f}  {world_size * batch / min(seconds[1:]):>8.0f}", flush=True)
+    distributed.stop()
+
+
+def plot(found: dict[str, list[list]], title: str, told: str):
+    """Loss and search over each sweep's values, both axes logarithmic in effect: evenly spaced values, times from 0."""
+    side, gap = 230, 70
+    key = [(BLUE, "loss, forward and backward"), (ORANGE, "search")]
+    image, draw, top = page(len(found) * (side + gap), side + 50, title, told, key)
+    highest = 1.1 * max(max(line[1], line[2]) for lines in found.values() for line in lines)
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if highest / s <= 6)
+    for number, (name, lines) in enumerate(found.items()):
+        left = MARGIN + 40 + number * (side + gap)
+        y_of = lambda value: top + side - side * value / highest  # noqa: E731
+        for tick in range(0, int(highest) + 1, step):
+            draw.line((left, y_of(tick), left + side, y_of(tick)), fill=(225, 225, 225))
+            draw.text((left - 6, y_of(tick)), str(tick), fill=FAINT, font=font(11), anchor="rm")
+        places = [left + side * (i + 0.5) / len(lines) for i in range(len(lines))]
+        for column, colour in ((1, BLUE), (2, ORANGE)):
+            points = [(x, y_of(line[column])) for x, line in zip(places, lines, strict=True)]
+            draw.line(points, fill=colour, width=2)
+            for x, y in points:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+        for x, line in zip(places, lines, strict=True):
+            draw.text((x, top + side + 10), str(line[0]), fill=FAINT, font=font(11), anchor="mm")
+        draw.text((left + side / 2, top + side + 30), name, fill=INK, font=font(), anchor="mm")
+    return image
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", metavar="PNG", help="where the plot goes")
+    parser.add_argument("--float32", action="store_true", help="products in float32 instead of bfloat16")
+    parser.add_argument("--true-ranks", type=int, nargs="*", default=[1, 2, 4], metavar="N")
+    parser.add_argument("-b", "--batch", type=int, default=32, help="images of a true rank")
+    parser.add_argument("--steps", type=int, default=3)
+    args = parser.parse_args()
+    device = measure.choose_device()
+    products = "float32" if args.float32 else "bfloat16"
+    base = ", ".join(f"{name} {value}" for name, value in BASE.items())
+    print(f"{products} products; {measure.hardware(device)}; fastest of {args.steps}\nall else as in: {base}")
+    found = simulated(args, device)
+    for name, lines in found.items():
+        rows = [[value, f"{loss:.0f}", f"{search:.0f}", f"{mb:.0f}", f"{sent:.2f}"] for value, loss, search, mb, sent in lines]
+        print("\n" + measure.table([name, "loss, ms", "search, ms", "peak MB", "MB sent a rank"], rows))
+    if args.out:
+        told = f"milliseconds a step of one rank, both directions, {products} products; all else as in {base}"
+        plot(found, "Objective and bank as the work grows", told).save(args.out, optimize=True)
+    if args.true_ranks:
+        print(f"\n{args.batch} images a rank, ResNet-8, one thread a rank, {os.cpu_count()} cores\nranks  ms a step  images/s")
+    for number, world_size in enumerate(args.true_ranks):
+        settings = (world_size, 29600 + number, args.batch, args.steps)
+        torch.multiprocessing.spawn(true_rank, settings, nprocs=world_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""One HTML file that tells a run, or several side by side: python -m snclr.report W1 [W2 ...] [--out FILE]
+
+Everything is inside it (styles, curves as SVG, pictures as data URIs), so that it can be mailed. Runs that differ in their seed
+alone are one row: mean and sample standard deviation.
+"""
+
+import base64
+import contextlib
+import glob
+import html
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from .checkpoint import RUNNING
+from .errors import RunError, UsageError, one_clear_line
+from .options import new_parser
+
+ABOUT = ("command", "versions", "git", "world_size", "amp_used", "device")  # in args.json beside the settings
+# title, metric, which of a run's values: of the last evaluation, the first one, the mean of the last epoch, or the median
+COLUMNS = (
+    ("kNN top-1 %", "knn_top1", "last"),
+    ("untrained %", "knn_top1", "first"),
+    ("raw pixels %", "raw_pixels_knn_top1", "first"),
+    ("linear probe %", "linear_top1", "results"),
+    ("loss / chance", "loss_ratio", "mean"),
+    ("purity", "neighbour_purity", "mean"),
+    ("weights' entropy", "positiveness_entropy", "mean"),
+    ("feature std", "feature_std", "mean"),
+    ("effective rank", "effective_rank", "last"),
+    ("images/s", "images_per_s", "median"),
+)
+CURVES = (
+    ("kNN top-1 in percent", "knn_top1"),
+    ("loss", "loss"),
+    ("loss over the loss at chance", "loss_ratio"),
+    ("neighbours with the image's label (purity)", "neighbour_purity"),
+    ("feature std: 1 is spread out, 0 collapse", "feature_std"),
+    ("entropy of the positiveness: 1 is uniform", "positiveness_entropy"),
+    ("effective rank", "effective_rank"),
+    ("images a second", "images_per_s"),
+)
+EVALUATED = ("linear_top1", "finetune_top1", "knn_top1", "mean_per_class_top1", "encoder", "dataset", "label_fraction")
+LEGEND = "kNN and rank: last evaluation; loss, purity, entropy and std: mean of the last epoch's log lines; speed: median; \
+± sample standard deviation over seeds."
+FEW = 3  # differing settings that still make a name
+INKS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")  # Okabe and Ito: readable on black and white
+WIDTH, HEIGHT, LEFT, BELOW = 360, 190, 44, 22  # of a curve's drawing
+HEAD = (
+    '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">\
+<link rel="icon" href="data:,">'
+)
+STYLE = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --faint: #666; --line: #ddd; --ground: #fff; --panel: #f6f7f9 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --faint: #a0a0a0; --line: #3a3a3a; --ground: #141414; --panel: #1e1e1e } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground) }
+body { max-width: 1200px; margin: auto; padding: 1em }
+h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin-top: 2em } p, figcaption { color: var(--faint) } figure { margin: 0 }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums } th { vertical-align: bottom }
+th, td { text-align: left; padding: .25em .8em .25em 0; border-bottom: 1px solid var(--line) } td { white-space: nowrap }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 1em }
+svg { width: 100%; background: var(--panel) } svg text { fill: var(--faint); font-size: 11px } svg .grid { stroke: var(--line) }
+svg path { fill: none; stroke-width: 1.6; stroke-linejoin: round } svg .dot { stroke-width: 4; stroke-linecap: round }
+.key { display: flex; flex-wrap: wrap; gap: .2em 1.4em; padding: 0; list-style: none }
+.key svg { width: 28px; height: 10px; background: none }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); padding: .8em }
+"""
+
+
+class Run(NamedTuple):
+    """What a workdir tells: args.json, the lines of metrics.jsonl, results.json files below it, its neighbour pictures."""
+
+    path: str
+    settings: dict
+    lines: list[dict]
+    results: list[tuple[str, dict]]
+    pictures: list[str]
+
+
+def load(workdir: str) -> Run:
+    """Read a workdir, also of a run that is still going on. Raises UsageError where it holds no run."""
+    settings = _read_json(os.path.join(workdir, "args.json"))
+    if settings is None:
+        raise UsageError(f"{workdir} holds no run (no args.json that can be read): give the --workdir of one")
+    try:
+        with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8", errors="replace") as file:
+            lines = [
+                line for line in map(_object, file) if _number(line, "step") is not None and _number(line, "epoch") is not None
+            ]
+    except OSError as error:
+        raise UsageError(f"{workdir} has no metrics.jsonl that can be read: {error.strerror}; was the run started?") from error
+    below = sorted(glob.glob(os.path.join(glob.escape(workdir), "**", "results.json"), recursive=True))
+    results = [(os.path.relpath(os.path.dirname(path), workdir), found) for path in below if (found := _read_json(path))]
+    pictures = sorted(glob.glob(os.path.join(glob.escape(workdir), "pictures", "neighbours_*.png")))
+    return Run(workdir, settings, lines, results, pictures)
+
+
+def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs by a name that says what sets them apart; those that differ in their seed alone are together."""
+    kinds: dict[str, list[Run]] = {}
+    for run in runs:
+        kinds.setdefault(json.dumps(_kind(run), sort_keys=True, default=str), []).append(run)
+    differing = differences([members[0] for members in kinds.values()])
+    named = {}
+    for members in kinds.values():
+        settings, first = members[0].settings, os.path.basename(os.path.abspath(members[0].path))
+        name = ", ".join(f"{name} {settings.get(name)}" for name in differing) if 0 < len(differing) <= FEW else first
+        named[name if name not in named else members[0].path] = members
+    return named
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Names of the settings that are not the same in all runs, seed and what a run may change apart."""
+    kinds = [_kind(run) for run in runs]
+    names = dict.fromkeys(name for kind in kinds for name in kind)
+    return [name for name in names if any(kind.get(name) != kinds[0].get(name) for kind in kinds)]
+
+
+def value(run: Run, metric: str, which: str) -> float | None:
+    """One number of a run for a table (see COLUMNS); None where it has none."""
+    if which == "results":
+        return next((found for _, result in run.results if (found := _number(result, metric)) is not None), None)
+    told = [(line["epoch"], found) for line in run.lines if (found := _number(line, metric)) is not None]
+    told = told[:1] if which == "first" else told
+    if not told or (which == "first" and told[0][0] != 0):
+        return None
+    if which == "median":
+        return statistics.median(found for _, found in told)
+    last = [found for epoch, found in told if epoch == told[-1][0]]
+    return statistics.fmean(last) if which == "mean" else last[-1]
+
+
+def mean_and_deviation(values: Sequence[float | None]) -> str:
+    """'mean ± sample standard deviation' of what is known, '' for nothing."""
+    known = [found for found in values if found is not None]
+    if not known:
+        return ""
+    mean = statistics.fmean(known)
+    digits = max(0, 2 - math.floor(math.log10(abs(mean)))) if mean else 2
+    digits = min(digits, 1 if abs(mean) >= 10 else 3)
+    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The whole HTML file."""
+    groups, heading = group(runs), []
+    for run in runs:
+        what = "{method} {arch}, {dataset}".format(**{"method": "?", "arch": "?", "dataset": "?", **run.settings})
+        heading += [what] if what not in heading else []
+    title = html.escape("; ".join(heading))
+    columns = [column for column in COLUMNS if any(value(run, *column[1:]) is not None for run in runs)]
+    rows = [
+        [name, len(members), *(mean_and_deviation([value(run, *column[1:]) for run in members]) for column in columns)]
+        for name, members in groups.items()
+    ]
+    parts = [f"<h1>{title}</h1>", _table(["", "runs", *(column[0] for column in columns)], rows), f"<p>{LEGEND}</p>"]
+    names = differences([members[0] for members in groups.values()])
+    if len(names) > FEW:
+        rows = [[name, *(members[0].settings.get(setting) for setting in names)] for name, members in groups.items()]
+        parts += ["<h2>What differs</h2>", _table(["", *names], rows)]
+    parts += ["<h2>Curves over epochs</h2>", _key(groups), '<div class="curves">']
+    parts += [_curve(name, metric, groups) for name, metric in CURVES] + ["</div>"]
+    rows = [
+        [os.path.join(run.path, where), *(result.get(name) for name in EVALUATED)]
+        for run in runs
+        for where, result in run.results
+    ]
+    parts += ["<h2>Evaluations</h2>", _table(["", *EVALUATED], rows)] if rows else []
+    for name, members in groups.items():
+        pictures = members[0].pictures[:1] + members[0].pictures[1:][-1:] if len(groups) == 1 else members[0].pictures[-1:]
+        parts += [f"<h2>Neighbours: {html.escape(name)}</h2>", *map(_image, pictures)] if pictures else []
+    parts.append("<h2>How to repeat it</h2>")
+    for name, members in groups.items():
+        settings, others = members[0].settings, [run.path for run in members[1:]]
+        about = {key: settings.get(key) for key in ABOUT if key not in ("command", "versions")}
+        about |= settings["versions"] if isinstance(settings.get("versions"), dict) else {}
+        words = [f"{key} {found}" for key, found in about.items() if found is not None]
+        words += [f"the same with another seed: {' '.join(others)}"] if others else []
+        parts.append(f"<p>{html.escape(name)}: {html.escape(', '.join(words))}</p>")
+        parts.append(f"<pre>{html.escape(str(settings.get('command')))}</pre><details><summary>all settings</summary>")
+        parts.append(f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre></details>")
+    return f"{HEAD}<title>{title}</title><style>{STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n"
+
+
+def write(workdirs: Sequence[str], out: str) -> None:
+    """Write the report of the runs in workdirs, whole or not at all."""
+    text = page([load(workdir) for workdir in workdirs])
+    try:
+        with open(f"{out}.tmp", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(f"{out}.tmp", out)
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror}") from error
+
+
+def leave(workdir: str) -> str:
+    """Write report.html into the workdir of a run that ends; a line that says where, or why not."""
+    out = os.path.join(workdir, "report.html")
+    try:
+        write([workdir], out)
+    except Exception as error:  # whatever it is: the run has succeeded, and must be seen to
+        return f"no report: {error}"
+    return f"report: {out}"
+
+
+# -- pieces --------------------------------------------------------------------------------------------------------------
+
+
+def _curve(title: str, metric: str, groups: dict[str, list[Run]]) -> str:
+    """A metric over epochs as inline SVG, one line a run, coloured by group; '' where no run has it."""
+    lines = []
+    for number, members in enumerate(groups.values()):
+        for run in members:
+            # every epoch's last step is logged: its number over the epoch's is the steps of an epoch
+            pace = max((line["step"] / line["epoch"] for line in run.lines if line["epoch"] > 0), default=1) or 1
+            points = [(line["step"] / pace, y) for line in run.lines if (y := _number(line, metric)) is not None]
+            lines += [(number, points)] if points else []
+    if not lines:
+        return ""
+    xs, ys = zip(*(point for _, points in lines for point in points), strict=True)
+    end, low, high = max(*xs, 1), min(ys), max(ys)
+    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    across, upwards = (WIDTH - LEFT - 8) / end, (HEIGHT - BELOW - 16) / (high - low)
+
+    def place(point):
+        return f"{LEFT + across * point[0]:.1f} {8 + upwards * (high - point[1]):.1f}"
+
+    drawn = [f'<path class="grid" d="M{place((0, y))}H{WIDTH - 8}"/>' for y in _ticks(low, high)]
+    words = [(LEFT - 6, 12 + upwards * (high - y), "end", y) for y in _ticks(low, high)]
+    words += [(LEFT + across * x, HEIGHT - 6, "middle", x) for x in _ticks(0, end)]
+    drawn += [f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{side}">{tick:g}</text>' for x, y, side, tick in words]
+    for number, points in lines:
+        drawn.append(f'<path {_stroke(number)} d="M{"L".join(map(place, points))}"/>')
+        if len(points) < 12:  # a line of no length with round ends is a dot
+            drawn.append(f'<path class="dot" stroke="{INKS[number % len(INKS)]}" d="M{"h0M".join(map(place, points))}h0"/>')
+    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(drawn)}</svg>'
+    return f"<figure>{picture}<figcaption>{title}</figcaption></figure>"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers in low .. high."""
+    step = 10 ** math.floor(math.log10(high - low))
+    step = next(step * factor for factor in (0.2, 0.5, 1, 2) if (high - low) / (step * factor) <= 5.5)
+    return [round(step * number, 10) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _stroke(number: int) -> str:
+    dashes = ("", "6 3", "2 3", "8 3 2 3")[number // len(INKS) % 4]
+    return f'stroke="{INKS[number % len(INKS)]}"' + (f' stroke-dasharray="{dashes}"' if dashes else "")
+
+
+def _key(groups: Iterable[str]) -> str:
+    entry = '<li><svg viewBox="0 0 28 10"><path {} d="M0 5H28"/></svg> {}</li>'
+    return '<ul class="key">' + "".join(entry.format(_stroke(n), html.escape(name)) for n, name in enumerate(groups)) + "</ul>"
+
+
+def _table(heads: Iterable, rows: Iterable[Iterable]) -> str:
+    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in heads)
+    cells = ["".join(f"<td>{'' if cell is None else html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in cells)}</table></div>'
+
+
+def _image(path: str) -> str:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        data = base64.b64encode(file.read()).decode()
+        return f'<p class="wide"><img alt="{html.escape(os.path.basename(path))}" src="data:image/png;base64,{data}"></p>'
+    return ""
+
+
+def _kind(run: Run) -> dict:
+    return {name: found for name, found in run.settings.items() if name not in {*RUNNING, *ABOUT, "seed"}}
+
+
+def _read_json(path: str) -> dict | None:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return _object(file.read()) or None
+    except OSError:
+        return None
+
+
+def _object(text: str) -> dict:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _number(line: dict, name: str) -> float | None:
+    found = line.get(name)
+    return found if isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < 1e15 else None
+
+
+def main(argv: list[str]) -> None:
+    parser = new_parser("snclr.report", "Tells runs in one HTML file that needs nothing else.")
+    parser.add_argument("workdirs", nargs="+", metavar="W", help="workdir of a run; several are shown side by side")
+    parser.add_argument("--out", metavar="FILE", help="default: report.html in the first workdir")
+    args = parser.parse_args(argv)
+    out = args.out or os.path.join(args.workdirs[0], "report.html")
+    write(args.workdirs, out)
+    print(out)
+
+
+if __name__ == "__main__":
+    with one_clear_line("snclr.report"):
+        main(sys.argv[1:])
