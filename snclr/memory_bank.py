@@ -126,10 +126,12 @@ class MemoryBank(nn.Module):
         first = self.pointer + (count - kept)
         rows = (first + torch.arange(kept, device=self.features.device)) % size
         written = unit(keys[count - kept :]).to(self.features.dtype)
+        sound = written.isfinite().all(dim=1)  # any other key leaves its row as it was: all later searches would find it
+        written = torch.where(sound[:, None], written, self.features[rows])
         self.features.index_copy_(0, rows, written)
         if self.features16 is not None:
             self.features16.index_copy_(0, rows, written.to(self.features16.dtype))
-        self.ids.index_copy_(0, rows, ids[count - kept :].to(self.ids))
+        self.ids.index_copy_(0, rows, torch.where(sound, ids[count - kept :].to(self.ids), self.ids[rows]))
         self.pointer.copy_((self.pointer + count) % size)
         self.filled.add_(count).clamp_(max=size)
 
