@@ -37,9 +37,8 @@ def main(folder):
     images = write_images(folder / "images")
     run(images, folder / "one", 1)
     run(images, folder / "again", 1, "-j", "3")
-    print(
-        f"1 rank, other number of workers: {', '.join(attack.differences(folder / 'one', folder / 'again')) or 'nothing differs'}"
-    )
+    found = attack.differences(folder / "one", folder / "again")
+    print(f"1 rank, other number of workers: {', '.join(found) or 'nothing differs'}")
     for ranks in (2, 4):
         run(images, folder / f"{ranks}", ranks)
         print(f"{ranks} ranks throughout against 1: {difference(folder / 'one', folder / f'{ranks}')}")
