@@ -16,7 +16,7 @@ GRAY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision's
 SIGMA_RANGE = (0.1, 2.0)  # blur, in output pixels
 JITTER = (0.4, 0.4, 0.2, 0.1)  # half-widths of brightness, contrast, saturation (factors about 1) and hue (turns about 0)
 CROP_TRIES = 10
-CACHED_PIXELS = 2**16  # of float views that a core of a CPU works on at a time
+SMALL = 64  # px; larger views a CPU takes one by one, since its cache holds no more
 
 # -- drawing -------------------------------------------------------------------------------------------------------------
 
@@ -121,13 +121,22 @@ def _draw_crops(crop_min, tries, u_top, u_left, heights, widths):
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Cut box (top, left, height, width) out of each image (B, 3, H, W) uint8 and resize it: (B, 3, size, size) uint8.
 
-    Bilinear with antialias, as torchvision's resize: two products with (size, H) and (W, size) matrices an image.
+    Bilinear with antialias, as torchvision's resize: two matrix products an image.
     """
     top, left, height, width = boxes.to(images.device, torch.get_default_dtype()).unbind(1)
     rows = _resize_matrices(top, height, images.shape[2], size)
     columns = _resize_matrices(left, width, images.shape[3], size)
-    resized = rows[:, None] @ images.to(rows.dtype) @ columns[:, None].transpose(2, 3)
-    return resized.round_().clamp_(0, 255).to(torch.uint8)
+    return _both_ways(rows, images, columns).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _both_ways(rows: Tensor, images: Tensor, columns: Tensor) -> Tensor:
+    """rows[b] @ images[b, c] @ columns[b].T: (B, S, H), (B, 3, H, W), (B, S, W) -> (B, 3, S, S). The channels lie side by
+    side in two large products an image: six small ones take several times as long."""
+    count, channels, height, width = images.shape
+    x = images.transpose(1, 2).contiguous().to(rows.dtype)
+    x = x.view(count, height * channels, width) @ columns.mT
+    x = rows @ x.view(count, height, channels * columns.shape[1])
+    return x.view(count, rows.shape[1], channels, columns.shape[1]).transpose(1, 2)
 
 
 def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int) -> Tensor:
@@ -144,16 +153,19 @@ def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int)
 def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) -> Tensor:
     """Jitter, grey, blur, solarise, flip and normalise: crops (B, 3, S, S) uint8 -> (B, 3, S, S) float on their device.
 
-    mean, std (3,) of the data set, in [0, 1]. Each operation runs on just the images that were drawn for it: on a GPU as one
-    batch, on a CPU in parts that its cache holds. Which these are is known on the host, so a GPU is never asked.
+    mean, std (3,) of the data set, in [0, 1]. Each operation runs as one batch on just the images that were
+    drawn for it. Which these are is known on the host, so a GPU is never asked.
     """
     views = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device)
-    part = len(crops) if crops.is_cuda else max(1, CACHED_PIXELS // crops.shape[-1] ** 2)
-    for start in range(0, len(crops), part):
-        here = slice(start, start + part)
+    parts = [slice(i, i + 1) for i in range(len(crops))] if _large_on_cpu(crops) else [slice(None)]
+    for here in parts:
         _apply_(views[here].copy_(crops[here]).div_(255), *(field[here].numpy() for field in parameters))
         normalize_(views[here], mean, std)
     return views
+
+
+def _large_on_cpu(x):
+    return x.shape[-1] > SMALL and not x.is_cuda
 
 
 def _apply_(x, jitter, order, factors, gray, sigma, solarize, flip):
@@ -233,7 +245,7 @@ def gaussian_taps(sigma: np.ndarray) -> np.ndarray:
 
 def gaussian_blur_(x: Tensor, taps: Tensor) -> Tensor:
     """Blur each image with its own taps (B, 2R + 1, 1, 1), reflecting at the border."""
-    return (_blur_by_products_ if x.is_cuda or x.shape[-1] <= 64 else _blur_by_shifts_)(x, taps.flatten(1))
+    return (_blur_by_shifts_ if _large_on_cpu(x) else _blur_by_products_)(x, taps.flatten(1))
 
 
 def _blur_by_products_(x, taps):
@@ -242,9 +254,9 @@ def _blur_by_products_(x, taps):
     source = torch.arange(size, device=x.device)[:, None] + torch.arange(-radius, radius + 1, device=x.device)
     source = source.remainder(max(1, 2 * size - 2))  # reflected, without repeating the edge
     source = torch.minimum(source, 2 * size - 2 - source)
-    matrices = x.new_zeros(len(x), 1, size, size)
-    matrices.scatter_add_(3, source.expand(len(x), 1, -1, -1), taps[:, None, None].expand(-1, 1, size, -1))
-    return x.copy_(matrices @ x @ matrices.transpose(2, 3))
+    matrices = x.new_zeros(len(x), size, size)
+    matrices.scatter_add_(2, source.expand(len(x), -1, -1), taps[:, None].expand(-1, size, -1))
+    return x.copy_(_both_ways(matrices, x, matrices))
 
 
 def _blur_by_shifts_(x, taps):
