@@ -9,7 +9,7 @@ import torch
 from test_ranks import SMALL, write_images
 
 import main_snclr
-from snclr import augment, backbones, objectives
+from snclr import augment, backbones, builder, objectives
 from snclr.errors import RunError
 
 BANK = {"bank_fill"}
@@ -164,23 +164,24 @@ def test_a_non_finite_step_is_skipped_and_leaves_no_trace_in_the_state(images, t
 
 def test_a_network_that_gives_nan_poisons_neither_bank_nor_running_statistics(images, tmp_path, monkeypatch):
     """The worst case: the encoders themselves give nan in one forward."""
-    calls, original = [], backbones.ResNet.forward
+    steps, step, embed = [], builder.SNCLR.forward, backbones.ResNet.embed
 
-    def broken(self, x):
-        calls.append(1)
-        return original(self, x * (math.nan if len(calls) in (13, 14, 15, 16) else 1))  # four calls a step: all of step 4
+    def counted(self, *arguments):
+        steps.append(1)
+        return step(self, *arguments)
 
-    monkeypatch.setattr(backbones.ResNet, "forward", broken)
-    _, steps = train(images, tmp_path, "--eval-freq", "0", "--print-freq", "1")
-    assert [line["step"] for line in steps if line["loss"] is None] == [4]
+    monkeypatch.setattr(builder.SNCLR, "forward", counted)
+    monkeypatch.setattr(backbones.ResNet, "embed", lambda self, x: embed(self, x * (math.nan if len(steps) == 4 else 1)))
+    _, lines = train(images, tmp_path, "--eval-freq", "0", "--print-freq", "1")
+    assert [line["step"] for line in lines if line["loss"] is None] == [4]
     state = state_of(tmp_path)["state_dict"]
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert (state["module.memory_bank.ids"] >= 0).sum() == 30
 
 
 def test_collapse_is_told_once(images, tmp_path, monkeypatch, capsys):
-    original = backbones.ResNet.forward
-    monkeypatch.setattr(backbones.ResNet, "forward", lambda self, x: original(self, x) * 1e-9 + 1)
+    project = builder.SNCLR._project
+    monkeypatch.setattr(builder.SNCLR, "_project", lambda *arguments: [y * 1e-9 + 1 for y in project(*arguments)])
     train(images, tmp_path, "--eval-freq", "0", "--epochs", "5")
     assert capsys.readouterr().out.count("note: collapse: feature_std is below") == 1
 

@@ -1,12 +1,15 @@
 """SIGTERM, SIGUSR1, SIGINT: finish the step, save, leave with code 75 on all ranks; go on from there exactly."""
 
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import attack
 import pytest
 import torch
+from torchvision.io import write_png
 
 import main_snclr
 from snclr import knn, monitor
@@ -129,3 +132,15 @@ def test_launcher_passes_a_signal_on_waits_and_a_second_interrupt_ends_it_at_onc
     assert code == 130 and "Traceback" not in output
     time.sleep(1)
     assert not any(map(attack.lives, ranks))
+
+
+def test_a_signal_to_the_whole_group_takes_no_images_from_the_step_that_is_finished(images, tmp_path):
+    """As SLURM signals every process of a step, and a terminal those in front: the workers that load images, too."""
+    root = Path(shutil.copytree(images, tmp_path / "images"))
+    write_png(torch.zeros(3, 40, 40, dtype=torch.uint8), str(root / "train/a/00.png"))  # of another size: not held in memory
+    flags = ["-j", "2", "--epochs", "100000", "--eval-freq", "0", "--workdir", tmp_path / "run"]
+    run = attack.start(root, *attack.FLAGS, *flags, ranks=1)
+    attack.wait_for_step(tmp_path / "run", 2, run)
+    os.killpg(run.pid, signal.SIGTERM)
+    code, output = attack.ended(run, within=60)
+    assert code == 75 and "SIGTERM: saved" in output and "worker" not in output
