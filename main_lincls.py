@@ -382,10 +382,10 @@ def resume(task, model, optimizer) -> int:
     if changed:
         raise UsageError(f"{path} is of another evaluation: {', '.join(changed)} changed; choose a new --workdir")
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    checkpoint.load_optimizer(path, state["optimizer"], optimizer)
     return state["epoch"]
 
 
 if __name__ == "__main__":
-    with one_clear_line("main_lincls.py"):
+    with one_clear_line("main_lincls.py"), distributed.failures_named():
         main(sys.argv[1:])

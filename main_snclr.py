@@ -9,7 +9,6 @@ Reads from top to bottom: settings, data, model, optimiser, resume, epochs (trai
 """
 
 import datetime
-import math
 import os
 import sys
 import time
@@ -26,14 +25,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from snclr import augment, checkpoint, data, distributed, knn, label_free, monitor, optim, report, sources, visualize, weights
 from snclr.builder import build_model
+from snclr.features import digest
+from snclr.guard import Guard
+from snclr.lock import hold
 from snclr.precision import autocast, resolve_amp
+from snclr.preemption import Interruptions
 
 
 def main(argv: list[str]) -> None:
     args = options.parse(argv)
 
     # -- devices and data ------------------------------------------------------------------------------------------------
-    device = distributed.start()
+    device = distributed.start(args.timeout_minutes)
     train, val, data_notes = sources.open_data(args)
     if args.batch_size > len(train):
         raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images")
@@ -49,24 +52,22 @@ def main(argv: list[str]) -> None:
     # in float32 on a CPU channels-last gains nothing, and torch 2.15 crashes in the backward of narrow convolutions
     channels_last = device.type == "cuda" or amp != "off"
     model = build_model(args, bfloat16=amp == "bf16")
-    workdir = args.workdir or (os.path.dirname(os.path.abspath(args.resume)) if args.resume else default_workdir(args))
-    found = checkpoint.newest(workdir) if args.resume == "auto" else args.resume
-    start_notes = []
+    workdir, found, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
     if args.init_from and not found:
-        start_notes = weights.load_backbone(model.base_encoder, weights.read_encoder(args.init_from))
+        start_notes += weights.load_backbone(model.base_encoder, weights.read_encoder(args.init_from))
         if model.momentum_encoder is not None:
             model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
     elif args.init_from:
-        start_notes = [f"--init-from {args.init_from} is left aside: the run goes on from {found}"]
+        start_notes += [f"--init-from {args.init_from} is left aside: the run goes on from {found}"]
     model = model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
     model = distributed.synchronise_batch_norm(model, device)
     optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     # -- resume ----------------------------------------------------------------------------------------------------------
-    step, changed = 0, []
+    step, changed, which = 0, [], dict(images=len(train), fingerprint=train.fingerprint())
     if found:
-        step, changed = checkpoint.resume(found, model, optimizer, scaler, args=args, images=len(train))
+        step, changed = checkpoint.resume(found, model, optimizer, scaler, args=args, **which)
     speaks = distributed.rank() == 0
     if speaks:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -86,40 +87,91 @@ def main(argv: list[str]) -> None:
         network = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
-    if args.eval_freq and step == 0:
-        log.line({"epoch": 0, "step": 0, **evaluate_start(model, loader, val, args, log)})
+    guard = Guard(model, optimizer, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled())
+    interruptions = Interruptions(args.save_every_minutes, args.timeout_minutes)
+    evaluated = distributed.on_rank_zero(log.last_evaluation)
     last_step = min(
         total_steps, (args.stop_after_epochs or args.epochs) * steps_per_epoch, args.stop_after_steps or total_steps
     )
-    while step < last_step:
-        step = train_epoch(network, loader, optimizer, scaler, log, args, amp=amp, step=step, last_step=last_step)
+    while True:
         epoch, inside = divmod(step, steps_per_epoch)
-        if args.eval_freq and not inside and (epoch % args.eval_freq == 0 or epoch == args.epochs):
-            log.line({"epoch": epoch, "step": step, **evaluate(model, loader, val, amp, args, log, epoch)})
+        if args.eval_freq and not inside and (epoch % args.eval_freq == 0 or epoch == args.epochs) and step != evaluated:
+            with interruptions.nothing_unsaved():  # the state before an evaluation is that of the last save
+                start = (model, loader, val, args, log)
+                result = evaluate(model, loader, val, amp, args, log, epoch) if step else evaluate_start(*start)
+            log.line({"epoch": epoch, "step": step, **result})
+        if step >= last_step:
+            break
+        schedule = dict(amp=amp, step=step, last_step=last_step)
+        step = train_epoch(network, loader, optimizer, scaler, guard, interruptions, log, args, **schedule)
+        if note := monitor.bad_images(loader, workdir):
+            log.say(f"note: {note}")
         if speaks:
-            state = checkpoint.pack(model, optimizer, scaler, args=args, epoch=epoch, step=step, images=len(train))
+            epoch, inside = divmod(step, steps_per_epoch)
+            numbered = f"{epoch:04d}" if args.save_freq and not inside and epoch % args.save_freq == 0 else None
+            state = checkpoint.pack(model, optimizer, scaler, args=args, epoch=epoch, step=step, **which)
             encoder = checkpoint.pack_encoder(judged_encoder(model, args), args.eval_encoder, args=args, epoch=epoch)
-            keeps = args.save_freq and not inside and epoch % args.save_freq == 0
-            for name in ("last", f"{epoch:04d}") if keeps else ("last",):
-                checkpoint.save(os.path.join(workdir, f"checkpoint_{name}.pth.tar"), state)
-                checkpoint.save(os.path.join(workdir, f"encoder_{name}.pth.tar"), encoder)
+            try:
+                save(workdir, state, encoder, numbered, args.keep, log)
+            except RunError as error:
+                if step >= last_step or interruptions.ending:
+                    raise
+                log.say(f"note: {error}; the run goes on and tries again at the next save")
+        interruptions.saved()
+        if interruptions.ending:
+            break
     distributed.barrier()  # nobody leaves while rank 0 still writes
-    if speaks:
-        log.say(monitor.farewell(workdir, done=step == total_steps))
-        log.say(report.leave(workdir))
+    if not interruptions.ending:
+        digests = distributed.union({digest(model)})
+        if distributed.world_size() > 1:
+            log.say(
+                f"weights and bank of the ranks: {'the same' if len(digests) == 1 else 'NOT the same'}, {', '.join(digests)}"
+            )
+        if speaks:
+            log.say(monitor.farewell(workdir, done=step == total_steps))
+            log.say(report.leave(workdir))
     log.close()
     distributed.stop()
+    if interruptions.ending:
+        interruptions.leave(interruptions.ending)
 
 
-def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step: int, last_step: int) -> int:
-    """Train from `step` (completed so far) to the end of its epoch, at most to last_step; returns the completed steps."""
+def open_workdir(args) -> tuple[str, str | None, list[str]]:
+    """The folder of this run, locked from now on; the checkpoint to go on from, if any; what a user should know of it."""
+    path = args.resume if args.resume != "auto" else None
+    workdir = args.workdir or (os.path.dirname(os.path.abspath(path)) if path else default_workdir(args))
+    hold(workdir, "main_snclr")
+    if args.resume != "auto":
+        return workdir, path, []
+    found, told = checkpoint.newest(workdir)
+    last = os.path.join(workdir, checkpoint.LAST)
+    if found not in (None, last):  # a crash between two files: what was not written any more is written now
+        checkpoint.save(last, checkpoint.read(found), args.keep)
+    return workdir, found, told
+
+
+def save(workdir, state, encoder, numbered, keep, log) -> None:
+    """Leave a checkpoint and the encoder alone. The order makes a crash between two files harmless: what is written last
+    decides where a run goes on, and everything before it is then written again."""
+    log.flush(durable=True)
+    for name in (numbered, "last") if numbered else ("last",):
+        checkpoint.save(os.path.join(workdir, f"encoder_{name}.pth.tar"), encoder)
+    if numbered:
+        checkpoint.save(os.path.join(workdir, f"checkpoint_{numbered}.pth.tar"), state)
+    checkpoint.save(os.path.join(workdir, checkpoint.LAST), state, keep)
+
+
+def train_epoch(
+    network, loader, optimizer, scaler, guard, interruptions, log, args, *, amp: str, step: int, last_step: int
+) -> int:
+    """Train from `step` (completed so far) to the end of its epoch, at most to last_step or an interruption; returns the
+    completed steps."""
     network.train()
     steps_per_epoch = loader.steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
     epoch, inside = divmod(step, steps_per_epoch)
     end = min((epoch + 1) * steps_per_epoch, last_step)
     labels = None if loader.images.labels is None else loader.images.labels.to(loader.device)
-    first_bad = torch.full((1,), -1, device=loader.device)  # step of the first non-finite loss; read only when logging
     neighbours_from = args.nn_warmup_epochs * steps_per_epoch
     batches = loader.epoch(epoch, inside)
     log.progress(steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
@@ -145,14 +197,15 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
             loss, shown = network(batch.view1, batch.view2, batch.ids, momentum, step >= neighbours_from)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
-        first_bad = torch.where((first_bad < 0) & ~loss.detach().isfinite(), step + 1, first_bad)
         step += 1
         interval_steps += 1
         log.advance()
+        if interruptions.due():
+            end = step
         is_logged = step % args.print_freq == 0 or step == end
-        if is_logged:
-            scaler.unscale_(optimizer)
-            grad_norm = optim.gradient_norm(optimizer)
+        scaler.unscale_(optimizer)
+        grad_norm = optim.gradient_norm(optimizer)
+        guard.watch(loss, grad_norm, step)
         scaler.step(optimizer)
         scaler.update()
         slowest = max(slowest, time.perf_counter() - step_start)
@@ -161,8 +214,8 @@ def train_epoch(network, loader, optimizer, scaler, log, args, *, amp: str, step
             metrics = monitor.step_metrics(
                 loss, shown, batch.ids, labels, method=args.method, form=args.form, temperature=args.snclr_t
             )
-            if not math.isfinite(metrics["loss"]):
-                raise RunError(monitor.non_finite(metrics["loss"], first_bad))
+            for told in filter(None, (guard.check(), guard.collapse(metrics["feature_std"]))):
+                log.say(f"note: {told}")
             seconds = time.perf_counter() - interval_start
             metrics = {
                 "epoch": epoch + 1,
@@ -225,9 +278,10 @@ def judge(embed, loader, val, args, log, start: str, what: str) -> dict:
 
 
 def default_workdir(args) -> str:
-    """A new folder in runs/, named by what is run and when."""
+    """A new folder in runs/, named by what is run and when, or by SLURM's job, which may be started several times."""
     arch = args.arch.replace(":", "-")  # rsync and scp take what stands before a colon for a machine
-    return os.path.join("runs", f"{args.method}-{arch}-{args.dataset}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    start = os.environ.get("SLURM_JOB_ID") or f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    return os.path.join("runs", f"{args.method}-{arch}-{args.dataset}-{start}")
 
 
 def notes(args, num_images: int) -> list[str]:
@@ -245,5 +299,5 @@ def notes(args, num_images: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    with one_clear_line("main_snclr.py"):
+    with one_clear_line("main_snclr.py"), distributed.failures_named():
         main(sys.argv[1:])

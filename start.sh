@@ -10,6 +10,8 @@
 #
 # It sets up what it needs, checks the flags, and starts one process a GPU (one in all where there is none).
 # NPROC_PER_NODE sets their number on a machine, MASTER_PORT the port on MASTER_ADDR (default 29500; under SLURM by job).
+# MAX_RESTARTS=n goes on up to n times after a process died (wants --workdir); JOIN_SECONDS (600) is how long machines wait to meet.
+# Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and saved (--resume auto goes on).
 set -euo pipefail
 
 fail() { echo "start.sh: error: $1" >&2; exit 2; }
@@ -57,6 +59,9 @@ nodes=${NNODES:-$([ -n "$in_step" ] && echo "${SLURM_STEP_NUM_NODES:-1}" || echo
 processes=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(visible_gpus)}}
 is_number NNODES "$nodes"
 is_number NPROC_PER_NODE "$processes"
+is_number MAX_RESTARTS "${MAX_RESTARTS:-0}"
+is_number JOIN_SECONDS "${JOIN_SECONDS:-600}"
+[ "${MAX_RESTARTS:-0}" -eq 0 ] || [[ " ${flags[*]-} " == *" --workdir"* ]] || fail "MAX_RESTARTS needs --workdir"
 [ "$nodes" -gt 0 ] || fail "NNODES must be at least 1, found $nodes"
 processes=$((processes > 1 ? processes : 1))
 

@@ -17,7 +17,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from . import heads
-from .errors import UsageError
+from .errors import UsageError, first_line
 from .recompute import recomputed
 
 
@@ -190,6 +190,9 @@ def build_timm(name: str, img_size: int, settings: dict, hidden_dim: int, out_di
     Parameters that the features do not depend on (an MLP around the classifier) keep their names and are frozen, since DDP
     waits for the gradient of every other.
     """
+    foreign = [key for key in settings if key.startswith(("pretrained", "checkpoint", "cache"))]
+    if foreign:
+        raise UsageError(f"timm's {', '.join(foreign)} would read other files or the network: --init-from is the way")
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
         raise UsageError(f"timm has no model {name}" + (f"; close names are {', '.join(close)}" if close else ""))
@@ -205,8 +208,8 @@ def build_timm(name: str, img_size: int, settings: dict, hidden_dim: int, out_di
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(features.sum(), trainable, allow_unused=True)
     except Exception as error:  # a wrong argument leads to anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"timm:{name} cannot be built with --img-size {img_size} and {settings}: {reason}") from error
+        told = f"timm:{name} cannot be built with --img-size {img_size} and {settings}: {first_line(error)}"
+        raise UsageError(told) from error
     for parameter, gradient in zip(trainable, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
     width = features.shape[1]  # timm has no attribute that is the width of pooled features in every model

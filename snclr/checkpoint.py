@@ -2,7 +2,8 @@
 
 A file is a dictionary that torch.load(weights_only=True) reads: 'format', 'epoch' and 'step' (both completed), 'arch',
 'state_dict' (MoCo v3's layout: module.base_encoder.*, module.momentum_encoder.*, module.predictor.*, and
-module.memory_bank.*), 'optimizer', 'scaler', 'args', 'images' (size of the training set), 'provenance'.
+module.memory_bank.*), 'optimizer', 'scaler', 'args', 'images' and 'fingerprint' (of the training set: how many, and which),
+'provenance'. checkpoint_last.pth.tar is the newest; the ones before it are checkpoint_last-1.pth.tar, -2 and so on.
 """
 
 import os
@@ -14,9 +15,11 @@ from importlib import metadata
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from . import __version__
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, first_line
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
@@ -38,17 +41,25 @@ RUNNING = {
     "stop_after_epochs",
     "stop_after_steps",
 }
-RUNNING |= {"save_freq", "print_freq", "eval_freq", "eval_encoder", "viz_freq", "compile", "grad_checkpointing"}
+RUNNING |= {"save_freq", "save_every_minutes", "keep", "print_freq", "eval_freq", "eval_encoder", "viz_freq"}
+RUNNING |= {"compile", "grad_checkpointing", "on_bad_image", "skip_non_finite", "timeout_minutes"}
 
 
-def save(path: str, state: dict) -> None:
-    """Write beside the target, flush to the disk, then rename: a crash at any moment leaves the old file or the new one."""
+def save(path: str, state: dict, keep: int = 1) -> None:
+    """Write beside the target, flush to the disk, then rename: a crash at any moment leaves the old file or the new one.
+
+    keep: how many of this name stay, itself included: NAME-1.pth.tar is the one before it.
+    """
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        ages = [path] + [path.replace(".pth.tar", f"-{age}.pth.tar") for age in range(1, keep)]
+        for age in range(keep - 1, 0, -1):
+            if os.path.exists(ages[age - 1]):
+                os.replace(ages[age - 1], ages[age])
         os.replace(temporary, path)
         folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
         os.fsync(folder)  # makes the new name durable, not only the bytes
@@ -57,59 +68,112 @@ def save(path: str, state: dict) -> None:
         if os.path.exists(temporary):
             os.remove(temporary)
         cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(cause, "strerror", None) or first_line(error)
         raise RunError(f"cannot write {path}: {reason}; the checkpoint before it is untouched") from error
 
 
 def read(path: str) -> object:
-    """What torch.load finds in a file, onto the CPU. The zip's own checksums are verified first: torch.load accepts flipped
-    bytes in silence.
+    """What torch.load finds in a file, onto the CPU. Its checksums are verified first: torch.load accepts flipped bytes in
+    silence.
 
     Raises UsageError for a file that is missing, damaged, or holds anything but tensors and plain values.
     """
-    if not os.path.isfile(path):
-        raise UsageError(f"checkpoint {path} does not exist")
-    try:
-        with open(path, "rb") as file:
-            legacy = file.read(2) == b"\x80\x02"  # torch before 1.6: a plain pickle, which has no checksums
-        if not legacy:
-            with zipfile.ZipFile(path) as archive:
-                # attributes: torch writes none, and takes a record with the directory bit for one without content
-                odd = [record.filename for record in archive.infolist() if record.external_attr]
-                damaged = archive.testzip() or next(iter(odd), None)
-    except Exception as error:  # a damaged directory of the zip leads to anything
-        raise UsageError(f"checkpoint {path} is truncated or no checkpoint ({error}); take another one") from error
-    if not legacy and damaged:
-        raise UsageError(f"checkpoint {path} is damaged (wrong checksum in {damaged}); take another one")
+    verify(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises whatever the bytes lead to
         raise UsageError(f"checkpoint {path} is no dictionary of tensors and plain values; nothing else is loaded") from error
 
 
+def verify(path: str) -> None:
+    """Compare every record of a file with the zip's own checksum. Raises UsageError, as `read` does."""
+    if not os.path.isfile(path):
+        raise UsageError(f"checkpoint {path} does not exist")
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) == b"\x80\x02":  # torch before 1.6: a plain pickle, which has no checksums
+                return
+        with zipfile.ZipFile(path) as archive:
+            # attributes: torch writes none, and takes a record with the directory bit for one without content;
+            # nor does it compress: a few bytes that unfold to terabytes are nobody's checkpoint
+            odd = [record.filename for record in archive.infolist() if record.external_attr or record.compress_type]
+            damaged = next(iter(odd), None) or archive.testzip()
+    except Exception as error:  # a damaged directory of the zip leads to anything
+        raise UsageError(f"checkpoint {path} is truncated or no checkpoint ({first_line(error)}); take another one") from error
+    if damaged:
+        raise UsageError(f"checkpoint {path} is damaged (wrong checksum in {damaged}); take another one")
+
+
 def load(path: str) -> dict:
     """Read a checkpoint of this project, as `read` does. Raises UsageError, too, where it is something else."""
     state = read(path)
-    needed = ("epoch", "step", "arch", "state_dict", "optimizer", "args", "images")
-    missing = [key for key in needed if not isinstance(state, dict) or key not in state]
+    kinds = dict(epoch=int, step=int, arch=str, state_dict=dict, optimizer=dict, args=dict, images=int)
+    missing = [key for key in kinds if not isinstance(state, dict) or key not in state]
     if missing:
         raise UsageError(f"checkpoint {path} cannot be resumed: it has no {', '.join(missing)}")
-    if state.get("format", 1) > FORMAT:
+    if state.get("format", 1) not in range(1, FORMAT + 1):
         raise UsageError(f"checkpoint {path} has format {state['format']}; this version reads up to {FORMAT}")
+    odd = [key for key, kind in kinds.items() if type(state[key]) is not kind]
+    odd += (
+        [str(name) for name, value in state["state_dict"].items() if not (isinstance(name, str) and is_plain(value))]
+        if not odd
+        else []
+    )
+    if odd or state["step"] < 0:
+        raise UsageError(f"checkpoint {path} cannot be resumed: no sensible {first_few(odd or ['step'])} in it")
     return state
 
 
-def newest(workdir: str) -> str | None:
-    """The checkpoint that --resume auto takes: the newest file in workdir, None where there is none."""
-    if not os.path.isdir(workdir):
-        return None
-    names = [name for name in os.listdir(workdir) if name.startswith("checkpoint_") and name.endswith(".pth.tar")]
-    paths = [os.path.join(workdir, name) for name in names]
-    return max(paths, key=lambda path: (os.path.getmtime(path), os.path.basename(path) == LAST), default=None)
+def is_plain(value: object) -> bool:
+    """Whether a value of a file is a tensor with content, as every weight is."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
 
 
-def pack(model: nn.Module, optimizer, scaler, *, args: Namespace, epoch: int, step: int, images: int) -> dict:
-    """Everything a run needs to go on. model: without DDP; images: size of the training set."""
+def newest(workdir: str) -> tuple[str | None, list[str]]:
+    """The checkpoint that --resume auto takes: the one of the latest step among the whole ones in workdir, None where there is
+    no checkpoint at all; and a line about each later one that is damaged, which is renamed NAME.damaged.
+
+    Raises UsageError where there are checkpoints, but no whole one.
+    """
+    names = os.listdir(workdir) if os.path.isdir(workdir) else []
+    names = [name for name in names if name.startswith("checkpoint_") and name.endswith(".pth.tar")]
+    names.sort(key=lambda name: (name != LAST, name))
+    damaged = []
+    for path in sorted((os.path.join(workdir, name) for name in names), key=_step, reverse=True):
+        try:
+            verify(path)
+        except UsageError as error:
+            damaged.append((path, error))
+            continue
+        for other, _ in damaged:
+            os.replace(other, f"{other}.damaged")
+        return path, [f"{str(error).partition('; take')[0]}: renamed to .damaged, {path} is taken" for _, error in damaged]
+    if damaged:
+        raise UsageError(f"no whole checkpoint in {workdir}: {damaged[0][1]}")
+    return None, []
+
+
+def _step(path: str) -> float:
+    """The step of a checkpoint; infinity where it cannot be read: the file was the newest for all we know."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
+    except Exception:  # whatever damaged bytes lead to
+        return float("inf")
+
+
+def pack(
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: GradScaler,
+    *,
+    args: Namespace,
+    epoch: int,
+    step: int,
+    images: int,
+    fingerprint: str | None = None,
+) -> dict:
+    """Everything a run needs to go on. model: without DDP; images, fingerprint: size and ImageSet.fingerprint of the training
+    set."""
     return {
         "format": FORMAT,
         "epoch": epoch,
@@ -120,6 +184,7 @@ def pack(model: nn.Module, optimizer, scaler, *, args: Namespace, epoch: int, st
         "scaler": scaler.state_dict(),
         "args": vars(args),
         "images": images,
+        "fingerprint": fingerprint,
         "provenance": provenance(),
     }
 
@@ -131,7 +196,16 @@ def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int)
     return {"format": FORMAT, "epoch": epoch, "arch": args.arch, "args": vars(args), "encoder": which, "state_dict": backbone}
 
 
-def resume(path: str, model: nn.Module, optimizer, scaler, *, args: Namespace, images: int) -> tuple[int, list[str]]:
+def resume(
+    path: str,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: GradScaler,
+    *,
+    args: Namespace,
+    images: int,
+    fingerprint: str | None = None,
+) -> tuple[int, list[str]]:
     """Load a checkpoint into a run with the same settings: its completed steps, and the settings that changed on the way.
 
     UsageError names every setting that must not change, and every key or shape that differs.
@@ -142,19 +216,30 @@ def resume(path: str, model: nn.Module, optimizer, scaler, *, args: Namespace, i
     refused = [change for name, change in changes.items() if name in FIXED]
     if state["images"] != images:
         refused.append(f"training images {state['images']} -> {images}")
+    elif None not in (fingerprint, state.get("fingerprint")) and state["fingerprint"] != fingerprint:
+        refused.append("training images of the same number, but with other names or in another order")
     if refused:
         raise UsageError(f"{path} is of another run: {', '.join(refused)}; repeat its settings or choose a new --workdir")
     load_strictly(path, state["state_dict"], model)
-    kept = [{name: group[name] for name in ("weight_decay", "fused") if name in group} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise UsageError(f"{path} does not fit the optimiser: {error}") from error
-    for group, settings in zip(optimizer.param_groups, kept, strict=True):
-        group |= settings  # of this start's flags and version; the learning rate is set at every step
-    if state["scaler"] and scaler.is_enabled():
+    load_optimizer(path, state["optimizer"], optimizer)
+    if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     return state["step"], [change for name, change in changes.items() if name not in RUNNING]
+
+
+def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
+    """Load an optimiser's state; its settings stay those of this start. UsageError where it is not that of these parameters."""
+    now = optimizer.state_dict()["param_groups"]
+    try:
+        groups = [saved | {**group, "params": saved["params"]} for saved, group in zip(state["param_groups"], now, strict=True)]
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+        states = list(optimizer.state.items())
+        if not all(is_plain(x) and tuple(x.shape) in (tuple(p.shape), ()) for p, values in states for x in values.values()):
+            raise ValueError("no tensors, or of another shape")
+        if any(values.keys() != states[0][1].keys() for _, values in states):
+            raise ValueError("parameters with less state than others")
+    except Exception as error:  # torch checks little, so that odd content leads to anything
+        raise UsageError(f"{path} does not fit the optimiser: {first_line(error)}") from error
 
 
 def provenance() -> dict:

@@ -5,9 +5,13 @@ decoded and cropped by worker processes). Both answer `views` and `whole` for ar
 difference. Where sets come from is the business of sources.py.
 """
 
+import contextlib
 import copy
+import hashlib
 import io
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
@@ -23,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from . import augment
 from .augment import Recipe, ViewParameters
 from .distributed import rank, world_size
-from .errors import RunError
+from .errors import RunError, first_line
 
 try:  # torchvision 0.29 announces that its decoders will go; PIL takes half as long again
     from torchvision.io import ImageReadMode, decode_image
@@ -71,6 +75,11 @@ class ImageSet:
             values = getattr(self, name)
             setattr(chosen, name, None if values is None else values[indices])
         return chosen
+
+    def fingerprint(self) -> str:
+        """Hash of which images these are, in order, by the names of their files or their sizes in bytes; nothing is read."""
+        told = self.names if self.names is not None else getattr(self, "size", np.arange(len(self)))
+        return hashlib.sha256(np.ascontiguousarray(told)).hexdigest()
 
     def labelled(self) -> "ImageSet":
         """The images that have a label."""
@@ -120,23 +129,48 @@ class ResidentImages(ImageSet):
 
 
 class EncodedImages(ImageSet):
-    """Images that are decoded whenever they are needed: a subclass says how one of them is read."""
+    """Images that are decoded whenever they are needed: a subclass says how one of them is read.
+
+    skip_bad: one that cannot be read is no error; another takes its place in training, grey in evaluation.
+    """
+
+    skip_bad = False
 
     def image(self, index: int) -> Tensor:
         """One image, (3, H, W) uint8. Raises RunError, naming it, where it cannot be read."""
         raise NotImplementedError
 
+    def readable(self, index: int, seed: int) -> tuple[int, Tensor]:
+        """An image and its number: `index`, or where that cannot be read and skip_bad allows it, a substitute that depends on
+        (seed, index) alone, so that every rank and worker would draw the same."""
+        for attempt in range(20):
+            try:
+                return index, self.image(index)
+            except RunError:
+                if not self.skip_bad or attempt == 19:
+                    raise
+                index = int(augment.keyed_bits(seed, index, attempt) % np.uint64(len(self)))
+
     def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
-        images = [self.image(index) for index in indices]
+        numbers, images = zip(*(self.readable(int(index), recipe.seed) for index in indices), strict=True)
+        indices = np.array(numbers)
         heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
         boxes, parameters = _draw(recipe, epoch, indices, which, heights, widths)
         crops = torch.cat([_cut(image, box, recipe.size) for image, box in zip(images * len(which), boxes, strict=True)])
         return Views(torch.from_numpy(indices), crops, parameters)
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
-        images = [self.image(index) for index in indices]
+        images = [self._image_or_grey(index, size) for index in indices]
         none = torch.empty(0, 3, size, size, dtype=torch.uint8)
         return torch.cat([none, *(_cut(image, _evaluation_box(*image.shape[1:], size), size) for image in images)])
+
+    def _image_or_grey(self, index, size):
+        try:
+            return self.image(index)
+        except RunError:
+            if not self.skip_bad:
+                raise
+            return torch.full((3, size, size), 127, dtype=torch.uint8)
 
     def resident(self) -> ImageSet:
         """The same set held in memory, if all images are of one size and fit into RESIDENT_LIMIT; else this one."""
@@ -182,15 +216,15 @@ class ImageFiles(EncodedImages):
 
 def decode(encoded: np.ndarray, name: str) -> Tensor:
     """The bytes (n,) uint8 of an image file as (3, H, W) uint8, upright. Raises RunError with the name of a damaged one."""
-    if encoded[:3].tobytes() == b"\xff\xd8\xff" and decode_image:  # JPEG only: its PNG decoder crashes on damaged files
-        try:
-            return decode_image(torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=True)
-        except RuntimeError:
-            pass  # PIL reads it, or names the reason
     try:
-        with Image.open(io.BytesIO(encoded)) as picture:
+        with Image.open(io.BytesIO(encoded)) as picture:  # reads the head alone, and refuses what would fill the memory
+            if encoded[:3].tobytes() == b"\xff\xd8\xff" and decode_image:  # JPEG only: its PNG decoder crashes on damaged files
+                with contextlib.suppress(RuntimeError):  # PIL reads it, or names the reason
+                    return decode_image(torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=True)
             return to_rgb(picture)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise unreadable(name, "it is no image of a known format") from error
+    except Exception as error:  # decoders raise whatever the bytes lead to
         raise unreadable(name, error) from error
 
 
@@ -204,7 +238,7 @@ def to_rgb(picture: Image.Image) -> Tensor:
 
 def unreadable(name: str, reason: object) -> RunError:
     """The error of an image that cannot be read."""
-    return RunError(f"cannot read image {name}: {reason}; remove or replace the file")
+    return RunError(f"cannot read image {name}: {first_line(reason)}; remove or replace the file")
 
 
 def _draw(recipe, epoch, indices, which, heights, widths):
@@ -241,6 +275,7 @@ class ViewLoader:
     def __init__(self, images: ImageSet, recipe: Recipe, device: torch.device, workers: int):
         self.images, self.recipe, self.device = images, recipe, device
         self.requests = _Requests()
+        self.replaced: set[int] = set()  # images that could not be read
         self.loader = None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if isinstance(images, EncodedImages):
@@ -249,6 +284,7 @@ class ViewLoader:
                 batch_size=None,
                 sampler=self.requests,
                 num_workers=workers,
+                worker_init_fn=leave_signals_to_the_rank,
                 persistent_workers=workers > 0,
                 pin_memory=device.type == "cuda",
             )
@@ -258,11 +294,12 @@ class ViewLoader:
         self.requests.list = requests
         direct = (self.images.views(self.recipe, *request) for request in requests)
         batches = iter(direct if self.loader is None else self.loader)
-        for _ in requests:
+        for request in requests:
             with torch.cuda.stream(self.stream):  # without one, nothing
                 views = next(batches)
                 if isinstance(views, Exception):
                     raise views
+                self.replaced.update(request[1][request[1] != views.ids.numpy()].tolist())
                 crops = views.crops.to(self.device, non_blocking=True)
                 x = augment.apply(crops, views.parameters, self.images.mean, self.images.std)
                 ids = views.ids.to(self.device, non_blocking=True)
@@ -272,6 +309,22 @@ class ViewLoader:
                 ids.record_stream(training)  # so that their memory is not used again before the step has read it
                 x.record_stream(training)
             yield ids, x
+
+
+def leave_signals_to_the_rank(worker: int) -> None:
+    """A signal that reaches a whole group of processes must not take the images from a rank that finishes its step: a worker
+    heeds its rank's SIGTERM alone."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which says who sent it; macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_rank, daemon=True).start()
+
+
+def _end_with_the_rank():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Batch(NamedTuple):
@@ -296,6 +349,12 @@ class TwoViewLoader(ViewLoader):
         order = augment.epoch_order(self.recipe.seed, epoch, len(self.images))
         starts = [step * self.global_batch_size for step in range(first, self.steps_per_epoch)]
         return self._pairs(epoch, [share(order[start : start + self.global_batch_size]) for start in starts])
+
+    def indices(self, step: int) -> np.ndarray:
+        """The images of the global batch that step `step` (from 1) trained on, in rank order."""
+        epoch, inside = divmod(step - 1, self.steps_per_epoch)
+        order = augment.epoch_order(self.recipe.seed, epoch, len(self.images))
+        return order[inside * self.global_batch_size :][: self.global_batch_size]
 
     def sample(self, count: int) -> Iterator[Batch]:
         """This rank's part of `count` images (rounded down to the ranks) in views that no epoch shows; the same each time."""
@@ -366,7 +425,13 @@ def whole_images(
     chunks = np.split(indices, range(chunk, len(indices), chunk))
     batches = (images.whole(part, size) for part in chunks)
     if isinstance(images, EncodedImages):
-        batches = DataLoader(_WholeOnRequest(images, size), batch_size=None, sampler=chunks, num_workers=workers)
+        batches = DataLoader(
+            _WholeOnRequest(images, size),
+            batch_size=None,
+            sampler=chunks,
+            num_workers=workers,
+            worker_init_fn=leave_signals_to_the_rank,
+        )
     for batch in batches:
         if isinstance(batch, Exception):
             raise batch

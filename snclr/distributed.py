@@ -4,29 +4,46 @@ Every function also works without a process group, as rank 0 of 1; nothing else 
 """
 
 import contextlib
+import ctypes
+import datetime
 import os
-from collections.abc import Iterator
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
+from .errors import Interrupted, RunError, UsageError, first_line
 from .precision import widen
 
+GRACE = 5  # seconds in which every rank that still lives has noticed that another one does not
 
-def start() -> torch.device:
+
+def start(timeout_minutes: float = 30) -> torch.device:
     """Join the process group that torchrun describes, if it started us, and return this rank's device.
 
-    NCCL on CUDA, gloo on CPU.
+    NCCL on CUDA, gloo on CPU. A collective that is not complete after timeout_minutes fails.
     """
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a rank does not outlive a launcher that was killed
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        try:
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            raise RunError(f"the ranks did not meet within {timeout_minutes:g} minutes: {_sentence(error)}") from error
+        _store().set(f"host/{rank()}", socket.gethostname())
     return device
 
 
@@ -55,6 +72,85 @@ def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
+
+
+@contextlib.contextmanager
+def failures_named() -> Iterator[None]:
+    """Turn a failed collective into a RunError that says which ranks, on which machines, no longer answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        known = any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+        if world_size() == 1 or isinstance(error, RunError | Interrupted) or not known:
+            raise
+        told = _sentence(error)
+        raise RunError(f"{_silent_ranks()}: {told}") from error
+
+
+def _silent_ranks() -> str:
+    store, number, count = _store(), rank(), world_size()
+    try:
+        store.set(f"lost/{number}", "")
+        dist.destroy_process_group()  # closes our connections, by which those who wait for us notice, too
+        time.sleep(GRACE)
+        silent = [other for other in range(count) if not store.check([f"lost/{other}"])]
+        told = ", ".join(f"rank {other} on {store.get(f'host/{other}').decode()}" for other in silent[:8])
+        return f"lost contact with {told}" if told else "lost contact for a while with another rank"
+    except RuntimeError:
+        return f"lost contact with the launcher on {os.environ.get('MASTER_ADDR')}, where the ranks meet"
+
+
+def _store():
+    return dist.distributed_c10d._get_default_store()
+
+
+def _sentence(error) -> str:
+    """Of torch's message the sentence that says what happened, without the place in its source and the advice."""
+    return re.sub(r"^\[\S*\] ", "", first_line(error)).partition(". ")[0]
+
+
+class LaggedMaximum:
+    """The largest number of all ranks, as of the call before: exchanged in the background, on the CPU, so that neither the
+    host nor a GPU waits. 0 at the first call. Collective."""
+
+    def __init__(self, timeout_minutes: float):
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
+        self.work = None
+
+    def __call__(self, number: int) -> int:
+        if self.group is None:
+            return number
+        before = 0
+        if self.work is not None:
+            self.work.wait()
+            before = int(self.found)
+        self.found = torch.tensor(number)
+        self.work = dist.all_reduce(self.found, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return before
+
+
+def on_rank_zero(function: Callable) -> object:
+    """What function() returns, or the UsageError that it raises, on rank 0 alone, for every rank."""
+    answer = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = function()
+        except UsageError as error:
+            answer[1] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise UsageError(answer[1])
+    return answer[0]
+
+
+def union(found: set) -> set:
+    """What any rank has found."""
+    parts = [found] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, found)
+    return set().union(*parts)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Iterator
 
@@ -12,6 +13,20 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A run that had started cannot go on (for instance a non-finite loss). Exit code 1."""
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run, and everything is saved. Exit code 75 (EX_TEMPFAIL: to be tried again)."""
+
+
+def one_line(error: Exception) -> str:
+    """Its message without what a terminal would not print as it stands: names of files and flags may hold anything."""
+    return "".join(c if c.isprintable() else "?" for c in str(error).encode(errors="replace").decode())
+
+
+def first_line(error: Exception) -> str:
+    """Of its message, or its name where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
@@ -25,10 +40,19 @@ def one_clear_line(program: str) -> Iterator[None]:
         yield
     except UsageError as error:
         if rank == 0:
-            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+            print(f"{program}: error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except RunError as error:
-        print(f"{program}: stopped on rank {rank}: {error}", file=sys.stderr, flush=True)
+    except Interrupted as error:
+        if rank == 0:
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
+        sys.exit(75)
+    except RuntimeError as error:
+        told = one_line(error)
+        if told.startswith("DataLoader worker"):  # torch's words for it, which its signal handler raises anywhere
+            told = f"{told.partition('.')[0]}: out of memory? fewer --workers need less of it"
+        elif not isinstance(error, RunError):
+            raise
+        print(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {told}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         if rank == 0:

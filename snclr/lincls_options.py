@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 
+from . import options
 from .errors import UsageError, one_clear_line
 from .options import add_backbone_flags, add_data_flags, check_data, check_numbers, check_workdir, new_parser, resolve_data
 
@@ -77,6 +78,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.batch_size = 256 if args.finetune else 1024
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 10
+    options.resolve_resume(args)
     resolve_data(args)
     check_data(args)
     check_numbers(args, POSITIVE, ("cache_limit_gb", "wd", "warmup_epochs"))

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from .precision import full_precision, unit
 
-COSINES = {"cpu": 2**22, "cuda": 2**28}  # at a time in a search: some megabytes; what a GPU has to spare
-GROUP = 32
+COSINES = {"cpu": 2**23, "cuda": 2**29}  # bytes at a time in a search, of CHUNK rows
+CHUNK = {"cpu": 2**14, "cuda": 2**17}
+GROUP = 16
 
 
 class MemoryBank(nn.Module):
@@ -73,9 +74,9 @@ class MemoryBank(nn.Module):
             raise ValueError(f"ids must be ({len(queries)},), one a query, found {tuple(ids.shape)}")
         if not k:
             return queries.new_zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device)
-        budget = COSINES[queries.device.type]
-        chunk = chunk or min(size, budget // 64)
-        block = max(1, budget // chunk)
+        kind = queries.device.type
+        chunk = min(size, chunk or CHUNK[kind])
+        block = max(1, COSINES[kind] // (chunk * self.products.element_size()))
         parts = unit(queries).to(self.features.dtype).split(block)
         own = [None] * len(parts) if ids is None else ids.split(block)
         found = [self._search(part, k, part_ids, chunk) for part, part_ids in zip(parts, own, strict=True)]
@@ -125,10 +126,12 @@ class MemoryBank(nn.Module):
         first = self.pointer + (count - kept)
         rows = (first + torch.arange(kept, device=self.features.device)) % size
         written = unit(keys[count - kept :]).to(self.features.dtype)
+        sound = written.isfinite().all(dim=1)  # any other key leaves its row as it was: all later searches would find it
+        written = torch.where(sound[:, None], written, self.features[rows])
         self.features.index_copy_(0, rows, written)
         if self.features16 is not None:
             self.features16.index_copy_(0, rows, written.to(self.features16.dtype))
-        self.ids.index_copy_(0, rows, ids[count - kept :].to(self.ids))
+        self.ids.index_copy_(0, rows, torch.where(sound, ids[count - kept :].to(self.ids), self.ids[rows]))
         self.pointer.copy_((self.pointer + count) % size)
         self.filled.add_(count).clamp_(max=size)
 

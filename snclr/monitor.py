@@ -1,6 +1,8 @@
 """What a run tells: metrics of a step, metrics.jsonl, TensorBoard scalars and the lines on the console."""
 
+import contextlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -14,7 +16,9 @@ from tqdm import tqdm
 
 from .builder import StepView
 from .checkpoint import LAST, provenance
-from .distributed import all_gather, all_sum, world_size
+from .data import ViewLoader
+from .distributed import all_sum, rank, union, world_size
+from .errors import RunError
 from .objectives import loss_at_chance
 from .precision import unit
 
@@ -99,20 +103,42 @@ class Log:
         self.bar = None
         if not enabled:
             return
-        self.path = os.path.join(workdir, "metrics.jsonl")
+        self.path, self.pending = os.path.join(workdir, "metrics.jsonl"), b""
         cut_back(self.path, step if step else -1)  # a run that starts anew says its beginning anew
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
         self.events = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1 if step else None)
 
     def line(self, metrics: dict) -> None:
         """Append one line with 'step' to metrics.jsonl and its numbers to TensorBoard."""
         if not self.enabled:
             return
-        self.file.write(json.dumps({name: _rounded(value) for name, value in metrics.items()}) + "\n")
-        for group, names in GROUPS.items():
-            for name in names:
-                if metrics.get(name) is not None:
-                    self.events.add_scalar(f"{group}/{name}", metrics[name], metrics["step"])
+        self.pending += json.dumps({name: _rounded(value) for name, value in metrics.items()}).encode() + b"\n"
+        self.flush()
+        try:
+            self.events = self.events or SummaryWriter(os.path.join(os.path.dirname(self.path), "tensorboard"))
+            for group, names in GROUPS.items():
+                for name in names:
+                    if metrics.get(name) is not None:
+                        self.events.add_scalar(f"{group}/{name}", metrics[name], metrics["step"])
+        except OSError:  # a full disk ends its thread: another one at the next line
+            self.events = None
+
+    def flush(self, durable: bool = False) -> None:
+        """Write the lines that wait, which on a full disk they do. durable: so that a checkpoint that follows finds them after
+        a crash of the machine, or RunError."""
+        try:
+            while self.pending:
+                self.pending = self.pending[self.file.write(self.pending) :]
+            if durable:
+                os.fsync(self.file.fileno())
+        except OSError as error:
+            if durable:
+                raise RunError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def last_evaluation(self) -> int | None:
+        """The step of the last evaluation in metrics.jsonl."""
+        with open(self.path) as file:
+            return max((line["step"] for line in map(json.loads, file) if "loss" not in line), default=None)
 
     def pictures(self, step: int, pictures: dict, histograms: dict[str, Tensor]) -> None:
         """PIL images and values (n,) by name to TensorBoard; the images also to pictures/, as NAME_STEP.png."""
@@ -154,8 +180,10 @@ class Log:
     def close(self) -> None:
         """Flush and close the files."""
         if self.enabled:
+            self.flush()
             self.file.close()
-            self.events.close()
+            with contextlib.suppress(OSError, AttributeError):
+                self.events.close()
 
 
 def save_settings(workdir: str, args: Namespace, more: dict) -> None:
@@ -172,12 +200,28 @@ def save_json(path: str, content: dict) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def non_finite(loss: float, first_bad: Tensor) -> str:
-    """The message for a loss that is no number: first_bad (1,) is each rank's first such step, -1 for none. Collective."""
-    steps = all_gather(first_bad).tolist()
-    step = min(step for step in steps if step > 0)
-    ranks = ", ".join(str(number) for number, found in enumerate(steps) if found == step)
-    return f"the loss is {loss} since step {step} (first on rank {ranks}); lower --lr, or resume from the last checkpoint"
+def bad_images(loader: ViewLoader, workdir: str) -> str | None:
+    """Add the images that could not be read since the last call, on any rank, to workdir/bad_images.txt; a line for the log
+    where there are new ones. Collective."""
+    found = union(loader.replaced)
+    loader.replaced.clear()
+    path, known = os.path.join(workdir, "bad_images.txt"), set()
+    if rank() != 0 or not found:
+        return None
+    if os.path.exists(path):
+        with open(path) as file:
+            known = set(file.read().splitlines())
+    told = set()
+    for index in found:
+        try:
+            loader.images.image(index)
+            told.add(f"image {index} could not be read once")
+        except RunError as error:
+            told.add(str(error).partition("cannot read image ")[2].partition("; remove")[0])
+    with open(path, "w") as file:
+        file.writelines(f"{line}\n" for line in sorted(known | told))
+    new = sorted(told - known)
+    return f"{len(new)} more images cannot be read and are replaced, see {path}: {new[0]}" if new else None
 
 
 def farewell(workdir: str, done: bool) -> str:
@@ -238,4 +282,6 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _rounded(value):
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None  # JSON knows no nan

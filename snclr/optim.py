@@ -34,10 +34,13 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(name: str, module: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-    """'adamw' or 'lars' over the trainable parameters; the learning rate is set at every step."""
+    """'adamw' or 'lars' over the trainable parameters; the learning rate is set at every step.
+
+    With an attribute found_inf, a tensor () on the parameters' device, a step changes nothing where that is 1.
+    """
     groups = parameter_groups(module, weight_decay)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)  # fused: the kernel that heeds found_inf
     if name == "lars":
         return LARS(groups, lr=0.0)
     raise ValueError(f"unknown optimiser {name!r}; known are {', '.join(OPTIMIZERS)}")
@@ -63,6 +66,8 @@ class LARS(torch.optim.Optimizer):
 
     Parameters of one dimension get neither decay nor trust ratio.
     """
+
+    _step_supports_amp_scaling = True  # a GradScaler sets found_inf and leaves the decision to us
 
     def __init__(
         self,
@@ -102,6 +107,10 @@ class LARS(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         velocities = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_mul_(velocities, group["momentum"])
+        lr, momentum = group["lr"], group["momentum"]
+        if (skipped := getattr(self, "found_inf", None)) is not None:
+            updates = [torch.where(skipped > 0, 0, u) for u in updates]  # a product with 0 would leave what is not finite
+            lr, momentum = lr * (1 - skipped.double()), momentum + (1 - momentum) * skipped.double()
+        torch._foreach_mul_(velocities, momentum)
         torch._foreach_add_(velocities, updates)
-        torch._foreach_add_(params, velocities, alpha=-group["lr"])
+        torch._foreach_sub_(params, torch._foreach_mul(velocities, lr))

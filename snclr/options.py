@@ -28,8 +28,10 @@ MEAN_STD = {  # as commonly used; all others take ImageNet's (`python -m snclr.m
     "embedded": ((0.587, 0.587, 0.587), (0.171, 0.171, 0.171)),
 }
 POSITIVE = ("patch_size", "width", "snclr_dim", "snclr_mlp_dim", "snclr_t", "bank_size", "positiveness_t", "gamma", "epochs")
-POSITIVE += ("batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps", "micro_batch")
-NOT_NEGATIVE = ("topk", "wd", "warmup_epochs", "nn_warmup_epochs", "save_freq", "eval_freq", "viz_freq")
+POSITIVE += ("batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps", "micro_batch", "keep")
+POSITIVE += ("timeout_minutes",)
+NOT_NEGATIVE = ("topk", "wd", "warmup_epochs", "nn_warmup_epochs", "save_freq", "eval_freq", "viz_freq", "save_every_minutes")
+NOT_NEGATIVE += ("skip_non_finite",)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EMBEDDED_RECIPE = os.path.join(ROOT, "configs", "embedded.args")
 
@@ -100,6 +102,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--mean", type=float, nargs=3, metavar="X", help="of the channels, in 0..1 (default: the set's)")
     g.add_argument("--std", type=float, nargs=3, metavar="X", help="as --mean; `python -m snclr.mean_std DATA` measures both")
     g.add_argument("--img-size", type=int, metavar="PX", help="side of a view (default: 224; 32 or 96 for sets of that size)")
+    bad = "at an image that cannot be read: end the run, or let others take its place and list it in bad_images.txt"
+    g.add_argument("--on-bad-image", choices=("fail", "skip"), default="fail", help=bad)
     g.add_argument("-j", "--workers", type=int, metavar="N", help="processes a rank that decode (default: one a core, up to 8)")
 
 
@@ -203,6 +207,10 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--stop-after-epochs", type=int, metavar="N", help="save and stop early, the schedule unchanged")
     g.add_argument("--stop-after-steps", type=int, metavar="N", help="the same, after N steps in all")
     g.add_argument("--save-freq", type=int, default=0, metavar="E", help="epochs between checkpoints that are kept; 0: none")
+    g.add_argument("--save-every-minutes", type=float, default=30, metavar="N", help="save within an epoch, too; 0: do not")
+    g.add_argument("--keep", type=int, default=2, metavar="N", help="last checkpoints to keep, beside those of --save-freq")
+    g.add_argument("--skip-non-finite", type=int, default=3, metavar="N", help="bad steps to skip before the run is stopped")
+    g.add_argument("--timeout-minutes", type=float, default=30, metavar="N", help="wait for another rank before it is given up")
     g.add_argument("--print-freq", type=int, default=10, metavar="N", help="steps between log lines")
     g.add_argument("--eval-freq", type=int, default=10, metavar="E", help="epochs between kNN evaluations; 0: never")
     g.add_argument("--viz-freq", type=int, default=10, metavar="E", help="epochs between pictures in TensorBoard; 0: never")
@@ -213,6 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Flags to settings, with the defaults that depend on others filled in, checked. Raises UsageError."""
     args = build_parser().parse_args(argv)
+    resolve_resume(args)
     resolve_data(args)
     resolve_views(args)
     base = f"@{EMBEDDED_RECIPE}"
@@ -236,6 +245,13 @@ def parse_data(argv: list[str]) -> argparse.Namespace:
     resolve_views(args)
     check_data(args)
     return args
+
+
+def resolve_resume(args: argparse.Namespace) -> None:
+    """A run that torchrun, start.sh or SLURM starts again goes on where it was."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SNCLR_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    if any(os.environ.get(name, "0") != "0" for name in counts) and args.resume is None:
+        args.resume = "auto"
 
 
 def resolve_views(args: argparse.Namespace) -> None:
@@ -339,7 +355,7 @@ def check_workdir(workdir: str | None, resume: str | None, leftovers: tuple[str,
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
         raise UsageError(f"--workdir {workdir} cannot be made: {parent} is a file, or may not be written to")
     if resume == "auto":
-        if workdir is None:
+        if workdir is None and "SLURM_JOB_ID" not in os.environ:
             raise UsageError("--resume auto looks into --workdir, which is not given")
         return
     if resume is not None and not os.path.isfile(resume):

@@ -108,8 +108,9 @@ def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
     differing = differences([members[0] for members in kinds.values()])
     named = {}
     for members in kinds.values():
-        settings, first = members[0].settings, os.path.basename(os.path.abspath(members[0].path))
-        name = ", ".join(f"{name} {settings.get(name)}" for name in differing) if 0 < len(differing) <= FEW else first
+        settings, folders = members[0].settings, [os.path.basename(os.path.abspath(run.path)) for run in members]
+        common = os.path.commonprefix(folders).rstrip("-_. ") or folders[0]  # noqa: RUF071 - letters, not folders
+        name = ", ".join(f"{name} {settings.get(name)}" for name in differing) if 0 < len(differing) <= FEW else common
         named[name if name not in named else members[0].path] = members
     return named
 

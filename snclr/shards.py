@@ -62,7 +62,8 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
     if fallback is not None:
         kept.append(os.path.join(fallback, f"index_{os.path.basename(os.path.abspath(source))}.npz"))
     for path in kept:
-        if (index := _load(path, key)) is not None:
+        index = _load(path, key)
+        if index is not None and _fits(index, np.array([size for _, size, _ in state])):
             return index._replace(files=np.array(files))
     index = _scan(files, extensions)
     for path in kept:
@@ -141,6 +142,19 @@ def _load(path, key) -> Index | None:
             return Index(np.empty(0), *(file[name] for name in Index._fields[1:])) if file["key"].item() == key else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # absent, of another version or damaged: it is made again
+
+
+def _fits(index, sizes) -> bool:
+    """Whether all images of a kept index lie inside the files, whose sizes in bytes these are."""
+    rows = (index.shard, index.offset, index.size, index.label)
+    if (
+        any(row.shape != index.shard.shape or row.dtype != np.int64 for row in rows)
+        or not ((index.shard >= 0) & (index.shard < len(sizes))).all()
+    ):
+        return False
+    room = sizes[index.shard] - index.offset
+    inside = (index.offset >= 0) & (index.size >= 0) & (index.size <= room)
+    return bool((inside & (index.label >= -1) & (index.label < len(index.classes))).all()) and len(index.shard) > 0
 
 
 def _save(path, key, index) -> bool:

@@ -50,6 +50,7 @@ def open_data(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
     if args.subset is not None:
         train = train.select(_subset(len(train), args.subset, args.subset_seed))
     for images in filter(None, (train, val)):
+        images.skip_bad = args.on_bad_image == "skip"
         images.mean, images.std = torch.tensor(args.mean), torch.tensor(args.std)
     return train, val, notes
 
@@ -174,7 +175,8 @@ def _open_part(path, labels, args) -> tuple[ImageSet, list[str | None] | None, l
     try:
         images = images.resident()
     except RunError as error:
-        raise UsageError(str(error)) from error
+        if args.on_bad_image == "fail":
+            raise UsageError(f"{error}, or say --on-bad-image skip") from error
     notes = [f"{ignored} files in {path} are no images and were left out"] if ignored else []
     return images, None if labels == "none" else names, notes
 
@@ -206,7 +208,7 @@ def _read_list(path):
 
 def _read_labels(path, source, count):
     """Class names of a text file, one a line in the order of the images; an empty line or -1 is no label."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         names = [name if name not in ("", "-1") else None for name in map(str.strip, file)]
     if len(names) != count:
         raise UsageError(f"{path} has {len(names)} labels for the {count} images of {source}: one a line is needed, in order")

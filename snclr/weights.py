@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .backbones import ARCHS, TIMM, VisionTransformer, build_encoder, sincos_position_embedding
 from .checkpoint import first_few
-from .errors import UsageError
+from .errors import UsageError, first_line
 from .options import IMAGENET
 
 # where the layouts of MoCo and its descendants keep the two encoders
@@ -46,7 +46,8 @@ def read_encoder(path: str, which: str = "online") -> EncoderFile:
         saved |= {key: value for key, value in found.items() if key not in wrappers}
         others += [f"{key}.{name}" for key in wrappers[1:] for name in found[key]]
         found, layout = found[wrappers[0]], f"a plain state dict, {wrappers[0]!r}"
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)} if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
+    tensors = {name: value for name, value in found.items() if isinstance(name, str) and checkpoint.is_plain(value)}
     if not tensors:
         raise UsageError(f"{path} holds no tensors by name: a checkpoint or a state dict is expected")
     for prefix in PREFIXES[which]:
@@ -72,7 +73,8 @@ def open_encoder(path: str, which: str = "online", load: bool = True, **settings
     """
     file = read_encoder(path, which)
     known = dict(patch_size=16, width=None, small_stem=False, timm_kwargs=None, img_size=224, mean=IMAGENET[0], std=IMAGENET[1])
-    known |= {"arch": file.saved.get("arch"), "epoch": file.saved.get("epoch")}
+    epoch = file.saved.get("epoch")
+    known |= {"arch": file.saved.get("arch"), "epoch": epoch if isinstance(epoch, int) else None}
     if known["arch"] not in ARCHS and not str(known["arch"]).startswith(TIMM):
         known["arch"] = None  # another library's name
     says = file.saved.get("args") if isinstance(file.saved.get("args"), dict) else {}
@@ -84,15 +86,20 @@ def open_encoder(path: str, which: str = "online", load: bool = True, **settings
         raise UsageError(f"{path} holds {known['arch']}, not --arch {given['arch']}: leave --arch out")
     known |= given
     shape = {name: known[name] for name in ("img_size", "patch_size", "width", "small_stem")}
-    shape["timm_kwargs"] = dict(known["timm_kwargs"] or [])
-    encoder = build_encoder(known["arch"], **shape, stop_grad_conv1=False, hidden_dim=1, out_dim=1)
+    try:
+        known["mean"], known["std"] = ([float(x) for x in known[name]] for name in ("mean", "std"))
+        shape["timm_kwargs"] = dict(known["timm_kwargs"] or [])
+        encoder = build_encoder(known["arch"], **shape, stop_grad_conv1=False, hidden_dim=1, out_dim=1)
+    except (TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:  # a file may say anything
+        told = error if isinstance(error, UsageError) else f"{path} says what no encoder can be built from: {first_line(error)}"
+        raise UsageError(told) from error
     notes = load_backbone(encoder, file) if load else [f"the architecture of {path} at its random start"]
     head = next(name for name, module in encoder.named_modules() if module is encoder.projector)
     encoder.set_submodule(head, nn.Identity())
     return encoder.eval(), {
         **known,
         "num_features": encoder.num_features,
-        "encoder": file.saved.get("encoder", which),
+        "encoder": "momentum" if file.saved.get("encoder") == "momentum" else which,  # a file of a backbone alone says it
         "notes": notes,
     }
 

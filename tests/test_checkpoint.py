@@ -186,7 +186,7 @@ def test_crash_while_writing_leaves_the_old_file(path, monkeypatch):
     with contextlib.suppress(KeyboardInterrupt):
         checkpoint.save(str(path), small())
     assert path.read_bytes() == before
-    assert checkpoint.newest(str(path.parent)) == str(path)
+    assert checkpoint.newest(str(path.parent)) == (str(path), [])
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------------
@@ -224,24 +224,40 @@ def test_flipped_bit_in_any_record_is_refused(share, path):
 
 @pytest.mark.parametrize("mask", [0x08, 0x10, 0xFF])
 def test_flipped_byte_of_the_directory_is_refused_or_changes_nothing(mask, path):
+    """The directory of the zip, and what lies around the records (the rest is covered by their checksums)."""
     checkpoint.save(str(path), small())
     whole = path.read_bytes()
     sound = checkpoint.load(str(path))
-    with zipfile.ZipFile(path) as archive:
-        start = archive.start_dir
+    inside = {offset for first, length in records(path) for offset in range(first, first + length)}
+    around = [offset for offset in range(len(whole)) if offset not in inside and whole[offset] != ord("Z")]  # padding
+    assert len(around) > 1000
     wrong = {}
-    for offset in range(start, len(whole)):
+    for offset in around:
         damaged = bytearray(whole)
         damaged[offset] ^= mask
         path.write_bytes(damaged)
         try:
             if not equal(checkpoint.load(str(path)), sound):
-                wrong[offset - start] = "other values, in silence"
+                wrong[offset] = "other values, in silence"
         except UsageError:
             pass
         except Exception as error:
-            wrong[offset - start] = repr(error)
+            wrong[offset] = repr(error)
     assert wrong == {}
+
+
+def test_record_that_unfolds_to_something_huge_is_refused_unread(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**8))
+    assert path.stat().st_size < 10**6 and "damaged" in refused(checkpoint.load, str(path))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"args": []}, {"step": "7"}, {"step": -1}, {"step": True}, {"state_dict": {"a": 1}}, {"format": "x"}]
+)
+def test_file_with_content_of_another_kind_is_refused(changed, path):
+    torch.save({**small(), **changed}, path)
+    assert next(iter(changed)).split("_dict")[0] in refused(checkpoint.load, str(path)) or "a" in changed["state_dict"]
 
 
 def test_missing_file_is_refused(path):
@@ -399,38 +415,113 @@ def test_model_of_another_size_is_refused(flags, state, path):
     assert "another shape" in refused(Run(flags).resume, path)
 
 
+@pytest.mark.parametrize("key, value", [("param_groups", [None]), ("state", {0: {"exp_avg": torch.zeros(2)}}), ("state", None)])
+def test_optimiser_state_of_another_kind_is_refused(key, value, state, path, run):
+    checkpoint.save(str(path), {**state, "optimizer": {**state["optimizer"], key: value}})
+    assert "optimiser" in refused(run.resume, path)
+
+
+def test_other_images_under_the_same_numbers_are_refused(state, path, run):
+    checkpoint.save(str(path), {**state, "fingerprint": "of these"})
+    settings = dict(args=run.args, images=run.images)
+    message = refused(checkpoint.resume, str(path), run.model, run.optimizer, run.scaler, **settings, fingerprint="of those")
+    assert "other names or in another order" in message
+    checkpoint.resume(str(path), run.model, run.optimizer, run.scaler, **settings, fingerprint="of these")
+
+
 # -- choosing --------------------------------------------------------------------------------------------------------------
 
 
-def touch(folder, **times):
-    for name, time in times.items():
-        path = folder / f"checkpoint_{name}.pth.tar"
-        path.touch()
-        os.utime(path, (time, time))
+def names_and_steps(folder):
+    return {path.name.split("_")[1].split(".")[0]: torch.load(path)["step"] for path in folder.glob("checkpoint_*.tar")}
+
+
+def write(folder, **steps):
+    for name, step in steps.items():
+        torch.save({**small(), "step": step}, folder / f"checkpoint_{name.replace('_', '-')}.pth.tar")
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_ones_are_kept_the_newest_first(keep, path):
+    for step in range(1, 6):
+        checkpoint.save(str(path), {**small(), "step": step}, keep)
+    names = ["last", "last-1", "last-2"][:keep]
+    assert names_and_steps(path.parent) == dict(zip(names, (5, 4, 3), strict=False))
+
+
+@pytest.mark.parametrize("crash_at", [1, 2, 3])
+def test_a_crash_between_the_renames_leaves_the_one_before_or_the_new_one(crash_at, path, monkeypatch):
+    for step in range(1, 4):
+        checkpoint.save(str(path), {**small(), "step": step}, 3)
+    calls, replace = [], os.replace
+
+    def die(source, target):
+        calls.append(target)
+        if len(calls) == crash_at:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(str(path), {**small(), "step": 4}, 3)
+    found, _ = checkpoint.newest(str(path.parent))
+    assert checkpoint.load(found)["step"] == 3
 
 
 @pytest.mark.parametrize(
-    "times, expected",
+    "steps, expected",
     [
         ({"last": 5}, "last"),
-        ({"last": 5, "0002": 4}, "last"),
-        ({"last": 5, "0002": 5}, "last"),  # saved together
-        ({"last": 4, "0002": 5}, "0002"),  # a last one copied back from elsewhere
+        ({"0002": 4, "last": 5}, "last"),
+        ({"0002": 5, "last": 5}, "last"),  # saved together
+        ({"0002": 5, "last": 4}, "0002"),  # a last one copied back from elsewhere
         ({"0002": 4, "0010": 6, "0004": 5}, "0010"),
+        ({"last_1": 4, "0002": 2}, "last-1"),  # a crash between two renames
+        ({"0009": 90, "0010": 100}, "0010"),
     ],
 )
-def test_newest_checkpoint_is_chosen(times, expected, tmp_path):
-    touch(tmp_path, **times)
-    assert checkpoint.newest(str(tmp_path)) == str(tmp_path / f"checkpoint_{expected}.pth.tar")
+def test_checkpoint_of_the_latest_step_is_chosen_whatever_its_time(steps, expected, tmp_path):
+    write(tmp_path, **steps)
+    for age, path in enumerate(sorted(tmp_path.iterdir())):
+        os.utime(path, (age, age))
+    assert checkpoint.newest(str(tmp_path)) == (str(tmp_path / f"checkpoint_{expected}.pth.tar"), [])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "no zip"])
+def test_the_newest_whole_one_is_taken_and_the_damaged_one_named_and_set_aside(damage, tmp_path):
+    write(tmp_path, last=5, last_1=4, last_2=3)
+    path = tmp_path / "checkpoint_last.pth.tar"
+    whole = path.read_bytes()
+    first, length = next(records(path))
+    flipped = bytearray(whole)
+    flipped[first + length // 2] ^= 4
+    broken = {"truncated": whole[: len(whole) // 2], "flipped": flipped, "empty": b"", "no zip": b"hello"}[damage]
+    path.write_bytes(broken)
+    found, (told,) = checkpoint.newest(str(tmp_path))
+    assert found == str(tmp_path / "checkpoint_last-1.pth.tar")
+    assert str(path) in told and found in told and "\n" not in told
+    assert (tmp_path / "checkpoint_last.pth.tar.damaged").read_bytes() == broken and not path.exists()
+    checkpoint.save(str(path), {**small(), "step": 6}, 2)
+    assert names_and_steps(tmp_path) == {"last": 6, "last-1": 4, "last-2": 3}  # the whole one is not pushed out
+    assert checkpoint.newest(str(tmp_path)) == (str(path), [])
+
+
+def test_without_a_whole_one_nothing_is_started_anew_nor_renamed(tmp_path):
+    write(tmp_path, last=5, last_1=4)
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:500])
+    before = sorted(os.listdir(tmp_path))
+    assert "no whole checkpoint" in refused(checkpoint.newest, str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_half_written_and_foreign_files_are_never_chosen(tmp_path):
-    touch(tmp_path, last=5)
+    write(tmp_path, last=5)
     for name in ("checkpoint_last.pth.tar.tmp", "metrics.jsonl", "model.pth.tar", "checkpoint_best.txt"):
         (tmp_path / name).touch()
-    assert os.path.basename(checkpoint.newest(str(tmp_path))) == "checkpoint_last.pth.tar"
+    assert os.path.basename(checkpoint.newest(str(tmp_path))[0]) == "checkpoint_last.pth.tar"
 
 
 @pytest.mark.parametrize("folder", [".", "new"])
 def test_empty_or_absent_folder_has_no_newest(folder, tmp_path):
-    assert checkpoint.newest(str(tmp_path / folder)) is None
+    assert checkpoint.newest(str(tmp_path / folder)) == (None, [])

@@ -2,6 +2,7 @@ import argparse
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 
 import main_snclr
 from snclr import export, lincls_options, options, report, visualize
-from snclr.errors import RunError, UsageError, one_clear_line
+from snclr.errors import Interrupted, RunError, UsageError, one_clear_line
 
 ROOT = Path(main_snclr.__file__).resolve().parent
 RECIPES = sorted(ROOT.glob("configs/**/*.args"))
@@ -414,9 +415,10 @@ def test_resume_auto_without_workdir_is_refused():
     assert "--workdir" in refused("--resume", "auto")
 
 
-def test_truncated_checkpoint_is_refused_and_the_run_stays_as_it_is(images, run):
-    last = run / "checkpoint_last.pth.tar"
-    last.write_bytes(last.read_bytes()[:5000])
+def test_without_a_whole_checkpoint_the_run_is_refused_and_stays_as_it_is(images, run):
+    for name in ("last", "last-1"):
+        path = run / f"checkpoint_{name}.pth.tar"
+        path.write_bytes(path.read_bytes()[:5000])
     before = content(run)
     assert "truncated" in refused(*tiny(images, "--workdir", run, "--resume", "auto"), by=main_snclr.main)
     assert content(run) == before
@@ -511,7 +513,9 @@ def test_launcher_checks_the_batch_for_the_processes_it_would_start(process):
     [
         (UsageError("no such flag"), 0, 2, "prog: error: no such flag\n"),
         (UsageError("no such flag"), 1, 2, ""),  # the others would only repeat it
-        (RunError("loss is nan"), 1, 1, "prog: stopped on rank 1: loss is nan\n"),
+        (RunError("loss is nan"), 1, 1, f"prog: stopped on rank 1 ({socket.gethostname()}): loss is nan\n"),
+        (Interrupted("SIGTERM: saved"), 0, 75, "prog: SIGTERM: saved\n"),
+        (Interrupted("SIGTERM: saved"), 1, 75, ""),
         (KeyboardInterrupt(), 0, 130, "prog: interrupted\n"),
         (KeyboardInterrupt(), 1, 130, ""),
     ],

@@ -282,11 +282,6 @@ def test_settings_are_left_with_command_versions_and_commit(tmp_path):
     assert {"command", "versions", "git"} <= set(settings)
 
 
-def test_non_finite_loss_names_its_step_and_rank():
-    message = monitor.non_finite(math.nan, torch.tensor([17]))
-    assert "nan since step 17" in message and "rank 0" in message and "\n" not in message
-
-
 @pytest.mark.parametrize("done, expected", [(True, "next:"), (False, "--resume auto")])
 def test_farewell_tells_the_result_and_what_to_do_next(done, expected, tmp_path):
     lines = [{"epoch": 0, "step": 0, "raw_pixels_knn_top1": 20.04, "knn_top1": 30.0}, {"epoch": 2, "step": 8, "knn_top1": 55.5}]

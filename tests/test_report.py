@@ -103,6 +103,11 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_with_mean_and_deviatio
     assert rows["topk 9"][2] == "70.0"
 
 
+def test_runs_of_one_setting_are_named_by_what_their_folders_have_in_common(tmp_path):
+    page = page_of(*(write_run(tmp_path / f"small-seed{seed}", seed=seed) for seed in range(3)))
+    assert [row[:2] for row in page.tables[0][1:]] == [["small-seed", "3"]]
+
+
 @pytest.mark.parametrize(
     "values, told", [([], ""), ([None], ""), ([0.0], "0.00"), ([0.12345, None], "0.123"), ([1234.5, 1235.5], "1235 ± 1")]
 )

@@ -9,7 +9,7 @@ import torch
 from test_ranks import SMALL, write_images
 
 import main_snclr
-from snclr import objectives
+from snclr import augment, backbones, builder, objectives
 from snclr.errors import RunError
 
 BANK = {"bank_fill"}
@@ -110,19 +110,80 @@ def test_frozen_patch_embedding_stays(images, tmp_path):
     assert not torch.equal(weights[0][other], weights[1][other])
 
 
-def test_a_non_finite_loss_stops_the_run_naming_the_step_and_keeps_the_checkpoint(images, tmp_path, monkeypatch):
+@pytest.fixture
+def poison(monkeypatch):
+    """Let the loss of some steps be nan, in forward and backward."""
+
+    def poison(*steps):
+        calls, original = [], objectives._LogSumExp.forward
+
+        def poisoned(ctx, *arguments):
+            calls.append(1)
+            return original(ctx, *arguments) * (math.nan if (len(calls) + 1) // 2 in steps else 1)  # two calls a step
+
+        monkeypatch.setattr(objectives._LogSumExp, "forward", poisoned)
+
+    return poison
+
+
+def state_of(workdir):
+    return torch.load(workdir / "checkpoint_last.pth.tar", weights_only=True)
+
+
+def test_steps_that_stay_non_finite_stop_the_run_naming_step_and_images_and_keep_the_checkpoint(images, tmp_path, poison):
     train(images, tmp_path, "--stop-after-steps", "5")
     kept = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
-    calls, original = [], objectives._LogSumExp.forward
-
-    def poisoned(ctx, *arguments):
-        calls.append(1)
-        return original(ctx, *arguments) * (math.nan if len(calls) > 4 else 1)  # two calls a step: from step 8 on
-
-    monkeypatch.setattr(objectives._LogSumExp, "forward", poisoned)
-    with pytest.raises(RunError, match=r"the loss is nan since step 8 .*rank 0"):
-        train(images, tmp_path, "--resume", "auto", "--print-freq", "10")
+    poison(3, 4, 5)  # of those from here on
+    with pytest.raises(RunError, match=r"step 8: the loss is not finite \(on rank 0\); 3 .*non_finite.json"):
+        train(images, tmp_path, "--resume", "auto", "--print-freq", "10", "--skip-non-finite", "2")
     assert (tmp_path / "checkpoint_last.pth.tar").read_bytes() == kept
+    told = json.loads((tmp_path / "non_finite.json").read_text())
+    order = augment.epoch_order(0, 1, 40)
+    assert told["step"] == 8 and told["ranks"] == [0] and told["images"] == order[16:24].tolist()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_non_finite_step_is_skipped_and_leaves_no_trace_in_the_state(images, tmp_path, poison, capsys, optimizer, amp):
+    flags = ["--optimizer", optimizer, "--amp", amp, "--eval-freq", "0", "--print-freq", "2"]
+    train(images, tmp_path / "before", *flags, "--stop-after-steps", "3")
+    poison(4)
+    train(images, tmp_path / "after", *flags, "--stop-after-steps", "4")
+    assert "step 4: the loss is not finite (on rank 0); 1 such steps were skipped" in capsys.readouterr().out
+    before, after = (state_of(tmp_path / name) for name in ("before", "after"))
+    online = [name for name in before["state_dict"] if "base_encoder" in name or "predictor" in name]
+    for name in online:
+        if "running" not in name and "num_batches" not in name:
+            assert torch.equal(before["state_dict"][name], after["state_dict"][name])
+    moments = zip(before["optimizer"]["state"].values(), after["optimizer"]["state"].values(), strict=True)
+    assert all(torch.equal(a[name], b[name]) for a, b in moments for name in a)
+    assert all(tensor.isfinite().all() for tensor in after["state_dict"].values())
+    lines = [json.loads(line) for line in (tmp_path / "after/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 4 and lines[-1]["loss"] is None
+
+
+def test_a_network_that_gives_nan_poisons_neither_bank_nor_running_statistics(images, tmp_path, monkeypatch):
+    """The worst case: the encoders themselves give nan in one forward."""
+    steps, step, embed = [], builder.SNCLR.forward, backbones.ResNet.embed
+
+    def counted(self, *arguments):
+        steps.append(1)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(builder.SNCLR, "forward", counted)
+    monkeypatch.setattr(backbones.ResNet, "embed", lambda self, x: embed(self, x * (math.nan if len(steps) == 4 else 1)))
+    _, lines = train(images, tmp_path, "--eval-freq", "0", "--print-freq", "1")
+    assert [line["step"] for line in lines if line["loss"] is None] == [4]
+    state = state_of(tmp_path)["state_dict"]
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert (state["module.memory_bank.ids"] >= 0).sum() == 30
+
+
+def test_collapse_is_told_once(images, tmp_path, monkeypatch, capsys):
+    project = builder.SNCLR._project
+    monkeypatch.setattr(builder.SNCLR, "_project", lambda *arguments: [y * 1e-9 + 1 for y in project(*arguments)])
+    train(images, tmp_path, "--eval-freq", "0", "--epochs", "5")
+    assert capsys.readouterr().out.count("note: collapse: feature_std is below") == 1
 
 
 def test_an_image_that_cannot_be_read_ends_a_run_in_one_line_naming_it(images, tmp_path, monkeypatch):

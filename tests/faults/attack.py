@@ -1,0 +1,107 @@
+"""What the attacks share: a small run of two ranks through start.sh, its processes, and whether two runs ended alike."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SMALL = (
+    "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 30 --topk 3 --lr 0.01 -b 8 "
+    "--print-freq 1 --eval-freq 1 --epochs 2"
+)  # 5 steps an epoch on the images of test_ranks.write_images
+FLAGS = SMALL.split()
+LAST = "checkpoint_last.pth.tar"
+CLOCK = ("images_per_s", "data_wait", "slowest_step_s")  # what differs between two equal runs
+FOREIGN = ("SLURM", "NNODES", "NODE_RANK", "MASTER", "WORLD", "TORCHELASTIC", "SNCLR")
+
+
+def start(*flags, ranks=2, before=(), path=(), output=subprocess.PIPE, **environment):
+    """A run through start.sh, as a user starts it; its output is one text. before: what to run it with; path: folders of
+    commands that stand in for others."""
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    keep["PATH"] = os.pathsep.join([*map(str, path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    keep |= {"OMP_NUM_THREADS": "1", "NPROC_PER_NODE": str(ranks), "CUDA_VISIBLE_DEVICES": ""} | environment
+    command = [*before, "bash", str(ROOT / "start.sh"), *map(str, flags)]
+    return subprocess.Popen(command, env=keep, text=True, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def ended(process, within=180):
+    """Its exit code and output."""
+    output, _ = process.communicate(timeout=within)
+    return process.returncode, output
+
+
+def ranks_of(process):
+    """The process ids of the ranks below a launcher, in no order."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            is_rank = b"RANK=" in (folder / "environ").read_bytes() and b"main_snclr" in (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if parent == process.pid and is_rank:
+            found.append(int(folder.name))
+    return found
+
+
+def rank_pid(process, rank):
+    """The process id of a rank."""
+    wanted = f"RANK={rank}".encode()
+    return next(pid for pid in ranks_of(process) if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+
+
+def lives(pid):
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def lines_of(workdir):
+    """The lines of metrics.jsonl, a torn last one left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+
+
+def wait_for(condition, process, within=120):
+    """Until condition() holds, while the process runs."""
+    end = time.monotonic() + within
+    while not condition():
+        if process.poll() is not None or time.monotonic() > end:
+            raise AssertionError(process.communicate()[0][-3000:])
+        time.sleep(0.02)
+
+
+def wait_for_step(workdir, step, process):
+    """Until a training line of this step or a later one is there."""
+    wait_for(lambda: any(line["step"] >= step for line in lines_of(workdir) if "loss" in line), process)
+
+
+def differences(one, other):
+    """What differs between the end of two runs: of checkpoint (weights, bank, optimiser), encoder and metrics."""
+    found = []
+    for name in (LAST, "encoder_last.pth.tar"):
+        a, b = (torch.load(Path(workdir) / name, weights_only=True) for workdir in (one, other))
+        found += [
+            f"{name} {key}" for key in ("epoch", "step", "state_dict", "optimizer") if key in a and not same(a[key], b[key])
+        ]
+    logs = [[{k: v for k, v in line.items() if k not in CLOCK} for line in lines_of(workdir)] for workdir in (one, other)]
+    return found + ([] if logs[0] == logs[1] else ["metrics.jsonl"])
+
+
+def same(a, b):
+    """Nested dictionaries, lists and tensors, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

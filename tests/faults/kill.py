@@ -1,0 +1,128 @@
+"""Kills a run of two ranks again and again, at random moments, and compares its end with that of the undisturbed run.
+
+    python tests/faults/kill.py --kills 100      half an hour on two cores
+    python -m pytest tests/faults/test_kill.py   a handful
+
+Each time a rank, the launcher or all of them get SIGKILL while the run starts, trains, writes or evaluates; `--resume auto`
+through start.sh goes on. Fails unless weights, bank, optimiser and metrics.jsonl end as if nothing had happened, bit for bit.
+"""
+
+import argparse
+import collections
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import attack  # noqa: E402
+import torch  # noqa: E402
+from test_ranks import write_images  # noqa: E402
+
+VICTIMS = ("rank 0", "rank 1", "launcher", "all")
+MOMENTS = ("starting", "training", "writing", "evaluating")
+PATIENCE = 60  # seconds after a kill in which every other process must have ended by itself
+
+
+def reached(moment, workdir, begun, process, chance):
+    """Whether the run is at the moment to be killed."""
+    lines = attack.lines_of(workdir)
+    if moment == "starting":
+        return time.monotonic() - begun > chance.delay
+    if moment == "evaluating":  # the last step of an epoch is logged and saved, its evaluation is not there yet
+        return lines and "loss" in lines[-1] and lines[-1]["step"] % 5 == 0 and lines[-1]["step"] > chance.step
+    if moment == "writing":
+        return any(workdir.glob("*.tmp")) and lines and lines[-1]["step"] > chance.step
+    return lines and lines[-1]["step"] > chance.step and time.monotonic() > chance.at
+
+
+Chance = collections.namedtuple("Chance", "delay step at")
+
+
+def kill(process, victim):
+    """SIGKILL to a rank, the launcher, or all of them; how long the others then took to end by themselves."""
+    pids = attack.ranks_of(process)
+    if victim == "launcher":
+        chosen = [process.pid]
+    elif victim == "all":
+        chosen = [process.pid, *pids]
+    else:
+        chosen = [attack.rank_pid(process, int(victim[-1]))]
+    for pid in chosen:
+        os.kill(pid, signal.SIGKILL)
+    begun = time.monotonic()
+    while any(map(attack.lives, pids)) or process.poll() is None:
+        if time.monotonic() - begun > PATIENCE:
+            raise SystemExit(f"after {victim} was killed the others still live after {PATIENCE} s: {process.communicate()}")
+        time.sleep(0.05)
+    return time.monotonic() - begun
+
+
+def attack_run(images, flags, workdir, kills, generator, report):
+    """One run to its end, killed up to `kills` times; the number of kills."""
+    done = 0
+    while True:
+        before = attack.lines_of(workdir)
+        log = Path(f"{workdir}.{done}.log")
+        process = attack.start(images, *flags, "--workdir", workdir, "--resume", "auto", output=log.open("w"))
+        if done == kills:
+            if process.wait(600) != 0:
+                raise SystemExit(log.read_text())
+            return done
+        victim, moment = generator.choice(VICTIMS), generator.choice(MOMENTS)
+        step = before[-1]["step"] if before else 0
+        begun = time.monotonic()
+        chance = Chance(generator.uniform(0, 8), step + generator.randrange(8), begun + 2)
+        while process.poll() is None and not reached(moment, workdir, begun, process, chance):
+            time.sleep(0.003)
+        if process.poll() is not None:
+            if process.returncode != 0:
+                raise SystemExit(log.read_text())
+            return done
+        if victim.startswith("rank") and len(attack.ranks_of(process)) < 2:
+            victim = "launcher"
+        step, last = max((line["step"] for line in attack.lines_of(workdir)), default=0), workdir / attack.LAST
+        seconds = kill(process, victim)
+        lost = step - (torch.load(last, weights_only=True)["step"] if last.exists() else 0)
+        done += 1
+        report.append((victim, moment, max(0, lost), seconds, log.read_text()))
+        print(f"kill {len(report)}: {victim} while {moment}, step {step}; the others ended after {seconds:.1f} s", flush=True)
+
+
+def main(kills, epochs, seed, folder):
+    images = write_images(folder / "images")
+    flags = [*attack.FLAGS, "--epochs", str(epochs), "--save-freq", "50"]
+    code, output = attack.ended(attack.start(images, *flags, "--workdir", folder / "undisturbed"), within=1200)
+    if code != 0:
+        raise SystemExit(output)
+    generator, report, runs = random.Random(seed), [], 0
+    while len(report) < kills:
+        workdir = folder / f"run{runs}"
+        attack_run(images, flags, workdir, kills - len(report), generator, report)
+        if wrong := attack.differences(folder / "undisturbed", workdir):
+            raise SystemExit(f"run {runs} of seed {seed} ended otherwise than the undisturbed one: {', '.join(wrong)}")
+        runs += 1
+        print(f"run {runs}: {len(report)} kills so far, its end is that of the undisturbed run bit for bit", flush=True)
+    for number, kinds in enumerate((VICTIMS, MOMENTS)):
+        print(", ".join(f"{sum(entry[number] == kind for entry in report)} x {kind}" for kind in kinds))
+    lost, seconds = [entry[2] for entry in report], sorted(entry[3] for entry in report)
+    print(f"{len(report)} kills in {runs} runs of {5 * epochs} steps, each of which ended as the undisturbed one, bit for bit;")
+    print(f"steps to repeat: {sum(lost) / len(lost):.1f} on average, {max(lost)} at most;")
+    print(f"the other processes ended after {seconds[len(seconds) // 2]:.1f} s (median), {seconds[-1]:.1f} s at most;")
+    print(f"tracebacks: {sum('Traceback' in entry[4] for entry in report)}")
+    return report
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=200, help="of 5 steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where to leave everything (default: a temporary one)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        main(args.kills, args.epochs, args.seed, args.folder or Path(temporary))

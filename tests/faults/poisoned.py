@@ -1,0 +1,22 @@
+"""main_snclr.py with a loss that is nan on rank 1 in some steps: python poisoned.py FIRST LAST FLAGS."""
+
+import math
+import os
+import sys
+
+import main_snclr
+from snclr import distributed, objectives
+from snclr.errors import one_clear_line
+
+calls, original = [], objectives._LogSumExp.forward
+
+
+def poisoned(ctx, *arguments):
+    calls.append(1)  # two a step
+    is_poisoned = os.environ["RANK"] == "1" and int(sys.argv[1]) <= (len(calls) + 1) // 2 <= int(sys.argv[2])
+    return original(ctx, *arguments) * (math.nan if is_poisoned else 1)
+
+
+objectives._LogSumExp.forward = poisoned
+with one_clear_line("poisoned.py"), distributed.failures_named():
+    main_snclr.main(sys.argv[3:])

@@ -1,0 +1,262 @@
+"""Files that go wrong: images that cannot be read, a full disk, other images, a worker that dies, two runs in one folder."""
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import attack
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_snclr
+from snclr import augment, checkpoint, data, lock, sources
+from snclr.errors import RunError, UsageError, one_clear_line
+
+RECIPE = augment.Recipe(0, 0.2, 32, False)
+
+
+def train(images, workdir, *flags):
+    main_snclr.main([str(images), *attack.FLAGS, "--workdir", str(workdir), *flags])
+
+
+@pytest.fixture(autouse=True)
+def encoded(monkeypatch):
+    """Images are decoded one by one, as those of large sets."""
+    monkeypatch.setattr(data, "RESIDENT_LIMIT", 0)
+
+
+def jpeg(width, height, quality=75):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)).save(
+        file, "jpeg", quality=quality
+    )
+    return file.getvalue()
+
+
+def huge_png():
+    """A small file of 10^10 pixels."""
+    head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
+
+
+def huge_jpeg():
+    """A small file that says it has 65500 x 65500 pixels, 13 GB."""
+    whole = bytearray(jpeg(16, 16))
+    frame = whole.index(b"\xff\xc0")
+    whole[frame + 5 : frame + 9] = struct.pack(">HH", 65500, 65500)
+    return bytes(whole)
+
+
+BAD = {
+    "zero-byte": b"",
+    "truncated": jpeg(64, 64)[:500],
+    "no image": b"hello, I am a text\n" * 100,
+    "huge png": huge_png(),
+    "huge jpeg": huge_jpeg(),
+    "half a png head": b"\x89PNG\r\n\x1a\n\x00\x00",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_every_kind_of_bad_file_is_one_clear_line(kind, tmp_path):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(BAD[kind])
+    with pytest.raises(RunError, match=r"cannot read image .*x\.jpg") as caught:
+        data.ImageFiles([str(path)], None, [], sources.IMAGENET).image(0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_file_without_permission_is_one_clear_line(tmp_path):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(jpeg(64, 64))
+    path.chmod(0)
+    with pytest.raises(RunError, match="Permission denied"):
+        data.ImageFiles([str(path)], None, [], sources.IMAGENET).image(0)
+
+
+@pytest.fixture
+def spoilt(images, tmp_path):
+    """The images, several of them bad in different ways."""
+    root = Path(shutil.copytree(images, tmp_path / "spoilt"))
+    for name, content in zip(("00", "03", "08", "11", "17"), BAD.values(), strict=False):
+        (root / f"train/a/{name}.png").write_bytes(content)
+    (root / "train/b/05.png").unlink()
+    (root / "train/b/05.png").symlink_to("nowhere")
+    (root / "val/a/02.png").write_bytes(b"")
+    return root
+
+
+def test_substitutes_are_drawn_alike_by_every_number_of_ranks_and_workers(spoilt):
+    files = data.ImageFiles(sorted(map(str, spoilt.glob("train/*/*.png"))), None, [], sources.IMAGENET)
+    files.skip_bad = True
+    device, order = torch.device("cpu"), augment.epoch_order(0, 0, 40)[:16]
+    one = [files.views(RECIPE, 0, order)]
+    parts = [files.views(RECIPE, 0, part) for part in np.split(order, 4)]
+    loaded = []
+    for workers in (0, 2):
+        loader = data.ViewLoader(files, RECIPE, device, workers)
+        loaded.append([ids for ids, _ in loader.load([(0, part) for part in np.split(order, 2)])])
+        assert loader.replaced == set(order.tolist()) & {0, 3, 8, 11, 17, 25} != set()
+    ids = one[0].ids
+    assert torch.equal(ids, torch.cat([part.ids for part in parts]))
+    assert all(torch.equal(ids, torch.cat(found)) for found in loaded)
+    assert torch.equal(one[0].crops[:16], torch.cat([part.crops[:4] for part in parts]))
+    replaced = ids.numpy() != order
+    assert np.array_equal(replaced, np.isin(order, [0, 3, 8, 11, 17, 25])) and not np.isin(ids, [0, 3, 8, 11, 17, 25]).any()
+
+
+def test_a_run_skips_what_cannot_be_read_lists_it_and_goes_on_exactly_after_a_stop(spoilt, tmp_path, capsys):
+    flags = ["--on-bad-image", "skip", "-j", "2"]
+    train(spoilt, tmp_path / "whole", *flags)
+    out = capsys.readouterr().out
+    told = [int(line.split()[1]) for line in out.splitlines() if "more images cannot be read" in line]
+    assert sum(told) == 6
+    listed = (tmp_path / "whole/bad_images.txt").read_text().splitlines()
+    assert [line.split("train/")[1].split(":")[0] for line in listed] == [
+        f"a/{n}.png" for n in ("00", "03", "08", "11", "17")
+    ] + ["b/05.png"]
+    train(spoilt, tmp_path / "parts", *flags, "-j", "1", "--stop-after-steps", "3")
+    train(spoilt, tmp_path / "parts", *flags, "--resume", "auto")
+    assert attack.differences(tmp_path / "whole", tmp_path / "parts") == []
+
+
+def test_by_default_a_bad_image_ends_the_run_naming_it(spoilt, tmp_path):
+    with pytest.raises((RunError, UsageError), match=r"cannot read image .*train/a/\d\d\.png|b/05.png"):
+        train(spoilt, tmp_path / "run", "-j", "2")
+
+
+def test_where_nothing_can_be_read_the_search_for_a_substitute_ends(tmp_path):
+    for number in range(30):
+        (tmp_path / f"{number}.jpg").write_bytes(b"")
+    files = data.ImageFiles(sorted(map(str, tmp_path.iterdir())), None, [], sources.IMAGENET)
+    files.skip_bad = True
+    with pytest.raises(RunError, match="cannot read image"):
+        files.views(RECIPE, 0, np.arange(4))
+
+
+def test_images_that_were_exchanged_or_renamed_between_two_starts_are_noticed(images, tmp_path):
+    root = Path(shutil.copytree(images, tmp_path / "images"))
+    train(root, tmp_path / "run", "--stop-after-steps", "2", "--eval-freq", "0")
+    shutil.move(root / "train/a/00.png", root / "train/a/20.png")
+    with pytest.raises(UsageError, match="with other names or in another order"):
+        train(root, tmp_path / "run", "--resume", "auto", "--eval-freq", "0")
+    shutil.move(root / "train/a/20.png", root / "train/a/00.png")
+    shutil.move(root, tmp_path / "moved")  # the folder itself may go elsewhere
+    train(tmp_path / "moved", tmp_path / "run", "--resume", "auto", "--eval-freq", "0")
+
+
+# -- a full disk -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 4 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, which starts anew
+def test_on_a_full_disk_the_old_checkpoint_stays_the_run_goes_on_and_tries_again(
+    images, small_disk, tmp_path, monkeypatch, capsys
+):
+    """Full from the second save to the fourth; what a run then leaves is what it would have left."""
+    train(images, tmp_path / "alone", "--epochs", "6")
+    saves, original, ballast, seen = [], main_snclr.save, small_disk / "ballast", []
+
+    def save(workdir, state, *rest):
+        saves.append(state["step"])
+        if len(saves) == 2:
+            with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        if len(saves) == 5:
+            ballast.unlink()
+        try:
+            original(workdir, state, *rest)
+        finally:
+            seen.append(torch.load(small_disk / "run/checkpoint_last.pth.tar", weights_only=True)["step"])
+
+    monkeypatch.setattr(main_snclr, "save", save)
+    train(images, small_disk / "run", "--epochs", "6")
+    assert saves == [5, 10, 15, 20, 25, 30] and seen == [5, 5, 5, 5, 25, 30]
+    out = capsys.readouterr().out
+    assert out.count("No space left on device") == 3 and out.count("tries again at the next save") == 3
+    assert attack.differences(tmp_path / "alone", small_disk / "run") == []
+
+
+def test_a_last_save_that_fails_is_an_error(images, tmp_path, monkeypatch):
+    def full(path, *rest):
+        raise RunError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(RunError, match="No space left"):
+        train(images, tmp_path, "--stop-after-steps", "5", "--eval-freq", "0")
+
+
+# -- workers and folders ---------------------------------------------------------------------------------------------------
+
+
+class Killed(data.EncodedImages):
+    """Images at the third of which the worker is killed, as a machine out of memory would."""
+
+    def __len__(self):
+        return 40
+
+    def image(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(3, 32, 32, dtype=torch.uint8)
+
+
+def test_a_worker_that_dies_is_one_line(capsys):
+    images = Killed(None, [], sources.IMAGENET)
+    with pytest.raises(SystemExit) as caught, one_clear_line("main_snclr.py"):
+        list(data.ViewLoader(images, RECIPE, torch.device("cpu"), 2).load([(0, np.arange(4)), (0, np.arange(4, 8))]))
+    told = capsys.readouterr().err
+    assert caught.value.code == 1 and "DataLoader worker" in told and "out of memory?" in told and told.count("\n") == 1
+
+
+HOLD = "import sys, time; from snclr import lock; lock.hold(sys.argv[1], 'x'); print('held', flush=True); time.sleep(60)"
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_a_dead_one_leaves_no_lock(tmp_path):
+    first = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(UsageError, match=rf"in use by pid {first.pid} on ") as caught:
+        lock.hold(str(tmp_path), "x")
+    assert "\n" not in str(caught.value)
+    first.kill()
+    first.wait()
+    lock.hold(str(tmp_path), "x")
+    assert (tmp_path / "x.lock").read_text().startswith(f"pid {os.getpid()} on ")
+
+
+def test_the_second_run_is_refused_before_it_touches_anything(images, tmp_path):
+    train(images, tmp_path, "--stop-after-steps", "5")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    holder = subprocess.Popen([sys.executable, "-c", HOLD.replace("'x'", "'main_snclr'"), tmp_path], stdout=subprocess.PIPE)
+    lock.held.clear()  # this process's own run is over
+    holder.stdout.readline()
+    with pytest.raises(UsageError, match="in use by pid"):
+        train(images, tmp_path, "--resume", "auto")
+    holder.kill()
+    holder.wait()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"} == before

@@ -1,0 +1,62 @@
+"""Ranks that die or hang: who failed is said, the others end, and with MAX_RESTARTS the run goes on by itself."""
+
+import os
+import re
+import signal
+import socket
+import time
+
+import attack
+import pytest
+
+HOST = socket.gethostname()
+
+
+def losing(images, workdir, number, *flags, **environment):
+    """Start a run, send a signal to its rank 1 after step 2; exit code, output and seconds until the end."""
+    run = attack.start(images, *attack.FLAGS, "--workdir", workdir, *flags, **environment)
+    attack.wait_for_step(workdir, 2, run)
+    os.kill(attack.rank_pid(run, 1), number)
+    begun = time.monotonic()
+    code, output = attack.ended(run)
+    return code, output, time.monotonic() - begun
+
+
+def test_a_hanging_rank_is_given_up_after_the_time_out_and_named(images, tmp_path):
+    flags = ["--timeout-minutes", "0.1", "--epochs", "100000", "--eval-freq", "0"]
+    code, output, seconds = losing(images, tmp_path / "run", signal.SIGSTOP, *flags, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5")
+    assert code == 1 and seconds < 60 and "Traceback" not in output
+    (line,) = re.findall("main_snclr.py: stopped.*", output)
+    assert line.startswith(f"main_snclr.py: stopped on rank 0 ({HOST}): lost contact with rank 1 on {HOST}: ")
+    assert "imed out" in line
+
+
+def test_a_dead_rank_is_named_replaced_and_the_run_goes_on_to_the_same_end(images, undisturbed, tmp_path):
+    code, output, _ = losing(images, tmp_path / "run", signal.SIGKILL, MAX_RESTARTS="1")
+    assert code == 0 and "Traceback" not in output
+    assert f"stopped on rank 0 ({HOST}): lost contact with rank 1 on {HOST}: " in output
+    assert re.search(rf"start.sh: rank 1 \(process \d+ on {HOST}\) was ended by SIGKILL: out of memory\?", output)
+    assert output.count("start.sh: starting again, 1 of 1 times") == 1
+    assert attack.differences(undisturbed, tmp_path / "run") == []
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_of_its_own_go_on_as_well(images, undisturbed, tmp_path):
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
+    command += [str(attack.ROOT / "main_snclr.py"), str(images), *attack.FLAGS, "--workdir", str(tmp_path / "run")]
+    run = subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    attack.wait_for_step(tmp_path / "run", 7, run)
+    os.kill(attack.rank_pid(run, 0), signal.SIGKILL)
+    code, output = attack.ended(run)
+    assert code == 0 and "resumed from" in output, output
+    assert attack.differences(undisturbed, tmp_path / "run") == []
+
+
+def test_restarts_want_a_workdir(images):
+    code, output = attack.ended(attack.start(images, *attack.FLAGS, MAX_RESTARTS="2"))
+    assert code == 2 and output == "start.sh: error: MAX_RESTARTS needs --workdir\n"

@@ -1,0 +1,52 @@
+"""What another number of ranks, or of workers, changes: a run that goes from 4 ranks to 2 to 1, against one rank throughout.
+
+    python tests/faults/worlds.py      a few minutes on two cores
+
+Order, crops and augmentation are the same bit for bit (tests/test_data.py); batch norms see the global batch on any number of
+ranks; what is left is the order in which float32 sums are taken.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import attack  # noqa: E402
+import torch  # noqa: E402
+from test_ranks import write_images  # noqa: E402
+
+
+def run(images, workdir, ranks, *flags):
+    code, output = attack.ended(attack.start(images, *attack.FLAGS, "--workdir", workdir, *flags, ranks=ranks), within=400)
+    if code != 0:
+        raise SystemExit(output)
+
+
+def difference(one, other):
+    """Largest difference of the losses, and of the weights relative to the largest weight; whether the bank's ids are equal."""
+    losses = [[line["loss"] for line in attack.lines_of(workdir) if "loss" in line] for workdir in (one, other)]
+    a, b = (torch.load(workdir / attack.LAST, weights_only=True)["state_dict"] for workdir in (one, other))
+    weights = max(((a[name] - b[name]).abs().max() / a[name].abs().max()).item() for name in a if "weight" in name)
+    loss = max(abs(x - y) / x for x, y in zip(*losses, strict=True))
+    ids = torch.equal(a["module.memory_bank.ids"], b["module.memory_bank.ids"])
+    return f"loss {loss:.1e}, weights {weights:.1e} (relative), ids in the bank {'equal' if ids else 'DIFFERENT'}"
+
+
+def main(folder):
+    images = write_images(folder / "images")
+    run(images, folder / "one", 1)
+    run(images, folder / "again", 1, "-j", "3")
+    found = attack.differences(folder / "one", folder / "again")
+    print(f"1 rank, other number of workers: {', '.join(found) or 'nothing differs'}")
+    for ranks in (2, 4):
+        run(images, folder / f"{ranks}", ranks)
+        print(f"{ranks} ranks throughout against 1: {difference(folder / 'one', folder / f'{ranks}')}")
+    for ranks, steps in ((4, 3), (2, 7), (1, 10)):
+        run(images, folder / "changing", ranks, "--resume", "auto", "--stop-after-steps", str(steps))
+    print(f"4 ranks for 3 steps, 2 for 4, 1 for 3, against 1: {difference(folder / 'one', folder / 'changing')}")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        main(Path(temporary))
