@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Images to two normalised views, against MoCo v3's pipeline of torchvision and PIL: images/s, both views of one counted once.
 
-    taskset -c 0 python benchmarks/images.py /data/imagenet                 photographs to 224 px, on one core
-    taskset -c 0 python benchmarks/images.py /data/cifar10 -b 128 -n 1024   small images of one size, which are held in memory
-    python benchmarks/images.py /data/imagenet -b 256 -n 4096 -j 16         16 workers for either; our second half on the GPU
+taskset -c 0 python benchmarks/images.py /data/imagenet                 photographs to 224 px, on one core
+taskset -c 0 python benchmarks/images.py /data/cifar10 -b 128 -n 1024   small images of one size, which are held in memory
+python benchmarks/images.py /data/imagenet -b 256 -n 4096 -j 16         16 workers for either; our second half on the GPU
 """
 
 import argparse

@@ -15,6 +15,8 @@ from importlib import metadata
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from . import __version__
 from .errors import RunError, UsageError, first_line
@@ -160,7 +162,15 @@ def _step(path: str) -> float:
 
 
 def pack(
-    model: nn.Module, optimizer, scaler, *, args: Namespace, epoch: int, step: int, images: int, fingerprint: str | None = None
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: GradScaler,
+    *,
+    args: Namespace,
+    epoch: int,
+    step: int,
+    images: int,
+    fingerprint: str | None = None,
 ) -> dict:
     """Everything a run needs to go on. model: without DDP; images, fingerprint: size and ImageSet.fingerprint of the training
     set."""
@@ -187,7 +197,14 @@ def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int)
 
 
 def resume(
-    path: str, model: nn.Module, optimizer, scaler, *, args: Namespace, images: int, fingerprint: str | None = None
+    path: str,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: GradScaler,
+    *,
+    args: Namespace,
+    images: int,
+    fingerprint: str | None = None,
 ) -> tuple[int, list[str]]:
     """Load a checkpoint into a run with the same settings: its completed steps, and the settings that changed on the way.
 
@@ -210,7 +227,7 @@ def resume(
     return state["step"], [change for name, change in changes.items() if name not in RUNNING]
 
 
-def load_optimizer(path: str, state: dict, optimizer) -> None:
+def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
     """Load an optimiser's state; its settings stay those of this start. UsageError where it is not that of these parameters."""
     now = optimizer.state_dict()["param_groups"]
     try:

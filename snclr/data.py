@@ -116,14 +116,14 @@ class ResidentImages(ImageSet):
         return self
 
     def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
-        images = self.images[torch.from_numpy(indices).to(self.images.device)]
+        images = self.images.index_select(0, torch.from_numpy(indices).to(self.images.device))
         heights, widths = (np.full(len(indices), side) for side in images.shape[2:])
         boxes, parameters = _draw(recipe, epoch, indices, which, heights, widths)
         crops = augment.crop_and_resize(images.repeat(len(which), 1, 1, 1), torch.from_numpy(boxes), recipe.size)
         return Views(torch.from_numpy(indices), crops, parameters)
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
-        images = self.images[torch.from_numpy(indices).to(self.images.device)]
+        images = self.images.index_select(0, torch.from_numpy(indices).to(self.images.device))
         box = torch.tensor(_evaluation_box(*images.shape[2:], size))
         return images if images.shape[2:] == (size, size) else augment.crop_and_resize(images, box.expand(len(images), 4), size)
 
@@ -242,8 +242,8 @@ def unreadable(name: str, reason: object) -> RunError:
 
 
 def _draw(recipe, epoch, indices, which, heights, widths):
-    boxes, parameters = zip(*(augment.draw(recipe, epoch, indices, view, heights, widths) for view in which), strict=True)
-    return np.concatenate(boxes), ViewParameters(*map(torch.cat, zip(*parameters, strict=True)))
+    times, views = len(which), np.repeat(which, len(indices))
+    return augment.draw(recipe, epoch, np.tile(indices, times), views, np.tile(heights, times), np.tile(widths, times))
 
 
 def _cut(image, box, size):

@@ -75,7 +75,7 @@ def barrier() -> None:
 
 
 @contextlib.contextmanager
-def failures_named():
+def failures_named() -> Iterator[None]:
     """Turn a failed collective into a RunError that says which ranks, on which machines, no longer answer."""
     try:
         yield
@@ -130,7 +130,7 @@ class LaggedMaximum:
         return before
 
 
-def on_rank_zero(function: Callable):
+def on_rank_zero(function: Callable) -> object:
     """What function() returns, or the UsageError that it raises, on rank 0 alone, for every rank."""
     answer = [None, None]
     if rank() == 0:

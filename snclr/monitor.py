@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .builder import StepView
 from .checkpoint import LAST, provenance
+from .data import ViewLoader
 from .distributed import all_sum, rank, union, world_size
 from .errors import RunError
 from .objectives import loss_at_chance
@@ -199,7 +200,7 @@ def save_json(path: str, content: dict) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def bad_images(loader, workdir: str) -> str | None:
+def bad_images(loader: ViewLoader, workdir: str) -> str | None:
     """Add the images that could not be read since the last call, on any rank, to workdir/bad_images.txt; a line for the log
     where there are new ones. Collective."""
     found = union(loader.replaced)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 
 from .distributed import LaggedMaximum
 from .errors import Interrupted
@@ -50,7 +51,7 @@ class Interruptions:
         return self.agreed if self.agreed > SAVE else 0
 
     @contextlib.contextmanager
-    def nothing_unsaved(self):
+    def nothing_unsaved(self) -> Iterator[None]:
         """While the block runs, which may be long, a signal ends it at once."""
         self.unsaved = False
         if self.signal:

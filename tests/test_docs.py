@@ -1,5 +1,6 @@
 """What the pages say is so: links lead somewhere, names exist, recipes are listed, and the worked examples work."""
 
+import ast
 import os
 import re
 import shutil
@@ -63,6 +64,20 @@ def test_the_guide_lists_every_flag_of_the_pretraining_script():
 def test_every_file_of_the_package_has_its_job_in_the_list():
     text = (ROOT / "docs/EXTENDING.md").read_text()
     assert [path.name for path in ROOT.glob("snclr/*.py") if path.name[0] != "_" and f"{path.name}`" not in text] == []
+
+
+def test_public_functions_say_their_types():
+    bare = []
+    for path in ROOT.glob("snclr/*.py"):
+        top = ast.parse(path.read_text()).body
+        scopes = [("", top)] + [(f"{c.name}.", c.body) for c in top if isinstance(c, ast.ClassDef) and c.name[0] != "_"]
+        for prefix, body in scopes:
+            for function in body:
+                if isinstance(function, ast.FunctionDef) and function.name[0] != "_":
+                    arguments = [a for a in (*function.args.args, *function.args.kwonlyargs) if a.arg not in ("self", "ctx")]
+                    if function.returns is None or any(a.annotation is None for a in arguments):
+                        bare.append(f"{path.name}: {prefix}{function.name}")
+    assert bare == []
 
 
 def test_flags_and_files_that_the_pages_name_exist():
