@@ -48,7 +48,7 @@ def start(timeout_minutes: float = 30) -> torch.device:
 
 
 def stop() -> None:
-    """Wait for all ranks, and leave the process group, if any. Destroyed with a tensor of an exchange still in its hands, it may
+    """Wait for all ranks, and leave the process group, if any. Destroyed with a tensor of an exchange still in hand, it may
     wait for itself forever (torch 2.6): a barrier has none."""
     if dist.is_initialized():
         dist.barrier()
