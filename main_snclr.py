@@ -96,9 +96,9 @@ def main(argv: list[str]) -> None:
     while True:
         epoch, inside = divmod(step, steps_per_epoch)
         if args.eval_freq and not inside and (epoch % args.eval_freq == 0 or epoch == args.epochs) and step != evaluated:
-            with interruptions.nothing_unsaved():  # the state before an evaluation is that of the last save
-                start = (model, loader, val, args, log)
-                result = evaluate(model, loader, val, amp, args, log, epoch) if step else evaluate_start(*start)
+            with interruptions.nothing_unsaved():
+                judged = (model, loader, val, amp, args, log, epoch)
+                result = evaluate(*judged) if step else evaluate_start(model, loader, val, args, log)
             log.line({"epoch": epoch, "step": step, **result})
         if step >= last_step:
             break
@@ -108,11 +108,11 @@ def main(argv: list[str]) -> None:
             log.say(f"note: {note}")
         if speaks:
             epoch, inside = divmod(step, steps_per_epoch)
-            numbered = f"{epoch:04d}" if args.save_freq and not inside and epoch % args.save_freq == 0 else None
             state = checkpoint.pack(model, optimizer, scaler, args=args, epoch=epoch, step=step, **which)
             encoder = checkpoint.pack_encoder(judged_encoder(model, args), args.eval_encoder, args=args, epoch=epoch)
+            numbered = args.save_freq and not inside and epoch % args.save_freq == 0
             try:
-                save(workdir, state, encoder, numbered, args.keep, log)
+                save(workdir, state, encoder, [f"{epoch:04d}"] if numbered else [], args.keep, log)
             except RunError as error:
                 if step >= last_step or interruptions.ending:
                     raise
@@ -124,9 +124,8 @@ def main(argv: list[str]) -> None:
     if not interruptions.ending:
         digests = distributed.union({digest(model)})
         if distributed.world_size() > 1:
-            log.say(
-                f"weights and bank of the ranks: {'the same' if len(digests) == 1 else 'NOT the same'}, {', '.join(digests)}"
-            )
+            agree = "the same" if len(digests) == 1 else "NOT the same"
+            log.say(f"weights and bank of the ranks: {agree}, {', '.join(digests)}")
         if speaks:
             log.say(monitor.farewell(workdir, done=step == total_steps))
             log.say(report.leave(workdir))
@@ -150,14 +149,14 @@ def open_workdir(args) -> tuple[str, str | None, list[str]]:
     return workdir, found, told
 
 
-def save(workdir, state, encoder, numbered, keep, log) -> None:
-    """Leave a checkpoint and the encoder alone. The order makes a crash between two files harmless: what is written last
-    decides where a run goes on, and everything before it is then written again."""
+def save(workdir, state, encoder, numbered: list[str], keep: int, log) -> None:
+    """Leave the encoder alone and the checkpoint, as the last ones and under a number, if one is given. A run goes on from the
+    checkpoint, so that whatever a crash kept from being written before it is written again."""
     log.flush(durable=True)
-    for name in (numbered, "last") if numbered else ("last",):
+    for name in (*numbered, "last"):
         checkpoint.save(os.path.join(workdir, f"encoder_{name}.pth.tar"), encoder)
-    if numbered:
-        checkpoint.save(os.path.join(workdir, f"checkpoint_{numbered}.pth.tar"), state)
+    for name in numbered:
+        checkpoint.save(os.path.join(workdir, f"checkpoint_{name}.pth.tar"), state)
     checkpoint.save(os.path.join(workdir, checkpoint.LAST), state, keep)
 
 

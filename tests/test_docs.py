@@ -15,7 +15,8 @@ from snclr import options
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-OTHERS = {"help", "dry-run", "nodes", "gpus-per-node", "cpus-per-task", "logdir"}  # flags of other programs
+OTHERS = {"help", "dry-run", "nodes", "gpus-per-node", "cpus-per-task", "logdir"}
+OTHERS |= {"requeue", "signal", "max-restarts"}  # flags of other programs
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -81,7 +82,13 @@ def test_public_functions_say_their_types():
 
 def test_flags_and_files_that_the_pages_name_exist():
     sources = "".join(
-        path.read_text() for path in [*ROOT.glob("snclr/*.py"), *ROOT.glob("*.sh"), *ROOT.glob("benchmarks/*.py")]
+        path.read_text()
+        for path in [
+            *ROOT.glob("snclr/*.py"),
+            *ROOT.glob("*.sh"),
+            *ROOT.glob("benchmarks/*.py"),
+            *ROOT.glob("tests/faults/*.py"),
+        ]
     )
     for page in PAGES:
         text = page.read_text()

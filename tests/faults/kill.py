@@ -11,6 +11,7 @@ import argparse
 import collections
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -20,7 +21,6 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import attack  # noqa: E402
-import torch  # noqa: E402
 from test_ranks import write_images  # noqa: E402
 
 VICTIMS = ("rank 0", "rank 1", "launcher", "all")
@@ -85,12 +85,19 @@ def attack_run(images, flags, workdir, kills, generator, report):
             return done
         if victim.startswith("rank") and len(attack.ranks_of(process)) < 2:
             victim = "launcher"
-        step, last = max((line["step"] for line in attack.lines_of(workdir)), default=0), workdir / attack.LAST
+        step = max((line["step"] for line in attack.lines_of(workdir)), default=0)
         seconds = kill(process, victim)
-        lost = step - (torch.load(last, weights_only=True)["step"] if last.exists() else 0)
         done += 1
-        report.append((victim, moment, max(0, lost), seconds, log.read_text()))
+        report.append((victim, moment, step, seconds, log.read_text()))
         print(f"kill {len(report)}: {victim} while {moment}, step {step}; the others ended after {seconds:.1f} s", flush=True)
+
+
+def repeated(report):
+    """The steps that each kill let be taken twice, by what the next start that got so far says."""
+    starts = [re.search(r"resumed from .* after step (\d+) of", output) for *_, output in report]
+    steps = [int(found[1]) if found else None for found in starts]
+    known = [next((s for s in steps[number + 1 :] if s is not None), None) for number in range(len(steps))]
+    return [max(0, entry[2] - step) for entry, step in zip(report, known, strict=True) if step is not None]
 
 
 def main(kills, epochs, seed, folder):
@@ -109,7 +116,7 @@ def main(kills, epochs, seed, folder):
         print(f"run {runs}: {len(report)} kills so far, its end is that of the undisturbed run bit for bit", flush=True)
     for number, kinds in enumerate((VICTIMS, MOMENTS)):
         print(", ".join(f"{sum(entry[number] == kind for entry in report)} x {kind}" for kind in kinds))
-    lost, seconds = [entry[2] for entry in report], sorted(entry[3] for entry in report)
+    lost, seconds = repeated(report) or [0], sorted(entry[3] for entry in report)
     print(f"{len(report)} kills in {runs} runs of {5 * epochs} steps, each of which ended as the undisturbed one, bit for bit;")
     print(f"steps to repeat: {sum(lost) / len(lost):.1f} on average, {max(lost)} at most;")
     print(f"the other processes ended after {seconds[len(seconds) // 2]:.1f} s (median), {seconds[-1]:.1f} s at most;")
