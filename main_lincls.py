@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from snclr import augment, checkpoint, confusion, distributed, features, finetune, knn, linear, monitor, optim, sources, weights
 from snclr.data import ImageSet, ViewLoader, share, whole_images
+from snclr.lock import hold
 from snclr.precision import autocast, resolve_amp, widen
 
 LAST = "lincls_last.pth.tar"
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> None:
     if args.encoder == "untrained":
         encoder = knn.calibrated_copy(encoder, train, size=args.img_size, device=device, workers=args.workers)
     amp, speaks = resolve_amp(args.amp, device), distributed.rank() == 0
+    distributed.on_rank_zero(lambda: hold(args.workdir, "main_lincls"))
     if speaks:
         monitor.save_settings(args.workdir, args, {"world_size": distributed.world_size(), "amp_used": amp})
     task = Task(args, encoder, train, val, device, amp, features.digest(encoder), print if speaks else lambda _: None)

@@ -18,15 +18,6 @@ from snclr.errors import Interrupted
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """Runs in this process leave their signal handlers behind."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def train(images, workdir, *flags):
     main_snclr.main([str(images), *attack.FLAGS, "--workdir", str(workdir), *flags])
 
