@@ -114,6 +114,7 @@ def main(argv: list[str]) -> None:
         interruptions.saved()
         if interruptions.ending:
             break
+    interruptions.maximum.finish()
     distributed.barrier()  # nobody leaves while rank 0 still writes
     if not interruptions.ending:
         digests = distributed.union({digest(model)})

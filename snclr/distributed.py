@@ -130,6 +130,11 @@ class LaggedMaximum:
         self.work = dist.all_reduce(self.found, dist.ReduceOp.MAX, group=self.group, async_op=True)
         return before
 
+    def finish(self) -> None:
+        """Wait for the last exchange: with one under way the group's destructor and its thread may wait for each other."""
+        if self.work is not None:
+            self.work.wait()
+
 
 def on_rank_zero(function: Callable) -> object:
     """What function() returns, or the UsageError that it raises, on rank 0 alone, for every rank."""

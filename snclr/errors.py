@@ -29,6 +29,15 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def leave(code: int) -> None:
+    """End this process. A rank's ends at once: what is left of a process group that failed may wait for others forever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "WORLD_SIZE" in os.environ:
+        os._exit(code)
+    sys.exit(code)
+
+
 @contextlib.contextmanager
 def one_clear_line(program: str) -> Iterator[None]:
     """Turn the project's own errors into one line on stderr and an exit code; let real bugs keep their traceback.
@@ -41,11 +50,11 @@ def one_clear_line(program: str) -> Iterator[None]:
     except UsageError as error:
         if rank == 0:
             print(f"{program}: error: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave(2)
     except Interrupted as error:
         if rank == 0:
             print(f"{program}: {error}", file=sys.stderr, flush=True)
-        sys.exit(75)
+        leave(75)
     except RuntimeError as error:
         told = one_line(error)
         if told.startswith("DataLoader worker"):  # torch's words for it, which its signal handler raises anywhere
@@ -53,8 +62,8 @@ def one_clear_line(program: str) -> Iterator[None]:
         elif not isinstance(error, RunError):
             raise
         print(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {told}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        leave(1)
     except KeyboardInterrupt:
         if rank == 0:
             print(f"{program}: interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        leave(130)
