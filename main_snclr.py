@@ -114,16 +114,14 @@ def main(argv: list[str]) -> None:
         interruptions.saved()
         if interruptions.ending:
             break
+    digests = distributed.union({digest(model)})
+    if distributed.world_size() > 1:
+        agree = "the same" if len(digests) == 1 else "NOT the same"
+        log.say(f"weights and bank of the ranks: {agree}, {', '.join(digests)}")
+    if speaks and not interruptions.ending:
+        log.say(monitor.farewell(workdir, done=step == total_steps))
+        log.say(report.leave(workdir))
     interruptions.maximum.finish()
-    distributed.barrier()  # nobody leaves while rank 0 still writes
-    if not interruptions.ending:
-        digests = distributed.union({digest(model)})
-        if distributed.world_size() > 1:
-            agree = "the same" if len(digests) == 1 else "NOT the same"
-            log.say(f"weights and bank of the ranks: {agree}, {', '.join(digests)}")
-        if speaks:
-            log.say(monitor.farewell(workdir, done=step == total_steps))
-            log.say(report.leave(workdir))
     log.close()
     distributed.stop()
     if interruptions.ending:

@@ -49,8 +49,10 @@ def start(timeout_minutes: float = 30) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the process group, if any."""
+    """Wait for all ranks, and leave the process group, if any. Destroyed with a tensor of an exchange still in its hands, it may
+    wait for itself forever (torch 2.6): a barrier has none."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
