@@ -27,7 +27,6 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 
 from snclr import augment, checkpoint, confusion, distributed, features, finetune, knn, linear, monitor, optim, sources, weights
 from snclr.data import ImageSet, ViewLoader, share, whole_images
@@ -287,10 +286,7 @@ def tune(task) -> tuple[dict, np.ndarray]:
     optimizer = finetune.build_optimizer(model, name, lr * scale, head_lr * scale, weight_decay, layer_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
     epoch = resume(task, model, optimizer) if args.resume else 0
-    network = model
-    if distributed.world_size() > 1:
-        on = [device] if device.type == "cuda" else None
-        network = DistributedDataParallel(model, device_ids=on, broadcast_buffers=False)
+    network = distributed.replicate(model, device)
     recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, blur=False, colour=False)
     loader, start = ViewLoader(train, recipe, device, args.workers), time.perf_counter()
     schedule = dict(steps_per_epoch=steps, warmup_epochs=args.warmup_epochs, epochs=args.epochs)

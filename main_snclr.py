@@ -21,7 +21,6 @@ if __name__ == "__main__":
         options.parse(sys.argv[1:])  # a wrong flag is answered here, before the slow imports
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from snclr import augment, checkpoint, data, distributed, knn, label_free, monitor, optim, report, sources, visualize, weights
 from snclr.builder import build_model
@@ -81,12 +80,7 @@ def main(argv: list[str]) -> None:
         log.say(f"resumed from {found} after step {step} of {total_steps}" + "".join(f"; {change}" for change in changed))
 
     # -- epochs ----------------------------------------------------------------------------------------------------------
-    network = model
-    if distributed.world_size() > 1:
-        # buffers stay as they are: the bank is already the same on all ranks, and it is large
-        network = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+    network = distributed.replicate(model, device)
     guard = Guard(model, optimizer, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled())
     interruptions = Interruptions(args.save_every_minutes, args.timeout_minutes)
     evaluated = distributed.on_rank_zero(log.last_evaluation)

@@ -18,7 +18,6 @@ from argparse import Namespace
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import measure
 from benchmarks.objective import Problem, Streamed
@@ -66,7 +65,7 @@ def true_rank(rank: int, world_size: int, port: int, batch: int, steps: int) -> 
     device = distributed.start()
     step = Step("@configs/embedded.args --amp off", batch, device)
     step.model = distributed.synchronise_batch_norm(step.model, device)
-    step.model = DistributedDataParallel(step.model, broadcast_buffers=False)
+    step.model = distributed.replicate(step.model, device)
     seconds = []
     for _ in range(steps + 1):
         distributed.barrier()

@@ -2,7 +2,7 @@
 """A training step of main_snclr.py without its images: what the method costs, and what each accelerator gains by itself.
 
     python benchmarks/step.py                        ViT-S/16 at 224 px, 8 images, ResNet-18 at 32 px: some minutes on a CPU
-    python benchmarks/step.py -b 128 --steps 20      as on ImageNet, for a GPU
+    python benchmarks/step.py -b 128 --cifar-batch 512 --steps 20 --compile      for a GPU
     python benchmarks/step.py --only method          one of the tables: method, vit, resnet, optimiser
 
 Each row is against the first of its table; the sides alternate within one run. The images are noise.
@@ -94,14 +94,14 @@ def tables(args, device) -> dict:
             "both views in one call": vit(),
             "bfloat16, a view at a time": vit(amp, joins=False),
             "bfloat16": vit(amp),
-            "bfloat16, compiled": vit(f"{amp} --compile"),
             "bfloat16, --grad-checkpointing": vit(f"{amp} --grad-checkpointing"),
+            **({"bfloat16, compiled": vit(f"{amp} --compile")} if args.compile else {}),
         },
         "resnet": lambda: {
             "ResNet-18 (CIFAR stem), float32": resnet(),
             "bfloat16": resnet(amp),
             "bfloat16, channels-last": resnet(amp, channels_last=True),
-            "bfloat16, channels-last, compiled": resnet(f"{amp} --compile", channels_last=True),
+            **({"the same, compiled": resnet(f"{amp} --compile", channels_last=True)} if args.compile else {}),
         },
         "optimiser": lambda: {
             "AdamW on ViT-S, parameter by parameter": Optimiser(device, foreach=False, fused=False),
@@ -116,6 +116,7 @@ def main():
     parser.add_argument("-b", "--batch", type=int, default=8, help="images of the ViT's batch")
     parser.add_argument("--cifar-batch", type=int, default=64, help="images of the ResNet's batch")
     parser.add_argument("--steps", type=int, default=5, help="steps of each side, alternating")
+    parser.add_argument("--compile", action="store_true", help="compiled backbones, too: minutes more")
     parser.add_argument("--only", nargs="+", metavar="TABLE", help="method, vit, resnet, optimiser")
     args = parser.parse_args()
     device = measure.choose_device()

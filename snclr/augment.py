@@ -179,15 +179,19 @@ def _apply_(x, jitter, order, factors, gray, sigma, solarize, flips):
 
 def _jitter_(x, where, order, factors):
     """The four operations on images x[where], in the order of each: before each turn they are sorted by what is next."""
+    operations = adjust_brightness_, adjust_contrast_, adjust_saturation_, adjust_hue_
+    if _large_on_cpu(x):
+        for number in order[0] if len(where) else ():
+            operations[number](x, factors[0, number].item())
+        return
     jittered = x if len(where) == len(x) else _select(x, where)
     for turn in range(4):
         by_operation = np.argsort(order[where, turn], kind="stable")
         if len(where) > 1:
             where, jittered = where[by_operation], _select(jittered, by_operation)
-        operations = order[where, turn]
-        strengths = _strengths(factors[where, operations], x)
-        starts = np.searchsorted(operations, np.arange(5))
-        for number, operation_ in enumerate((adjust_brightness_, adjust_contrast_, adjust_saturation_, adjust_hue_)):
+        strengths = _strengths(factors[where, order[where, turn]], x)
+        starts = np.searchsorted(order[where, turn], np.arange(5))
+        for number, operation_ in enumerate(operations):
             if starts[number] < starts[number + 1]:
                 here = slice(starts[number], starts[number + 1])
                 operation_(jittered[here], strengths[here])
@@ -232,7 +236,7 @@ def adjust_brightness_(x: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast_(x: Tensor, factor: Tensor) -> Tensor:
     # rows first: a single large sum would be split over threads, and depend on their number
-    mean = _luma(x).mean(dim=3, keepdim=True).mean(dim=2, keepdim=True)
+    mean = _luma(x.mean(dim=3, keepdim=True).mean(dim=2, keepdim=True))
     return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -259,6 +260,19 @@ class AllReduceBatchNormAct(AllReduceBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(x)))
+
+
+def replicate(module: nn.Module, device: torch.device) -> nn.Module:
+    """module with the gradients of its trained parameters averaged over the ranks; itself with one rank.
+
+    Its buffers stay as they are: the bank is already the same on all ranks, and it is large.
+    """
+    if world_size() == 1:
+        return module
+    with warnings.catch_warnings():  # torch 2.14 announces another name, which does not mean the same yet
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        where = [device] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=where, broadcast_buffers=False)
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:

@@ -1,7 +1,9 @@
+import contextlib
 import functools
 import os
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,6 +114,29 @@ def test_a_batch_has_two_different_views_of_each_image_normalised_by_the_sets_mo
         _, crops, parameters = images.views(RECIPE, 4, ids.numpy())
         expected = augment.apply(crops, parameters, *map(torch.tensor, options.IMAGENET))
         assert torch.equal(torch.cat([view1, view2]), expected)
+
+
+def test_with_a_stream_of_its_own_each_batch_is_made_in_it_and_kept_for_the_step(image_sets, monkeypatch):
+    """What a GPU is told, in its order, with a stand-in for the streams: a step must never run in the loader's stream."""
+    told = []
+
+    @contextlib.contextmanager
+    def stream(_):
+        told.append("in")
+        yield
+        told.append("out")
+
+    apply = augment.apply
+    training = SimpleNamespace(wait_stream=lambda _: told.append("wait"))
+    monkeypatch.setattr(augment, "apply", lambda *arguments: told.append("made") or apply(*arguments))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: training)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, by: told.append("kept") if by is training else None)
+    loader = TwoViewLoader(image_sets["resident"], RECIPE, 8, CPU, 0)
+    loader.stream = object()
+    for _ in loader.epoch(1):
+        told.append("step")
+    assert told == ["in", "made", "out", "wait", "kept", "kept", "step"] * 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])

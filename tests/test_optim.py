@@ -194,11 +194,22 @@ def test_gradient_norm_is_that_of_all_gradients_in_a_row():
 # -- the momentum encoder --------------------------------------------------------------------------------------------------
 
 
+class Encoder(nn.Sequential):
+    """A linear layer and a batch norm as backbone, a linear layer as projector."""
+
+    def embed(self, x):
+        return self[1](self[0](x))
+
+    @property
+    def projector(self):
+        return self[2]
+
+
 @pytest.fixture
 def pair():
     """A model whose encoders differ in every parameter."""
     torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
+    encoder = Encoder(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
     model = SNCLR(encoder, None, None, method="mocov3")
     for parameter in model.base_encoder.parameters():
         nn.init.normal_(parameter)
