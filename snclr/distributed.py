@@ -84,7 +84,7 @@ def failures_named() -> Iterator[None]:
         yield
     except RuntimeError as error:
         known = any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
-        if world_size() == 1 or isinstance(error, RunError | Interrupted) or not known:
+        if world_size() == 1 or isinstance(error, RunError) or not known:
             raise
         told = _sentence(error)
         raise RunError(f"{_silent_ranks()}: {told}") from error
@@ -93,6 +93,8 @@ def failures_named() -> Iterator[None]:
 def _silent_ranks() -> str:
     store, number, count = _store(), rank(), world_size()
     try:
+        if store.check(["left"]):
+            raise Interrupted(store.get("left").decode())
         store.set(f"lost/{number}", "")
         dist.destroy_process_group()  # closes our connections, by which those who wait for us notice, too
         time.sleep(GRACE)
@@ -101,6 +103,13 @@ def _silent_ranks() -> str:
         return f"lost contact with {told}" if told else "lost contact for a while with another rank"
     except RuntimeError:
         return f"lost contact with the launcher on {os.environ.get('MASTER_ADDR')}, where the ranks meet"
+
+
+def announce(told: str) -> None:
+    """Let the ranks that will miss this one know that it left in good order, so that they do the same."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            _store().set("left", told)
 
 
 def _store():
