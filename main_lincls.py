@@ -53,6 +53,7 @@ class Task(NamedTuple):
 
 
 @handlers_given_back()
+@distributed.failures_named()
 def main(argv: list[str]) -> None:
     args = lincls_options.parse(argv)
 
@@ -397,5 +398,5 @@ def resume(task, model, optimizer) -> int:
 
 
 if __name__ == "__main__":
-    with one_clear_line("main_lincls.py"), distributed.failures_named():
+    with one_clear_line("main_lincls.py"):
         main(sys.argv[1:])

@@ -32,6 +32,7 @@ from snclr.preemption import Interruptions, handlers_given_back, leave, leave_at
 
 
 @handlers_given_back()
+@distributed.failures_named()
 def main(argv: list[str]) -> None:
     args = options.parse(argv)
 
@@ -295,5 +296,5 @@ def notes(args, num_images: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    with one_clear_line("main_snclr.py"), distributed.failures_named():
+    with one_clear_line("main_snclr.py"):
         main(sys.argv[1:])

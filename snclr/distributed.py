@@ -20,7 +20,7 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
-from .errors import Interrupted, RunError, UsageError, first_line
+from .errors import RunError, UsageError, first_line
 from .precision import widen
 
 GRACE = 5  # seconds in which every rank that still lives has noticed that another one does not
@@ -93,8 +93,6 @@ def failures_named() -> Iterator[None]:
 def _silent_ranks() -> str:
     store, number, count = _store(), rank(), world_size()
     try:
-        if store.check(["left"]):
-            raise Interrupted(store.get("left").decode())
         store.set(f"lost/{number}", "")
         dist.destroy_process_group()  # closes our connections, by which those who wait for us notice, too
         time.sleep(GRACE)
@@ -103,13 +101,6 @@ def _silent_ranks() -> str:
         return f"lost contact with {told}" if told else "lost contact for a while with another rank"
     except RuntimeError:
         return f"lost contact with the launcher on {os.environ.get('MASTER_ADDR')}, where the ranks meet"
-
-
-def announce(told: str) -> None:
-    """Let the ranks that will miss this one know that it left in good order, so that they do the same."""
-    if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):
-            _store().set("left", told)
 
 
 def _store():

@@ -190,6 +190,7 @@ class Log:
 
 def save_settings(workdir: str, args: Namespace, more: dict) -> None:
     """Leave args.json in workdir: every setting by its name, and the command, versions and git commit of this start."""
+    os.makedirs(workdir, exist_ok=True)
     command = shlex.join([sys.executable, *sys.argv])
     save_json(os.path.join(workdir, "args.json"), {**vars(args), **more, "command": command, **provenance()})
 

@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from .distributed import LaggedMaximum, announce
+from .distributed import LaggedMaximum
 from .errors import Interrupted, first_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -16,7 +16,8 @@ SAVE = 1  # a larger number is the signal that ends the run
 
 @contextlib.contextmanager
 def handlers_given_back() -> Iterator[None]:
-    """For a process that goes on after the block: what it did at a signal before, it does again."""
+    """For a process that goes on after the block: what it did at a signal before, it does again. (Not before failures_named
+    has said which rank was lost: the launcher's SIGTERM would end it first.)"""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
@@ -99,7 +100,6 @@ def leave(number: int, told: str) -> None:
     """Raise Interrupted. SIGUSR1 is how SLURM, asked to (--signal), announces the time limit: the job is put in line again.
     Not so for SIGTERM, which scancel sends."""
     told = f"{signal.Signals(number).name}: {told}; the same command with --resume auto goes on"
-    announce(told)
     job = os.environ.get("SLURM_JOB_ID")
     if number == signal.SIGUSR1 and job and os.environ.get("RANK", "0") == "0":
         try:

@@ -5,7 +5,7 @@ import signal
 import sys
 
 import main_snclr
-from snclr import distributed, knn
+from snclr import knn
 from snclr.errors import one_clear_line
 
 calls, original = [], knn.accuracy
@@ -19,5 +19,5 @@ def signalled(*args, **kwargs):
 
 
 knn.accuracy = signalled
-with one_clear_line("signalled.py"), distributed.failures_named():
+with one_clear_line("signalled.py"):
     main_snclr.main(sys.argv[1:])
