@@ -221,7 +221,7 @@ def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
             grid.train_step(optimizer, x, fit.labels[ids].to(device))
         epoch += 1
         correct = accuracies(grid, *judges[select])
-        tell(task, epoch, f"best {select} top-1 {correct[0].max():.2f} %", start)
+        tell(task, loader, epoch, f"best {select} top-1 {correct[0].max():.2f} %", start)
         save(task, grid, optimizer, epoch)
 
     best, final = int(correct[0].argmax()), accuracies(grid, *val_share)
@@ -309,7 +309,7 @@ def tune(task) -> tuple[dict, np.ndarray]:
             scaler.update()
         epoch += 1
         if epoch % max(1, args.epochs // 5) == 0 or epoch == args.epochs:
-            tell(task, epoch, f"top-1 {judge(task, model)[0]:.2f} %", start)
+            tell(task, loader, epoch, f"top-1 {judge(task, model)[0]:.2f} %", start)
         save(task, model, optimizer, epoch)
     top1, top5, counts = judge(task, model)
     task.say(f"fine-tuned: top-1 {top1:.2f} %, top-5 {top5:.2f} % on {len(task.val)} images, after the last epoch")
@@ -357,8 +357,10 @@ def percent_right(counts: np.ndarray) -> list[float | None]:
     return [round(100 * row[label] / row.sum(), 2) if row.sum() else None for label, row in enumerate(counts)]
 
 
-def tell(task, epoch, text, start) -> None:
-    """A line on the console, ten times in all or so."""
+def tell(task, loader, epoch, text, start) -> None:
+    """A line on the console, ten times in all or so, and images that could not be read. Collective."""
+    if note := monitor.bad_images(loader, task.args.workdir):
+        task.say(f"note: {note}")
     if epoch % max(1, task.args.epochs // 10) == 0 or epoch == task.args.epochs:
         task.say(f"epoch {epoch}/{task.args.epochs}  {text}  {time.perf_counter() - start:.0f} s")
 

@@ -231,6 +231,9 @@ def _open_part(path, labels, args) -> tuple[ImageSet, list[str | None] | None, l
         advice = ", or say --on-bad-image skip" if args.on_bad_image == "fail" else ""
         raise UsageError(f"{error}{advice}") from error
     notes = [f"{ignored} files in {path} are no images and were left out"] if ignored else []
+    if isinstance(images, SpoiltImages):
+        bad = [error for error in images.errors if error is not None]
+        notes += [f"{len(bad)} images in {path} are replaced in training and grey in evaluation; the first: {bad[0]}"]
     return images, None if labels == "none" else names, notes
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import main_lincls
 import main_snclr
 from snclr import augment, checkpoint, data, lock, options, sources
 from snclr.errors import RunError, UsageError, one_clear_line
@@ -161,11 +162,22 @@ def test_a_small_set_is_held_in_memory_although_some_of_it_cannot_be_read(spoilt
     assert part.views(RECIPE, 0, np.arange(3)).ids.tolist() == [1, 1, 1]
     assert (val.whole(np.array([2]), 32) == 127).all() and (val.whole(np.array([1]), 32) != 127).any()
     train(spoilt, tmp_path / "run", "--on-bad-image", "skip")
-    assert "6 more images cannot be read and are replaced" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"note: 6 images in {spoilt}/train are replaced in training" in out and "note: 1 images in" in out
+    assert "6 more images cannot be read and are replaced" in out
     listed = (tmp_path / "run/bad_images.txt").read_text().splitlines()
     assert len(listed) == 6 and "train/a/00.png: it is no image" in listed[0]
     with pytest.raises(UsageError, match="or say --on-bad-image skip"):
         train(spoilt, tmp_path / "fail")
+
+
+def test_a_probe_skips_and_lists_what_cannot_be_read_as_well(spoilt, tmp_path, capsys):
+    train(spoilt, tmp_path, "--on-bad-image", "skip", "-j", "1", "--stop-after-steps", "1", "--eval-freq", "0")
+    flags = ["--on-bad-image", "skip", "-j", "1", "--epochs", "1", "-b", "4", "--heldout", "0.2", "--crop-min", "0.5"]
+    flags += ["--pretrained", str(tmp_path / "encoder_last.pth.tar"), "--workdir", str(tmp_path / "probe")]
+    main_lincls.main([str(spoilt), *flags])
+    assert "images cannot be read and are replaced" in capsys.readouterr().out
+    assert len((tmp_path / "probe/bad_images.txt").read_text().splitlines()) > 2
 
 
 def test_names_that_are_no_text_and_a_list_that_cannot_be_written_end_no_run(spoilt, tmp_path, capsys):
