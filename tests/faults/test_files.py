@@ -203,7 +203,7 @@ def test_a_folder_without_permission_is_one_clear_line(images, tmp_path):
     root = Path(shutil.copytree(images, tmp_path / "images"))
     (root / "train/a").chmod(0)
     with pytest.raises(UsageError, match=r"cannot read the folder .*train/a: Permission denied"):
-        sources.open_data(options.parse([str(root), *attack.FLAGS]))
+        sources.open_data(options.parse([str(root), *attack.FLAGS, "--workdir", str(tmp_path / "run")]))
 
 
 def test_images_that_were_exchanged_or_renamed_between_two_starts_are_noticed(images, tmp_path):

@@ -136,6 +136,16 @@ def test_a_probe_ends_at_a_signal_and_goes_on_from_its_last_whole_epoch(images, 
     assert probe(images, alone, tmp_path / "parts", "--resume", "auto") == whole
 
 
+def test_a_probe_of_two_ranks_ends_at_a_signal_to_the_launcher(images, undisturbed, tmp_path):
+    flags = ["--pretrained", undisturbed / "encoder_last.pth.tar", "--workdir", tmp_path, "--epochs", "100000", "-b", "8"]
+    run = attack.start("main_lincls.py", images, *flags, "--heldout", "0.2", "--crop-min", "0.5")
+    attack.wait_for((tmp_path / main_lincls.LAST).exists, run)
+    run.send_signal(signal.SIGTERM)
+    code, output = attack.ended(run, within=60)
+    assert code == 75 and output.count("SIGTERM: ended") == 1 and "Traceback" not in output, output
+    assert torch.load(tmp_path / main_lincls.LAST, weights_only=True)["epoch"] > 0
+
+
 def test_a_probe_finishes_the_file_that_it_writes_before_it_heeds_a_signal(images, alone, tmp_path, monkeypatch):
     original = os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (os.kill(os.getpid(), signal.SIGTERM), original(number)))
