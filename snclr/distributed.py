@@ -38,6 +38,8 @@ def start(timeout_minutes: float = 30) -> torch.device:
         torch.cuda.set_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a rank does not outlive a launcher that was killed
+        if os.environ.get("SNCLR_LAUNCHER", parent := str(os.getppid())) != parent:  # before this line
+            raise RunError(f"the launcher has ended (process {os.environ['SNCLR_LAUNCHER']})")
     if "WORLD_SIZE" in os.environ:
         timeout = datetime.timedelta(minutes=timeout_minutes)
         try:
