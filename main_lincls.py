@@ -370,7 +370,7 @@ def save(task, model, optimizer, epoch) -> None:
     if distributed.rank() == 0:
         settings = {name: value for name, value in vars(task.args).items() if name not in RUNNING}
         state = {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"args": settings, "encoder_digest": task.digest}
+        state |= {"args": settings, "encoder_digest": task.digest, "provenance": checkpoint.provenance()}
         with signals_wait():
             checkpoint.save(os.path.join(task.args.workdir, LAST), state)
     distributed.barrier()

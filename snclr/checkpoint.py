@@ -7,6 +7,7 @@ module.memory_bank.*), 'optimizer', 'scaler', 'args', 'images' and 'fingerprint'
 """
 
 import contextlib
+import functools
 import os
 import platform
 import subprocess
@@ -203,7 +204,8 @@ def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int)
     """The backbone alone, under its own names, with what is needed to rebuild it: small, and read by snclr.load_encoder."""
     head = next(name for name, module in encoder.named_modules() if module is encoder.projector) + "."
     backbone = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)}
-    return {"format": FORMAT, "epoch": epoch, "arch": args.arch, "args": vars(args), "encoder": which, "state_dict": backbone}
+    state = {"format": FORMAT, "epoch": epoch, "arch": args.arch, "args": vars(args), "encoder": which, "state_dict": backbone}
+    return state | {"provenance": provenance()}
 
 
 def resume(
@@ -253,6 +255,7 @@ def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
         raise UsageError(f"{path} does not fit the optimiser: {first_line(error)}") from error
 
 
+@functools.cache  # of the code that was loaded, which may change on the disk while it runs
 def provenance() -> dict:
     """Where a result comes from: versions of python, torch, torchvision, timm and this package, and the git commit or None."""
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}

@@ -16,7 +16,7 @@ from torchvision.io import write_png
 
 import main_lincls
 import main_snclr
-from snclr import data, knn, monitor, sources
+from snclr import checkpoint, data, knn, monitor, sources
 from snclr.errors import Interrupted, RunError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -175,10 +175,13 @@ def test_a_save_that_failed_is_not_called_saved(images, tmp_path, monkeypatch):
 def test_without_scontrol_the_job_is_not_put_in_line_again_and_that_is_said(images, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("PATH", "")  # nor is there git
+    monkeypatch.setattr(checkpoint, "provenance", checkpoint.provenance.__wrapped__)
     signal_in_step(monkeypatch, 1, signal.SIGUSR1)
     with pytest.raises(Interrupted, match=r"SIGUSR1: saved; .* \(requeue of job 77 failed: .*scontrol.*\)"):
         train(images, tmp_path)
-    assert torch.load(tmp_path / "checkpoint_last.pth.tar", weights_only=True)["provenance"]["git"] is None
+    for name in (attack.LAST, "encoder_last.pth.tar"):
+        found = torch.load(tmp_path / name, weights_only=True)
+        assert found["provenance"]["git"] is None and found["provenance"]["versions"]["torch"] and found["args"]
 
 
 def test_every_so_many_minutes_it_saves_within_an_epoch(images, alone, tmp_path, monkeypatch):
