@@ -151,7 +151,7 @@ class SpoiltImages(ResidentImages):
             raise RunError(self.errors[index])
         return self.images[index]
 
-    def views(self, recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
+    def views(self, recipe: augment.Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
         numbers = [EncodedImages.readable(self, int(index), recipe.seed)[0] for index in indices]
         return super().views(recipe, epoch, np.array(numbers), which)
 

@@ -21,11 +21,11 @@ CLOCK = ("images_per_s", "data_wait", "slowest_step_s")  # what differs between 
 FOREIGN = ("SLURM", "NNODES", "NODE_RANK", "MASTER", "WORLD", "TORCHELASTIC", "SNCLR")
 
 
-def numbers(description, **defaults):
-    """Whole numbers from the command line, by name, with these defaults."""
+def numbers(description, defaults):
+    """Whole numbers from the command line, by flag, with these defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    for flag, default in defaults.items():
+        parser.add_argument(flag, type=int, default=default, help=f"default: {default}")
     return parser.parse_args()
 
 

@@ -381,7 +381,7 @@ def whole_processes(cases, seed, folder):
 
 
 if __name__ == "__main__":
-    args = attack.numbers(__doc__, cases=3000, processes=20, seed=0)
+    args = attack.numbers(__doc__, {"--cases": 3000, "--processes": 20, "--seed": 0})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         for place in ("cases", "whole/seeds"):

@@ -124,6 +124,6 @@ def main(kills, epochs, seed, folder):
 
 
 if __name__ == "__main__":
-    given = attack.numbers(__doc__, kills=100, epochs=100, seed=0)
+    given = attack.numbers(__doc__, {"--kills": 100, "--epochs": 100, "--seed": 0})
     with tempfile.TemporaryDirectory() as temporary:
         main(**vars(given), folder=Path(temporary))

@@ -9,6 +9,7 @@ a node is cut off and killed, the others say so and wait, it comes back, and the
 
 import argparse
 import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import attack  # noqa: E402
 from test_ranks import write_images  # noqa: E402
 
-NET, BRIDGE = "10.213.77", "snclr-br"
+NET = "10.213.77"
+NODE, BRIDGE = f"snclr{os.getpid()}n", f"snclr{os.getpid()}b"  # two rehearsals at once do not meet
 
 
 def sh(command):
@@ -29,14 +31,14 @@ def sh(command):
 
 @contextlib.contextmanager
 def network(count):
-    """`count` namespaces snclr0 .. that reach each other, and nothing else, as node0 .. by name."""
+    """`count` namespaces that reach each other, and nothing else, as node0 .. by name."""
     hosts = "127.0.0.1 localhost\n" + "".join(f"{NET}.{number + 1} node{number}\n" for number in range(count))
     with contextlib.ExitStack() as cleaning:
         sh(f"ip link add {BRIDGE} type bridge")
         cleaning.callback(sh, f"ip link del {BRIDGE}")
         sh(f"ip link set {BRIDGE} up")
         for number in range(count):
-            name, folder = f"snclr{number}", Path(f"/etc/netns/snclr{number}")
+            name, folder = f"{NODE}{number}", Path(f"/etc/netns/{NODE}{number}")
             sh(f"ip netns add {name}")
             cleaning.callback(sh, f"ip netns del {name}")
             folder.mkdir(parents=True)
@@ -55,7 +57,7 @@ def start(number, count, *flags, ranks=1, **environment):
         "ip",
         "netns",
         "exec",
-        f"snclr{number}",
+        f"{NODE}{number}",
         "unshare",
         "--uts",
         "bash",
@@ -103,13 +105,13 @@ def power_cut(count, images, folder, undisturbed):
     flags = [images, *attack.FLAGS, "--workdir", folder / "cut", "--timeout-minutes", "0.2", "--resume", "auto"]
     nodes = [start(number, count, *flags, MAX_RESTARTS="1") for number in range(count)]
     attack.wait_for_step(folder / "cut", 2, nodes[0])
-    sh(f"ip link set snclr{last} down")
-    pids = subprocess.run(["ip", "netns", "pids", f"snclr{last}"], capture_output=True, text=True, check=True).stdout.split()
+    sh(f"ip link set {NODE}{last} down")
+    pids = subprocess.run(["ip", "netns", "pids", f"{NODE}{last}"], capture_output=True, text=True, check=True).stdout.split()
     sh(f"kill -9 {' '.join(pids)}")
     nodes[last].wait()
     begun = time.monotonic()
     time.sleep(20)
-    sh(f"ip link set snclr{last} up")
+    sh(f"ip link set {NODE}{last} up")
     nodes[last] = start(last, count, *flags)
     ends = [attack.ended(node, 300) for node in nodes]
     expect(all(code == 0 for code, _ in ends), ends)
