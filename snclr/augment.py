@@ -16,7 +16,7 @@ GRAY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision's
 SIGMA_RANGE = (0.1, 2.0)  # blur, in output pixels
 JITTER = (0.4, 0.4, 0.2, 0.1)  # half-widths of brightness, contrast, saturation (factors about 1) and hue (turns about 0)
 CROP_TRIES = 10
-SMALL = 64  # px; larger views a CPU takes one by one, since its cache holds no more
+SMALL = 64  # px; a CPU takes larger views one by one, since its cache holds no more
 
 # -- drawing -------------------------------------------------------------------------------------------------------------
 
@@ -153,8 +153,8 @@ def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int)
 def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) -> Tensor:
     """Jitter, grey, blur, solarise, flip and normalise: crops (B, 3, S, S) uint8 -> (B, 3, S, S) float on their device.
 
-    mean, std (3,) of the data set, in [0, 1]. Each operation runs as one batch on just the images that were
-    drawn for it. Which these are is known on the host, so a GPU is never asked.
+    mean, std (3,) of the data set, in [0, 1]. Each operation runs on just the images that were drawn for it. Which these are
+    is known on the host, so a GPU is never asked.
     """
     views = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device)
     parts = [slice(i, i + 1) for i in range(len(crops))] if _large_on_cpu(crops) else [slice(None)]
@@ -184,19 +184,16 @@ def _jitter_(x, where, order, factors):
         for number in order[0] if len(where) else ():
             operations[number](x, factors[0, number].item())
         return
-    jittered = x if len(where) == len(x) else _select(x, where)
+    jittered, at = x, where
     for turn in range(4):
         by_operation = np.argsort(order[where, turn], kind="stable")
-        if len(where) > 1:
-            where, jittered = where[by_operation], _select(jittered, by_operation)
+        jittered, where, at = _select(jittered, at[by_operation]), where[by_operation], np.arange(len(where))
         strengths = _strengths(factors[where, order[where, turn]], x)
-        starts = np.searchsorted(order[where, turn], np.arange(5))
-        for number, operation_ in enumerate(operations):
-            if starts[number] < starts[number + 1]:
-                here = slice(starts[number], starts[number + 1])
-                operation_(jittered[here], strengths[here])
-    if jittered is not x:
-        _put_(x, where, jittered)
+        ends = np.searchsorted(order[where, turn], np.arange(5))
+        for operation_, start, end in zip(operations, ends, ends[1:], strict=False):
+            if start < end:
+                operation_(jittered[start:end], strengths[start:end])
+    _put_(x, where, jittered)
 
 
 def _on_some_(x, chosen, operation, *strengths):
