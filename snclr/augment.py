@@ -119,24 +119,29 @@ def _draw_crops(crop_min, tries, u_top, u_left, heights, widths):
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut box (top, left, height, width) out of each image (B, 3, H, W) uint8 and resize it: (B, 3, size, size) uint8.
+    """Cut V boxes (top, left, height, width) out of each image (B, 3, H, W) uint8 and resize them: boxes (V * B, 4), all
+    images' first boxes first -> (V * B, 3, size, size) uint8.
 
-    Bilinear with antialias, as torchvision's resize: two matrix products an image.
+    Bilinear with antialias, as torchvision's resize: two matrix products a box.
     """
     top, left, height, width = boxes.to(images.device, torch.get_default_dtype()).unbind(1)
-    rows = _resize_matrices(top, height, images.shape[2], size)
-    columns = _resize_matrices(left, width, images.shape[3], size)
-    return _both_ways(rows, images, columns).round_().to(torch.int16).to(torch.uint8)  # straight to uint8 takes 5 times as long
+    rows = _resize_matrices(top, height, images.shape[2], size).split(len(images))
+    columns = _resize_matrices(left, width, images.shape[3], size).split(len(images))
+    images = _channels_inside(images).to(rows[0].dtype)
+    views = (_both_ways(r, images, c).round_() for r, c in zip(rows, columns, strict=True))
+    # straight to uint8 takes 5 times as long
+    return torch.cat([view.to(torch.int16).to(torch.uint8) for view in views]).transpose(1, 2)
 
 
-def _both_ways(rows: Tensor, images: Tensor, columns: Tensor) -> Tensor:
-    """rows[b] @ images[b, c] @ columns[b].T: (B, S, H), (B, 3, H, W), (B, S, W) -> (B, 3, S, S). The channels lie side by
-    side in two large products an image: six small ones take several times as long."""
-    count, channels, height, width = images.shape
-    x = images.transpose(1, 2).contiguous().to(rows.dtype)
-    x = x.view(count, height * channels, width) @ columns.mT
-    x = rows @ x.view(count, height, channels * columns.shape[1])
-    return x.view(count, rows.shape[1], channels, columns.shape[1]).transpose(1, 2)
+def _channels_inside(x: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, H, 3, W): two large products an image then do what six small ones take several times as long for."""
+    return x.transpose(1, 2).contiguous()
+
+
+def _both_ways(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
+    """rows[b] @ x[b, :, c] @ columns[b].T: (B, S, H), (B, H, 3, W), (B, S, W) -> (B, S, 3, S)."""
+    half = x.flatten(1, 2) @ columns.mT
+    return (rows @ half.view(*x.shape[:2], -1)).unflatten(2, (x.shape[2], -1))
 
 
 def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int) -> Tensor:
@@ -144,9 +149,9 @@ def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int)
     scale = (extent / out_size)[:, None, None]
     centre = start[:, None, None] + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale
     pixel = torch.arange(in_size, device=start.device).to(start.dtype)
-    weights = (pixel + 0.5 - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
     inside = (pixel >= start[:, None]) & (pixel < (start + extent)[:, None])
-    weights.mul_(inside[:, None].to(weights.dtype))
+    pixel = (pixel + 0.5).expand_as(inside).masked_fill(~inside, math.inf)[:, None]  # too far away to weigh anything
+    weights = (pixel - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
@@ -283,7 +288,7 @@ def _blur_by_products_(x, taps):
     source = torch.minimum(source, 2 * size - 2 - source)
     matrices = x.new_zeros(len(x), size, size)
     matrices.scatter_add_(2, source.expand(len(x), -1, -1), taps[:, None].expand(-1, size, -1))
-    return x.copy_(_both_ways(matrices, x, matrices))
+    return x.copy_(_both_ways(matrices, _channels_inside(x), matrices).transpose(1, 2))
 
 
 def _blur_by_shifts_(x, taps):

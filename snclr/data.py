@@ -119,7 +119,7 @@ class ResidentImages(ImageSet):
         images = self.images.index_select(0, torch.from_numpy(indices).to(self.images.device))
         heights, widths = (np.full(len(indices), side) for side in images.shape[2:])
         boxes, parameters = _draw(recipe, epoch, indices, which, heights, widths)
-        crops = augment.crop_and_resize(images.repeat(len(which), 1, 1, 1), torch.from_numpy(boxes), recipe.size)
+        crops = augment.crop_and_resize(images, torch.from_numpy(boxes), recipe.size)
         return Views(torch.from_numpy(indices), crops, parameters)
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
