@@ -17,6 +17,7 @@ SIGMA_RANGE = (0.1, 2.0)  # blur, in output pixels
 JITTER = (0.4, 0.4, 0.2, 0.1)  # half-widths of brightness, contrast, saturation (factors about 1) and hue (turns about 0)
 CROP_TRIES = 10
 SMALL = 64  # px; a CPU takes larger views one by one, since its cache holds no more
+AT_ONCE = 2**26  # values that a GPU augments at a time: a batch of any size needs but a few times their memory
 
 # -- drawing -------------------------------------------------------------------------------------------------------------
 
@@ -162,8 +163,9 @@ def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) 
     is known on the host, so a GPU is never asked.
     """
     views = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device)
-    parts = [slice(i, i + 1) for i in range(len(crops))] if _large_on_cpu(crops) else [slice(None)]
-    for here in parts:
+    count = 1 if _large_on_cpu(crops) else max(1, AT_ONCE // (3 * crops.shape[-1] ** 2))
+    for start in range(0, len(crops), count):
+        here = slice(start, start + count)
         _apply_(views[here].copy_(crops[here]).div_(255), *(field[here].numpy() for field in parameters))
         normalize_(views[here], mean, std)
     return views

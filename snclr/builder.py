@@ -87,7 +87,7 @@ class SNCLR(nn.Module):
         self.exclude_own_image = exclude_own_image
         self.micro_batch = micro_batch
         self.embed = torch.compile(_embed) if compiled else _embed  # a function, so that no key of the state changes
-        self.joins_views = not has_batch_norm(base_encoder, besides=base_encoder.projector)
+        self.joins_views = micro_batch is None and not has_batch_norm(base_encoder, besides=base_encoder.projector)
         self.attention = None
         if method == "snclr" and weights == "projected":
             self.attention = heads.AttentionProjections(memory_bank.features.shape[1])
