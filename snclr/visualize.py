@@ -122,7 +122,8 @@ def retrieval_picture(
 
     features: by the encoder's name, those of the asked (n, C) and the offered (m, C). An image is never its own neighbour.
     """
-    rows, told, heads, topk = [[] for _ in asked], [], [], min(topk, len(offered) - (queries is pool))
+    rows, told, heads = [[] for _ in asked], [], []
+    topk = min(topk, len(offered) - (queries is pool))
     for name, (of_asked, of_offered) in features.items():
         cosines = of_asked @ of_offered.T
         if queries is pool:
@@ -256,8 +257,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.workdir = None  # where an index of shards goes that cannot lie beside them
     options.resolve_data(args)
-    options.check_data(args)
-    options.check_numbers(args, ("count", "topk", "pool"), ())
+    options.check_data(args, ("count", "topk", "pool"))
     if args.image is not None and not os.path.isfile(args.image):
         raise UsageError(f"--image {args.image}: there is no such file")
     return args
