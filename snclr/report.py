@@ -72,7 +72,7 @@ td:first-child, th:first-child { position: sticky; left: 0; background: var(--gr
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 1em }
 svg { width: 100%; background: var(--panel) } svg text { fill: var(--faint); font-size: 11px } svg .grid { stroke: var(--line) }
 svg path:not(.band) { fill: none; stroke-width: 1.6; stroke-linejoin: round }
-svg .dot { stroke-width: 4; stroke-linecap: round }
+svg path.dot { stroke-width: 4; stroke-linecap: round }
 .curves svg:has(g:hover) g:not(:hover) { opacity: .15 } .curves g:hover .band { opacity: .3 }
 .key { display: flex; flex-wrap: wrap; gap: .2em 1.4em; padding: 0; list-style: none }
 .key svg { width: 28px; height: 10px; background: none }

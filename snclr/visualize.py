@@ -60,7 +60,7 @@ def neighbour_picture(ids: Tensor, shown: StepView, images: ImageSet, size: int,
         rows.append(_row(images, query, images, found, size))
     told = "Images of the batch, and their neighbours in the bank by falling weight (positiveness).\n"
     told += "weight: what the online projection gives the neighbour; cosine: its similarity to the image's key."
-    return sheet(rows, title, told, SAME_OR_OTHER, ("image", "neighbours"))
+    return sheet(rows, title, told, _key(rows), ("image", "neighbours"))
 
 
 def view_picture(batch: Batch, images: ImageSet, title: str) -> Image.Image:
@@ -135,7 +135,7 @@ def retrieval_picture(
         same = [tile.frame == BLUE for row in rows for tile in row[-topk:] if tile.frame != GREY]
         told.append(name + (f"; {100 * np.mean(same):.0f} % of the neighbours have the image's class" if same else ""))
         heads += ["image", f"nearest by {name[0]}" if len(features) > 1 else "nearest"] + [""] * (topk - 1)
-    return sheet(rows, title, "\n".join(told), SAME_OR_OTHER, heads)
+    return sheet(rows, title, "\n".join(told), _key(rows), heads)
 
 
 @torch.no_grad()
@@ -225,6 +225,11 @@ def _row(queries, query, pool, found, size):
         other = _class_of(pool, index)
         tiles.append(Tile(image, (other, *words), GREY if "" in (name, other) else BLUE if name == other else ORANGE))
     return tiles
+
+
+def _key(rows):
+    frames = {tile.frame for row in rows for tile in row}
+    return [(colour, name) for colour, name in SAME_OR_OTHER if colour in frames]
 
 
 def _pixels(images, indices, size):
