@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from . import augment, knn, options, sources, weights
 from .builder import StepView
 from .canvas import BLUE, COLOURS, GREY, INK, MARGIN, ORANGE, Tile, fitting, font, page, sheet
-from .data import Batch, ImageFiles, ImageSet, whole_images
+from .data import Batch, EncodedImages, ImageFiles, ImageSet, whole_images
 from .errors import RunError, UsageError, one_clear_line
 from .precision import unit
 
@@ -220,16 +221,28 @@ def map_picture(maps: dict[str, np.ndarray], labels: np.ndarray | None, classes:
 def _row(queries, query, pool, found, size):
     """Tiles of an image and of what was found for it in a pool: (index, words ...) each, framed by whether classes agree."""
     name = _class_of(queries, query)
-    tiles = [Tile(_pixels(queries, [query], size)[0], (name,))]
+    tiles = [Tile(_pixels(queries, [query], size)[0], [name] if name else ())]
     for image, (index, *words) in zip(_pixels(pool, [index for index, *_ in found], size), found, strict=True):
         other = _class_of(pool, index)
-        tiles.append(Tile(image, (other, *words), GREY if "" in (name, other) else BLUE if name == other else ORANGE))
+        frame = GREY if "" in (name, other) else BLUE if name == other else ORANGE
+        tiles.append(Tile(image, [other, *words] if other else words, frame))
     return tiles
 
 
 def _key(rows):
     frames = {tile.frame for row in rows for tile in row}
     return [(colour, name) for colour, name in SAME_OR_OTHER if colour in frames]
+
+
+def _readable(images, indices):
+    """Those of the indices whose images can be read, where --on-bad-image lets the others be."""
+    for index in indices:
+        try:
+            if isinstance(images, EncodedImages) and images.skip_bad:
+                images.image(index)
+        except RunError:
+            continue
+        yield index
 
 
 def _pixels(images, indices, size):
@@ -289,8 +302,8 @@ def main(argv: list[str]) -> None:
         name = f"{info['arch']} ({which}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
         encoders.append(Encoder(module.to(device), info, f"{letter}: {name}" if len(wanted) > 1 else name))
     size, queries = encoders[0].info["img_size"], train if val is None else val
-    offered, asked = (augment.epoch_order(args.seed, 0, len(images)) for images in (train, queries))
-    offered, asked = np.sort(offered[: args.pool]), asked[: args.count]
+    offered, asked = (_readable(images, augment.epoch_order(args.seed, 0, len(images))) for images in (train, queries))
+    offered, asked = np.array(sorted(islice(offered, args.pool))), np.array([*islice(asked, args.count)])
     if len(offered) < 3:
         raise UsageError(f"neighbours and a map need three training images at least, found {len(offered)}")
     pools = {encoder.name: encoder.features(train, offered, **data) for encoder in encoders}
