@@ -47,7 +47,8 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         try:
-            return super().parse_args([_where_it_lies(word) for word in args], namespace)
+            # else FILE --flag DATA would be refused: an optional argument would be looked for beside the one before it alone
+            return super().parse_intermixed_args([_where_it_lies(word) for word in args], namespace)
         except UsageError:
             raise
         except (ValueError, RecursionError) as error:  # an open quote, a binary file, a recipe that reads itself

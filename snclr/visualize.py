@@ -197,10 +197,11 @@ def projections(features: Tensor, seed: int) -> dict[str, np.ndarray]:
 
 def map_picture(maps: dict[str, np.ndarray], labels: np.ndarray | None, classes: Sequence[str]) -> Image.Image:
     """Maps (n, 2) of the same images side by side, by name, coloured by labels (n,), -1 for none."""
-    key = [(COLOURS[number % len(COLOURS)], str(name)) for number, name in enumerate(classes)]
-    told = f"each dot is one of {len(next(iter(maps.values())))} images, its colour its class"
-    if labels is None or len(classes) > len(COLOURS):
-        told, key = told.replace("its class", "its class; colours repeat" if key else "grey: no labels"), []
+    told, key = f"each dot is one of {len(next(iter(maps.values())))} images", []
+    if labels is not None and len(classes) <= len(COLOURS):
+        told, key = f"{told}, its colour its class", list(zip(COLOURS, map(str, classes), strict=False))
+    elif labels is not None:
+        told = f"{told}, its colour its class (colours repeat)"
     image, draw, top = page((MAP_SIDE + MARGIN) * len(maps) - MARGIN, MAP_SIDE + 20, "Map of the features", told, key)
     for number, (name, points) in enumerate(maps.items()):
         left = MARGIN + number * (MAP_SIDE + MARGIN)

@@ -264,6 +264,12 @@ def test_without_scikit_learn_there_is_pca_alone(monkeypatch):
     assert list(visualize.projections(torch.randn(9, 5), seed=0)) == ["PCA"]
 
 
+@pytest.mark.parametrize("order", ["{file} {data} --count 3", "{file} --count 3 {data}", "--count 3 {file} {data}"])
+def test_flags_and_places_come_in_any_order(order, tmp_path):
+    args = visualize.parse(order.format(file="file.pth", data=tmp_path).split())
+    assert (args.file, args.data, args.count) == ("file.pth", str(tmp_path), 3)
+
+
 @pytest.mark.parametrize(
     "flags, named",
     [
