@@ -163,11 +163,8 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
 
 def page(runs: Sequence[Run]) -> str:
     """The whole HTML file."""
-    groups, heading = group(runs), []
-    for run in runs:
-        what = "{method} {arch}, {dataset}".format(**{"method": "?", "arch": "?", "dataset": "?", **run.settings})
-        heading += [what] if what not in heading else []
-    title = html.escape("; ".join(heading))
+    groups, whats = group(runs), [[run.settings.get(name, "?") for name in ("method", "arch", "dataset")] for run in runs]
+    title = html.escape("; ".join(dict.fromkeys(f"{method} {arch}, {dataset}" for method, arch, dataset in whats)))
     columns = [column for column in COLUMNS if any(value(run, *column[1:]) is not None for run in runs)]
     rows = [
         [name, len(members), *(mean_and_deviation([value(run, *column[1:]) for run in members]) for column in columns)]
@@ -191,16 +188,7 @@ def page(runs: Sequence[Run]) -> str:
         pictures = members[0].pictures[:1] + members[0].pictures[1:][-1:] if len(groups) == 1 else members[0].pictures[-1:]
         parts += [f"<h2>Neighbours: {html.escape(name)}</h2>", *map(_image, pictures)] if pictures else []
     parts.append("<h2>How to repeat it</h2>")
-    for name, members in groups.items():
-        settings = members[0].settings
-        versions = settings["versions"] if isinstance(settings.get("versions"), dict) else {}
-        about = {key: settings.get(key) for key in ABOUT if key not in ("command", "versions")} | versions
-        words = [f"{key} {found}" for key, found in about.items() if found is not None]
-        words += [f"with other seeds: {' '.join(run.path for run in members[1:])}"] if len(members) > 1 else []
-        parts.append(f"<h3>{html.escape(name)}</h3><pre>{html.escape(str(settings.get('command')))}</pre>")
-        parts.append(f"<details{' open' if len(groups) == 1 else ''}><summary>environment</summary>")
-        parts.append(f"<p>{html.escape(', '.join(words))}</p></details><details><summary>all settings</summary>")
-        parts.append(f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre></details>")
+    parts += [_repeat(name, members, opened=len(groups) == 1) for name, members in groups.items()]
     return f"{HEAD}<title>{title}</title><style>{STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n"
 
 
@@ -301,6 +289,19 @@ def _image(path: str) -> str:
         data = base64.b64encode(file.read()).decode()
         return f'<p class="wide"><img alt="{html.escape(os.path.basename(path))}" src="data:image/png;base64,{data}"></p>'
     return ""
+
+
+def _repeat(name: str, members: Sequence[Run], opened: bool) -> str:
+    """Command, environment and settings of a group of runs."""
+    settings, others = members[0].settings, [run.path for run in members[1:]]
+    versions = settings["versions"] if isinstance(settings.get("versions"), dict) else {}
+    about = {key: settings.get(key) for key in ABOUT if key not in ("command", "versions")} | versions
+    words = [f"{key} {found}" for key, found in about.items() if found is not None]
+    words += [f"with other seeds: {' '.join(others)}"] if others else []
+    command, environment = html.escape(str(settings.get("command"))), html.escape(", ".join(words))
+    return f"""<h3>{html.escape(name)}</h3><pre>{command}</pre>
+<details{" open" if opened else ""}><summary>environment</summary><p>{environment}</p></details>
+<details><summary>all settings</summary><pre>{html.escape(json.dumps(settings, indent=1))}</pre></details>"""
 
 
 def _kind(run: Run) -> dict:
