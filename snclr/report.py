@@ -184,9 +184,11 @@ def page(runs: Sequence[Run]) -> str:
         for where, result in run.results
     ]
     parts += ["<h2>Evaluations</h2>", _table(["", *EVALUATED], rows)] if rows else []
+    parts += ["<h2>Neighbours</h2>"] if any(run.pictures for run in runs) else []
     for name, members in groups.items():
-        pictures = members[0].pictures[:1] + members[0].pictures[1:][-1:] if len(groups) == 1 else members[0].pictures[-1:]
-        parts += [f"<h2>Neighbours: {html.escape(name)}</h2>", *map(_image, pictures)] if pictures else []
+        found = members[0].pictures
+        shown = found[-1:] if len(groups) > 1 else found[:1] + found[1:][-1:]  # of one run before and after
+        parts += [_folded(name, "".join(map(_image, shown)), opened=len(groups) <= FEW)] if shown else []
     parts.append("<h2>How to repeat it</h2>")
     parts += [_repeat(name, members, opened=len(groups) == 1) for name, members in groups.items()]
     return f"{HEAD}<title>{title}</title><style>{STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n"
@@ -300,8 +302,12 @@ def _repeat(name: str, members: Sequence[Run], opened: bool) -> str:
     words += [f"with other seeds: {' '.join(others)}"] if others else []
     command, environment = html.escape(str(settings.get("command"))), html.escape(", ".join(words))
     return f"""<h3>{html.escape(name)}</h3><pre>{command}</pre>
-<details{" open" if opened else ""}><summary>environment</summary><p>{environment}</p></details>
-<details><summary>all settings</summary><pre>{html.escape(json.dumps(settings, indent=1))}</pre></details>"""
+{_folded("environment", f"<p>{environment}</p>", opened)}
+{_folded("all settings", f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre>", False)}"""
+
+
+def _folded(name: str, content: str, opened: bool) -> str:
+    return f"<details{' open' if opened else ''}><summary>{html.escape(name)}</summary>{content}</details>"
 
 
 def _kind(run: Run) -> dict:
