@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from snclr import lincls_options
-from snclr.errors import UsageError, one_clear_line
+from snclr.errors import UsageError, first_line, one_clear_line, writing
 
 if __name__ == "__main__":
     with one_clear_line("main_lincls.py"):
@@ -32,6 +32,7 @@ from snclr import augment, checkpoint, confusion, distributed, features, finetun
 from snclr.data import ImageSet, ViewLoader, share, whole_images
 from snclr.lock import hold
 from snclr.precision import autocast, resolve_amp, widen
+from snclr.preemption import handlers_given_back, leave_at_once, signals_wait
 
 LAST = "lincls_last.pth.tar"
 KNN_K, KNN_TEMPERATURE = (10, 20, 100, 200), 0.07
@@ -51,11 +52,14 @@ class Task(NamedTuple):
     say: Callable[[str], None]
 
 
+@handlers_given_back()
+@distributed.failures_named()
 def main(argv: list[str]) -> None:
     args = lincls_options.parse(argv)
 
     # -- encoder and data ------------------------------------------------------------------------------------------------
     device = distributed.start()
+    leave_at_once()
     torch.manual_seed(args.seed)
     encoder, info = open_encoder(args)
     args.img_size, args.mean, args.std = info["img_size"], info["mean"], info["std"]
@@ -102,10 +106,10 @@ def main(argv: list[str]) -> None:
         monitor.save_json(os.path.join(args.workdir, "results.json"), result)
         top1 = result["finetune_top1" if args.finetune else "linear_top1"]
         title = f"{info['arch']}: {'fine-tuned' if args.finetune else 'linear probe'} {top1:.2f} % top-1"
-        confusion.picture(counts, list(map(str, train.classes)), title).save(os.path.join(args.workdir, "confusion.png"))
+        with writing(path := os.path.join(args.workdir, "confusion.png")):
+            confusion.picture(counts, list(map(str, train.classes)), title).save(path)
         task.say(f"kNN (k = {KNN_K[1]}, T = {KNN_TEMPERATURE}): {result['knn_top1']:.2f} %")
-        task.say(f"results: {os.path.join(args.workdir, 'results.json')}, {os.path.join(args.workdir, 'confusion.png')}")
-    distributed.barrier()
+        task.say(f"results: {os.path.join(args.workdir, 'results.json')}, {path}")
     distributed.stop()
 
 
@@ -217,7 +221,7 @@ def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
             grid.train_step(optimizer, x, fit.labels[ids].to(device))
         epoch += 1
         correct = accuracies(grid, *judges[select])
-        tell(task, epoch, f"best {select} top-1 {correct[0].max():.2f} %", start)
+        tell(task, loader, epoch, f"best {select} top-1 {correct[0].max():.2f} %", start)
         save(task, grid, optimizer, epoch)
 
     best, final = int(correct[0].argmax()), accuracies(grid, *val_share)
@@ -305,7 +309,7 @@ def tune(task) -> tuple[dict, np.ndarray]:
             scaler.update()
         epoch += 1
         if epoch % max(1, args.epochs // 5) == 0 or epoch == args.epochs:
-            tell(task, epoch, f"top-1 {judge(task, model)[0]:.2f} %", start)
+            tell(task, loader, epoch, f"top-1 {judge(task, model)[0]:.2f} %", start)
         save(task, model, optimizer, epoch)
     top1, top5, counts = judge(task, model)
     task.say(f"fine-tuned: top-1 {top1:.2f} %, top-5 {top5:.2f} % on {len(task.val)} images, after the last epoch")
@@ -353,8 +357,10 @@ def percent_right(counts: np.ndarray) -> list[float | None]:
     return [round(100 * row[label] / row.sum(), 2) if row.sum() else None for label, row in enumerate(counts)]
 
 
-def tell(task, epoch, text, start) -> None:
-    """A line on the console, ten times in all or so."""
+def tell(task, loader, epoch, text, start) -> None:
+    """A line on the console, ten times in all or so, and images that could not be read. Collective."""
+    if note := monitor.bad_images(loader, task.args.workdir):
+        task.say(f"note: {note}")
     if epoch % max(1, task.args.epochs // 10) == 0 or epoch == task.args.epochs:
         task.say(f"epoch {epoch}/{task.args.epochs}  {text}  {time.perf_counter() - start:.0f} s")
 
@@ -364,8 +370,9 @@ def save(task, model, optimizer, epoch) -> None:
     if distributed.rank() == 0:
         settings = {name: value for name, value in vars(task.args).items() if name not in RUNNING}
         state = {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"args": settings, "encoder_digest": task.digest}
-        checkpoint.save(os.path.join(task.args.workdir, LAST), state)
+        state |= {"args": settings, "encoder_digest": task.digest, "provenance": checkpoint.provenance()}
+        with signals_wait():
+            checkpoint.save(os.path.join(task.args.workdir, LAST), state)
     distributed.barrier()
 
 
@@ -375,15 +382,23 @@ def resume(task, model, optimizer) -> int:
     if not os.path.exists(path):
         return 0
     state = checkpoint.read(path)
-    changed = [name for name, value in state["args"].items() if getattr(task.args, name) != value]
+    kinds = dict(epoch=int, model=dict, optimizer=dict, args=dict, encoder_digest=str)
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise UsageError(f"{path} is no state of an evaluation; choose a new --workdir")
+    changed = [str(name) for name, value in state["args"].items() if checkpoint.differ(value, vars(task.args).get(name))]
     changed += ["the encoder"] if state["encoder_digest"] != task.digest else []
     if changed:
         raise UsageError(f"{path} is of another evaluation: {', '.join(changed)} changed; choose a new --workdir")
-    model.load_state_dict(state["model"])
+    try:
+        if state["epoch"] not in range(task.args.epochs + 1) or not all(map(checkpoint.is_plain, state["model"].values())):
+            raise ValueError("no sensible epoch or weights")
+        model.load_state_dict(state["model"])
+    except Exception as error:  # whatever odd content leads to
+        raise UsageError(f"{path} does not fit this evaluation: {first_line(error)}; choose a new --workdir") from error
     checkpoint.load_optimizer(path, state["optimizer"], optimizer)
     return state["epoch"]
 
 
 if __name__ == "__main__":
-    with one_clear_line("main_lincls.py"), distributed.failures_named():
+    with one_clear_line("main_lincls.py"):
         main(sys.argv[1:])

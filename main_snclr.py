@@ -28,14 +28,17 @@ from snclr.features import digest
 from snclr.guard import Guard
 from snclr.lock import hold
 from snclr.precision import autocast, resolve_amp
-from snclr.preemption import Interruptions
+from snclr.preemption import Interruptions, handlers_given_back, leave, leave_at_once
 
 
+@handlers_given_back()
+@distributed.failures_named()
 def main(argv: list[str]) -> None:
     args = options.parse(argv)
 
     # -- devices and data ------------------------------------------------------------------------------------------------
     device = distributed.start(args.timeout_minutes)
+    leave_at_once()
     train, val, data_notes = sources.open_data(args)
     if args.batch_size > len(train):
         raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images")
@@ -100,6 +103,7 @@ def main(argv: list[str]) -> None:
         step = train_epoch(network, loader, optimizer, scaler, guard, interruptions, log, args, **schedule)
         if note := monitor.bad_images(loader, workdir):
             log.say(f"note: {note}")
+        told = "saved"
         if speaks:
             epoch, inside = divmod(step, steps_per_epoch)
             state = checkpoint.pack(model, optimizer, scaler, args=args, epoch=epoch, step=step, **which)
@@ -111,7 +115,8 @@ def main(argv: list[str]) -> None:
                 if step >= last_step or interruptions.ending:
                     raise
                 log.say(f"note: {error}; the run goes on and tries again at the next save")
-        interruptions.saved()
+                told = "not saved, the checkpoint before is whole"
+        interruptions.saved(told)
         if interruptions.ending:
             break
     digests = distributed.union({digest(model)})
@@ -125,7 +130,7 @@ def main(argv: list[str]) -> None:
     log.close()
     distributed.stop()
     if interruptions.ending:
-        interruptions.leave(interruptions.ending)
+        leave(interruptions.ending, "saved")
 
 
 def open_workdir(args) -> tuple[str, str | None, list[str]]:
@@ -291,5 +296,5 @@ def notes(args, num_images: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    with one_clear_line("main_snclr.py"), distributed.failures_named():
+    with one_clear_line("main_snclr.py"):
         main(sys.argv[1:])

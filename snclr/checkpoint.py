@@ -6,6 +6,8 @@ module.memory_bank.*), 'optimizer', 'scaler', 'args', 'images' and 'fingerprint'
 'provenance'. checkpoint_last.pth.tar is the newest; the ones before it are checkpoint_last-1.pth.tar, -2 and so on.
 """
 
+import contextlib
+import functools
 import os
 import platform
 import subprocess
@@ -65,11 +67,12 @@ def save(path: str, state: dict, keep: int = 1) -> None:
         os.fsync(folder)  # makes the new name durable, not only the bytes
         os.close(folder)
     except (OSError, RuntimeError) as error:  # a full disk reaches us as torch's RuntimeError, the cause behind it
-        if os.path.exists(temporary):
-            os.remove(temporary)
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, "strerror", None) or first_line(error)
         raise RunError(f"cannot write {path}: {reason}; the checkpoint before it is untouched") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)  # there after an error or a signal alone
 
 
 def read(path: str) -> object:
@@ -127,6 +130,14 @@ def load(path: str) -> dict:
 def is_plain(value: object) -> bool:
     """Whether a value of a file is a tensor with content, as every weight is."""
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def differ(saved: object, now: object) -> bool:
+    """Whether a setting is another one than a file says, which may say anything."""
+    try:
+        return bool(saved != now)
+    except Exception:  # of a tensor
+        return True
 
 
 def newest(workdir: str) -> tuple[str | None, list[str]]:
@@ -193,7 +204,8 @@ def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int)
     """The backbone alone, under its own names, with what is needed to rebuild it: small, and read by snclr.load_encoder."""
     head = next(name for name, module in encoder.named_modules() if module is encoder.projector) + "."
     backbone = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)}
-    return {"format": FORMAT, "epoch": epoch, "arch": args.arch, "args": vars(args), "encoder": which, "state_dict": backbone}
+    state = {"format": FORMAT, "epoch": epoch, "arch": args.arch, "args": vars(args), "encoder": which, "state_dict": backbone}
+    return state | {"provenance": provenance()}
 
 
 def resume(
@@ -212,7 +224,8 @@ def resume(
     """
     state = load(path)
     now, saved = vars(args), state["args"]
-    changes = {name: f"{name} {saved[name]!r} -> {now[name]!r}" for name in now if name in saved and saved[name] != now[name]}
+    changed = [name for name in now if name in saved and differ(saved[name], now[name])]
+    changes = {name: f"{name} {saved[name]!r} -> {now[name]!r}" for name in changed}
     refused = [change for name, change in changes.items() if name in FIXED]
     if state["images"] != images:
         refused.append(f"training images {state['images']} -> {images}")
@@ -242,13 +255,16 @@ def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
         raise UsageError(f"{path} does not fit the optimiser: {first_line(error)}") from error
 
 
+@functools.cache  # of the code that was loaded, which may change on the disk while it runs
 def provenance() -> dict:
     """Where a result comes from: versions of python, torch, torchvision, timm and this package, and the git commit or None."""
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     versions |= {"python": platform.python_version(), "snclr": __version__}
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {"versions": versions, "git": git.stdout.strip() or None}
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    git = None
+    with contextlib.suppress(OSError):  # a container may have no git
+        git = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    return {"versions": versions, "git": git}
 
 
 def load_strictly(path: str, tensors: dict, model: nn.Module) -> None:

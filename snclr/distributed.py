@@ -20,7 +20,7 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
-from .errors import Interrupted, RunError, UsageError, first_line
+from .errors import RunError, UsageError, first_line
 from .precision import widen
 
 GRACE = 5  # seconds in which every rank that still lives has noticed that another one does not
@@ -38,6 +38,8 @@ def start(timeout_minutes: float = 30) -> torch.device:
         torch.cuda.set_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a rank does not outlive a launcher that was killed
+        if os.environ.get("SNCLR_LAUNCHER", parent := str(os.getppid())) != parent:  # before this line
+            raise RunError(f"the launcher has ended (process {os.environ['SNCLR_LAUNCHER']})")
     if "WORLD_SIZE" in os.environ:
         timeout = datetime.timedelta(minutes=timeout_minutes)
         try:
@@ -84,7 +86,7 @@ def failures_named() -> Iterator[None]:
         yield
     except RuntimeError as error:
         known = any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
-        if world_size() == 1 or isinstance(error, RunError | Interrupted) or not known:
+        if world_size() == 1 or isinstance(error, RunError) or not known:
             raise
         told = _sentence(error)
         raise RunError(f"{_silent_ranks()}: {told}") from error

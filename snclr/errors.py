@@ -15,8 +15,11 @@ class RunError(RuntimeError):
     """A run that had started cannot go on (for instance a non-finite loss). Exit code 1."""
 
 
-class Interrupted(RuntimeError):
-    """A signal ended the run, and everything is saved. Exit code 75 (EX_TEMPFAIL: to be tried again)."""
+class Interrupted(BaseException):
+    """A signal ended the run, and everything is saved. Exit code 75 (EX_TEMPFAIL: to be tried again).
+
+    No Exception, as KeyboardInterrupt: raised anywhere, it must not be taken for an image that cannot be read.
+    """
 
 
 def one_line(error: Exception) -> str:
@@ -36,6 +39,15 @@ def leave(code: int) -> None:
     if "WORLD_SIZE" in os.environ:
         os._exit(code)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Turn a full disk, and whatever else keeps the block from writing to path, into a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or first_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -60,7 +60,11 @@ class Guard:
             return told
         path = os.path.join(self.workdir, "non_finite.json")
         if rank() == 0:
-            save_json(path, {"step": step, "what": where, "ranks": ranks, "images": self.loader.indices(step).tolist()})
+            images = self.loader.indices(step).tolist()
+            try:
+                save_json(path, {"step": step, "what": where, "ranks": ranks, "images": images})
+            except RunError as error:
+                path = f"no file: {error}"
         raise RunError(
             f"{told}, more than --skip-non-finite {self.limit}; the last checkpoint is sound, the images are in {path}"
         )

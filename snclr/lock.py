@@ -4,7 +4,7 @@ import fcntl
 import os
 import socket
 
-from .errors import UsageError
+from .errors import UsageError, writing
 
 held = []  # open for the life of the process: closing the file would end the lock
 
@@ -14,9 +14,10 @@ def hold(workdir: str, name: str) -> None:
 
     A file that a dead process left behind is no lock. POSIX locks reach over NFS, and worker processes do not inherit them.
     """
-    os.makedirs(workdir, exist_ok=True)
     path = os.path.join(workdir, f"{name}.lock")
-    file = open(path, "a+")  # noqa: SIM115 - open for the life of the process
+    with writing(path):
+        os.makedirs(workdir, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 - open for the life of the process
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -26,6 +27,7 @@ def hold(workdir: str, name: str) -> None:
             return
         raise UsageError(f"{workdir} is in use by {owner}: choose another --workdir, or end that run first") from error
     held.append(file)
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with writing(path):
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()

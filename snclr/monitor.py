@@ -18,7 +18,7 @@ from .builder import StepView
 from .checkpoint import LAST, provenance
 from .data import ViewLoader
 from .distributed import all_sum, rank, union, world_size
-from .errors import RunError
+from .errors import RunError, one_line, writing
 from .objectives import loss_at_chance
 from .precision import unit
 
@@ -104,9 +104,10 @@ class Log:
         if not enabled:
             return
         self.path, self.pending = os.path.join(workdir, "metrics.jsonl"), b""
-        cut_back(self.path, step if step else -1)  # a run that starts anew says its beginning anew
-        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
-        self.events = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1 if step else None)
+        with writing(workdir):
+            cut_back(self.path, step if step else -1)  # a run that starts anew says its beginning anew
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
+            self.events = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1 if step else None)
 
     def line(self, metrics: dict) -> None:
         """Append one line with 'step' to metrics.jsonl and its numbers to TensorBoard."""
@@ -127,13 +128,14 @@ class Log:
         """Write the lines that wait, which on a full disk they do. durable: so that a checkpoint that follows finds them after
         a crash of the machine, or RunError."""
         try:
-            while self.pending:
-                self.pending = self.pending[self.file.write(self.pending) :]
+            with writing(self.path):
+                while self.pending:
+                    self.pending = self.pending[self.file.write(self.pending) :]
+                if durable:
+                    os.fsync(self.file.fileno())
+        except RunError:
             if durable:
-                os.fsync(self.file.fileno())
-        except OSError as error:
-            if durable:
-                raise RunError(f"cannot write {self.path}: {error.strerror}") from error
+                raise
 
     def last_evaluation(self) -> int | None:
         """The step of the last evaluation in metrics.jsonl."""
@@ -158,7 +160,7 @@ class Log:
     def say(self, text: str) -> None:
         """One line on the console, above the progress bar if there is one."""
         if self.enabled:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(text.encode(errors="replace").decode(), file=sys.stdout)  # names of files may hold anything
             sys.stdout.flush()
 
     def progress(self, total: int, done: int, label: str) -> None:
@@ -194,15 +196,21 @@ def save_settings(workdir: str, args: Namespace, more: dict) -> None:
 
 
 def save_json(path: str, content: dict) -> None:
-    """Write a JSON file for people, whole or not at all."""
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(content, file, indent=1)
-    os.replace(f"{path}.tmp", path)
+    """Write a JSON file for people, as save_text does."""
+    save_text(path, json.dumps(content, indent=1))
+
+
+def save_text(path: str, text: str) -> None:
+    """Write a file for people, whole or not at all: RunError."""
+    with writing(path):
+        with open(f"{path}.tmp", "w") as file:
+            file.write(text)
+        os.replace(f"{path}.tmp", path)
 
 
 def bad_images(loader: ViewLoader, workdir: str) -> str | None:
     """Add the images that could not be read since the last call, on any rank, to workdir/bad_images.txt; a line for the log
-    where there are new ones. Collective."""
+    where there are new ones, or where they cannot be written down. Collective."""
     found = union(loader.replaced)
     loader.replaced.clear()
     path, known = os.path.join(workdir, "bad_images.txt"), set()
@@ -217,9 +225,11 @@ def bad_images(loader: ViewLoader, workdir: str) -> str | None:
             loader.images.image(index)
             told.add(f"image {index} could not be read once")
         except RunError as error:
-            told.add(str(error).partition("cannot read image ")[2].partition("; remove")[0])
-    with open(path, "w") as file:
-        file.writelines(f"{line}\n" for line in sorted(known | told))
+            told.add(one_line(error).partition("cannot read image ")[2].partition("; remove")[0])
+    try:
+        save_text(path, "".join(f"{line}\n" for line in sorted(known | told)))
+    except RunError as error:  # a full disk: no reason to stop a run
+        path = str(error)
     new = sorted(told - known)
     return f"{len(new)} more images cannot be read and are replaced, see {path}: {new[0]}" if new else None
 

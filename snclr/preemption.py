@@ -8,10 +8,34 @@ import time
 from collections.abc import Iterator
 
 from .distributed import LaggedMaximum
-from .errors import Interrupted
+from .errors import Interrupted, first_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAVE = 1  # a larger number is the signal that ends the run
+
+
+@contextlib.contextmanager
+def handlers_given_back() -> Iterator[None]:
+    """For a process that goes on after the block: what it did at a signal before, it does again. (Not before failures_named
+    has said which rank was lost: the launcher's SIGTERM would end it first.)"""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Signals that come during the block are heeded after it: torch's writer of files aborts the process when it is left."""
+    came = []
+    with handlers_given_back():
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    for number in came:
+        signal.raise_signal(number)
 
 
 class Interruptions:
@@ -22,9 +46,9 @@ class Interruptions:
 
     def __init__(self, save_every_minutes: float, timeout_minutes: float):
         self.interval = 60 * save_every_minutes or float("inf")
-        self.since = time.monotonic()
         self.signal, self.agreed = 0, 0
         self.unsaved = True  # whether leaving now would lose anything
+        self.saved()
         self.maximum = LaggedMaximum(timeout_minutes)
         for number in SIGNALS:
             signal.signal(number, self._receive)
@@ -34,16 +58,16 @@ class Interruptions:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
         if not self.unsaved:
-            self.leave(number)
+            leave(number, self.told)
 
     def due(self) -> bool:
         """Whether all ranks save after this step. To be called once a step by each; no GPU waits for it."""
         self.agreed = self.maximum(self.signal or int(time.monotonic() - self.since > self.interval))
         return self.agreed > 0
 
-    def saved(self) -> None:
-        """The minutes begin anew."""
-        self.since = time.monotonic()
+    def saved(self, told: str = "saved") -> None:
+        """The minutes begin anew. told: what to say of it, on rank 0, when a signal ends the run."""
+        self.since, self.told = time.monotonic(), told
 
     @property
     def ending(self) -> int:
@@ -55,16 +79,32 @@ class Interruptions:
         """While the block runs, which may be long, a signal ends it at once."""
         self.unsaved = False
         if self.signal:
-            self.leave(self.signal)
+            leave(self.signal, self.told)
         yield
         self.unsaved = True
 
-    def leave(self, number: int) -> None:
-        """Raise Interrupted. SIGUSR1 is how SLURM, asked to (--signal), announces the time limit: the job is put in line again.
-        Not so for SIGTERM, which scancel sends."""
-        told = f"{signal.Signals(number).name}: saved; the same command with --resume auto goes on"
-        job = os.environ.get("SLURM_JOB_ID")
-        if number == signal.SIGUSR1 and job and os.environ.get("RANK", "0") == "0":
-            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-            told += f" (requeue of job {job} refused: {done.stderr.strip()})" if done.returncode else f", as job {job} will"
-        raise Interrupted(told)
+
+def leave_at_once() -> None:
+    """For work whose files are whole at any moment: from now on a signal ends it where it is."""
+
+    def receive(number, frame):
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        leave(number, "ended")
+
+    for number in SIGNALS:
+        signal.signal(number, receive)
+
+
+def leave(number: int, told: str) -> None:
+    """Raise Interrupted. SIGUSR1 is how SLURM, asked to (--signal), announces the time limit: the job is put in line again.
+    Not so for SIGTERM, which scancel sends."""
+    told = f"{signal.Signals(number).name}: {told}; the same command with --resume auto goes on"
+    job = os.environ.get("SLURM_JOB_ID")
+    if number == signal.SIGUSR1 and job and os.environ.get("RANK", "0") == "0":
+        try:
+            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True, timeout=60)
+            told += f", as job {job} will"
+        except (OSError, subprocess.SubprocessError) as error:  # a container may have no scontrol
+            told += f" (requeue of job {job} failed: {(getattr(error, 'stderr', None) or first_line(error)).strip()})"
+    raise Interrupted(told)

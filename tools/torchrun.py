@@ -40,6 +40,7 @@ class Process(subprocess.Popen):
 
 def launch(arguments: list[str]) -> int:
     """Run torchrun; the exit code."""
+    os.environ["SNCLR_LAUNCHER"] = str(os.getpid())  # so that a rank knows whether it is still there
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every lost connection would be told with a C++ stack
     subprocess.Popen = Process

@@ -1,5 +1,6 @@
 """What the attacks share: a small run of two ranks through start.sh, its processes, and whether two runs ended alike."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -18,6 +19,14 @@ FLAGS = SMALL.split()
 LAST = "checkpoint_last.pth.tar"
 CLOCK = ("images_per_s", "data_wait", "slowest_step_s")  # what differs between two equal runs
 FOREIGN = ("SLURM", "NNODES", "NODE_RANK", "MASTER", "WORLD", "TORCHELASTIC", "SNCLR")
+
+
+def numbers(description, **defaults):
+    """Whole numbers from the command line, by name, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    return parser.parse_args()
 
 
 def start(*flags, ranks=2, before=(), path=(), output=subprocess.PIPE, **environment):

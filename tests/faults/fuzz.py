@@ -1,7 +1,7 @@
 """Feeds mutated files and command lines to whatever reads them: each must work, or end in one clear line, within 20 seconds.
 
-python tests/faults/fuzz.py --cases 3000     minutes on one core; in this process but for a few whole ones
-python -m pytest tests/faults/test_fuzz.py   a selection
+python tests/faults/fuzz.py --cases 3000 --processes 20    minutes on one core; in this process but for the whole ones
+python -m pytest tests/faults/test_hostile.py -k mutated   a selection
 """
 
 import argparse
@@ -25,11 +25,13 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from snclr import builder, checkpoint, data, lincls_options, monitor, optim, options, shards, sources, weights  # noqa: E402
+import main_lincls  # noqa: E402
+from snclr import builder, checkpoint, data, lincls_options, linear, monitor, optim, options, shards, sources, weights  # noqa: E402
 from snclr.errors import RunError, UsageError  # noqa: E402
 
 LIMIT = 20  # seconds
 FLAGS = "--arch resnet8 --width 8 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 6 --topk 2 --batch-size 4 --img-size 32"
+FLAGS += " --subset 10 --epochs 4 --eval-freq 0"  # 8 steps
 ODD = (None, True, -1, 0, 3, 2**70, 1e308, float("nan"), float("inf"), "", "x", "../../etc/passwd", "%s%n", "\x00", "é" * 50)
 ODD += ([], {}, [[]], {"": {}}, b"\x80\x04.", (1, "a"), {1: 2}, [None] * 5, [["pretrained", True]], [["checkpoint_path", "x"]])
 
@@ -117,10 +119,18 @@ class Seeds:
         self.tar = self.tar.getvalue()
         self.recipes = [path.read_bytes() for path in sorted((attack.ROOT / "configs").glob("*.args"))]
         self.names = [name for action in options.build_parser()._actions for name in action.option_strings]
+        self.lines = b"".join(b'{"epoch": 1, "step": %d, "loss": 0.5}\n' % step for step in range(5))
+        self.grid, self.sgd = self.fresh_probe()
+        self.probe = {"epoch": 1, "model": self.grid.state_dict(), "optimizer": self.sgd.state_dict()}
+        self.probe |= {"args": {"epochs": 3, "seed": 0, "lrs": [0.1, 1.0]}, "encoder_digest": "x"}
 
     def fresh(self):
         model = builder.build_model(self.args)
         return model, optim.build_optimizer("adamw", model, 0.1), torch.amp.GradScaler("cpu", enabled=False)
+
+    def fresh_probe(self):
+        grid = linear.LinearGrid({"pooled": 4}, 3, [0.1, 1.0], 0)
+        return grid, torch.optim.SGD(grid.parameters(), lr=1.0, momentum=0.9)
 
     def saved(self, state):
         file = io.BytesIO()
@@ -165,6 +175,15 @@ def encoder_content(seeds, random):
     state = seeds.encoder if random.random() < 0.5 else seeds.state
     path = seeds.write("encoder.pth", seeds.saved(bend_value(random, bend_value(random, state))))
     weights.open_encoder(path, str(random.choice(["online", "momentum"])))
+
+
+def probe_content(seeds, random):
+    state = bend_value(random, seeds.probe) if random.random() < 0.9 else seeds.probe
+    seeds.write(main_lincls.LAST, seeds.saved(state))
+    settings = argparse.Namespace(**seeds.probe["args"], workdir=str(seeds.folder))
+    grid, optimizer = seeds.fresh_probe()
+    main_lincls.resume(argparse.Namespace(args=settings, digest="x"), grid, optimizer)
+    grid.train_step(optimizer, torch.randn(4, 4), torch.arange(4) % 3)
 
 
 def image(seeds, random):
@@ -212,8 +231,7 @@ def lists(seeds, random):
 
 
 def metrics(seeds, random):
-    lines = b"".join(b'{"epoch": 1, "step": %d, "loss": 0.5}\n' % step for step in range(5))
-    monitor.cut_back(seeds.write("metrics.jsonl", bend(random, lines)), 3)
+    monitor.cut_back(seeds.write("metrics.jsonl", bend(random, seeds.lines)), 3)
 
 
 KINDS = (
@@ -221,6 +239,7 @@ KINDS = (
     checkpoint_content,
     encoder_bytes,
     encoder_content,
+    probe_content,
     image,
     shard,
     recipe,
@@ -264,62 +283,105 @@ def run(cases, seed, folder):
     return ends, wrong
 
 
-def whole_processes(cases, seed, folder):
-    """The same of whole runs: exit code 0, 1 or 2, no traceback, and nothing of another run's folder changed."""
-    seeds, codes = Seeds(folder / "seeds"), collections.Counter()
-    for case in range(cases):
-        random = np.random.default_rng([seed, case])
-        workdir = folder / f"run{case}"
-        workdir.mkdir()
-        (workdir / "checkpoint_last.pth.tar").write_bytes(seeds.checkpoint)
-        (workdir / "metrics.jsonl").write_bytes(b'{"epoch": 1, "step": 1, "loss": 1}\n')
-        bent = seeds.write(f"bent{case}", bend(random, seeds.checkpoint))
-        commands = (
-            [f"@{seeds.write('x.args', bend(random, seeds.recipes[case % len(seeds.recipes)]))}", "--workdir", str(workdir)],
-            [*FLAGS.split(), "--subset", "10", "--workdir", str(workdir), "--resume", bent],
-            [
-                *FLAGS.split(),
-                "--subset",
-                "8",
-                "--epochs",
-                "1",
-                "--eval-freq",
-                "0",
-                "--init-from",
-                bent,
-                "--workdir",
-                str(folder / f"new{case}"),
-            ],
-            [
-                "main_lincls.py",
-                "--pretrained",
-                bent,
-                "--workdir",
-                str(folder / f"lincls{case}"),
-                "--subset",
-                "8",
-                "-b",
-                "4",
-                "--epochs",
-                "1",
-            ],
+# -- whole processes ---------------------------------------------------------------------------------------------------------
+
+SETTINGS = (
+    "--topk 1",
+    "--method mocov3",
+    "--form log_of_sum",
+    "--optimizer lars",
+    "--blur",
+    "--snclr-t 0.5",
+    "--keep 3",
+    "--micro-batch 2",
+    "--amp bf16",
+    "--eval-freq 1",
+    "--print-freq 1",
+    "--lr nan",
+    "--bank-size 0",
+    "--arch ../x",
+)
+
+
+def one_of(random, *choices):
+    return choices[random.integers(len(choices))]
+
+
+def settings(seeds, random, folder, other):
+    """Settings of which most are sensible; now and then in the folder of another run."""
+    flags = [word for _ in range(2) for word in one_of(random, *SETTINGS).split()]
+    return [*FLAGS.split(), *flags, "--workdir", one_of(random, other, folder, folder, folder)]
+
+
+def resumed(seeds, random, folder, other):
+    """A checkpoint and a log, sound or bent, with a sound checkpoint before them, to go on from."""
+    folder.mkdir()
+    bent = bend(random, seeds.checkpoint), seeds.saved(bend_value(random, seeds.state))
+    (folder / attack.LAST).write_bytes(one_of(random, seeds.checkpoint, *bent))
+    (folder / "checkpoint_last-1.pth.tar").write_bytes(seeds.checkpoint)
+    (folder / "metrics.jsonl").write_bytes(bend(random, seeds.lines))
+    place = one_of(random, ["--workdir", folder, "--resume", "auto"], ["--resume", folder / attack.LAST])
+    return [*FLAGS.split(), *place]
+
+
+def started(seeds, random, folder, other):
+    """An encoder, sound or bent, to start from."""
+    bent = bend(random, seeds.saved(seeds.encoder)), seeds.saved(bend_value(random, seeds.encoder))
+    path = seeds.write("encoder.pth", one_of(random, seeds.saved(seeds.encoder), *bent))
+    return [*FLAGS.split(), "--init-from", path, "--workdir", folder]
+
+
+def evaluated(seeds, random, folder, other):
+    """The same, to be evaluated."""
+    command = ["main_lincls.py", "--pretrained", started(seeds, random, folder, other)[-3], "--workdir", folder]
+    return [*command, "--subset", "200", "-b", "50", "--epochs", "1", "--heldout", "0.2"]
+
+
+def pictures(seeds, random, folder, other):
+    """A folder of images, or a tar, some of them bent."""
+    place = seeds.folder / "images"
+    shutil.rmtree(place, ignore_errors=True)
+    for number in range(12):
+        content = seeds.images[one_of(random, *seeds.images)]
+        (place / "train" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        (place / f"train/{'ab'[number % 2]}/{number}.jpg").write_bytes(one_of(random, content, content, bend(random, content)))
+    if random.random() < 0.3:
+        with tarfile.open(place / "x.tar", "w") as archive:
+            archive.add(place / "train", "train")
+        (place / "x.tar").write_bytes(
+            one_of(random, bend(random, (place / "x.tar").read_bytes()), (place / "x.tar").read_bytes())
         )
-        before = {path: path.read_bytes() for path in workdir.iterdir()}
-        done = attack.start(*commands[case % len(commands)], ranks=1)
-        code, output = attack.ended(done, within=120)
-        after = {path: path.read_bytes() for path in workdir.iterdir() if path.suffix != ".lock"}
-        if code not in (0, 1, 2) or "Traceback" in output or after != before:
-            raise SystemExit(f"whole process {case} of seed {seed}: code {code}\n{output}")
-        codes[code] += 1
+        place /= "x.tar"
+    return [place, *FLAGS.split(), "--on-bad-image", one_of(random, "skip", "skip", "fail"), "-j", "1", "--workdir", folder]
+
+
+PROCESSES = (settings, resumed, started, evaluated, pictures)
+
+
+def whole_processes(cases, seed, folder):
+    """The same of whole runs through start.sh: how often each kind ended with which exit code.
+
+    0: it left its result; 1 or 2: one line said why. No traceback, and nothing of another run's folder changed.
+    """
+    seeds, codes, other = Seeds(folder / "seeds"), collections.Counter(), folder / "other"
+    other.mkdir()
+    (other / attack.LAST).write_bytes(seeds.checkpoint)
+    (other / "metrics.jsonl").write_bytes(seeds.lines)
+    before = {path: path.read_bytes() for path in other.iterdir()}
+    for case in range(cases):
+        kind, random, workdir = PROCESSES[case % len(PROCESSES)], np.random.default_rng([seed, case]), folder / f"run{case}"
+        code, output = attack.ended(attack.start(*kind(seeds, random, workdir, other), ranks=1), within=200)
+        left = (workdir / ("results.json" if kind is evaluated else attack.LAST)).exists()
+        told = [line for line in output.splitlines() if " error: " in line or " stopped on rank " in line]
+        sound = left and not told if code == 0 else code in (1, 2) and len(told) == 1
+        if not sound or "Traceback" in output or {path: path.read_bytes() for path in other.iterdir()} != before:
+            raise SystemExit(f"whole process {case} ({kind.__name__}) of seed {seed}: code {code}\n{output}")
+        codes[kind.__name__, code] += 1
     return codes
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=3000)
-    parser.add_argument("--processes", type=int, default=20, help="whole processes besides")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = attack.numbers(__doc__, cases=3000, processes=20, seed=0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         for place in ("cases", "whole/seeds"):
@@ -334,5 +396,7 @@ if __name__ == "__main__":
                 f"{kind.__name__}: {ends[kind.__name__, 'worked']} worked, {ends[kind.__name__, 'refused']} refused in one line"
             )
         codes = whole_processes(args.processes, args.seed, Path(temporary) / "whole")
-        print(f"{args.processes} whole processes: exit codes {dict(codes)}")
+        for kind in PROCESSES:
+            told = ", ".join(f"{codes[kind.__name__, code]} ended with code {code}" for code in (0, 1, 2))
+            print(f"whole processes, {kind.__name__}: {told}")
     sys.exit(bool(wrong))

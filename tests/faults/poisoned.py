@@ -5,7 +5,7 @@ import os
 import sys
 
 import main_snclr
-from snclr import distributed, objectives
+from snclr import objectives
 from snclr.errors import one_clear_line
 
 calls, original = [], objectives._LogSumExp.forward
@@ -18,5 +18,5 @@ def poisoned(ctx, *arguments):
 
 
 objectives._LogSumExp.forward = poisoned
-with one_clear_line("poisoned.py"), distributed.failures_named():
+with one_clear_line("poisoned.py"):
     main_snclr.main(sys.argv[3:])

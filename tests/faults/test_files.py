@@ -17,8 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
+import main_lincls
 import main_snclr
-from snclr import augment, checkpoint, data, lock, sources
+from snclr import augment, checkpoint, data, lock, options, sources
 from snclr.errors import RunError, UsageError, one_clear_line
 
 RECIPE = augment.Recipe(0, 0.2, 32, False)
@@ -148,6 +149,63 @@ def test_where_nothing_can_be_read_the_search_for_a_substitute_ends(tmp_path):
         files.views(RECIPE, 0, np.arange(4))
 
 
+def test_a_small_set_is_held_in_memory_although_some_of_it_cannot_be_read(spoilt, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()  # the limit
+    args = options.parse([str(spoilt), *attack.FLAGS, "--on-bad-image", "skip"])
+    train_set, val, _ = sources.open_data(args)
+    assert isinstance(train_set, data.ResidentImages) and isinstance(val, data.ResidentImages)
+    files = data.ImageFiles(sorted(map(str, spoilt.glob("train/*/*.png"))), None, [], sources.IMAGENET)
+    files.skip_bad, order = True, np.arange(40)
+    views = train_set.views(RECIPE, 0, order)
+    assert torch.equal(views.ids, files.views(RECIPE, 0, order).ids)  # the same substitutes
+    part = train_set.select(np.array([0, 1, 25]))  # 0 and 25 cannot be read
+    assert part.views(RECIPE, 0, np.arange(3)).ids.tolist() == [1, 1, 1]
+    assert (val.whole(np.array([2]), 32) == 127).all() and (val.whole(np.array([1]), 32) != 127).any()
+    train(spoilt, tmp_path / "run", "--on-bad-image", "skip")
+    out = capsys.readouterr().out
+    assert f"note: 6 images in {spoilt}/train are replaced in training" in out and "note: 1 images in" in out
+    assert "6 more images cannot be read and are replaced" in out
+    listed = (tmp_path / "run/bad_images.txt").read_text().splitlines()
+    assert len(listed) == 6 and "train/a/00.png: it is no image" in listed[0]
+    with pytest.raises(UsageError, match="or say --on-bad-image skip"):
+        train(spoilt, tmp_path / "fail")
+
+
+def test_a_probe_skips_and_lists_what_cannot_be_read_as_well(spoilt, tmp_path, capsys):
+    train(spoilt, tmp_path, "--on-bad-image", "skip", "-j", "1", "--stop-after-steps", "1", "--eval-freq", "0")
+    flags = ["--on-bad-image", "skip", "-j", "1", "--epochs", "1", "-b", "4", "--heldout", "0.2", "--crop-min", "0.5"]
+    flags += ["--pretrained", str(tmp_path / "encoder_last.pth.tar"), "--workdir", str(tmp_path / "probe")]
+    main_lincls.main([str(spoilt), *flags])
+    assert "images cannot be read and are replaced" in capsys.readouterr().out
+    assert len((tmp_path / "probe/bad_images.txt").read_text().splitlines()) > 2
+
+
+def test_names_that_are_no_text_and_a_list_that_cannot_be_written_end_no_run(spoilt, tmp_path, capsys):
+    os.rename(spoilt / "train/a/00.png", os.fsencode(spoilt / "train/a") + b"/\xff\n.png")
+    (tmp_path / "run/bad_images.txt.tmp").mkdir(parents=True)
+    train(spoilt, tmp_path / "run", "--on-bad-image", "skip")
+    assert "cannot be read and are replaced, see cannot write" in capsys.readouterr().out
+    (tmp_path / "run/bad_images.txt.tmp").rmdir()
+    train(spoilt, tmp_path / "again", "--on-bad-image", "skip")
+    assert "train/a/??.png: it is no image" in (tmp_path / "again/bad_images.txt").read_text()
+
+
+def test_links_in_a_circle_are_followed_once(images, tmp_path):
+    root = Path(shutil.copytree(images, tmp_path / "images"))
+    (root / "train/a/up").symlink_to("..")
+    (root / "train/b/up").symlink_to("..")
+    train_set, _, _ = sources.open_data(options.parse([str(root), *attack.FLAGS]))
+    assert len(train_set) == 40
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_without_permission_is_one_clear_line(images, tmp_path):
+    root = Path(shutil.copytree(images, tmp_path / "images"))
+    (root / "train/a").chmod(0)
+    with pytest.raises(UsageError, match=r"cannot read the folder .*train/a: Permission denied"):
+        sources.open_data(options.parse([str(root), *attack.FLAGS, "--workdir", str(tmp_path / "run")]))
+
+
 def test_images_that_were_exchanged_or_renamed_between_two_starts_are_noticed(images, tmp_path):
     root = Path(shutil.copytree(images, tmp_path / "images"))
     train(root, tmp_path / "run", "--stop-after-steps", "2", "--eval-freq", "0")
@@ -200,6 +258,17 @@ def test_on_a_full_disk_the_old_checkpoint_stays_the_run_goes_on_and_tries_again
     out = capsys.readouterr().out
     assert out.count("No space left on device") == 3 and out.count("tries again at the next save") == 3
     assert attack.differences(tmp_path / "alone", small_disk / "run") == []
+
+
+@pytest.mark.parametrize("room", [0, 1, 3])  # 4 KB pages: for nothing, the lock, the settings
+def test_a_disk_that_is_full_at_the_start_is_one_clear_line(images, small_disk, room):
+    (small_disk / "run").mkdir()
+    with contextlib.suppress(OSError), open(small_disk / "ballast", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    os.truncate(small_disk / "ballast", os.path.getsize(small_disk / "ballast") // 4096 * 4096 - room * 4096)
+    with pytest.raises(RunError, match=r"cannot write .*: No space left on device"):
+        train(images, small_disk / "run", "--stop-after-steps", "5", "--eval-freq", "0")
 
 
 def test_a_last_save_that_fails_is_an_error(images, tmp_path, monkeypatch):

@@ -40,6 +40,18 @@ def test_a_dead_rank_is_named_replaced_and_the_run_goes_on_to_the_same_end(image
     assert attack.differences(undisturbed, tmp_path / "run") == []
 
 
+def test_ranks_whose_launcher_is_killed_before_they_know_it_end_by_themselves(images, tmp_path):
+    run = attack.start(images, *attack.FLAGS, "--workdir", tmp_path / "run")
+    attack.wait_for(lambda: len(attack.ranks_of(run)) == 2, run)  # they have begun to import torch
+    ranks = attack.ranks_of(run)
+    run.kill()
+    end = time.monotonic() + 60
+    while any(map(attack.lives, ranks)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(attack.lives, ranks))
+    assert run.communicate()[0].count("the launcher has ended") == 2
+
+
 @pytest.mark.slow
 def test_torchrun_restarts_of_its_own_go_on_as_well(images, undisturbed, tmp_path):
     import subprocess

@@ -1,8 +1,11 @@
 """SIGTERM, SIGUSR1, SIGINT: finish the step, save, leave with code 75 on all ranks; go on from there exactly."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,9 +14,10 @@ import pytest
 import torch
 from torchvision.io import write_png
 
+import main_lincls
 import main_snclr
-from snclr import knn, monitor
-from snclr.errors import Interrupted
+from snclr import checkpoint, data, knn, monitor, sources
+from snclr.errors import Interrupted, RunError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -71,6 +75,113 @@ def test_a_signal_during_an_evaluation_ends_it_at_once_and_it_is_made_up_for(ima
     assert [line["step"] for line in attack.lines_of(tmp_path)] == [0, 1, 2, 3, 4, 5]  # no evaluation of epoch 1
     train(images, tmp_path, "--resume", "auto")
     assert attack.differences(alone, tmp_path) == []
+
+
+def test_a_signal_while_an_image_is_decoded_is_not_taken_for_one_that_cannot_be_read(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "RESIDENT_LIMIT", 0)
+    original = data.to_rgb
+
+    def interrupted(picture):
+        if (tmp_path / "checkpoint_last.pth.tar").exists():  # from the first evaluation after a save on
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(picture)
+
+    monkeypatch.setattr(data, "to_rgb", interrupted)
+    with pytest.raises(Interrupted, match="SIGTERM: saved"):
+        train(images, tmp_path, "-j", "0", "--on-bad-image", "skip")
+    assert not (tmp_path / "bad_images.txt").exists()
+
+
+def test_a_signal_to_one_rank_during_an_evaluation_ends_both(images, tmp_path):
+    command = [sys.executable, attack.ROOT / "tools/torchrun.py", "--standalone", "--nproc_per_node", "2"]
+    command += [attack.ROOT / "tests/faults/signalled.py", images, *attack.FLAGS, "--workdir", tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=200)
+    output = done.stdout + done.stderr
+    assert done.returncode == 75 and "Traceback" not in output, output
+
+
+def test_a_signal_during_the_start_ends_it_and_what_a_process_did_at_signals_it_does_again(images, tmp_path, monkeypatch):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    train(images, tmp_path / "whole", "--stop-after-steps", "1", "--eval-freq", "0")
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    monkeypatch.setattr(sources, "open_data", lambda args: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="SIGTERM: ended; the same command with --resume auto goes on"):
+        train(images, tmp_path / "run")
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def probe(images, run, workdir, *flags):
+    """What the heads of a linear probe of three epochs reach."""
+    command = [str(images), "--pretrained", str(run / "encoder_last.pth.tar"), "--workdir", str(workdir), *flags]
+    main_lincls.main([*command, "--epochs", "3", "-b", "8", "--crop-min", "0.5", "--heldout", "0.2"])
+    return json.loads((workdir / "results.json").read_text())["heads"]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_probe_ends_at_a_signal_and_goes_on_from_its_last_whole_epoch(images, alone, tmp_path, monkeypatch, number):
+    whole, calls, original = probe(images, alone, tmp_path / "whole"), [], main_lincls.accuracies
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:  # before the first, after it, after the second epoch
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main_lincls, "accuracies", interrupted)
+        with pytest.raises(Interrupted, match=f"{number.name}: ended; the same command with --resume auto goes on"):
+            probe(images, alone, tmp_path / "parts")
+    assert torch.load(tmp_path / "parts" / main_lincls.LAST, weights_only=True)["epoch"] == 1
+    assert not (tmp_path / "parts/results.json").exists()
+    assert probe(images, alone, tmp_path / "parts", "--resume", "auto") == whole
+
+
+def test_a_probe_of_two_ranks_ends_at_a_signal_to_the_launcher(images, undisturbed, tmp_path):
+    flags = ["--pretrained", undisturbed / "encoder_last.pth.tar", "--workdir", tmp_path, "--epochs", "100000", "-b", "8"]
+    run = attack.start("main_lincls.py", images, *flags, "--heldout", "0.2", "--crop-min", "0.5")
+    attack.wait_for((tmp_path / main_lincls.LAST).exists, run)
+    run.send_signal(signal.SIGTERM)
+    code, output = attack.ended(run, within=60)
+    assert code == 75 and output.count("SIGTERM: ended") == 1 and "Traceback" not in output, output
+    assert torch.load(tmp_path / main_lincls.LAST, weights_only=True)["epoch"] > 0
+
+
+def test_a_probe_finishes_the_file_that_it_writes_before_it_heeds_a_signal(images, alone, tmp_path, monkeypatch):
+    original = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (os.kill(os.getpid(), signal.SIGTERM), original(number)))
+    with pytest.raises(Interrupted):
+        probe(images, alone, tmp_path)
+    assert torch.load(tmp_path / main_lincls.LAST, weights_only=True)["epoch"] == 1
+
+
+def test_a_save_that_failed_is_not_called_saved(images, tmp_path, monkeypatch):
+    def full(*args):
+        raise RunError("cannot write it: No space left on device")
+
+    monkeypatch.setattr(main_snclr, "save", full)
+    calls, original = [], knn.accuracy
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:  # raw pixels, untrained, epoch 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(knn, "accuracy", interrupted)
+    with pytest.raises(Interrupted, match="SIGTERM: not saved, the checkpoint before is whole; the same command"):
+        train(images, tmp_path)
+
+
+def test_without_scontrol_the_job_is_not_put_in_line_again_and_that_is_said(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("PATH", "")  # nor is there git
+    monkeypatch.setattr(checkpoint, "provenance", checkpoint.provenance.__wrapped__)
+    signal_in_step(monkeypatch, 1, signal.SIGUSR1)
+    with pytest.raises(Interrupted, match=r"SIGUSR1: saved; .* \(requeue of job 77 failed: .*scontrol.*\)"):
+        train(images, tmp_path)
+    for name in (attack.LAST, "encoder_last.pth.tar"):
+        found = torch.load(tmp_path / name, weights_only=True)
+        assert found["provenance"]["git"] is None and found["provenance"]["versions"]["torch"] and found["args"]
 
 
 def test_every_so_many_minutes_it_saves_within_an_epoch(images, alone, tmp_path, monkeypatch):

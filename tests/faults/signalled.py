@@ -1,0 +1,23 @@
+"""main_snclr.py whose rank 1 alone gets SIGTERM in the evaluation after the first epoch: python signalled.py FLAGS."""
+
+import os
+import signal
+import sys
+
+import main_snclr
+from snclr import knn
+from snclr.errors import one_clear_line
+
+calls, original = [], knn.accuracy
+
+
+def signalled(*args, **kwargs):
+    calls.append(1)  # raw pixels, untrained, epoch 1
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(*args, **kwargs)
+
+
+knn.accuracy = signalled
+with one_clear_line("signalled.py"):
+    main_snclr.main(sys.argv[1:])
