@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import augment, knn, options, sources, weights
 from .builder import StepView
 from .canvas import BLUE, COLOURS, GREY, INK, MARGIN, ORANGE, Tile, fitting, font, page, sheet
-from .data import Batch, EncodedImages, ImageFiles, ImageSet, whole_images
+from .data import Batch, ImageFiles, ImageSet, whole_images
 from .errors import RunError, UsageError, one_clear_line
 from .precision import unit
 
@@ -239,7 +239,7 @@ def _readable(images, indices):
     """Those of the indices whose images can be read, where --on-bad-image lets the others be."""
     for index in indices:
         try:
-            if isinstance(images, EncodedImages) and images.skip_bad:
+            if images.skip_bad:
                 images.image(index)
         except RunError:
             continue
