@@ -43,7 +43,11 @@ def start(timeout_minutes: float = 30) -> torch.device:
     if "WORLD_SIZE" in os.environ:
         timeout = datetime.timedelta(minutes=timeout_minutes)
         try:
-            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=timeout)
+            store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's restarts leave the addresses of dead ranks in its store
+                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            which = dict(store=store, rank=number, world_size=count, timeout=timeout)
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, **which)
         except (RuntimeError, ValueError) as error:
             raise RunError(f"the ranks did not meet within {timeout_minutes:g} minutes: {_sentence(error)}") from error
         _store().set(f"host/{rank()}", socket.gethostname())

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .checkpoint import RUNNING
-from .errors import RunError, UsageError, one_clear_line
+from .errors import UsageError, one_clear_line, writing
 from .options import new_parser
 
 ABOUT = ("command", "versions", "git", "world_size", "amp_used", "device")  # in args.json beside the settings
@@ -197,12 +197,10 @@ def page(runs: Sequence[Run]) -> str:
 def write(workdirs: Sequence[str], out: str) -> None:
     """Write the report of the runs in workdirs, whole or not at all."""
     text = page([load(workdir) for workdir in workdirs])
-    try:
+    with writing(out):
         with open(f"{out}.tmp", "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(f"{out}.tmp", out)
-    except OSError as error:
-        raise RunError(f"cannot write {out}: {error.strerror}") from error
 
 
 def leave(workdir: str) -> str:

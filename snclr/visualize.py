@@ -23,7 +23,7 @@ from . import augment, knn, options, sources, weights
 from .builder import StepView
 from .canvas import BLUE, COLOURS, GREY, INK, MARGIN, ORANGE, Tile, fitting, font, page, sheet
 from .data import Batch, ImageFiles, ImageSet, whole_images
-from .errors import RunError, UsageError, one_clear_line
+from .errors import RunError, UsageError, one_clear_line, writing
 from .precision import unit
 
 SAME_OR_OTHER = ((BLUE, "same class"), (ORANGE, "another class"), (GREY, "no label"))
@@ -327,13 +327,11 @@ def main(argv: list[str]) -> None:
             images = denormalize(batch, queries.mean, queries.std)
             pictures[f"attention{suffix}"] = attention_picture(maps, images, encoder.name)
     out = args.out or os.path.join(os.path.dirname(os.path.abspath(args.file)), "pictures")
-    try:
+    with writing(out):
         os.makedirs(out, exist_ok=True)
         for name, picture in pictures.items():
             picture.save(os.path.join(out, f"{name}.png"))
             print(os.path.join(out, f"{name}.png"))
-    except OSError as error:
-        raise RunError(f"cannot write into {out}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import attack
 import pytest
+import torch
 
 HOST = socket.gethostname()
 
@@ -52,11 +55,25 @@ def test_ranks_whose_launcher_is_killed_before_they_know_it_end_by_themselves(im
     assert run.communicate()[0].count("the launcher has ended") == 2
 
 
+MEET = (
+    "import os, time; from snclr import distributed; time.sleep(float(os.environ['LATE'])); distributed.start(0.5); os._exit(0)"
+)
+
+
+def test_ranks_that_torchrun_starts_again_do_not_look_for_those_that_died():
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
+    for attempt in "01":
+        ranks = []
+        for rank, late in (("0", attempt), ("1", "0")):  # at the second start rank 1 is there before rank 0
+            more = {"TORCHELASTIC_RESTART_COUNT": attempt, "RANK": rank, "LOCAL_RANK": rank, "LATE": str(3 * int(late))}
+            ranks.append(subprocess.Popen([sys.executable, "-c", MEET], env=os.environ | common | more))
+        assert [rank.wait(60) for rank in ranks] == [0, 0]
+
+
 @pytest.mark.slow
 def test_torchrun_restarts_of_its_own_go_on_as_well(images, undisturbed, tmp_path):
-    import subprocess
-    import sys
-
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
     command += [str(attack.ROOT / "main_snclr.py"), str(images), *attack.FLAGS, "--workdir", str(tmp_path / "run")]
     run = subprocess.Popen(
