@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 from benchmarks import measure
 from snclr import objectives
 from snclr.memory_bank import MemoryBank
-from snclr.objectives import Candidates, positiveness, snclr_loss
+from snclr.objectives import Candidates, gather_neighbours, positiveness, snclr_loss
 
 T = 0.2
 
@@ -116,9 +116,10 @@ class Streamed:
         _, found = self.bank.search(torch.cat(keys), p.topk, p.own_ids[: p.batch].repeat(2))
         for direction, ((z, y), rows) in enumerate(zip(p.leaves(), found.chunk(2), strict=True)):
             counts = objectives.count_picks(rows, len(self.bank)) + self.others[direction]
-            candidates = Candidates(p.keys[direction], counts)
-            weights = positiveness(y, self.bank.features, rows)
-            loss = snclr_loss(z, keys[direction], self.bank.products, rows, weights, temperature=T, candidates=candidates)
+            given = dict(candidates=Candidates(p.keys[direction], counts))
+            given["neighbours"] = gather_neighbours(self.bank.features, rows)
+            weights = positiveness(y, self.bank.features, rows, neighbours=given["neighbours"])
+            loss = snclr_loss(z, keys[direction], self.bank.products, rows, weights, temperature=T, **given)
             gradients += [loss.detach(), *torch.autograd.grad(loss, (z, y))]
         self.bank.enqueue(p.keys[0], p.own_ids)
         return gradients
@@ -144,10 +145,9 @@ def exactness(args, device) -> list[list]:
                 z, y = (x[direction].to(form).requires_grad_() for x in (problem.query, problem.online))
                 key, bank = problem.keys[direction].to(form), problem.bank.to(form)
                 products = bank.bfloat16() if form == torch.float32 else bank
-                weights = positiveness(y, bank, own)
-                loss = snclr_loss(
-                    z, key[: problem.batch], products, own, weights, temperature=T, candidates=Candidates(key, counts)
-                )
+                given = dict(candidates=Candidates(key, counts), neighbours=gather_neighbours(bank, own))
+                weights = positiveness(y, bank, own, neighbours=given["neighbours"])
+                loss = snclr_loss(z, key[: problem.batch], products, own, weights, temperature=T, **given)
                 results.append((loss.item(), torch.cat([g.double() for g in torch.autograd.grad(loss, (z, y))])))
             (loss, gradient), (true_loss, true_gradient) = results
             errors.append(abs(loss / true_loss - 1))

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -23,7 +24,7 @@ from benchmarks import measure
 from benchmarks.objective import Problem, Streamed
 from benchmarks.step import Step
 from snclr import distributed, objectives
-from snclr.canvas import BLUE, FAINT, INK, MARGIN, ORANGE, font, page
+from snclr.canvas import BLUE, FAINT, GREY, INK, MARGIN, ORANGE, font, page
 
 BASE = dict(batch=128, topk=30, bank=128000, ranks=32, dim=256)
 SWEEPS = {  # what is varied, all else as in BASE
@@ -35,7 +36,8 @@ SWEEPS = {  # what is varied, all else as in BASE
 
 
 def simulated(args, device) -> dict[str, list[list]]:
-    """For each sweep: value, milliseconds of the loss (forward and backward) and of the search, peak MB, MB sent."""
+    """For each sweep: value, milliseconds of the loss (forward and backward), of the loss if bank rows that nobody picked
+    were multiplied too, as on a GPU, and of the search; peak MB, MB sent."""
     found = {}
     for name, values in SWEEPS.items():
         found[name] = []
@@ -43,15 +45,19 @@ def simulated(args, device) -> dict[str, list[list]]:
             sizes = Namespace(**{**BASE, name: value})
             side = Streamed(Problem(sizes, device), bfloat16=not args.float32)
             keys = torch.cat([key[: sizes.batch] for key in side.p.keys])
-            steps = {"step": side.step, "search": lambda side=side, keys=keys: side.bank.search(keys, side.p.topk)}
+            steps = {
+                "step": side.step,
+                "all": mock.patch.object(objectives, "on_host", lambda _: False)(side.step),
+                "search": lambda side=side, keys=keys: side.bank.search(keys, side.p.topk),
+            }
             memory = measure.peak_memory(side.step, device)
             seconds = measure.fastest(steps, args.steps, device)
             with measure.simulated_ranks(sizes.ranks) as sent:
                 for key, rows in zip(side.p.keys, side.p.rows, strict=True):
                     objectives.gather_candidates(key[: sizes.batch], rows[: sizes.batch], sizes.bank)
                 distributed.all_gather(side.p.own_ids[: sizes.batch])
-            loss = 1000 * (seconds["step"] - seconds["search"])
-            found[name].append([value, loss, 1000 * seconds["search"], memory / 2**20, sum(sent) / 1e6])
+            loss, of_all = (1000 * (seconds[side] - seconds["search"]) for side in ("step", "all"))
+            found[name].append([value, loss, of_all, 1000 * seconds["search"], memory / 2**20, sum(sent) / 1e6])
     return found
 
 
@@ -82,9 +88,9 @@ def true_rank(rank: int, world_size: int, port: int, batch: int, steps: int) -> 
 def plot(found: dict[str, list[list]], title: str, told: str):
     """Loss and search over each sweep's values, both axes logarithmic in effect: evenly spaced values, times from 0."""
     side, gap = 230, 70
-    key = [(BLUE, "loss, forward and backward"), (ORANGE, "search")]
+    key = [(BLUE, "loss, forward and backward"), (GREY, "the same, all bank rows multiplied"), (ORANGE, "search")]
     image, draw, top = page(len(found) * (side + gap), side + 50, title, told, key)
-    highest = 1.1 * max(max(line[1], line[2]) for lines in found.values() for line in lines)
+    highest = 1.1 * max(max(line[1:4]) for lines in found.values() for line in lines)
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if highest / s <= 6)
     for number, (name, lines) in enumerate(found.items()):
         left = MARGIN + 40 + number * (side + gap)
@@ -93,7 +99,7 @@ def plot(found: dict[str, list[list]], title: str, told: str):
             draw.line((left, y_of(tick), left + side, y_of(tick)), fill=(225, 225, 225))
             draw.text((left - 6, y_of(tick)), str(tick), fill=FAINT, font=font(11), anchor="rm")
         places = [left + side * (i + 0.5) / len(lines) for i in range(len(lines))]
-        for column, colour in ((1, BLUE), (2, ORANGE)):
+        for column, colour in ((2, GREY), (1, BLUE), (3, ORANGE)):
             points = [(x, y_of(line[column])) for x, line in zip(places, lines, strict=True)]
             draw.line(points, fill=colour, width=2)
             for x, y in points:
@@ -118,8 +124,8 @@ def main():
     print(f"{products} products; {measure.hardware(device)}; fastest of {args.steps}\nall else as in: {base}")
     found = simulated(args, device)
     for name, lines in found.items():
-        rows = [[value, f"{loss:.0f}", f"{search:.0f}", f"{mb:.0f}", f"{sent:.2f}"] for value, loss, search, mb, sent in lines]
-        print("\n" + measure.table([name, "loss, ms", "search, ms", "peak MB", "MB sent a rank"], rows))
+        rows = [[line[0], *(f"{value:.0f}" for value in line[1:5]), f"{line[5]:.2f}"] for line in lines]
+        print("\n" + measure.table([name, "loss, ms", "all rows, ms", "search, ms", "peak MB", "MB sent a rank"], rows))
     if args.out:
         told = f"milliseconds a step of one rank, both directions, {products} products; all else as in {base}"
         plot(found, "Objective and bank as the work grows", told).save(args.out, optimize=True)

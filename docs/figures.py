@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws the figures of these pages.
 
-python docs/figures.py                      method.png: the data's way through one step
+python docs/figures.py                      method.png: the data's way through one step; renews METHOD.md's links to lines
 python docs/figures.py runs/ablations/*     ablations.png: kNN of runs in folders NAME-seedN; prints their table
 """
 
@@ -152,6 +152,18 @@ def table(runs: dict[str, list[report.Run]]) -> str:
     return "\n".join(lines)
 
 
+def renew_links(page: str) -> str:
+    """The page, with links on names of functions and classes leading to the lines where they are."""
+
+    def renewed(link):
+        name, path = link.groups()
+        with open(os.path.join(HERE, path)) as file:
+            line = next(number for number, text in enumerate(file, 1) if re.match(rf"\s*(def|class) {name}\b", text))
+        return f"[`{name}`]({path}#L{line})"
+
+    return re.sub(r"\[`(\w+)`\]\(([^)#]+\.py)(?:#L\d+)?\)", renewed, page)
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         runs = by_name(sys.argv[1:])
@@ -159,3 +171,8 @@ if __name__ == "__main__":
         ablations(runs).save(os.path.join(HERE, "ablations.png"), optimize=True)
     else:
         method().save(os.path.join(HERE, "method.png"), optimize=True)
+        with open(os.path.join(HERE, "METHOD.md"), "r+") as file:
+            page = renew_links(file.read())
+            file.seek(0)
+            file.write(page)
+            file.truncate()

@@ -16,7 +16,8 @@ GRAY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision's
 SIGMA_RANGE = (0.1, 2.0)  # blur, in output pixels
 JITTER = (0.4, 0.4, 0.2, 0.1)  # half-widths of brightness, contrast, saturation (factors about 1) and hue (turns about 0)
 CROP_TRIES = 10
-SMALL = 64  # px; larger views a CPU takes one by one, since its cache holds no more
+SMALL = 64  # px; a CPU takes larger views one by one, since its cache holds no more
+AT_ONCE = 2**26  # values that a GPU augments at a time: a batch of any size needs but a few times their memory
 
 # -- drawing -------------------------------------------------------------------------------------------------------------
 
@@ -119,24 +120,29 @@ def _draw_crops(crop_min, tries, u_top, u_left, heights, widths):
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut box (top, left, height, width) out of each image (B, 3, H, W) uint8 and resize it: (B, 3, size, size) uint8.
+    """Cut V boxes (top, left, height, width) out of each image (B, 3, H, W) uint8 and resize them: boxes (V * B, 4), all
+    images' first boxes first -> (V * B, 3, size, size) uint8.
 
-    Bilinear with antialias, as torchvision's resize: two matrix products an image.
+    Bilinear with antialias, as torchvision's resize: two matrix products a box.
     """
     top, left, height, width = boxes.to(images.device, torch.get_default_dtype()).unbind(1)
-    rows = _resize_matrices(top, height, images.shape[2], size)
-    columns = _resize_matrices(left, width, images.shape[3], size)
-    return _both_ways(rows, images, columns).round_().to(torch.int16).to(torch.uint8)  # straight to uint8 takes 5 times as long
+    rows = _resize_matrices(top, height, images.shape[2], size).split(len(images))
+    columns = _resize_matrices(left, width, images.shape[3], size).split(len(images))
+    images = _channels_inside(images).to(rows[0].dtype)
+    views = (_both_ways(r, images, c).round_() for r, c in zip(rows, columns, strict=True))
+    # straight to uint8 takes 5 times as long
+    return torch.cat([view.to(torch.int16).to(torch.uint8) for view in views]).transpose(1, 2)
 
 
-def _both_ways(rows: Tensor, images: Tensor, columns: Tensor) -> Tensor:
-    """rows[b] @ images[b, c] @ columns[b].T: (B, S, H), (B, 3, H, W), (B, S, W) -> (B, 3, S, S). The channels lie side by
-    side in two large products an image: six small ones take several times as long."""
-    count, channels, height, width = images.shape
-    x = images.transpose(1, 2).contiguous().to(rows.dtype)
-    x = x.view(count, height * channels, width) @ columns.mT
-    x = rows @ x.view(count, height, channels * columns.shape[1])
-    return x.view(count, rows.shape[1], channels, columns.shape[1]).transpose(1, 2)
+def _channels_inside(x: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, H, 3, W): two large products an image then do what six small ones take several times as long for."""
+    return x.transpose(1, 2).contiguous()
+
+
+def _both_ways(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
+    """rows[b] @ x[b, :, c] @ columns[b].T: (B, S, H), (B, H, 3, W), (B, S, W) -> (B, S, 3, S)."""
+    half = x.flatten(1, 2) @ columns.mT
+    return (rows @ half.view(*x.shape[:2], -1)).unflatten(2, (x.shape[2], -1))
 
 
 def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int) -> Tensor:
@@ -144,21 +150,22 @@ def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int)
     scale = (extent / out_size)[:, None, None]
     centre = start[:, None, None] + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale
     pixel = torch.arange(in_size, device=start.device).to(start.dtype)
-    weights = (pixel + 0.5 - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
     inside = (pixel >= start[:, None]) & (pixel < (start + extent)[:, None])
-    weights.mul_(inside[:, None].to(weights.dtype))
+    pixel = (pixel + 0.5).expand_as(inside).masked_fill(~inside, math.inf)[:, None]  # too far away to weigh anything
+    weights = (pixel - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
 def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) -> Tensor:
     """Jitter, grey, blur, solarise, flip and normalise: crops (B, 3, S, S) uint8 -> (B, 3, S, S) float on their device.
 
-    mean, std (3,) of the data set, in [0, 1]. Each operation runs as one batch on just the images that were
-    drawn for it. Which these are is known on the host, so a GPU is never asked.
+    mean, std (3,) of the data set, in [0, 1]. Each operation runs on just the images that were drawn for it. Which these are
+    is known on the host, so a GPU is never asked.
     """
     views = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device)
-    parts = [slice(i, i + 1) for i in range(len(crops))] if _large_on_cpu(crops) else [slice(None)]
-    for here in parts:
+    count = 1 if _large_on_cpu(crops) else max(1, AT_ONCE // (3 * crops.shape[-1] ** 2))
+    for start in range(0, len(crops), count):
+        here = slice(start, start + count)
         _apply_(views[here].copy_(crops[here]).div_(255), *(field[here].numpy() for field in parameters))
         normalize_(views[here], mean, std)
     return views
@@ -184,19 +191,16 @@ def _jitter_(x, where, order, factors):
         for number in order[0] if len(where) else ():
             operations[number](x, factors[0, number].item())
         return
-    jittered = x if len(where) == len(x) else _select(x, where)
+    jittered, at = x, where
     for turn in range(4):
         by_operation = np.argsort(order[where, turn], kind="stable")
-        if len(where) > 1:
-            where, jittered = where[by_operation], _select(jittered, by_operation)
+        jittered, where, at = _select(jittered, at[by_operation]), where[by_operation], np.arange(len(where))
         strengths = _strengths(factors[where, order[where, turn]], x)
-        starts = np.searchsorted(order[where, turn], np.arange(5))
-        for number, operation_ in enumerate(operations):
-            if starts[number] < starts[number + 1]:
-                here = slice(starts[number], starts[number + 1])
-                operation_(jittered[here], strengths[here])
-    if jittered is not x:
-        _put_(x, where, jittered)
+        ends = np.searchsorted(order[where, turn], np.arange(5))
+        for operation_, start, end in zip(operations, ends, ends[1:], strict=False):
+            if start < end:
+                operation_(jittered[start:end], strengths[start:end])
+    _put_(x, where, jittered)
 
 
 def _on_some_(x, chosen, operation, *strengths):
@@ -286,7 +290,7 @@ def _blur_by_products_(x, taps):
     source = torch.minimum(source, 2 * size - 2 - source)
     matrices = x.new_zeros(len(x), size, size)
     matrices.scatter_add_(2, source.expand(len(x), -1, -1), taps[:, None].expand(-1, size, -1))
-    return x.copy_(_both_ways(matrices, x, matrices))
+    return x.copy_(_both_ways(matrices, _channels_inside(x), matrices).transpose(1, 2))
 
 
 def _blur_by_shifts_(x, taps):

@@ -11,7 +11,16 @@ from . import heads
 from .backbones import build_encoder, has_batch_norm
 from .distributed import all_gather, world_size
 from .memory_bank import MemoryBank
-from .objectives import count_picks, gather_candidates, mocov2_loss, mocov3_loss, nnclr_loss, positiveness, snclr_loss
+from .objectives import (
+    count_picks,
+    gather_candidates,
+    gather_neighbours,
+    mocov2_loss,
+    mocov3_loss,
+    nnclr_loss,
+    positiveness,
+    snclr_loss,
+)
 from .precision import unit
 from .recompute import recomputed
 
@@ -78,7 +87,7 @@ class SNCLR(nn.Module):
         self.exclude_own_image = exclude_own_image
         self.micro_batch = micro_batch
         self.embed = torch.compile(_embed) if compiled else _embed  # a function, so that no key of the state changes
-        self.joins_views = not has_batch_norm(base_encoder, besides=base_encoder.projector)
+        self.joins_views = micro_batch is None and not has_batch_norm(base_encoder, besides=base_encoder.projector)
         self.attention = None
         if method == "snclr" and weights == "projected":
             self.attention = heads.AttentionProjections(memory_bank.features.shape[1])
@@ -109,26 +118,28 @@ class SNCLR(nn.Module):
         return loss1 + loss2, candidates.keys, self._show(y1, num_candidates, scores, rows2, weights, candidates.counts)
 
     def _soft_neighbour_direction(self, z, y, key, rows):
-        bank = self.memory_bank.features
+        bank = self.memory_bank
+        neighbours = gather_neighbours(bank.features, rows)
         if self.weights == "uniform":
             valid = rows >= 0
-            weights = valid.to(bank.dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)
+            weights = valid.to(neighbours.dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)
         else:
             weights = positiveness(
                 y,
-                bank,
+                bank.features,
                 rows,
                 temperature=self.positiveness_temperature,
                 threshold=self.threshold,
                 # their gradient is zero while nobody has a neighbour, but there is one: DDP waits for it
                 projections=self.attention and (self.attention.f1.weight, self.attention.f2.weight),
+                neighbours=neighbours,
             )
         weights = weights / self.gamma
         if self.detach_weights:
             weights = weights.detach()
         candidates = gather_candidates(key, rows, len(bank))
-        bank = self.memory_bank.products
-        loss = snclr_loss(z, key, bank, rows, weights, temperature=self.temperature, form=self.form, candidates=candidates)
+        given = dict(candidates=candidates, neighbours=neighbours)
+        loss = snclr_loss(z, key, bank.products, rows, weights, temperature=self.temperature, form=self.form, **given)
         return loss, weights, candidates
 
     def _mocov3(self, view1, view2, ids, momentum, use_neighbours):

@@ -16,9 +16,9 @@ MARGIN, GAP, FRAME, LINE = 24, 10, 4, 16  # pixels
 
 
 class Tile(NamedTuple):
-    """A small image (H, W, 3) uint8 with lines of words below it and a frame; image None: a place that stays empty."""
+    """A small image (H, W, 3) uint8 with lines of words below it and a frame."""
 
-    image: np.ndarray | None = None
+    image: np.ndarray
     words: Sequence[str] = ()
     frame: Colour | None = None
 
@@ -64,8 +64,7 @@ def sheet(
     side: int = 96,
 ) -> Image.Image:
     """Rows of tiles, each image brought to side x side pixels, below heads of the columns."""
-    columns = max(map(len, rows), default=0)
-    words = max((len(tile.words) for row in rows for tile in row), default=0)
+    columns, words = max(map(len, rows)), max(len(tile.words) for row in rows for tile in row)
     pitch, pace = side + 2 * FRAME + GAP, side + 2 * FRAME + LINE * words + GAP
     head = 22 if heads else 0
     image, draw, top = page(columns * pitch, head + len(rows) * pace, title, told, key)
@@ -73,8 +72,6 @@ def sheet(
         draw.text((MARGIN + column * pitch, top), name, fill=INK, font=font())
     for row, tiles in enumerate(rows):
         for column, tile in enumerate(tiles):
-            if tile.image is None:
-                continue
             x, y = MARGIN + column * pitch, top + head + row * pace
             if tile.frame is not None:
                 draw.rectangle((x, y, x + side + 2 * FRAME - 1, y + side + 2 * FRAME - 1), fill=tile.frame)

@@ -7,6 +7,7 @@ difference. Where sets come from is the business of sources.py.
 
 import contextlib
 import copy
+import ctypes
 import hashlib
 import io
 import os
@@ -54,11 +55,13 @@ class ImageSet:
 
     labels (n,) int64, -1 for an image without one, or None where no image has one; classes: the labels' names; mean, std
     (3,) of the channels, in [0, 1]; names (n,) of the files, or None where they have none. per_image names the attributes
-    with one entry an image.
+    with one entry an image. skip_bad: an image that cannot be read is no error; another takes its place in training, grey in
+    evaluation.
     """
 
     per_image: tuple[str, ...] = ("labels", "names")
     names: np.ndarray | None = None
+    skip_bad = False
 
     def __init__(self, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
         self.labels = None if labels is None else torch.as_tensor(labels)
@@ -89,53 +92,6 @@ class ImageSet:
         """Bring what is held in memory to the device that trains."""
         return self
 
-    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
-        """Crops and parameters of views of images `indices` (B,), keyed by (recipe.seed, epoch, index, view)."""
-        raise NotImplementedError
-
-    def whole(self, indices: np.ndarray, size: int) -> Tensor:
-        """Images for evaluation, (B, 3, size, size) uint8: as they are if they have that size, else the central 7/8 of the
-        shorter side, resized (the field's 'resize 256, centre crop 224')."""
-        raise NotImplementedError
-
-
-class ResidentImages(ImageSet):
-    """Images (n, 3, H, W) uint8 in memory."""
-
-    per_image = ("labels", "names", "images")
-
-    def __init__(self, images: np.ndarray | Tensor, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
-        super().__init__(labels, classes, mean_std)
-        self.images = torch.as_tensor(images)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def to(self, device: torch.device) -> "ResidentImages":
-        self.images = self.images.to(device)
-        return self
-
-    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
-        images = self.images.index_select(0, torch.from_numpy(indices).to(self.images.device))
-        heights, widths = (np.full(len(indices), side) for side in images.shape[2:])
-        boxes, parameters = _draw(recipe, epoch, indices, which, heights, widths)
-        crops = augment.crop_and_resize(images.repeat(len(which), 1, 1, 1), torch.from_numpy(boxes), recipe.size)
-        return Views(torch.from_numpy(indices), crops, parameters)
-
-    def whole(self, indices: np.ndarray, size: int) -> Tensor:
-        images = self.images.index_select(0, torch.from_numpy(indices).to(self.images.device))
-        box = torch.tensor(_evaluation_box(*images.shape[2:], size))
-        return images if images.shape[2:] == (size, size) else augment.crop_and_resize(images, box.expand(len(images), 4), size)
-
-
-class EncodedImages(ImageSet):
-    """Images that are decoded whenever they are needed: a subclass says how one of them is read.
-
-    skip_bad: one that cannot be read is no error; another takes its place in training, grey in evaluation.
-    """
-
-    skip_bad = False
-
     def image(self, index: int) -> Tensor:
         """One image, (3, H, W) uint8. Raises RunError, naming it, where it cannot be read."""
         raise NotImplementedError
@@ -152,6 +108,56 @@ class EncodedImages(ImageSet):
                 index = int(augment.keyed_bits(seed, index, attempt) % np.uint64(len(self)))
 
     def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
+        """Crops and parameters of views of images `indices` (B,), keyed by (recipe.seed, epoch, index, view)."""
+        raise NotImplementedError
+
+    def whole(self, indices: np.ndarray, size: int) -> Tensor:
+        """Images for evaluation, (B, 3, size, size) uint8: as they are if they have that size, else the central 7/8 of the
+        shorter side, resized (the field's 'resize 256, centre crop 224')."""
+        raise NotImplementedError
+
+
+class ResidentImages(ImageSet):
+    """Images (n, 3, H, W) uint8 in memory; errors (n,): why an image could not be read and is grey here, or None for all."""
+
+    per_image = ("labels", "names", "images", "errors")
+    errors: np.ndarray | None = None
+
+    def __init__(self, images: np.ndarray | Tensor, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
+        super().__init__(labels, classes, mean_std)
+        self.images = torch.as_tensor(images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> "ResidentImages":
+        self.images = self.images.to(device)
+        return self
+
+    def image(self, index: int) -> Tensor:
+        if self.errors is not None and self.errors[index]:
+            raise RunError(self.errors[index])
+        return self.images[index]
+
+    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
+        if self.errors is not None:
+            indices = np.array([self.readable(int(index), recipe.seed)[0] for index in indices])
+        images = self.images.index_select(0, torch.from_numpy(indices).to(self.images.device))
+        heights, widths = (np.full(len(indices), side) for side in images.shape[2:])
+        boxes, parameters = _draw(recipe, epoch, indices, which, heights, widths)
+        crops = augment.crop_and_resize(images, torch.from_numpy(boxes), recipe.size)
+        return Views(torch.from_numpy(indices), crops, parameters)
+
+    def whole(self, indices: np.ndarray, size: int) -> Tensor:
+        images = self.images.index_select(0, torch.from_numpy(indices).to(self.images.device))
+        box = torch.tensor(_evaluation_box(*images.shape[2:], size))
+        return images if images.shape[2:] == (size, size) else augment.crop_and_resize(images, box.expand(len(images), 4), size)
+
+
+class EncodedImages(ImageSet):
+    """Images that are decoded whenever they are needed: a subclass says how one of them is read."""
+
+    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
         numbers, images = zip(*(self.readable(int(index), recipe.seed) for index in indices), strict=True)
         indices = np.array(numbers)
         heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
@@ -160,32 +166,34 @@ class EncodedImages(ImageSet):
         return Views(torch.from_numpy(indices), crops, parameters)
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
-        images = [self._image_or_grey(index, size) for index in indices]
+        images = [self._image_or_grey(index, (3, size, size))[0] for index in indices]
         none = torch.empty(0, 3, size, size, dtype=torch.uint8)
         return torch.cat([none, *(_cut(image, _evaluation_box(*image.shape[1:], size), size) for image in images)])
 
-    def _image_or_grey(self, index, size):
+    def _image_or_grey(self, index, shape):
         try:
-            return self.image(index)
-        except RunError:
+            return self.image(index), None
+        except RunError as error:
             if not self.skip_bad:
                 raise
-            return torch.full((3, size, size), 127, dtype=torch.uint8)
+            return torch.full(shape, 127, dtype=torch.uint8), str(error)
 
     def resident(self) -> ImageSet:
         """The same set held in memory, if all images are of one size and fit into RESIDENT_LIMIT; else this one."""
-        first = self.image(0)
-        if first.numel() * len(self) > RESIDENT_LIMIT:
+        shape = self.readable(0, seed=0)[1].shape
+        if shape.numel() * len(self) > RESIDENT_LIMIT:
             return self
-        images = torch.empty(len(self), *first.shape, dtype=torch.uint8)
+        images, errors = torch.empty(len(self), *shape, dtype=torch.uint8), np.full(len(self), None)
         with ThreadPool() as threads:
-            for index, image in enumerate(threads.imap(self.image, range(len(self)), chunksize=16)):
-                if image.shape != first.shape:
+            read = threads.imap(lambda index: self._image_or_grey(index, shape), range(len(self)), chunksize=16)
+            for index, (image, errors[index]) in enumerate(read):
+                if image.shape != shape:
                     return self
                 images[index] = image
         labels = None if self.labels is None else self.labels.numpy()
         resident = ResidentImages(images, labels, self.classes, (self.mean.tolist(), self.std.tolist()))
-        resident.names = self.names
+        resident.names, resident.skip_bad = self.names, self.skip_bad
+        resident.errors = errors if any(errors) else None
         return resident
 
 
@@ -278,6 +286,8 @@ class ViewLoader:
         self.replaced: set[int] = set()  # images that could not be read
         self.loader = None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if device.type == "cpu":
+            keep_freed_memory()
         if isinstance(images, EncodedImages):
             self.loader = DataLoader(
                 _ViewsOnRequest(images, recipe),
@@ -309,6 +319,15 @@ class ViewLoader:
                 ids.record_stream(training)  # so that their memory is not used again before the step has read it
                 x.record_stream(training)
             yield ids, x
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep blocks of up to 32 MB when they are freed (256 MB at most): by default it gives them back, and the page
+    faults of the next ones are a third of the time that a large view takes. Elsewhere nothing happens."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values of malloc.h
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**28)
 
 
 def leave_signals_to_the_rank(worker: int) -> None:

@@ -4,7 +4,6 @@ A format is a function from an encoder and its info to the model of the library 
 write. The command loads the written file back into that model and compares the outputs on a random image.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -70,16 +69,9 @@ def to_hf(encoder: nn.Module, info: dict) -> tuple[nn.Module, dict]:
     except ImportError as error:
         raise UsageError("--format hf needs transformers: pip install -r requirements-hf.txt") from error
     width, depth, num_heads, _ = VITS[info["arch"]]
-    config = ViTConfig(
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=num_heads,
-        intermediate_size=4 * width,
-        image_size=info["img_size"],
-        patch_size=info["patch_size"],
-        layer_norm_eps=1e-6,
-    )
-    model = ViTModel(config, add_pooling_layer=False)
+    shape = dict(hidden_size=width, num_hidden_layers=depth, num_attention_heads=num_heads, intermediate_size=4 * width)
+    shape |= dict(image_size=info["img_size"], patch_size=info["patch_size"], layer_norm_eps=1e-6)
+    model = ViTModel(ViTConfig(**shape), add_pooling_layer=False)
     state = {}
     for name, tensor in encoder.state_dict().items():
         for ours, theirs in HF_NAMES:
@@ -121,7 +113,7 @@ def write(format_name: str, content: dict, model: nn.Module, out: str) -> None:
         os.makedirs(out, exist_ok=True)
         model.config.architectures = ["ViTModel"]
         model.config.save_pretrained(out)
-        out = os.path.join(out, "model.safetensors")
+        out = os.path.join(out, "model.safetensors")  # in the names of the hub's files, which every version reads
     if out.endswith(".safetensors"):
         from safetensors.torch import save_file
 
@@ -150,8 +142,7 @@ def check(encoder: nn.Module, consumer: Callable[[Tensor], Tensor], img_size: in
     return difference
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags, checked. Raises UsageError."""
+def main(argv: list[str]) -> None:
     parser = new_parser("snclr.export", "Writes the encoder of a checkpoint for another library, and checks that it reads it.")
     parser.add_argument("file", metavar="FILE", help="checkpoint or state dict, any layout")
     parser.add_argument("--format", choices=FORMATS, required=True, help="who shall read it")
@@ -166,11 +157,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError(f"--out {args.out}: its folder does not exist, or may not be written to")
     if args.out.endswith(".safetensors") and args.format not in ("timm", "torchvision"):
         raise UsageError(f"--format {args.format} is more than safetensors can hold in one file: choose another --out")
-    return args
-
-
-def main(argv: list[str]) -> None:
-    args = parse(argv)
     encoder, info = open_encoder(args.file, args.encoder, arch=args.arch)
     model, content = FORMATS[args.format](encoder, info)
     folder, name = os.path.split(os.path.abspath(args.out))

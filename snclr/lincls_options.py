@@ -6,7 +6,6 @@ import sys
 
 from . import options
 from .errors import UsageError, one_clear_line
-from .options import add_backbone_flags, add_data_flags, check_data, check_numbers, check_workdir, new_parser, resolve_data
 
 RATES = tuple(round(10 ** (-3 + step / 3), 6) for step in range(13))  # 1e-3 .. 1e1, three a decade
 POSITIVE = ("epochs", "batch_size", "cache_copies", "crop_min", "heldout", "patch_size", "width", "label_fraction")
@@ -15,15 +14,17 @@ POSITIVE += ("lr", "head_lr", "layer_decay")
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags, in groups."""
-    parser = new_parser("main_lincls.py", "What a checkpoint is worth: kNN and a grid of linear probes on its frozen encoder.")
+    parser = options.new_parser(
+        "main_lincls.py", "What a checkpoint is worth: kNN and a grid of linear probes on its frozen encoder."
+    )
     on_off = argparse.BooleanOptionalAction
     g = parser.add_argument_group("encoder")
     g.add_argument("--pretrained", metavar="FILE", help="checkpoint or state dict, any layout (required)")
     what = "which one, where the file has both; untrained: its architecture at a random start; pixels: no encoder"
     g.add_argument("--encoder", choices=("online", "momentum", "untrained", "pixels"), default="online", help=what)
-    add_backbone_flags(parser, default_arch=None)
+    options.add_backbone_flags(parser, default_arch=None)
     parser.set_defaults(patch_size=None, small_stem=None)  # as the file says; else open_encoder's defaults
-    add_data_flags(parser)
+    options.add_data_flags(parser)
 
     g = parser.add_argument_group("labels")
     g.add_argument("--label-fraction", type=float, metavar="SHARE", help="of each class's training images, by --subset-seed")
@@ -32,10 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group("training")
     g.add_argument("--epochs", type=int, metavar="N", help="passes over the images (default: 90; fine-tuning: 50)")
     g.add_argument("-b", "--batch-size", type=int, metavar="N", help="global batch (default: 1024; fine-tuning: 256)")
-    g.add_argument(
-        "--crop-min", type=float, default=0.08, metavar="SHARE", help="smallest training crop, as a share of the area"
-    )
-    g.add_argument("--amp", choices=("off", "auto", "bf16", "fp16"), default="auto", help="16-bit encoder")
+    g.add_argument("--crop-min", type=float, default=0.08, metavar="SHARE", help="smallest training crop, as share of the area")
+    g.add_argument("--amp", choices=options.AMP, default="auto", help="16-bit encoder")
     g.add_argument("--seed", type=int, default=0, metavar="N", help="of start, order, crops and held-out images")
 
     g = parser.add_argument_group("linear probe")
@@ -47,14 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--cache-limit-gb", type=float, default=4, metavar="GB", help="larger caches go to disk, into --workdir")
 
     g = parser.add_argument_group("fine-tuning")
-    g.add_argument(
-        "--finetune", action=on_off, default=False, help="train the encoder, too; of an untrained one: supervised from scratch"
-    )
+    what = "train the encoder, too; of an untrained one: supervised from scratch"
+    g.add_argument("--finetune", action=on_off, default=False, help=what)
     g.add_argument("--optimizer", choices=("sgd", "adamw"), help="default: adamw for ViTs, sgd for others")
     g.add_argument("--lr", type=float, metavar="LR", help="peak of the encoder, times batch/256 (default: by optimiser)")
-    g.add_argument(
-        "--head-lr", type=float, metavar="LR", help="the same of the head (default: ten times --lr; untrained: as --lr)"
-    )
+    g.add_argument("--head-lr", type=float, metavar="LR", help="that of the head (default: ten times --lr; untrained: as --lr)")
     g.add_argument("--wd", type=float, metavar="WD", help="weight decay of matrices and filters (default: by optimiser)")
     g.add_argument("--layer-decay", type=float, metavar="F", help="rate from layer to layer downwards (default: ViTs 0.75)")
     g.add_argument("--warmup-epochs", type=float, metavar="E", help="linear warm-up (default: a tenth of --epochs)")
@@ -79,9 +75,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 10
     options.resolve_resume(args)
-    resolve_data(args)
-    check_data(args)
-    check_numbers(args, POSITIVE, ("cache_limit_gb", "wd", "warmup_epochs"))
+    options.resolve_data(args)
+    options.check_data(args, POSITIVE)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world_size:
         raise UsageError(f"--batch-size {args.batch_size} is global and must be divisible by the {world_size} ranks")
@@ -99,7 +94,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError("--finetune has nothing to train with --encoder pixels")
     if args.workdir is None:
         args.workdir = f"{os.path.splitext(args.pretrained)[0]}_lincls"
-    check_workdir(args.workdir, args.resume, ("results.json", "lincls_last.pth.tar"))
+    options.check_workdir(args.workdir, args.resume, ("results.json", "lincls_last.pth.tar"))
     return args
 
 

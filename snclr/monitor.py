@@ -249,7 +249,7 @@ def farewell(workdir: str, done: bool) -> str:
     lines.append(f"checkpoint: {os.path.join(workdir, LAST)}")
     lines.append(f"curves: tensorboard --logdir {workdir}   (numbers: {os.path.join(workdir, 'metrics.jsonl')})")
     if done:
-        lines.append("next: your own images, in DATA/train/<class>/: bash start.sh @configs/vit_small_imagenet.args DATA")
+        lines.append("next: your own images, with labels or without: bash start.sh @configs/vit_small_imagenet.args DATA")
     else:
         lines.append("stopped early; the same command with --resume auto and without the stop goes on")
     return "\n".join(lines)

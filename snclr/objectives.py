@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .distributed import all_gather, all_gather_with_grad, all_sum, rank
-from .memory_bank import on_host
+from .memory_bank import gather, on_host
 from .precision import full_precision, unit, widen
 
 FORMS = ("sum_of_logs", "log_of_sum")
@@ -50,6 +50,11 @@ def gather_candidates(key: Tensor, rows: Tensor, bank_size: int) -> Candidates:
     return Candidates(all_gather(unit(key)), count_picks(rows, bank_size))
 
 
+def gather_neighbours(bank: Tensor, rows: Tensor) -> Tensor:
+    """bank[rows] (B, K, D) of bank (M, D) and rows (B, K); any row for a -1. Attention and loss of a direction share it."""
+    return gather(bank, rows.clamp(min=0))
+
+
 @full_precision
 def positiveness(
     online: Tensor,
@@ -59,6 +64,7 @@ def positiveness(
     temperature: float = 1.0,
     threshold: bool = False,
     projections: tuple[Tensor, Tensor] | None = None,
+    neighbours: Tensor | None = None,
 ) -> Tensor:
     """Soft weights of the neighbours: w_ik = softmax_k( y_i . C[rows_ik] / temperature ), over the valid rows.
 
@@ -67,14 +73,15 @@ def positiveness(
 
     online (B, D) projections, with gradient; bank (M, D) unit rows; rows (B, K) neighbours, -1 for none.
     Temperature 1 is the released plain cosine attention. With threshold, a weight that is not strictly above
-    1/(number of valid rows) becomes 0, without renormalisation. Returns (B, K); invalid rows weigh 0.
+    1/(number of valid rows) becomes 0, without renormalisation. neighbours: from gather_neighbours, where the caller has them
+    already. Returns (B, K); invalid rows weigh 0.
     """
     valid = rows >= 0
     attending = unit(online)
     if projections is not None:
         f1, f2 = (widen(matrix).to(attending.dtype) for matrix in projections)
         attending = attending @ f1.T @ f2  # f1 y . f2 c = (f2' f1 y) . c: no neighbour needs to be projected
-    cosines = _cosines_with_rows(attending, bank, rows)
+    cosines = _cosines_with_rows(attending, bank, rows, neighbours)
     # a finite floor keeps a row without any neighbour at 0/0-free zeros, in value and in gradient
     logits = (cosines / temperature).masked_fill(~valid, torch.finfo(cosines.dtype).min)
     weights = torch.softmax(logits, dim=1) * valid
@@ -95,6 +102,7 @@ def snclr_loss(
     temperature: float,
     form: str = "sum_of_logs",
     candidates: Candidates | None = None,
+    neighbours: Tensor | None = None,
 ) -> Tensor:
     """Contrast against the own key and its soft neighbours, one direction (Ge et al., eq. 3; released form by default).
 
@@ -108,7 +116,7 @@ def snclr_loss(
 
     query (B, D) predictions, with gradient; key (B, D) momentum projections of the other view; bank (M, D) unit rows;
     rows (B, K) neighbours of the keys, -1 for none; weights (B, K), with or without gradient.
-    candidates: from gather_candidates, where the caller has them already. Returns a scalar.
+    candidates, neighbours: from gather_candidates and gather_neighbours, where the caller has them already. Returns a scalar.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, found {form!r}")
@@ -118,11 +126,11 @@ def snclr_loss(
     weights = widen(weights).to(query.dtype) * (rows >= 0)
     log_z = log_sum_exp(query, candidates.keys, bank, candidates.counts, temperature)
     own = (query * key.detach()).sum(dim=1) / temperature
-    neighbours = _cosines_with_rows(query, bank, rows) / temperature
+    soft = _cosines_with_rows(query, bank, rows, neighbours) / temperature
     if form == "sum_of_logs":
-        per_image = log_z - own + (weights * (log_z[:, None] - neighbours)).sum(dim=1)
+        per_image = log_z - own + (weights * (log_z[:, None] - soft)).sum(dim=1)
     else:
-        scores = torch.cat([own[:, None], neighbours], dim=1)
+        scores = torch.cat([own[:, None], soft], dim=1)
         weights = torch.cat([torch.ones_like(own[:, None]), weights], dim=1)
         # not log w + s: the gradient of log w is infinite where a weight is 0
         largest = scores.detach().masked_fill(weights <= 0, -math.inf).amax(dim=1, keepdim=True)
@@ -257,9 +265,10 @@ def _blocks(keys: Tensor, bank: Tensor, counts: Tensor, chunk: int):
         yield from zip(bank.split(chunk), counts.split(chunk), strict=True)
 
 
-def _cosines_with_rows(query: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
+def _cosines_with_rows(query: Tensor, bank: Tensor, rows: Tensor, neighbours: Tensor | None) -> Tensor:
     """query (B, D) with gradient . bank[rows] (B, K, D) -> (B, K); 0 where row is -1."""
     if not rows.numel():
         return query.new_zeros(rows.shape)
-    picked = bank[rows.clamp(min=0)].to(query.dtype)
-    return torch.einsum("bd,bkd->bk", query, picked) * (rows >= 0)
+    if neighbours is None:
+        neighbours = gather_neighbours(bank, rows)
+    return torch.einsum("bd,bkd->bk", query, neighbours.to(query.dtype)) * (rows >= 0)

@@ -20,6 +20,7 @@ IMG_SIZES = {"embedded": 32, "cifar10": 32, "cifar100": 32, "svhn": 32, "stl10":
 ARCHS = ("vit_tiny", "vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
 ARCHS += ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101")
 OPTIMIZERS = ("adamw", "lars")
+AMP = ("off", "auto", "bf16", "fp16")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MEAN_STD = {  # as commonly used; all others take ImageNet's (`python -m snclr.mean_std` measures a set's own)
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -29,9 +30,7 @@ MEAN_STD = {  # as commonly used; all others take ImageNet's (`python -m snclr.m
 }
 POSITIVE = ("patch_size", "width", "snclr_dim", "snclr_mlp_dim", "snclr_t", "bank_size", "positiveness_t", "gamma", "epochs")
 POSITIVE += ("batch_size", "lr", "print_freq", "crop_min", "stop_after_epochs", "stop_after_steps", "micro_batch", "keep")
-POSITIVE += ("timeout_minutes",)
-NOT_NEGATIVE = ("topk", "wd", "warmup_epochs", "nn_warmup_epochs", "save_freq", "eval_freq", "viz_freq", "save_every_minutes")
-NOT_NEGATIVE += ("skip_non_finite",)
+POSITIVE += ("timeout_minutes",)  # other numbers may be 0
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EMBEDDED_RECIPE = os.path.join(ROOT, "configs", "embedded.args")
 
@@ -48,7 +47,8 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         try:
-            return super().parse_args([_where_it_lies(word) for word in args], namespace)
+            # else FILE --flag DATA would be refused: an optional argument would be looked for beside the one before it alone
+            return super().parse_intermixed_args([_where_it_lies(word) for word in args], namespace)
         except UsageError:
             raise
         except (ValueError, RecursionError) as error:  # an open quote, a binary file, a recipe that reads itself
@@ -85,20 +85,14 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     on_off = argparse.BooleanOptionalAction
     g = parser.add_argument_group("data")
     g.add_argument("data", nargs="?", metavar="DATA", help="folder, list or tar file of the images; absent: the embedded set")
-    g.add_argument(
-        "--dataset",
-        choices=DATASETS,
-        metavar="KIND",
-        help=f"what DATA is: {', '.join(DATASETS)} (default: what it looks like; embedded without DATA)",
-    )
+    kinds = f"what DATA is: {', '.join(DATASETS)} (default: what it looks like; embedded without DATA)"
+    g.add_argument("--dataset", choices=DATASETS, metavar="KIND", help=kinds)
     g.add_argument("--val", metavar="PATH", help="validation images, of the same kind (default: DATA/val beside DATA/train)")
     g.add_argument("--labels", metavar="FILE", help="one label a line, in the order of the images; none: use no labels")
     g.add_argument("--val-labels", metavar="FILE", help="the same for the validation images")
     g.add_argument("--download", action=on_off, default=False, help="fetch a torchvision set into DATA where it is missing")
     g.add_argument("--subset", type=float, metavar="N", help="train on N images, or on this share of them if below 1")
-    g.add_argument(
-        "--subset-seed", type=int, default=0, metavar="N", help="which ones; smaller subsets are part of larger ones"
-    )
+    g.add_argument("--subset-seed", type=int, default=0, metavar="N", help="which ones; a smaller subset is part of a larger")
     g.add_argument("--mean", type=float, nargs=3, metavar="X", help="of the channels, in 0..1 (default: the set's)")
     g.add_argument("--std", type=float, nargs=3, metavar="X", help="as --mean; `python -m snclr.mean_std DATA` measures both")
     g.add_argument("--img-size", type=int, metavar="PX", help="side of a view (default: 224; 32 or 96 for sets of that size)")
@@ -167,14 +161,10 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--bank-size", type=int, default=128000, metavar="M", help="rows of the memory bank")
     g.add_argument("--topk", type=int, default=30, metavar="K", help="soft neighbours of an image")
     g.add_argument(
-        "--form", choices=("sum_of_logs", "log_of_sum"), default="sum_of_logs", help="loss: released or printed form"
+        "--form", choices=("sum_of_logs", "log_of_sum"), default="sum_of_logs", help="loss: as released or as printed"
     )
-    g.add_argument(
-        "--weights",
-        choices=("attention", "projected", "uniform"),
-        default="attention",
-        help="positiveness of the neighbours: as released, with the paper's trained layers f1 and f2, or all alike",
-    )
+    weights = "of the neighbours (positiveness): as released, with the paper's trained layers f1 and f2, or all alike"
+    g.add_argument("--weights", choices=("attention", "projected", "uniform"), default="attention", help=weights)
     g.add_argument("--gamma", type=float, default=1.0, metavar="G", help="divides the neighbours' weights (the paper's scale)")
     g.add_argument("--positiveness-t", type=float, default=1.0, metavar="T", help="temperature of the attention weights")
     g.add_argument("--detach-weights", action=on_off, default=False, help="no gradient through the weights")
@@ -188,15 +178,9 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", metavar="NAME", help=" or ".join(OPTIMIZERS))
     g.add_argument("--lr", type=float, default=1.5e-4, metavar="LR", help="base rate; the peak is this times batch/256")
     g.add_argument("--wd", type=float, default=0.1, metavar="WD", help="weight decay of matrices and filters")
-    g.add_argument(
-        "--warmup-epochs", type=float, metavar="E", help="epochs of linear warm-up (default: 40, at most a fifth of --epochs)"
-    )
-    g.add_argument(
-        "--amp", choices=("off", "auto", "bf16", "fp16"), default="off", help="16-bit encoders; auto: where it is native"
-    )
-    g.add_argument(
-        "--micro-batch", type=int, metavar="N", help="views a rank encoded at a time, same gradients: the batch in less memory"
-    )
+    g.add_argument("--warmup-epochs", type=float, metavar="E", help="linear warm-up (default: 40, at most a fifth of --epochs)")
+    g.add_argument("--amp", choices=AMP, default="off", help="16-bit encoders; auto: where it is native")
+    g.add_argument("--micro-batch", type=int, metavar="N", help="views a rank encodes at a time: same gradients, less memory")
     g.add_argument("--grad-checkpointing", action=on_off, default=False, help="recompute each block in backward: less memory")
     g.add_argument("--compile", action=on_off, default=False, help="compile the backbones: the first steps take minutes")
     g.add_argument("--seed", type=int, default=0, metavar="N", help="of initialisation, order and augmentation")
@@ -288,9 +272,14 @@ def _recognised(data):
     return "folder" if has_classes or not os.path.isdir(data) else "tree"
 
 
-def check_data(args: argparse.Namespace) -> None:
-    """Data flags that cannot work. Raises UsageError."""
-    check_numbers(args, ("img_size", "subset"), ("workers",))
+def check_data(args: argparse.Namespace, positive: tuple[str, ...] = ()) -> None:
+    """Data flags that cannot work, and numbers that are not finite, negative, or 0 where `positive` names them: UsageError."""
+    positive = {"img_size", "subset", *positive}
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not name.endswith("seed"):
+            least = "above 0" if name in positive else "0 or more"
+            if not (math.isfinite(value) and value >= 0) or (value == 0 and name in positive):
+                raise UsageError(f"--{name.replace('_', '-')} must be {least}, found {value}")
     if args.subset is not None and args.subset > 1 and args.subset % 1:
         raise UsageError(f"--subset must be a whole number of images or a share below 1, found {args.subset}")
     if args.dataset == "embedded":
@@ -318,15 +307,14 @@ def check_data(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace, world_size: int) -> None:
     """Combinations that cannot work, before anything slow or lasting is done. Raises UsageError."""
-    check_data(args)
-    check_numbers(args, POSITIVE, NOT_NEGATIVE)
+    for name in ("crop_min", "snclr_m"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be between 0 and 1, found {getattr(args, name)}")
+    check_data(args, POSITIVE)
     if args.batch_size < 2:
         raise UsageError("--batch-size must be at least 2: batch norm and contrast need company")
     if not -(2**63) <= args.seed < 2**63:
         raise UsageError(f"--seed must fit into 64 bits, found {args.seed}")
-    for name in ("crop_min", "snclr_m"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be between 0 and 1, found {getattr(args, name)}")
     for name in ("warmup_epochs", "nn_warmup_epochs"):
         if getattr(args, name) > args.epochs:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name):g} exceeds --epochs {args.epochs}")
@@ -364,14 +352,6 @@ def check_workdir(workdir: str | None, resume: str | None, leftovers: tuple[str,
         home = os.path.dirname(os.path.abspath(resume)) if resume else None
         if home != os.path.abspath(workdir):
             raise UsageError(f"--workdir {workdir} holds another run: add --resume auto to go on, or choose a new one")
-
-
-def check_numbers(args: argparse.Namespace, positive: tuple[str, ...], not_negative: tuple[str, ...]) -> None:
-    """That the settings of these names are finite and above 0, or 0 or more; None passes."""
-    for name in (*positive, *not_negative):
-        value, least = getattr(args, name), "above 0" if name in positive else "0 or more"
-        if value is not None and not (math.isfinite(value) and (value > 0 if name in positive else value >= 0)):
-            raise UsageError(f"--{name.replace('_', '-')} must be {least}, found {value}")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ import html
 import json
 import math
 import os
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .checkpoint import RUNNING
-from .errors import RunError, UsageError, one_clear_line
+from .errors import UsageError, one_clear_line, writing
 from .options import new_parser
 
 ABOUT = ("command", "versions", "git", "world_size", "amp_used", "device")  # in args.json beside the settings
@@ -47,6 +48,8 @@ CURVES = (
 EVALUATED = ("linear_top1", "finetune_top1", "knn_top1", "mean_per_class_top1", "encoder", "dataset", "label_fraction")
 LEGEND = "kNN and rank: last evaluation; loss, purity, entropy and std: mean of the last epoch's log lines; speed: median; \
 ± sample standard deviation over seeds."
+BANDS = "A line is the mean of runs that differ in their seed alone, its band reaches from the lowest to the highest; \
+point at one to see it alone."
 FEW = 3  # differing settings that still make a name
 INKS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")  # Okabe and Ito: readable on black and white
 WIDTH, HEIGHT, LEFT, BELOW = 360, 190, 44, 22  # of a curve's drawing
@@ -57,15 +60,20 @@ HEAD = (
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --faint: #666; --line: #ddd; --ground: #fff; --panel: #f6f7f9 }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --faint: #a0a0a0; --line: #3a3a3a; --ground: #141414; --panel: #1e1e1e } }
+  :root { --ink: #e8e8e8; --faint: #a0a0a0; --line: #3a3a3a; --ground: #141414; --panel: #1e1e1e }
+  .curves g, .key svg { filter: brightness(1.3) } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground) }
 body { max-width: 1200px; margin: auto; padding: 1em }
-h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin-top: 2em } p, figcaption { color: var(--faint) } figure { margin: 0 }
+h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin-top: 2em } h3 { font-size: 1em; margin: 1.5em 0 0 }
+p, figcaption { color: var(--faint) } figure { margin: 0 }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums } th { vertical-align: bottom }
 th, td { text-align: left; padding: .25em .8em .25em 0; border-bottom: 1px solid var(--line) } td { white-space: nowrap }
+td:first-child, th:first-child { position: sticky; left: 0; background: var(--ground) }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 1em }
 svg { width: 100%; background: var(--panel) } svg text { fill: var(--faint); font-size: 11px } svg .grid { stroke: var(--line) }
-svg path { fill: none; stroke-width: 1.6; stroke-linejoin: round } svg .dot { stroke-width: 4; stroke-linecap: round }
+svg path:not(.band) { fill: none; stroke-width: 1.6; stroke-linejoin: round }
+svg path.dot { stroke-width: 4; stroke-linecap: round }
+.curves svg:has(g:hover) g:not(:hover) { opacity: .15 } .curves g:hover .band { opacity: .3 }
 .key { display: flex; flex-wrap: wrap; gap: .2em 1.4em; padding: 0; list-style: none }
 .key svg { width: 28px; height: 10px; background: none }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); padding: .8em }
@@ -105,12 +113,17 @@ def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
     kinds: dict[str, list[Run]] = {}
     for run in runs:
         kinds.setdefault(json.dumps(_kind(run), sort_keys=True, default=str), []).append(run)
+    first = [members[0].settings for members in kinds.values()]
     differing = differences([members[0] for members in kinds.values()])
+    usual = {name: statistics.mode(str(settings.get(name)) for settings in first) for name in differing}
     named = {}
-    for members in kinds.values():
-        settings, folders = members[0].settings, [os.path.basename(os.path.abspath(run.path)) for run in members]
-        common = os.path.commonprefix(folders).rstrip("-_. ") or folders[0]  # noqa: RUF071 - letters, not folders
-        name = ", ".join(f"{name} {settings.get(name)}" for name in differing) if 0 < len(differing) <= FEW else common
+    for settings, members in zip(first, kinds.values(), strict=True):
+        own = [name for name in differing if len(differing) <= FEW or str(settings.get(name)) != usual[name]]
+        name = ", ".join(f"{name} {settings.get(name)}" for name in own)
+        if not 0 < len(own) <= FEW:
+            folders = [os.path.basename(os.path.abspath(run.path)) for run in members]
+            common = os.path.commonprefix(folders)  # noqa: RUF071 - letters, not folders
+            name = re.sub(r"[-_. ]*(seed)?[-_. ]*$", "", common) or folders[0]
         named[name if name not in named else members[0].path] = members
     return named
 
@@ -150,11 +163,8 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
 
 def page(runs: Sequence[Run]) -> str:
     """The whole HTML file."""
-    groups, heading = group(runs), []
-    for run in runs:
-        what = "{method} {arch}, {dataset}".format(**{"method": "?", "arch": "?", "dataset": "?", **run.settings})
-        heading += [what] if what not in heading else []
-    title = html.escape("; ".join(heading))
+    groups, whats = group(runs), [[run.settings.get(name, "?") for name in ("method", "arch", "dataset")] for run in runs]
+    title = html.escape("; ".join(dict.fromkeys(f"{method} {arch}, {dataset}" for method, arch, dataset in whats)))
     columns = [column for column in COLUMNS if any(value(run, *column[1:]) is not None for run in runs)]
     rows = [
         [name, len(members), *(mean_and_deviation([value(run, *column[1:]) for run in members]) for column in columns)]
@@ -165,7 +175,8 @@ def page(runs: Sequence[Run]) -> str:
     if len(names) > FEW:
         rows = [[name, *(members[0].settings.get(setting) for setting in names)] for name, members in groups.items()]
         parts += ["<h2>What differs</h2>", _table(["", *names], rows)]
-    parts += ["<h2>Curves over epochs</h2>", _key(groups), '<div class="curves">']
+    several = any(len(members) > 1 for members in groups.values())
+    parts += ["<h2>Curves over epochs</h2>", f"<p>{BANDS}</p>" if several else "", _key(groups), '<div class="curves">']
     parts += [_curve(name, metric, groups) for name, metric in CURVES] + ["</div>"]
     rows = [
         [os.path.join(run.path, where), *(result.get(name) for name in EVALUATED)]
@@ -173,31 +184,23 @@ def page(runs: Sequence[Run]) -> str:
         for where, result in run.results
     ]
     parts += ["<h2>Evaluations</h2>", _table(["", *EVALUATED], rows)] if rows else []
+    parts += ["<h2>Neighbours</h2>"] if any(run.pictures for run in runs) else []
     for name, members in groups.items():
-        pictures = members[0].pictures[:1] + members[0].pictures[1:][-1:] if len(groups) == 1 else members[0].pictures[-1:]
-        parts += [f"<h2>Neighbours: {html.escape(name)}</h2>", *map(_image, pictures)] if pictures else []
+        found = members[0].pictures
+        shown = found[-1:] if len(groups) > 1 else found[:1] + found[1:][-1:]  # of one run before and after
+        parts += [_folded(name, "".join(map(_image, shown)), opened=len(groups) <= FEW)] if shown else []
     parts.append("<h2>How to repeat it</h2>")
-    for name, members in groups.items():
-        settings, others = members[0].settings, [run.path for run in members[1:]]
-        about = {key: settings.get(key) for key in ABOUT if key not in ("command", "versions")}
-        about |= settings["versions"] if isinstance(settings.get("versions"), dict) else {}
-        words = [f"{key} {found}" for key, found in about.items() if found is not None]
-        words += [f"the same with another seed: {' '.join(others)}"] if others else []
-        parts.append(f"<p>{html.escape(name)}: {html.escape(', '.join(words))}</p>")
-        parts.append(f"<pre>{html.escape(str(settings.get('command')))}</pre><details><summary>all settings</summary>")
-        parts.append(f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre></details>")
+    parts += [_repeat(name, members, opened=len(groups) == 1) for name, members in groups.items()]
     return f"{HEAD}<title>{title}</title><style>{STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n"
 
 
 def write(workdirs: Sequence[str], out: str) -> None:
     """Write the report of the runs in workdirs, whole or not at all."""
     text = page([load(workdir) for workdir in workdirs])
-    try:
+    with writing(out):
         with open(f"{out}.tmp", "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(f"{out}.tmp", out)
-    except OSError as error:
-        raise RunError(f"cannot write {out}: {error.strerror}") from error
 
 
 def leave(workdir: str) -> str:
@@ -214,34 +217,48 @@ def leave(workdir: str) -> str:
 
 
 def _curve(title: str, metric: str, groups: dict[str, list[Run]]) -> str:
-    """A metric over epochs as inline SVG, one line a run, coloured by group; '' where no run has it."""
-    lines = []
-    for number, members in enumerate(groups.values()):
-        for run in members:
-            # every epoch's last step is logged: its number over the epoch's is the steps of an epoch
-            pace = max((line["step"] / line["epoch"] for line in run.lines if line["epoch"] > 0), default=1) or 1
-            points = [(line["step"] / pace, y) for line in run.lines if (y := _number(line, metric)) is not None]
-            lines += [(number, points)] if points else []
-    if not lines:
+    """A metric over epochs as inline SVG, a line a group (see BANDS); '' where no run has it."""
+    curves = {name: points for name, members in groups.items() if (points := _points(members, metric))}
+    if not curves:
         return ""
-    xs, ys = zip(*(point for _, points in lines for point in points), strict=True)
-    end, low, high = max(*xs, 1), min(ys), max(ys)
+    ys = [y for points in curves.values() for _, found in points for y in found]
+    end, low, high = max(1, *(points[-1][0] for points in curves.values())), min(ys), max(ys)
     low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
     across, upwards = (WIDTH - LEFT - 8) / end, (HEIGHT - BELOW - 16) / (high - low)
 
-    def place(point):
-        return f"{LEFT + across * point[0]:.1f} {8 + upwards * (high - point[1]):.1f}"
+    def way(points):
+        return "L".join(f"{LEFT + across * x:.1f} {8 + upwards * (high - y):.1f}" for x, y in points)
 
-    drawn = [f'<path class="grid" d="M{place((0, y))}H{WIDTH - 8}"/>' for y in _ticks(low, high)]
+    drawn = [f'<path class="grid" d="M{way([(0, y), (end, y)])}"/>' for y in _ticks(low, high)]
     words = [(LEFT - 6, 12 + upwards * (high - y), "end", y) for y in _ticks(low, high)]
     words += [(LEFT + across * x, HEIGHT - 6, "middle", x) for x in _ticks(0, end)]
     drawn += [f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{side}">{tick:g}</text>' for x, y, side, tick in words]
-    for number, points in lines:
-        drawn.append(f'<path {_stroke(number)} d="M{"L".join(map(place, points))}"/>')
+    for number, name in enumerate(groups):
+        points = curves.get(name, [])
+        ink, mean = INKS[number % len(INKS)], [(x, statistics.fmean(found)) for x, found in points]
+        drawn.append(f"<g><title>{html.escape(name)}</title>")
+        if any(len(found) > 1 for _, found in points):
+            edge = [(x, max(found)) for x, found in points] + [(x, min(found)) for x, found in reversed(points)]
+            light = min(0.2, 0.5 / len(groups))  # where many bands lie over each other, each is lighter
+            drawn.append(f'<path class="band" fill="{ink}" opacity="{light:.2f}" d="M{way(edge)}Z"/>')
+        drawn.append(f'<path {_stroke(number)} d="M{way(mean)}"/>' if points else "")
         if len(points) < 12:  # a line of no length with round ends is a dot
-            drawn.append(f'<path class="dot" stroke="{INKS[number % len(INKS)]}" d="M{"h0M".join(map(place, points))}h0"/>')
+            drawn += [f'<path class="dot" stroke="{ink}" d="M{way([point])}h0"/>' for point in mean]
+        drawn.append("</g>")
     picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(drawn)}</svg>'
     return f"<figure>{picture}<figcaption>{title}</figcaption></figure>"
+
+
+def _points(members: Sequence[Run], metric: str) -> list[tuple[float, list[float]]]:
+    """(epoch, the value of each run that has one there), in order."""
+    found: dict[float, list[float]] = {}
+    for run in members:
+        # every epoch's last step is logged: its number over the epoch's is the steps of an epoch
+        pace = max((line["step"] / line["epoch"] for line in run.lines if line["epoch"] > 0), default=1) or 1
+        for line in run.lines:
+            if (y := _number(line, metric)) is not None:
+                found.setdefault(line["step"] / pace, []).append(y)
+    return sorted(found.items())
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -272,6 +289,23 @@ def _image(path: str) -> str:
         data = base64.b64encode(file.read()).decode()
         return f'<p class="wide"><img alt="{html.escape(os.path.basename(path))}" src="data:image/png;base64,{data}"></p>'
     return ""
+
+
+def _repeat(name: str, members: Sequence[Run], opened: bool) -> str:
+    """Command, environment and settings of a group of runs."""
+    settings, others = members[0].settings, [run.path for run in members[1:]]
+    versions = settings["versions"] if isinstance(settings.get("versions"), dict) else {}
+    about = {key: settings.get(key) for key in ABOUT if key not in ("command", "versions")} | versions
+    words = [f"{key} {found}" for key, found in about.items() if found is not None]
+    words += [f"with other seeds: {' '.join(others)}"] if others else []
+    command, environment = html.escape(str(settings.get("command"))), html.escape(", ".join(words))
+    return f"""<h3>{html.escape(name)}</h3><pre>{command}</pre>
+{_folded("environment", f"<p>{environment}</p>", opened)}
+{_folded("all settings", f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre>", False)}"""
+
+
+def _folded(name: str, content: str, opened: bool) -> str:
+    return f"<details{' open' if opened else ''}><summary>{html.escape(name)}</summary>{content}</details>"
 
 
 def _kind(run: Run) -> dict:

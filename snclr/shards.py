@@ -85,35 +85,32 @@ def _tars_below(folder):
 
 
 def _scan(files, extensions) -> Index:
-    rows, names, stems, ignored = [], [], [], 0
-    for number, path in enumerate(files):
-        labels = {}  # of this shard's samples: a sample's members share the name up to its first dot
-        first = len(rows)
+    images, given, ignored = [], {}, 0  # (shard, offset, size, sample, stem) of each; labels of (shard, sample)
+    for shard, path in enumerate(files):
         try:
             with open(path, "rb") as file:
                 for name, offset, size, stem in _members(file, path):
-                    base = os.path.basename(name)
-                    sample = name[: len(name) - len(base)] + base.split(".")[0]
+                    folder, base = os.path.split(name)
+                    sample = os.path.join(folder, base.split(".")[0])  # whose members share the name up to its first dot
                     if base.lower().endswith(".cls"):
-                        labels[sample] = os.pread(file.fileno(), size, offset).decode().strip()
+                        given[shard, sample] = os.pread(file.fileno(), size, offset).decode().strip()
                     elif base.lower().endswith(extensions) and not base.startswith("."):
-                        rows.append((number, offset, size))
-                        names.append(sample)
-                        stems.append(stem)
+                        images.append((shard, offset, size, sample, stem))
                     else:
                         ignored += 1
         except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
             raise UsageError(f"shard {path} cannot be read: {error}; it must be a whole, uncompressed tar file") from error
-        names[first:] = [(sample, labels.get(sample)) for sample in names[first:]]
-    if not rows:
+    if not images:
         raise UsageError(f"no image in the {len(files)} tar files of {os.path.dirname(files[0])}")
-    if all(label is None for _, label in names) and _name_classes(names, stems):
-        names = [(sample, stem) for (sample, _), stem in zip(names, stems, strict=True)]
-    classes = sorted({label for _, label in names if label is not None})
-    numbers = {label: number for number, label in enumerate(classes)} | {None: -1}
-    shard, offset, size = np.array(rows, dtype=np.int64).T
-    label = np.array([numbers[label] for _, label in names])
-    return Index(np.array(files), shard, offset, size, label, np.array(classes, dtype=str), np.array(ignored))
+    shards, offsets, sizes, samples, stems = zip(*images, strict=True)
+    names = [given.get(key) for key in zip(shards, samples, strict=True)]
+    if not any(names) and _name_classes(samples, stems):
+        names = stems
+    classes = sorted({*names} - {None})
+    numbers = {name: number for number, name in enumerate(classes)} | {None: -1}
+    rows = (shards, offsets, sizes, [numbers[name] for name in names])
+    columns = (np.array(row, dtype=np.int64) for row in rows)
+    return Index(np.array(files), *columns, np.array(classes, dtype=str), np.array(ignored))
 
 
 def _members(file, path, start=0):
@@ -129,10 +126,10 @@ def _members(file, path, start=0):
                 yield member.name, start + member.offset_data, member.size, stem
 
 
-def _name_classes(names, stems):
+def _name_classes(samples, stems):
     """Whether the tars are one a class: several, and not merely numbered - or their images repeat the number (n01440764)."""
     numbered = any(re.search(r"\d$", stem) for stem in stems)
-    repeated = all(os.path.basename(sample).startswith(stem) for (sample, _), stem in zip(names, stems, strict=True))
+    repeated = all(os.path.basename(sample).startswith(stem) for sample, stem in zip(samples, stems, strict=True))
     return len(set(stems)) > 1 and (repeated or not numbered)
 
 
@@ -147,14 +144,11 @@ def _load(path, key) -> Index | None:
 def _fits(index, sizes) -> bool:
     """Whether all images of a kept index lie inside the files, whose sizes in bytes these are."""
     rows = (index.shard, index.offset, index.size, index.label)
-    if (
-        any(row.shape != index.shard.shape or row.dtype != np.int64 for row in rows)
-        or not ((index.shard >= 0) & (index.shard < len(sizes))).all()
-    ):
+    if any(row.ndim != 1 or row.dtype != np.int64 or not 0 < len(row) == len(index.shard) for row in rows):
         return False
-    room = sizes[index.shard] - index.offset
-    inside = (index.offset >= 0) & (index.size >= 0) & (index.size <= room)
-    return bool((inside & (index.label >= -1) & (index.label < len(index.classes))).all()) and len(index.shard) > 0
+    named = (index.shard >= 0) & (index.shard < len(sizes)) & (index.label >= -1) & (index.label < index.classes.size)
+    room = sizes[index.shard % len(sizes)] - index.offset
+    return bool((named & (index.offset >= 0) & (index.size >= 0) & (index.size <= room)).all())
 
 
 def _save(path, key, index) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from . import augment, embedded, shards
-from .data import EncodedImages, ImageFiles, ImageSet, ResidentImages, Views, to_rgb, unreadable
+from .data import EncodedImages, ImageFiles, ImageSet, ResidentImages, to_rgb, unreadable
 from .distributed import local_rank_zero_first
 from .errors import RunError, UsageError
 from .options import IMAGENET
@@ -116,59 +116,6 @@ def _labels(dataset) -> Sequence[int]:
 # -- files, lists and shards ---------------------------------------------------------------------------------------------
 
 
-class GreyWhereUnreadable(EncodedImages):
-    """Images with grey ones in the place of those that cannot be read, of which errors (n,) says why."""
-
-    def __init__(self, images: EncodedImages):
-        super().__init__(None, [], IMAGENET)
-        self.images, self.errors = images, np.full(len(images), None)
-        images.skip_bad = True
-        self.grey = torch.full_like(images.readable(0, seed=0)[1], 127)  # in a set to be held all have one size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def image(self, index: int) -> Tensor:
-        try:
-            return self.images.image(index)
-        except RunError as error:
-            self.errors[index] = str(error)
-            return self.grey
-
-
-class SpoiltImages(ResidentImages):
-    """Images in memory of which some could not be read, errors (n,): another takes their place in training, as it does in
-    EncodedImages; in evaluation they are grey."""
-
-    per_image = (*ResidentImages.per_image, "errors")
-
-    def __init__(self, images: Tensor, errors: np.ndarray, mean_std: tuple):
-        super().__init__(images, None, [], mean_std)
-        self.errors, self.skip_bad = errors, True
-
-    def image(self, index: int) -> Tensor:
-        if self.errors[index] is not None:
-            raise RunError(self.errors[index])
-        return self.images[index]
-
-    def views(self, recipe: augment.Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
-        numbers = [EncodedImages.readable(self, int(index), recipe.seed)[0] for index in indices]
-        return super().views(recipe, epoch, np.array(numbers), which)
-
-
-def _held(images: EncodedImages, skip_bad: bool) -> ImageSet:
-    """images.resident(), with skip_bad also where some cannot be read."""
-    if not skip_bad:
-        return images.resident()
-    held = (readable := GreyWhereUnreadable(images)).resident()
-    if held is readable:
-        return images
-    if any(error is not None for error in readable.errors):
-        held = SpoiltImages(held.images, readable.errors, IMAGENET)
-    held.names = images.names
-    return held
-
-
 def _open_files(args) -> tuple[ImageSet, ImageSet | None, list[str]]:
     """Sets of one's own. Their classes have names, which are numbered here, the same for training and validation."""
     train_path, val_path = args.data, args.val
@@ -225,14 +172,15 @@ def _open_part(path, labels, args) -> tuple[ImageSet, list[str | None] | None, l
         images = ImageFiles(paths, None, [], IMAGENET)
     if labels not in (None, "none"):
         names = _read_labels(labels, path, len(images))
+    images.skip_bad = args.on_bad_image == "skip"
     try:
-        images = _held(images, args.on_bad_image == "skip")
+        images = images.resident()
     except RunError as error:
         advice = ", or say --on-bad-image skip" if args.on_bad_image == "fail" else ""
         raise UsageError(f"{error}{advice}") from error
     notes = [f"{ignored} files in {path} are no images and were left out"] if ignored else []
-    if isinstance(images, SpoiltImages):
-        bad = [error for error in images.errors if error is not None]
+    if isinstance(images, ResidentImages) and images.errors is not None:
+        bad = list(filter(None, images.errors))
         notes += [f"{len(bad)} images in {path} are replaced in training and grey in evaluation; the first: {bad[0]}"]
     return images, None if labels == "none" else names, notes
 

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from . import augment, knn, options, sources, weights
 from .builder import StepView
 from .canvas import BLUE, COLOURS, GREY, INK, MARGIN, ORANGE, Tile, fitting, font, page, sheet
 from .data import Batch, ImageFiles, ImageSet, whole_images
-from .errors import RunError, UsageError, one_clear_line
+from .errors import RunError, UsageError, one_clear_line, writing
 from .precision import unit
 
 SAME_OR_OTHER = ((BLUE, "same class"), (ORANGE, "another class"), (GREY, "no label"))
@@ -60,7 +61,7 @@ def neighbour_picture(ids: Tensor, shown: StepView, images: ImageSet, size: int,
         rows.append(_row(images, query, images, found, size))
     told = "Images of the batch, and their neighbours in the bank by falling weight (positiveness).\n"
     told += "weight: what the online projection gives the neighbour; cosine: its similarity to the image's key."
-    return sheet(rows, title, told, SAME_OR_OTHER, ("image", "neighbours"))
+    return sheet(rows, title, told, _key(rows), ("image", "neighbours"))
 
 
 def view_picture(batch: Batch, images: ImageSet, title: str) -> Image.Image:
@@ -122,7 +123,8 @@ def retrieval_picture(
 
     features: by the encoder's name, those of the asked (n, C) and the offered (m, C). An image is never its own neighbour.
     """
-    rows, told, heads, topk = [[] for _ in asked], [], [], min(topk, len(offered) - (queries is pool))
+    rows, told, heads = [[] for _ in asked], [], []
+    topk = min(topk, len(offered) - (queries is pool))
     for name, (of_asked, of_offered) in features.items():
         cosines = of_asked @ of_offered.T
         if queries is pool:
@@ -134,7 +136,7 @@ def retrieval_picture(
         same = [tile.frame == BLUE for row in rows for tile in row[-topk:] if tile.frame != GREY]
         told.append(name + (f"; {100 * np.mean(same):.0f} % of the neighbours have the image's class" if same else ""))
         heads += ["image", f"nearest by {name[0]}" if len(features) > 1 else "nearest"] + [""] * (topk - 1)
-    return sheet(rows, title, "\n".join(told), SAME_OR_OTHER, heads)
+    return sheet(rows, title, "\n".join(told), _key(rows), heads)
 
 
 @torch.no_grad()
@@ -195,10 +197,11 @@ def projections(features: Tensor, seed: int) -> dict[str, np.ndarray]:
 
 def map_picture(maps: dict[str, np.ndarray], labels: np.ndarray | None, classes: Sequence[str]) -> Image.Image:
     """Maps (n, 2) of the same images side by side, by name, coloured by labels (n,), -1 for none."""
-    key = [(COLOURS[number % len(COLOURS)], str(name)) for number, name in enumerate(classes)]
-    told = f"each dot is one of {len(next(iter(maps.values())))} images, its colour its class"
-    if labels is None or len(classes) > len(COLOURS):
-        told, key = told.replace("its class", "its class; colours repeat" if key else "grey: no labels"), []
+    told, key = f"each dot is one of {len(next(iter(maps.values())))} images", []
+    if labels is not None and len(classes) <= len(COLOURS):
+        told, key = f"{told}, its colour its class", list(zip(COLOURS, map(str, classes), strict=False))
+    elif labels is not None:
+        told = f"{told}, its colour its class (colours repeat)"
     image, draw, top = page((MAP_SIDE + MARGIN) * len(maps) - MARGIN, MAP_SIDE + 20, "Map of the features", told, key)
     for number, (name, points) in enumerate(maps.items()):
         left = MARGIN + number * (MAP_SIDE + MARGIN)
@@ -219,11 +222,28 @@ def map_picture(maps: dict[str, np.ndarray], labels: np.ndarray | None, classes:
 def _row(queries, query, pool, found, size):
     """Tiles of an image and of what was found for it in a pool: (index, words ...) each, framed by whether classes agree."""
     name = _class_of(queries, query)
-    tiles = [Tile(_pixels(queries, [query], size)[0], (name,))]
+    tiles = [Tile(_pixels(queries, [query], size)[0], [name] if name else ())]
     for image, (index, *words) in zip(_pixels(pool, [index for index, *_ in found], size), found, strict=True):
         other = _class_of(pool, index)
-        tiles.append(Tile(image, (other, *words), GREY if "" in (name, other) else BLUE if name == other else ORANGE))
+        frame = GREY if "" in (name, other) else BLUE if name == other else ORANGE
+        tiles.append(Tile(image, [other, *words] if other else words, frame))
     return tiles
+
+
+def _key(rows):
+    frames = {tile.frame for row in rows for tile in row}
+    return [(colour, name) for colour, name in SAME_OR_OTHER if colour in frames]
+
+
+def _readable(images, indices):
+    """Those of the indices whose images can be read, where --on-bad-image lets the others be."""
+    for index in indices:
+        try:
+            if images.skip_bad:
+                images.image(index)
+        except RunError:
+            continue
+        yield index
 
 
 def _pixels(images, indices, size):
@@ -256,8 +276,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.workdir = None  # where an index of shards goes that cannot lie beside them
     options.resolve_data(args)
-    options.check_data(args)
-    options.check_numbers(args, ("count", "topk", "pool"), ())
+    options.check_data(args, ("count", "topk", "pool"))
     if args.image is not None and not os.path.isfile(args.image):
         raise UsageError(f"--image {args.image}: there is no such file")
     return args
@@ -284,8 +303,8 @@ def main(argv: list[str]) -> None:
         name = f"{info['arch']} ({which}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
         encoders.append(Encoder(module.to(device), info, f"{letter}: {name}" if len(wanted) > 1 else name))
     size, queries = encoders[0].info["img_size"], train if val is None else val
-    offered, asked = (augment.epoch_order(args.seed, 0, len(images)) for images in (train, queries))
-    offered, asked = np.sort(offered[: args.pool]), asked[: args.count]
+    offered, asked = (_readable(images, augment.epoch_order(args.seed, 0, len(images))) for images in (train, queries))
+    offered, asked = np.array(sorted(islice(offered, args.pool))), np.array([*islice(asked, args.count)])
     if len(offered) < 3:
         raise UsageError(f"neighbours and a map need three training images at least, found {len(offered)}")
     pools = {encoder.name: encoder.features(train, offered, **data) for encoder in encoders}
@@ -308,13 +327,11 @@ def main(argv: list[str]) -> None:
             images = denormalize(batch, queries.mean, queries.std)
             pictures[f"attention{suffix}"] = attention_picture(maps, images, encoder.name)
     out = args.out or os.path.join(os.path.dirname(os.path.abspath(args.file)), "pictures")
-    try:
+    with writing(out):
         os.makedirs(out, exist_ok=True)
         for name, picture in pictures.items():
             picture.save(os.path.join(out, f"{name}.png"))
             print(os.path.join(out, f"{name}.png"))
-    except OSError as error:
-        raise RunError(f"cannot write into {out}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -250,6 +250,8 @@ def test_each_image_gets_its_own_box():
     together = augment.crop_and_resize(images, boxes, 16)
     for image, box, crop in zip(images, boxes, together, strict=True):
         assert torch.equal(augment.crop_and_resize(image[None], box[None], 16)[0], crop)
+    twice = augment.crop_and_resize(images, torch.cat([boxes, boxes.flip(0)]), 16)
+    assert torch.equal(twice, torch.cat([together, augment.crop_and_resize(images, boxes.flip(0), 16)]))
 
 
 def test_a_box_of_the_output_size_is_copied_exactly():
@@ -437,3 +439,26 @@ def test_a_view_is_the_same_bit_for_bit_in_any_batch(threads, size, part):
         parts.append(augment.apply(crops[share], ViewParameters(*(field[share] for field in parameters)), MEAN, STD))
     identical = torch.equal(torch.cat(parts), whole)
     assert identical
+
+
+@pytest.mark.parametrize("size", [32, 192])
+def test_a_view_is_the_same_bit_for_bit_with_any_number_of_threads(size):
+    images = pictures(8, size + 8).mul(255).round().to(torch.uint8)
+    _, parameters = draw_many(view=0, count=8)
+    boxes = torch.tensor([[0, 3, size + 8, size], [5, 0, size // 2, size]]).repeat(8, 1)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        crops = augment.crop_and_resize(images, boxes, size)[:8]
+        found.append(augment.apply(crops, parameters, MEAN, STD))
+    torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_a_large_batch_in_parts_is_the_same(monkeypatch):
+    crops = pictures(7, 16).mul(255).round().to(torch.uint8)
+    _, parameters = draw_many(view=1, count=7)
+    whole = augment.apply(crops, parameters, MEAN, STD)
+    monkeypatch.setattr(augment, "AT_ONCE", 2 * 3 * 16**2)
+    parts = augment.apply(crops, parameters, MEAN, STD)
+    assert torch.equal(parts, whole)

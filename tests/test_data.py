@@ -1,6 +1,9 @@
 import contextlib
+import ctypes
 import functools
 import os
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -434,3 +437,19 @@ def test_the_stated_moments_are_those_of_the_embedded_training_images():
     pixels = draw_once("train")[0].astype(np.float64) / 255
     np.testing.assert_allclose(pixels.mean(axis=(0, 2, 3)), options.MEAN_STD["embedded"][0], atol=0.01)
     np.testing.assert_allclose(pixels.std(axis=(0, 2, 3)), options.MEAN_STD["embedded"][1], atol=0.01)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
+def test_freed_memory_is_kept_for_the_next_views():
+    program = """if True:
+        import resource, torch
+        from snclr.data import keep_freed_memory
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(20):
+                [torch.ones(2**21) for _ in range(5)]
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        faults(), print(faults()), keep_freed_memory(), faults(), print(faults())"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, after = map(int, run.stdout.split())
+    assert after < before / 10

@@ -139,6 +139,19 @@ def test_positiveness_is_a_softmax_over_the_valid_rows_and_zero_elsewhere(attent
 
 
 @pytest.mark.parametrize("form", objectives.FORMS)
+@pytest.mark.parametrize("attention", [{}, {"threshold": True}])
+def test_neighbours_that_the_caller_gathered_change_nothing(form, attention):
+    query, online, key, bank, rows = problem()
+    rows[0, 2:] = -1
+    found = []
+    for given in ({}, {"neighbours": objectives.gather_neighbours(bank, rows)}):
+        weights = positiveness(online, bank, rows, **attention, **given)
+        loss = snclr_loss(query, key, bank, rows, weights, temperature=0.2, form=form, **given)
+        found.append(torch.stack([loss.expand_as(query), *torch.autograd.grad(loss, (query, online))]))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("form", objectives.FORMS)
 def test_weights_of_invalid_rows_count_nowhere(form):
     query, _, key, bank, rows = problem()
     rows[:, -1] = -1

@@ -85,7 +85,7 @@ def test_stochastic_layers_draw_the_same_again(flags):
     views = torch.randn(2, 6, 3, 160, 160)
     twin = copy.deepcopy(model)
     if model.micro_batch:
-        twin.micro_batch, twin.embed = None, lambda encoder, x: torch.cat([encoder.embed(p) for p in x.tensor_split(4)])
+        twin.micro_batch, twin.embed = None, lambda encoder, x: torch.cat([encoder.embed(p) for p in x.tensor_split(2)])
     else:
         twin.base_encoder.grad_checkpointing = False
     results = []

@@ -105,7 +105,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_with_mean_and_deviatio
 
 def test_runs_of_one_setting_are_named_by_what_their_folders_have_in_common(tmp_path):
     page = page_of(*(write_run(tmp_path / f"small-seed{seed}", seed=seed) for seed in range(3)))
-    assert [row[:2] for row in page.tables[0][1:]] == [["small-seed", "3"]]
+    assert [row[:2] for row in page.tables[0][1:]] == [["small", "3"]]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,33 @@ def test_curves_go_through_the_numbers_of_the_run(tmp_path):
     ys = [8 + (bottom - 8) * share for share in (0, 1 / 3, 2 / 3, 1)]  # 8, 7, 6, 5
     assert points == [pytest.approx(point, abs=0.06) for point in zip(xs, ys, strict=True)]
     assert [float(tick) for tick in re.findall(r'text-anchor="end">([^<]*)', svg)] == [5, 6, 7, 8]
+
+
+def test_seeds_are_one_line_through_their_mean_in_a_band_from_the_lowest_to_the_highest(tmp_path):
+    runs = [write_run(tmp_path / f"a{seed}", knn, seed=seed) for seed, knn in enumerate([30.0, 50.0, 40.0])]
+    runs += [write_run(tmp_path / "b", 60.0, topk=9)]
+    text = report.page([report.load(str(run)) for run in runs])
+    svg = re.search(r'<svg[^>]*aria-label="kNN.*?</svg>', text).group()
+    bottom, top = report.HEIGHT - report.BELOW - 8, 8  # 20 and 60 percent
+
+    def values(way):
+        return [20 + 40 * (bottom - float(point.split()[1])) / (bottom - top) for point in way.split("L")]
+
+    (band,) = re.findall(r'class="band"[^>]* d="M([^Z]*)Z"', svg)
+    assert values(band) == pytest.approx([20, 50, 30, 20], abs=0.1)
+    assert [values(way) for way in re.findall(r'stroke="#\w+" d="M([^h"]*L[^h"]*)"', svg)] == [
+        pytest.approx([20, 40], abs=0.1),
+        pytest.approx([20, 60], abs=0.1),
+    ]
+    assert re.findall("<title>(.*?)</title>", svg) == ["topk 5", "topk 9"]
+
+
+def test_of_many_differences_a_name_tells_what_is_unusual(tmp_path):
+    ablations = [{}, {"topk": 9}, {"lr": 0.1}, {"epochs": 3, "topk": 1}, {"weights": "uniform"}]
+    usual = {"lr": 0.2, "epochs": 8, "weights": "attention"}
+    runs = [write_run(tmp_path / f"run-{number}", **{**usual, **changed}) for number, changed in enumerate(ablations)]
+    names = [row[0] for row in page_of(*runs).tables[0][1:]]
+    assert names == ["run-0", "topk 9", "lr 0.1", "topk 1, epochs 3", "weights uniform"]
 
 
 def test_pictures_are_inside_and_nothing_is_fetched(tmp_path):

@@ -231,6 +231,21 @@ def test_images_without_labels_are_drawn_too(trained, images, tmp_path):
         tree.rename(images / "val/a")
 
 
+def test_images_that_cannot_be_read_are_left_out_where_that_is_allowed(trained, images, tmp_path, monkeypatch):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for number in range(4):
+        Image.new("RGB", (40, 30), (60 * number, 90, 20)).save(tree / f"{number}.png")
+    clean = draw(trained, tree, tmp_path / "clean")
+    (tree / "9.png").write_text("no image")
+    with pytest.raises(UsageError, match=r"9\.png"):
+        draw(trained, tree, tmp_path / "refused")
+    monkeypatch.setattr(visualize.augment, "epoch_order", lambda seed, epoch, count: np.arange(count)[::-1])
+    drawn = draw(trained, tree, tmp_path / "out", "--on-bad-image", "skip")
+    (tree / "9.png").unlink()
+    assert drawn == draw(trained, tree, tmp_path / "again") and set(drawn) == set(clean)
+
+
 def test_a_map_of_collapsed_features_is_drawn():
     points = visualize.pca(torch.ones(9, 4))
     picture = visualize.map_picture({"PCA": points}, np.arange(9) % 2, ["cat", "dog"])
@@ -247,6 +262,12 @@ def test_map_by_tsne_where_scikit_learn_is_installed():
 def test_without_scikit_learn_there_is_pca_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     assert list(visualize.projections(torch.randn(9, 5), seed=0)) == ["PCA"]
+
+
+@pytest.mark.parametrize("order", ["{file} {data} --count 3", "{file} --count 3 {data}", "--count 3 {file} {data}"])
+def test_flags_and_places_come_in_any_order(order, tmp_path):
+    args = visualize.parse(order.format(file="file.pth", data=tmp_path).split())
+    assert (args.file, args.data, args.count) == ("file.pth", str(tmp_path), 3)
 
 
 @pytest.mark.parametrize(

@@ -26,18 +26,23 @@ def train(images, workdir, *flags):
     main_snclr.main([str(images), *attack.FLAGS, "--workdir", str(workdir), *flags])
 
 
-def signal_in_step(monkeypatch, step, *numbers):
-    """Send signals to this process while a run is in its step `step`."""
-    calls, original = [], monitor.Log.advance
+def signalled(function, call, *numbers):
+    """The function, before whose call number `call` this process gets signals."""
+    calls = []
 
-    def advance(self):
+    def wrapped(*args, **kwargs):
         calls.append(1)
-        if len(calls) == step:
+        if len(calls) == call:
             for number in numbers:
                 os.kill(os.getpid(), number)
-        original(self)
+        return function(*args, **kwargs)
 
-    monkeypatch.setattr(monitor.Log, "advance", advance)
+    return wrapped
+
+
+def signal_in_step(monkeypatch, step, *numbers):
+    """Send signals to this process while a run is in its step `step`."""
+    monkeypatch.setattr(monitor.Log, "advance", signalled(monitor.Log.advance, step, *numbers))
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +65,9 @@ def test_the_step_is_finished_and_saved_and_the_run_goes_on_exactly(images, alon
 
 
 def test_a_signal_during_an_evaluation_ends_it_at_once_and_it_is_made_up_for(images, alone, tmp_path, monkeypatch):
-    calls, original = [], knn.accuracy
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:  # raw pixels, untrained, epoch 1
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **kwargs)
-
+    third = signalled(knn.accuracy, 3, signal.SIGTERM)  # raw pixels, untrained, epoch 1
     with monkeypatch.context() as patch:
-        patch.setattr(knn, "accuracy", interrupted)
+        patch.setattr(knn, "accuracy", third)
         with pytest.raises(Interrupted):
             train(images, tmp_path)
     assert [line["step"] for line in attack.lines_of(tmp_path)] == [0, 1, 2, 3, 4, 5]  # no evaluation of epoch 1
@@ -119,16 +117,10 @@ def probe(images, run, workdir, *flags):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_probe_ends_at_a_signal_and_goes_on_from_its_last_whole_epoch(images, alone, tmp_path, monkeypatch, number):
-    whole, calls, original = probe(images, alone, tmp_path / "whole"), [], main_lincls.accuracies
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 3:  # before the first, after it, after the second epoch
-            os.kill(os.getpid(), number)
-        return original(*args)
-
+    whole = probe(images, alone, tmp_path / "whole")
+    third = signalled(main_lincls.accuracies, 3, number)  # before the first, after it, after the second epoch
     with monkeypatch.context() as patch:
-        patch.setattr(main_lincls, "accuracies", interrupted)
+        patch.setattr(main_lincls, "accuracies", third)
         with pytest.raises(Interrupted, match=f"{number.name}: ended; the same command with --resume auto goes on"):
             probe(images, alone, tmp_path / "parts")
     assert torch.load(tmp_path / "parts" / main_lincls.LAST, weights_only=True)["epoch"] == 1
@@ -159,15 +151,8 @@ def test_a_save_that_failed_is_not_called_saved(images, tmp_path, monkeypatch):
         raise RunError("cannot write it: No space left on device")
 
     monkeypatch.setattr(main_snclr, "save", full)
-    calls, original = [], knn.accuracy
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:  # raw pixels, untrained, epoch 1
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(knn, "accuracy", interrupted)
+    third = signalled(knn.accuracy, 3, signal.SIGTERM)  # raw pixels, untrained, epoch 1
+    monkeypatch.setattr(knn, "accuracy", third)
     with pytest.raises(Interrupted, match="SIGTERM: not saved, the checkpoint before is whole; the same command"):
         train(images, tmp_path)
 
