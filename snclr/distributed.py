@@ -55,10 +55,14 @@ def start(timeout_minutes: float = 30) -> torch.device:
 
 
 def stop() -> None:
-    """Wait for all ranks, and leave the process group, if any. Destroyed with a tensor of an exchange still in hand, it may
-    wait for itself forever (torch 2.6): a barrier has none."""
+    """Wait for all ranks, and leave the process group, if any.
+
+    gloo's thread needs the interpreter to let go of the last exchange, and a group that is destroyed waits for that thread
+    without giving the interpreter away (torch 2.6): forever, unless it had a moment before.
+    """
     if dist.is_initialized():
         dist.barrier()
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
