@@ -215,6 +215,8 @@ class ImageFiles(EncodedImages):
 
     def image(self, index: int) -> Tensor:
         path = str(self.paths[index])
+        if not os.path.isfile(path) and os.path.exists(path):
+            raise unreadable(path, "it is no file")  # a pipe would be waited for
         try:
             encoded = np.fromfile(path, np.uint8)
         except OSError as error:

@@ -201,18 +201,6 @@ def all_sum(x: Tensor) -> Tensor:
     return total
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """all_sum with a gradient: every rank's output depends on every rank's input alike, so the gradients are summed too."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return all_sum(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return all_sum(grad)
-
-
 class _GatherOverRanks(torch.autograd.Function):
     """all_gather with a gradient: a rank's rows collect what all ranks' losses say of them."""
 
@@ -231,10 +219,11 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _GatherOverRanks.apply(x)
 
 
-class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm with the statistics of all ranks' batches, on any device (torch's SyncBatchNorm refuses CPU tensors).
 
-    Needs the same batch size on all ranks. Two-pass variance, so that 1 and 4 ranks agree to rounding.
+    Needs the same batch size on all ranks. They exchange mean and variance of their parts, once each way; the whole's variance
+    is the mean of the variances and the variance of the means (no difference of large sums: 1 and 4 ranks agree to rounding).
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -247,10 +236,9 @@ class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
         axes = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
         count = x.numel() // x.shape[1] * world_size()
-        wide = widen(x)
-        mean = _SumOverRanks.apply(wide.sum(axes)) / count
-        centred = wide - mean.view(shape)
-        variance = _SumOverRanks.apply(centred.square().sum(axes)) / count
+        variances, means = torch.var_mean(widen(x), axes, correction=0)
+        means, variances = all_gather_with_grad(torch.stack([means, variances])[None]).unbind(1)
+        mean, variance = means.mean(0), variances.mean(0) + torch.var(means, 0, correction=0)
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
@@ -259,13 +247,13 @@ class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_mean += factor * (mean.to(self.running_mean.dtype) - self.running_mean)
                 unbiased = variance * (count / max(count - 1, 1))
                 self.running_var += factor * (unbiased.to(self.running_var.dtype) - self.running_var)
-        out = centred * torch.rsqrt(variance + self.eps).view(shape)
+        out = (widen(x) - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(x.dtype)
 
 
-class AllReduceBatchNormAct(AllReduceBatchNorm):
+class GlobalBatchNormAct(GlobalBatchNorm):
     """The same for timm's batch norm with an activation of its own (EfficientNets, RegNets and others)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -293,7 +281,7 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
         return convert_sync_batchnorm(module)  # timm's: torch's own drops the activation of a BatchNormAct2d
     for child in module.modules():
         if isinstance(child, BatchNormAct2d):
-            child.__class__ = AllReduceBatchNormAct
+            child.__class__ = GlobalBatchNormAct
         elif isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            child.__class__ = AllReduceBatchNorm  # same parameters, buffers and settings; only forward differs
+            child.__class__ = GlobalBatchNorm  # same parameters, buffers and settings; only forward differs
     return module

@@ -94,6 +94,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError("--finetune has nothing to train with --encoder pixels")
     if args.workdir is None:
         args.workdir = f"{os.path.splitext(args.pretrained)[0]}_lincls"
+    if os.path.exists(os.path.join(args.workdir, "metrics.jsonl")):
+        raise UsageError(
+            f"--workdir {args.workdir} is that of a pretraining run, whose args.json would be lost: choose a new one"
+        )
     options.check_workdir(args.workdir, args.resume, ("results.json", "lincls_last.pth.tar"))
     return args
 

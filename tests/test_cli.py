@@ -380,6 +380,14 @@ def test_batch_larger_than_the_data_set_is_refused_and_nothing_is_left(images):
 # -- folders and checkpoints -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("flags", [[], ["--resume", "auto"]])
+def test_a_probe_in_the_workdir_of_a_pretraining_run_is_refused_and_that_stays_as_it_is(flags, images, run):
+    before, checkpoint = content(run), run / "checkpoint_last.pth.tar"
+    probe = [str(images), "--dataset", "folder", "--pretrained", str(checkpoint), "--workdir", str(run), *flags]
+    assert "whose args.json would be lost" in refused(*probe, by=lincls_options.parse)
+    assert content(run) == before
+
+
 @pytest.mark.parametrize("flags", [[], ["--resume", "elsewhere.pth.tar"]])
 def test_workdir_of_another_run_is_refused_and_stays_as_it_is(flags, images, run):
     shutil.copy(run / "checkpoint_last.pth.tar", "elsewhere.pth.tar")

@@ -80,6 +80,14 @@ def test_every_kind_of_bad_file_is_one_clear_line(kind, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_pipe_or_a_folder_by_the_name_of_an_image_is_one_clear_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("pipe.jpg", "folder.jpg"):
+        with pytest.raises(RunError, match=f"cannot read image .*{name}: it is no file"):
+            data.ImageFiles([str(tmp_path / name)], None, [], sources.IMAGENET).image(0)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_file_without_permission_is_one_clear_line(tmp_path):
     path = tmp_path / "x.jpg"
