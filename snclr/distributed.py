@@ -236,7 +236,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         axes = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
         count = x.numel() // x.shape[1] * world_size()
-        variances, means = torch.var_mean(widen(x), axes, correction=0)
+        wide = widen(x)
+        variances, means = torch.var_mean(wide, axes, correction=0)
         means, variances = all_gather_with_grad(torch.stack([means, variances])[None]).unbind(1)
         mean, variance = means.mean(0), variances.mean(0) + torch.var(means, 0, correction=0)
         if self.track_running_stats:
@@ -247,7 +248,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_mean += factor * (mean.to(self.running_mean.dtype) - self.running_mean)
                 unbiased = variance * (count / max(count - 1, 1))
                 self.running_var += factor * (unbiased.to(self.running_var.dtype) - self.running_var)
-        out = (widen(x) - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
+        out = (wide - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(x.dtype)

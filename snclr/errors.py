@@ -50,6 +50,14 @@ def writing(path: str) -> Iterator[None]:
         raise RunError(f"cannot write {path}: {error.strerror or first_line(error)}") from error
 
 
+def save_text(path: str, text: str) -> None:
+    """Write a file for people, whole or not at all. Raises RunError."""
+    with writing(path):
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(f"{path}.tmp", path)
+
+
 @contextlib.contextmanager
 def one_clear_line(program: str) -> Iterator[None]:
     """Turn the project's own errors into one line on stderr and an exit code; let real bugs keep their traceback.

@@ -18,7 +18,7 @@ from .builder import StepView
 from .checkpoint import LAST, provenance
 from .data import ViewLoader
 from .distributed import all_sum, rank, union, world_size
-from .errors import RunError, one_line, writing
+from .errors import RunError, one_line, save_text, writing
 from .objectives import loss_at_chance
 from .precision import unit
 
@@ -198,14 +198,6 @@ def save_settings(workdir: str, args: Namespace, more: dict) -> None:
 def save_json(path: str, content: dict) -> None:
     """Write a JSON file for people, as save_text does."""
     save_text(path, json.dumps(content, indent=1))
-
-
-def save_text(path: str, text: str) -> None:
-    """Write a file for people, whole or not at all: RunError."""
-    with writing(path):
-        with open(f"{path}.tmp", "w") as file:
-            file.write(text)
-        os.replace(f"{path}.tmp", path)
 
 
 def bad_images(loader: ViewLoader, workdir: str) -> str | None:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .checkpoint import RUNNING
-from .errors import UsageError, one_clear_line, writing
+from .errors import UsageError, one_clear_line, save_text
 from .options import new_parser
 
 ABOUT = ("command", "versions", "git", "world_size", "amp_used", "device")  # in args.json beside the settings
@@ -196,11 +196,7 @@ def page(runs: Sequence[Run]) -> str:
 
 def write(workdirs: Sequence[str], out: str) -> None:
     """Write the report of the runs in workdirs, whole or not at all."""
-    text = page([load(workdir) for workdir in workdirs])
-    with writing(out):
-        with open(f"{out}.tmp", "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(f"{out}.tmp", out)
+    save_text(out, page([load(workdir) for workdir in workdirs]))
 
 
 def leave(workdir: str) -> str:

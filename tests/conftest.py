@@ -1,5 +1,4 @@
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -13,8 +12,9 @@ os.environ["PYTHONPATH"] = str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH",
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """Runs in this process leave their handlers behind, which would keep a signal from ending the tests."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    """What runs in this process outside main (the benchmarks' loop) leaves its handlers behind, which would keep a signal from
+    ending the tests."""
+    from snclr.preemption import handlers_given_back
+
+    with handlers_given_back():
+        yield
