@@ -69,6 +69,7 @@ p, figcaption { color: var(--faint) } figure { margin: 0 }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums } th { vertical-align: bottom }
 th, td { text-align: left; padding: .25em .8em .25em 0; border-bottom: 1px solid var(--line) } td { white-space: nowrap }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--ground) }
+@media (max-width: 600px) { td:first-child { min-width: 8em; max-width: 8em; white-space: normal; overflow-wrap: anywhere } }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 1em }
 svg { width: 100%; background: var(--panel) } svg text { fill: var(--faint); font-size: 11px } svg .grid { stroke: var(--line) }
 svg path:not(.band) { fill: none; stroke-width: 1.6; stroke-linejoin: round }
