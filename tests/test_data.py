@@ -449,10 +449,12 @@ def test_freed_memory_is_kept_for_the_next_views():
             _fields_ = [(name, ctypes.c_size_t) for name in names]
         ask = ctypes.CDLL(None).mallinfo2
         ask.restype = Info
-        def kept():
-            [torch.ones(2**21) for _ in range(5)]
-            return ask().fordblks
-        kept(), print(kept()), keep_freed_memory(), kept(), print(kept())"""
+        keep_freed_memory()
+        before = ask().hblkhd  # bytes that are given back as soon as they are freed
+        x = torch.ones(6 * 2**20)  # 24 MB
+        print(ask().hblkhd - before)
+        del x
+        print(ask().fordblks)"""
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    before, after = map(int, run.stdout.split())
-    assert before < 5 * 2**23 <= after
+    fleeting, kept = map(int, run.stdout.split())
+    assert fleeting == 0 and kept >= 24 * 2**20
