@@ -215,10 +215,11 @@ def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
         place = dict(limit=args.cache_limit_gb * 2**30, folder=args.workdir, key=key)
         cached = features.cache(embedder(task), max(kinds.values()), loader, args.cache_copies, workers=args.workers, **place)
     correct, start = accuracies(grid, *judges[select]), time.perf_counter()
+    labels = fit.labels.to(device)
     while epoch < args.epochs:
         for step, (ids, x) in enumerate(batches(task, fit, loader, epoch, steps, cached)):
             optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * (epoch + step / steps) / args.epochs))
-            grid.train_step(optimizer, x, fit.labels[ids].to(device))
+            grid.train_step(optimizer, x, labels[ids])
         epoch += 1
         correct = accuracies(grid, *judges[select])
         tell(task, loader, epoch, f"best {select} top-1 {correct[0].max():.2f} %", start)
@@ -248,11 +249,11 @@ def batches(task, fit, loader, epoch, steps, cached):
     parts = parts_of(fit, task.args, epoch, steps)
     if cached is not None:
         for part in parts:
-            yield torch.from_numpy(part), cached[epoch % len(cached), part].to(task.device)
+            yield (x.to(task.device, non_blocking=True) for x in (torch.from_numpy(part), cached[epoch % len(cached), part]))
     else:
         embed = embedder(task)
         for ids, x in loader.load([(epoch, part, (0,)) for part in parts]):
-            yield ids.cpu(), embed(x)
+            yield ids, embed(x)
 
 
 def accuracies(grid, x, labels) -> torch.Tensor:
@@ -292,7 +293,8 @@ def tune(task) -> tuple[dict, np.ndarray]:
     epoch = resume(task, model, optimizer) if args.resume else 0
     network = distributed.replicate(model, device)
     recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, blur=False, colour=False)
-    loader, start = ViewLoader(train, recipe, device, args.workers), time.perf_counter()
+    loader, labels = ViewLoader(train, recipe, device, args.workers), train.labels.to(device)
+    start = time.perf_counter()
     schedule = dict(steps_per_epoch=steps, warmup_epochs=args.warmup_epochs, epochs=args.epochs)
     while epoch < args.epochs:
         network.train()
@@ -304,7 +306,7 @@ def tune(task) -> tuple[dict, np.ndarray]:
             with autocast(task.amp, device):
                 logits = network(x)
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(cross_entropy(widen(logits), train.labels[ids.cpu()].to(device))).backward()
+            scaler.scale(cross_entropy(widen(logits), labels[ids])).backward()
             scaler.step(optimizer)
             scaler.update()
         epoch += 1

@@ -168,7 +168,7 @@ def train_epoch(
     total_steps = args.epochs * steps_per_epoch
     epoch, inside = divmod(step, steps_per_epoch)
     end = min((epoch + 1) * steps_per_epoch, last_step)
-    labels = None if loader.images.labels is None else loader.images.labels.to(loader.device)
+    labels = None if loader.images.labels is None else loader.images.labels.to(loader.device, non_blocking=True)
     neighbours_from = args.nn_warmup_epochs * steps_per_epoch
     batches = loader.epoch(epoch, inside)
     log.progress(steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")

@@ -125,7 +125,7 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
     Bilinear with antialias, as torchvision's resize: two matrix products a box.
     """
-    top, left, height, width = boxes.to(images.device, torch.get_default_dtype()).unbind(1)
+    top, left, height, width = boxes.to(images.device, torch.get_default_dtype(), non_blocking=True).unbind(1)
     rows = _resize_matrices(top, height, images.shape[2], size).split(len(images))
     columns = _resize_matrices(left, width, images.shape[3], size).split(len(images))
     images = _channels_inside(images).to(rows[0].dtype)
@@ -172,7 +172,7 @@ def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) 
 
 
 def _large_on_cpu(x):
-    return x.shape[-1] > SMALL and not x.is_cuda
+    return x.shape[-1] > SMALL and x.device.type == "cpu"
 
 
 def _apply_(x, jitter, order, factors, gray, sigma, solarize, flips):
@@ -194,7 +194,7 @@ def _jitter_(x, where, order, factors):
     jittered, at = x, where
     for turn in range(4):
         by_operation = np.argsort(order[where, turn], kind="stable")
-        jittered, where, at = _select(jittered, at[by_operation]), where[by_operation], np.arange(len(where))
+        jittered, where, at = select(jittered, at[by_operation]), where[by_operation], np.arange(len(where))
         strengths = _strengths(factors[where, order[where, turn]], x)
         ends = np.searchsorted(order[where, turn], np.arange(5))
         for operation_, start, end in zip(operations, ends, ends[1:], strict=False):
@@ -210,10 +210,11 @@ def _on_some_(x, chosen, operation, *strengths):
     if len(where) == len(x):
         x.copy_(operation(x, *strengths))  # nothing to do where the operation worked in place
     elif len(where):
-        _put_(x, where, operation(_select(x, where), *strengths))
+        _put_(x, where, operation(select(x, where), *strengths))
 
 
-def _select(x, where):
+def select(x: Tensor, where: np.ndarray) -> Tensor:
+    """x[where], (n, ...) for where (n,), without waiting for x's device."""
     return x.index_select(0, torch.from_numpy(where).to(x.device, non_blocking=True))
 
 
@@ -228,7 +229,8 @@ def _strengths(values, x):
 
 def normalize_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x - mean) / std per channel, in place; x (B, 3, S, S) in [0, 1]."""
-    return x.sub_(mean.to(x).view(3, 1, 1)).mul_(1 / std.to(x).view(3, 1, 1))
+    mean, std = (values.to(x, non_blocking=True).view(3, 1, 1) for values in (mean, std))
+    return x.sub_(mean).mul_(1 / std)
 
 
 # The operations take x (B, 3, S, S) in [0, 1] and strengths (B, 1, 1, 1); those whose name ends in _ change and return x.

@@ -204,7 +204,7 @@ class SNCLR(nn.Module):
             neighbour_ids = rows
         else:
             neighbour_ids = torch.where(rows >= 0, self.memory_bank.ids[rows.clamp(min=0)], -1)
-        num_candidates = torch.as_tensor(num_candidates, device=projection.device).clone()
+        num_candidates = num_candidates + torch.zeros((), dtype=torch.long, device=projection.device)
         bank_fill = None if self.memory_bank is None else self.memory_bank.filled / len(self.memory_bank)
         return StepView(projection.detach(), scores, neighbour_ids, weights.detach(), counts, num_candidates, bank_fill)
 

@@ -142,14 +142,14 @@ class ResidentImages(ImageSet):
     def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
         if self.errors is not None:
             indices = np.array([self.readable(int(index), recipe.seed)[0] for index in indices])
-        images = self.images.index_select(0, torch.from_numpy(indices).to(self.images.device))
+        images = augment.select(self.images, indices)
         heights, widths = (np.full(len(indices), side) for side in images.shape[2:])
         boxes, parameters = _draw(recipe, epoch, indices, which, heights, widths)
         crops = augment.crop_and_resize(images, torch.from_numpy(boxes), recipe.size)
         return Views(torch.from_numpy(indices), crops, parameters)
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
-        images = self.images.index_select(0, torch.from_numpy(indices).to(self.images.device))
+        images = augment.select(self.images, indices)
         box = torch.tensor(_evaluation_box(*images.shape[2:], size))
         return images if images.shape[2:] == (size, size) else augment.crop_and_resize(images, box.expand(len(images), 4), size)
 
@@ -456,5 +456,5 @@ def whole_images(
     for batch in batches:
         if isinstance(batch, Exception):
             raise batch
-        x = batch.to(device, torch.get_default_dtype()).div_(255)
+        x = batch.to(device, non_blocking=True).to(torch.get_default_dtype()).div_(255)
         yield augment.normalize_(x, images.mean, images.std)

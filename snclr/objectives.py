@@ -261,7 +261,7 @@ def _blocks(keys: Tensor, bank: Tensor, counts: Tensor, chunk: int):
         picked = counts.nonzero().squeeze(1)
         for rows in picked.split(chunk) if len(picked) else ():
             yield bank.index_select(0, rows), counts[rows]
-    else:
+    elif len(bank):
         yield from zip(bank.split(chunk), counts.split(chunk), strict=True)
 
 

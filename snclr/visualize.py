@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from . import augment, knn, options, sources, weights
+from . import augment, distributed, knn, options, sources, weights
 from .builder import StepView
 from .canvas import BLUE, COLOURS, GREY, INK, MARGIN, ORANGE, Tile, fitting, font, page, sheet
 from .data import Batch, ImageFiles, ImageSet, whole_images
@@ -284,7 +284,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = distributed.start()
     torch.manual_seed(args.seed)  # for the start of an untrained encoder
     wanted = [("A", args.file, args.encoder)]
     if args.against is not None:
@@ -297,11 +297,12 @@ def main(argv: list[str]) -> None:
         if letter == "A":
             args.mean, args.std = info["mean"], info["std"]
             train, val, _ = sources.open_data(args)
+        module = module.to(device)
         if not learned:
             module = knn.calibrated_copy(module, train, size=info["img_size"], **data)
         epoch = f", epoch {info['epoch']}" if info["epoch"] and learned else ""
         name = f"{info['arch']} ({which}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
-        encoders.append(Encoder(module.to(device), info, f"{letter}: {name}" if len(wanted) > 1 else name))
+        encoders.append(Encoder(module, info, f"{letter}: {name}" if len(wanted) > 1 else name))
     size, queries = encoders[0].info["img_size"], train if val is None else val
     offered, asked = (_readable(images, augment.epoch_order(args.seed, 0, len(images))) for images in (train, queries))
     offered, asked = np.array(sorted(islice(offered, args.pool))), np.array([*islice(asked, args.count)])

@@ -1,0 +1,172 @@
+"""What a GPU is asked to do, on a pretended one: the same results as on a CPU, and no step that makes the host wait."""
+
+import contextlib
+import json
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from accelerator import DEVICE, Accelerator, Remote, to_host
+from PIL import Image
+
+import main_lincls
+import main_snclr
+from snclr import checkpoint, distributed, memory_bank, monitor, objectives, visualize
+
+RUN = (
+    "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 1000 --topk 3 --epochs 2 -b 8 "
+    "--optimizer lars --lr 0.1 --workers 0 --print-freq 100 --eval-freq 0 --viz-freq 0"  # 3 steps an epoch
+)
+VARIANTS = (
+    "--eval-freq 1 --viz-freq 1",
+    "--form log_of_sum --optimizer adamw",
+    "--weights projected --threshold",
+    "--weights uniform --detach-weights",
+    "--nn-warmup-epochs 1 --no-exclude-own-image",
+    "--method mocov3",
+    "--method nnclr",
+    "--method mocov2",
+    "--amp bf16 --micro-batch 3",
+    "--grad-checkpointing",
+    "--arch vit_tiny --patch-size 16",
+    "--arch timm:test_efficientnet --img-size 80 --blur",  # larger than what a CPU augments in batches
+)
+NO_OP = "ignore:.*which is a no-op"  # said of copies to the meta device, which ours is not
+PROBES = (
+    "",
+    "--cache-features --cache-copies 2",
+    "--select heldout --heldout 0.3",
+    "--encoder untrained --lrs 0.1",
+    "--encoder momentum --finetune --optimizer adamw --label-fraction 0.7",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """24 + 6 images in two classes, of different sizes."""
+    root, noise = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 3)):
+        for label in ("a", "b"):
+            (root / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = noise.integers(0, 255, (40 + number, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / label / f"{number}.jpg", quality=95)
+    return str(root)
+
+
+@pytest.fixture
+def accelerated(monkeypatch):
+    """A context in which the programs find an accelerator; torch has no autocast for it, so there is none outside either."""
+    for module in (main_snclr, main_lincls):
+        monkeypatch.setattr(module, "autocast", lambda amp, device: torch.autocast("cpu", enabled=False))
+
+    @contextlib.contextmanager
+    def block():
+        save, is_plain = checkpoint.save, checkpoint.is_plain
+        with monkeypatch.context() as patch, Accelerator() as accelerator:
+            patch.setattr(distributed, "start", lambda *_: DEVICE)
+            patch.setattr(checkpoint, "save", lambda path, state, keep=1: save(path, to_host(state), keep))
+            patch.setattr(checkpoint, "is_plain", lambda x: isinstance(x, Remote) or is_plain(x))
+            patch.setattr(
+                sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["cpu", DEVICE.type]
+            )
+            for sizes in (objectives.CHUNK_ELEMENTS, memory_bank.COSINES, memory_bank.CHUNK):
+                patch.setitem(sizes, DEVICE.type, 2**12)  # several blocks, as a GPU would have of larger things
+            yield accelerator
+
+    return block
+
+
+def watch(monkeypatch, accelerator, begin, ends):
+    """What was waited for between each call of one function, and the next call of one of the others: lists in a list."""
+    waited, (module, name) = [], begin
+    own = getattr(module, name)
+
+    def begun(*args, **kwargs):
+        accelerator.waits.clear()
+        waited.append(None)
+        return own(*args, **kwargs)
+
+    def ended(function, *args, **kwargs):
+        if waited and waited[-1] is None:
+            waited[-1] = list(accelerator.waits)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, begun)
+    for module, name in ends:
+        monkeypatch.setattr(module, name, partial(ended, getattr(module, name)))
+    return waited
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=lambda told, name=name: f"{name}: {told}")
+
+
+def last_metrics(path):
+    """What the lines of the last step say."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {name: x for line in lines if line["step"] == lines[-1]["step"] for name, x in line.items()}
+
+
+@pytest.mark.filterwarnings(NO_OP)
+@pytest.mark.parametrize("flags", VARIANTS)
+def test_a_run_is_that_of_a_cpu_and_its_steps_do_not_wait(flags, folder, tmp_path, monkeypatch, accelerated):
+    argv = [folder, *RUN.split(), *flags.split(), "--workdir"]
+    main_snclr.main([*argv, str(tmp_path / "cpu")])
+    with accelerated() as accelerator:
+        waited = watch(monkeypatch, accelerator, (main_snclr, "train_epoch"), [(monitor, "step_metrics")])
+        main_snclr.main([*argv, str(tmp_path / "gpu"), "--stop-after-steps", "4"])
+        main_snclr.main([*argv, str(tmp_path / "gpu"), "--resume", "auto"])
+    assert waited == [[], [], []]
+    cpu, gpu = (checkpoint.read(str(tmp_path / name / checkpoint.LAST)) for name in ("cpu", "gpu"))
+    assert gpu["step"] == cpu["step"] == 6
+    assert_close(gpu["state_dict"], cpu["state_dict"])
+    cpu, gpu = (last_metrics(tmp_path / name / "metrics.jsonl") for name in ("cpu", "gpu"))
+    for name in cpu.keys() - {"images_per_s", "data_wait", "slowest_step_s"}:
+        expected = pytest.approx(cpu[name], rel=1e-2) if isinstance(cpu[name], float) else cpu[name]
+        assert gpu[name] == expected, name
+
+
+@pytest.fixture(scope="module")
+def pretrained(folder, tmp_path_factory):
+    """A checkpoint each of a ResNet and of a ViT."""
+    out = tmp_path_factory.mktemp("runs")
+    for name, flags in {"resnet": "", "vit": "--arch vit_tiny --patch-size 8"}.items():
+        main_snclr.main([folder, *RUN.split(), *flags.split(), "--stop-after-steps", "2", "--workdir", str(out / name)])
+    return {name: str(out / name / checkpoint.LAST) for name in ("resnet", "vit")}
+
+
+@pytest.mark.parametrize("flags", PROBES)
+def test_an_evaluation_is_that_of_a_cpu_and_its_steps_do_not_wait(
+    flags, folder, pretrained, tmp_path, monkeypatch, accelerated
+):
+    file = pretrained["resnet" if "untrained" in flags else "vit"]
+    argv = [folder, "--pretrained", file, "--epochs", "2", "-b", "8", "--workers", "0", *flags.split(), "--workdir"]
+    main_lincls.main([*argv, str(tmp_path / "cpu")])
+    with accelerated() as accelerator:
+        ends = [(main_lincls, "accuracies"), (main_lincls, "judge")]
+        waited = watch(monkeypatch, accelerator, (main_lincls, "parts_of"), ends)
+        main_lincls.main([*argv, str(tmp_path / "gpu")])
+    assert waited == [[], []]
+    cpu, gpu = (checkpoint.read(str(tmp_path / name / main_lincls.LAST)) for name in ("cpu", "gpu"))
+    assert_close(gpu["model"], cpu["model"])
+    cpu, gpu = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("cpu", "gpu"))
+    assert gpu["knn"] == pytest.approx(cpu["knn"])
+
+
+@pytest.mark.parametrize("arch, flags", (("resnet", "--against untrained"), ("vit", "--image {photo} --encoder momentum")))
+def test_pictures_are_those_of_a_cpu(arch, flags, folder, pretrained, tmp_path, accelerated):
+    flags = flags.format(photo=f"{folder}/val/a/0.jpg")
+    argv = [pretrained[arch], folder, "--workers", "0", *flags.split(), "--out"]
+    visualize.main([*argv, str(tmp_path / "cpu")])
+    with accelerated():
+        visualize.main([*argv, str(tmp_path / "gpu")])
+    drawn = {path.name: path for path in (tmp_path / "cpu").iterdir()}
+    assert len(drawn) >= 2
+    for name, path in drawn.items():
+        cpu, gpu = (np.asarray(Image.open(file), dtype=float) for file in (path, tmp_path / "gpu" / name))
+        assert np.abs(cpu - gpu).mean() < 0.5, name
