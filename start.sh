@@ -77,7 +77,8 @@ if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "$in_step" ]; then
 fi
 
 main=("$ROOT/$script" "${flags[@]+"${flags[@]}"}")
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / processes > 1 ? $(nproc) / processes : 1))}
+cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu) # Linux, macOS
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($cores / processes > 1 ? $cores / processes : 1))}
 if [ "$nodes" -gt 1 ]; then
   node_rank=${NODE_RANK:-${SLURM_NODEID:-}}
   [ -n "$node_rank" ] || fail "NNODES is $nodes, so NODE_RANK must be 0 .. $((nodes - 1)), another one on each machine"

@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -291,15 +292,8 @@ class ViewLoader:
         if device.type == "cpu":
             keep_freed_memory()
         if isinstance(images, EncodedImages):
-            self.loader = DataLoader(
-                _ViewsOnRequest(images, recipe),
-                batch_size=None,
-                sampler=self.requests,
-                num_workers=workers,
-                worker_init_fn=leave_signals_to_the_rank,
-                persistent_workers=workers > 0,
-                pin_memory=device.type == "cuda",
-            )
+            stays = dict(persistent_workers=workers > 0, pin_memory=device.type == "cuda")
+            self.loader = _by_workers(_ViewsOnRequest(images, recipe), self.requests, workers, **stays)
 
     def load(self, requests: list[tuple]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each request the ids (B,) and the augmented, normalised views (B or 2B, 3, S, S) on the device."""
@@ -321,6 +315,14 @@ class ViewLoader:
                 ids.record_stream(training)  # so that their memory is not used again before the step has read it
                 x.record_stream(training)
             yield ids, x
+
+
+def _by_workers(dataset, requests, workers, **more):
+    """What dataset answers to each of the requests, in order."""
+    # since Python 3.14 Linux, too, would start each worker from nothing: seconds, and another parent than the rank
+    start = "fork" if workers and sys.platform == "linux" else None
+    how = dict(num_workers=workers, worker_init_fn=leave_signals_to_the_rank, multiprocessing_context=start)
+    return DataLoader(dataset, batch_size=None, sampler=requests, **how, **more)
 
 
 def keep_freed_memory() -> None:
@@ -446,13 +448,7 @@ def whole_images(
     chunks = np.split(indices, range(chunk, len(indices), chunk))
     batches = (images.whole(part, size) for part in chunks)
     if isinstance(images, EncodedImages):
-        batches = DataLoader(
-            _WholeOnRequest(images, size),
-            batch_size=None,
-            sampler=chunks,
-            num_workers=workers,
-            worker_init_fn=leave_signals_to_the_rank,
-        )
+        batches = _by_workers(_WholeOnRequest(images, size), chunks, workers)
     for batch in batches:
         if isinstance(batch, Exception):
             raise batch

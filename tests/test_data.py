@@ -1,6 +1,7 @@
 import contextlib
 import ctypes
 import functools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -151,6 +152,20 @@ def test_a_start_in_mid_epoch_gives_the_tail_of_the_epoch(image_sets, load, work
         assert len(tail) == len(full) - first
         if tail:
             assert_same_batches(full[first:], tail)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has workers forked")
+def test_workers_are_children_of_the_rank_whatever_python_prefers(image_sets):
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)  # the default since Python 3.14
+    try:
+        loader = TwoViewLoader(image_sets["files"], RECIPE, 8, CPU, workers=2)
+        next(loader.epoch(0))
+        children = multiprocessing.active_children()
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    parents = [int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[1]) for child in children]
+    assert len(parents) >= 2 and {*parents} == {os.getpid()}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
