@@ -172,12 +172,12 @@ def train_epoch(
     neighbours_from = args.nn_warmup_epochs * steps_per_epoch
     batches = loader.epoch(epoch, inside)
     log.progress(steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
-    interval_start, interval_steps, waited, slowest = time.perf_counter(), 0, 0.0, 0.0
+    interval_start, interval_steps, slowest, waits = time.perf_counter(), 0, 0.0, monitor.Waits(loader.device)
 
     while step < end:
         step_start = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - step_start
+        with waits:
+            batch = next(batches)
 
         lr = optim.learning_rate(
             step,
@@ -223,11 +223,11 @@ def train_epoch(
                 "grad_norm": grad_norm.item(),
             }
             metrics["images_per_s"] = interval_steps * args.batch_size / seconds
-            metrics["data_wait"] = waited / seconds
+            metrics["data_wait"] = waits.seconds() / seconds
             metrics["slowest_step_s"] = slowest
             log.line(metrics)
             log.say(monitor.describe(metrics, args.epochs, total_steps))
-            interval_start, interval_steps, waited, slowest = time.perf_counter(), 0, 0.0, 0.0
+            interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0
     log.end_progress()
     completed, inside = divmod(step, steps_per_epoch)
     if log.enabled and args.viz_freq and not inside and (completed % args.viz_freq == 0 or completed == args.epochs):

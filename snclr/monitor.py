@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from argparse import Namespace
 
 import numpy as np
@@ -89,6 +90,29 @@ def step_metrics(
         if known_sum:
             metrics["neighbour_purity"] = same_sum / known_sum
     return metrics
+
+
+class Waits:
+    """How long training waits for what happens in `with` blocks. On a GPU by its own clock: the host runs ahead, and while it
+    is busy in a block the GPU still has work; between the two marks that the host leaves there it can but wait."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu, self.marks = device.type == "cuda", []
+
+    def _mark(self, *_):
+        mark = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
+        if self.on_gpu:
+            mark.record()
+        self.marks.append(mark)
+
+    __enter__ = __exit__ = _mark
+
+    def seconds(self) -> float:
+        """Of all blocks since the last call. A GPU must have passed them, as it has where a value was read."""
+        pairs, self.marks = list(zip(self.marks[::2], self.marks[1::2], strict=True)), []
+        if self.on_gpu:
+            return sum(start.elapsed_time(end) for start, end in pairs) / 1000
+        return sum(end - start for start, end in pairs)
 
 
 class Log:

@@ -304,3 +304,39 @@ def test_training_line_shows_what_is_known(ratio, purity, expected):
     line = monitor.describe(metrics, 10, 50)
     assert line.startswith("epoch 1/10  step 5/50  loss 1.500") and expected in line
     assert ("chance" in line) == (ratio is not None) and ("purity" in line) == (purity is not None)
+
+
+def test_waits_are_the_time_inside_the_blocks_since_the_last_call(monkeypatch):
+    clock = iter([1.0, 1.5, 7.0, 7.25, 20.0, 21.0])
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: next(clock))
+    waits, found = monitor.Waits(torch.device("cpu")), []
+    for blocks in (2, 1, 0):
+        for _ in range(blocks):
+            with waits:
+                pass
+        found.append(waits.seconds())
+    assert found == [0.75, 1.0, 0]
+
+
+def test_waits_on_a_gpu_are_between_marks_in_its_own_work(monkeypatch):
+    class Event:
+        """One that the GPU passes 2 ms after the one before it, whatever the host does meanwhile."""
+
+        passed = 0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.passed += 2
+            self.at = Event.passed
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    waits = monitor.Waits(torch.device("cuda"))
+    for _ in range(3):
+        with waits:
+            pass
+    assert waits.seconds() == pytest.approx(0.006) and waits.seconds() == 0
