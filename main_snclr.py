@@ -28,7 +28,7 @@ from snclr.features import digest
 from snclr.guard import Guard
 from snclr.lock import hold
 from snclr.precision import autocast, resolve_amp
-from snclr.preemption import Interruptions, handlers_given_back, leave, leave_at_once
+from snclr.preemption import Interruptions, handlers_given_back, interrupt, leave_at_once
 
 
 @handlers_given_back()
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
     log.close()
     distributed.stop()
     if interruptions.ending:
-        leave(interruptions.ending, "saved")
+        interrupt(interruptions.ending, "saved")
 
 
 def open_workdir(args) -> tuple[str, str | None, list[str]]:

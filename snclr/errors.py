@@ -32,7 +32,7 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def leave(code: int) -> None:
+def end_process(code: int) -> None:
     """End this process. A rank's ends at once: what is left of a process group that failed may wait for others forever."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -70,11 +70,11 @@ def one_clear_line(program: str) -> Iterator[None]:
     except UsageError as error:
         if rank == 0:
             print(f"{program}: error: {one_line(error)}", file=sys.stderr, flush=True)
-        leave(2)
+        end_process(2)
     except Interrupted as error:
         if rank == 0:
             print(f"{program}: {error}", file=sys.stderr, flush=True)
-        leave(75)
+        end_process(75)
     except RuntimeError as error:
         told = one_line(error)
         if told.startswith("DataLoader worker"):  # torch's words for it, which its signal handler raises anywhere
@@ -82,8 +82,8 @@ def one_clear_line(program: str) -> Iterator[None]:
         elif not isinstance(error, RunError):
             raise
         print(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {told}", file=sys.stderr, flush=True)
-        leave(1)
+        end_process(1)
     except KeyboardInterrupt:
         if rank == 0:
             print(f"{program}: interrupted", file=sys.stderr, flush=True)
-        leave(130)
+        end_process(130)

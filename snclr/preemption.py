@@ -58,7 +58,7 @@ class Interruptions:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
         if not self.unsaved:
-            leave(number, self.told)
+            interrupt(number, self.told)
 
     def due(self) -> bool:
         """Whether all ranks save after this step. To be called once a step by each; no GPU waits for it."""
@@ -79,7 +79,7 @@ class Interruptions:
         """While the block runs, which may be long, a signal ends it at once."""
         self.unsaved = False
         if self.signal:
-            leave(self.signal, self.told)
+            interrupt(self.signal, self.told)
         yield
         self.unsaved = True
 
@@ -90,13 +90,13 @@ def leave_at_once() -> None:
     def receive(number, frame):
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-        leave(number, "ended")
+        interrupt(number, "ended")
 
     for number in SIGNALS:
         signal.signal(number, receive)
 
 
-def leave(number: int, told: str) -> None:
+def interrupt(number: int, told: str) -> None:
     """Raise Interrupted. SIGUSR1 is how SLURM, asked to (--signal), announces the time limit: the job is put in line again.
     Not so for SIGTERM, which scancel sends."""
     told = f"{signal.Signals(number).name}: {told}; the same command with --resume auto goes on"
