@@ -119,11 +119,11 @@ def main(argv: list[str]) -> None:
 def open_encoder(args) -> tuple[torch.nn.Module, dict]:
     """The encoder that the flags name, and its info."""
     given = {name: getattr(args, name) for name in ("arch", "img_size", "patch_size", "width", "small_stem", "timm_kwargs")}
-    which, learned = ("online", False) if args.encoder in ("untrained", "pixels") else (args.encoder, True)
-    encoder, info = weights.open_encoder(args.pretrained, which, learned, mean=args.mean, std=args.std, **given)
+    which = "untrained" if args.encoder == "pixels" else args.encoder
+    encoder, info = weights.open_encoder(args.pretrained, which, mean=args.mean, std=args.std, **given)
     if args.encoder == "pixels":
-        encoder, info = finetune.Pixels(info["img_size"]).eval(), {**info, "arch": "none", "notes": []}
-    return encoder, info if learned else {**info, "encoder": args.encoder, "epoch": None}
+        encoder, info = finetune.Pixels(info["img_size"]).eval(), {**info, "arch": "none", "encoder": "pixels", "notes": []}
+    return encoder, info
 
 
 def labelled(train: ImageSet, val: ImageSet | None, args) -> tuple[ImageSet, ImageSet]:

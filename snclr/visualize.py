@@ -28,7 +28,6 @@ from .precision import unit
 
 SAME_OR_OTHER = ((BLUE, "same class"), (ORANGE, "another class"), (GREY, "no label"))
 HEAT = np.array([[0, 32, 76], [87, 93, 109], [165, 156, 116], [255, 234, 70]])  # of the map 'cividis', dark to bright
-LOADED = {"online": ("online", True), "momentum": ("momentum", True), "untrained": ("online", False)}  # of open_encoder
 QUERIES, ACROSS = 8, 10  # rows of the pictures of a step, and the most neighbours in a row
 MAP_SIDE, DOT = 460, 2.5  # pixels
 
@@ -264,7 +263,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("file", metavar="FILE", help="checkpoint or state dict, any layout")
     options.add_data_flags(parser)
     g = parser.add_argument_group("pictures")
-    g.add_argument("--encoder", choices=LOADED, default="online", help="where the file has both; untrained: as it started")
+    g.add_argument("--encoder", choices=("online", "momentum", "untrained"), default="online", help="untrained: as it started")
     g.add_argument("--against", metavar="FILE", help="a second encoder beside it; untrained: the same before training")
     g.add_argument("-a", "--arch", help="architecture, where FILE does not say it")
     g.add_argument("--image", metavar="PATH", help="an image file whose nearest training images are shown, too")
@@ -291,16 +290,15 @@ def main(argv: list[str]) -> None:
         wanted.append(("B", args.file, "untrained") if args.against == "untrained" else ("B", args.against, args.encoder))
     encoders, data = [], {"device": device, "workers": args.workers}
     for letter, path, which in wanted:
-        kind, learned = LOADED[which]
         said = {name: getattr(args, name) for name in ("arch", "img_size", "mean", "std") if letter == "A"}
-        module, info = weights.open_encoder(path, kind, learned, **said)
+        module, info = weights.open_encoder(path, which, **said)
         if letter == "A":
             args.mean, args.std = info["mean"], info["std"]
             train, val, _ = sources.open_data(args)
         module = module.to(device)
-        if not learned:
+        if which == "untrained":
             module = knn.calibrated_copy(module, train, size=info["img_size"], **data)
-        epoch = f", epoch {info['epoch']}" if info["epoch"] and learned else ""
+        epoch = f", epoch {info['epoch']}" if info["epoch"] else ""
         name = f"{info['arch']} ({which}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
         encoders.append(Encoder(module, info, f"{letter}: {name}" if len(wanted) > 1 else name))
     size, queries = encoders[0].info["img_size"], train if val is None else val

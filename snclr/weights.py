@@ -63,18 +63,19 @@ def read_encoder(path: str, which: str = "online") -> EncoderFile:
     return EncoderFile(path, tensors, layout, others, saved)
 
 
-def open_encoder(path: str, which: str = "online", load: bool = True, **settings) -> tuple[nn.Module, dict]:
+def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Module, dict]:
     """The backbone in a file, in eval mode on the CPU: a module from images (B, 3, S, S) to features (B, C), and its info.
 
-    settings: arch, img_size, patch_size, width, small_stem, timm_kwargs, for files that do not say them (None: as the file
-    says; only img_size may differ from it). info: these settings, 'num_features', 'encoder', 'epoch', 'mean' and 'std' of the
-    images it was trained on, and 'notes', what was loaded. load False: the same architecture as it starts. Raises
-    UsageError where the file does not fit.
+    which: 'online' or 'momentum', where the file has both; 'untrained': the same architecture as it starts. settings: arch,
+    img_size, patch_size, width, small_stem, timm_kwargs, for files that do not say them (None: as the file says; only img_size
+    may differ from it). info: these settings, 'num_features', 'encoder', 'epoch', 'mean' and 'std' of the images it was trained
+    on, and 'notes', what was loaded. Raises UsageError where the file does not fit.
     """
-    file = read_encoder(path, which)
+    learned = which != "untrained"
+    file = read_encoder(path, which if learned else "online")
     known = dict(patch_size=16, width=None, small_stem=False, timm_kwargs=None, img_size=224, mean=IMAGENET[0], std=IMAGENET[1])
     epoch = file.saved.get("epoch")
-    known |= {"arch": file.saved.get("arch"), "epoch": epoch if isinstance(epoch, int) else None}
+    known |= {"arch": file.saved.get("arch"), "epoch": epoch if learned and isinstance(epoch, int) else None}
     if known["arch"] not in ARCHS and not str(known["arch"]).startswith(TIMM):
         known["arch"] = None  # another library's name
     says = file.saved.get("args") if isinstance(file.saved.get("args"), dict) else {}
@@ -93,15 +94,12 @@ def open_encoder(path: str, which: str = "online", load: bool = True, **settings
     except (TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:  # a file may say anything
         told = error if isinstance(error, UsageError) else f"{path} says what no encoder can be built from: {first_line(error)}"
         raise UsageError(told) from error
-    notes = load_backbone(encoder, file) if load else [f"the architecture of {path} at its random start"]
+    notes = load_backbone(encoder, file) if learned else [f"the architecture of {path} at its random start"]
     head = next(name for name, module in encoder.named_modules() if module is encoder.projector)
     encoder.set_submodule(head, nn.Identity())
-    return encoder.eval(), {
-        **known,
-        "num_features": encoder.num_features,
-        "encoder": "momentum" if file.saved.get("encoder") == "momentum" else which,  # a file of a backbone alone says it
-        "notes": notes,
-    }
+    if learned and file.saved.get("encoder") == "momentum":  # a file of a backbone alone says it
+        which = "momentum"
+    return encoder.eval(), {**known, "num_features": encoder.num_features, "encoder": which, "notes": notes}
 
 
 def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
