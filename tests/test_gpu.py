@@ -1,18 +1,21 @@
 """What a GPU is asked to do, on a pretended one: the same results as on a CPU, and no step that makes the host wait."""
 
 import contextlib
+import importlib
 import json
 import sys
 from functools import partial
 
 import numpy as np
 import pytest
+import test_benchmarks
 import torch
 from accelerator import DEVICE, Accelerator, Remote, to_host
 from PIL import Image
 
 import main_lincls
 import main_snclr
+from benchmarks import measure, step
 from snclr import checkpoint, distributed, memory_bank, monitor, objectives, visualize
 
 RUN = (
@@ -198,3 +201,21 @@ def test_pictures_are_those_of_a_cpu(arch, flags, folder, pretrained, tmp_path, 
     for name, path in drawn.items():
         cpu, gpu = (np.asarray(Image.open(file), dtype=float) for file in (path, tmp_path / "gpu" / name))
         assert np.abs(cpu - gpu).mean() < 0.5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("objective", "step", "micro_batch", "images", "linear_probe"))
+def test_a_benchmark_runs_there(name, folder, tmp_path, monkeypatch, capsys, accelerated):
+    module, (flags, expected) = importlib.import_module(f"benchmarks.{name}"), test_benchmarks.RUNS[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *flags.format(folder=folder).split()])
+    monkeypatch.setattr(measure, "choose_device", lambda: DEVICE)
+    monkeypatch.setattr(step, "autocast", main_snclr.autocast)
+    torch.set_default_dtype(torch.float32)
+    try:
+        with accelerated():
+            module.main()
+    finally:
+        torch.set_default_dtype(torch.float64)
+    told = capsys.readouterr().out
+    assert all(side in told for side in expected)
