@@ -220,7 +220,7 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm with the statistics of all ranks' batches, on any device (torch's SyncBatchNorm refuses CPU tensors).
+    """Batch norm with the statistics of all ranks' batches, on any device, and nobody waits (torch's refuses CPU tensors).
 
     Needs the same batch size on all ranks. They exchange mean and variance of their parts, once each way; the whole's variance
     is the mean of the variances and the variance of the means (no difference of large sums: 1 and 4 ranks agree to rounding).
@@ -275,14 +275,19 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Let every batch norm in module see the whole global batch. A no-op with one rank; names and buffers stay the same."""
+    """Let every batch norm in module see the whole global batch. A no-op with one rank; names and buffers stay the same.
+
+    On CUDA those of images are torch's SyncBatchNorm: fused, but the host waits in each of them. Those of features (heads,
+    probes) are small, and ours never makes it wait.
+    """
     if world_size() == 1:
         return module
-    if device.type == "cuda":
-        return convert_sync_batchnorm(module)  # timm's: torch's own drops the activation of a BatchNormAct2d
-    for child in module.modules():
-        if isinstance(child, BatchNormAct2d):
-            child.__class__ = GlobalBatchNormAct
-        elif isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            child.__class__ = GlobalBatchNorm  # same parameters, buffers and settings; only forward differs
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d) and device.type == "cuda":
+                setattr(parent, name, convert_sync_batchnorm(child))  # timm's: torch's own drops a BatchNormAct2d's activation
+            elif isinstance(child, BatchNormAct2d):
+                child.__class__ = GlobalBatchNormAct  # same parameters, buffers and settings; only forward differs
+            elif isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                child.__class__ = GlobalBatchNorm
     return module

@@ -385,6 +385,9 @@ def test_synchronised_norms_on_gpus_keep_timms_activations(monkeypatch):
         keys = list(encoder.state_dict())
         # timm before 1.0.15 or so leaves what it converts in training mode
         synchronised = distributed.synchronise_batch_norm(encoder, torch.device("cuda")).eval()
-        assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
+        kinds = {
+            type(module).__name__ for module in synchronised.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        }
+        assert kinds == {"SyncBatchNormAct", "GlobalBatchNorm"}  # of the backbone, and of the projector
         torch.testing.assert_close(synchronised(x), expected)
     assert list(synchronised.state_dict()) == keys

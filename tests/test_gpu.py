@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,6 +141,38 @@ def test_a_run_is_that_of_a_cpu_and_its_steps_do_not_wait(flags, folder, tmp_pat
     for name in cpu.keys() - {"images_per_s", "data_wait", "slowest_step_s"}:
         expected = pytest.approx(cpu[name], rel=1e-4) if isinstance(cpu[name], float) else cpu[name]
         assert gpu[name] == expected, name
+
+
+@pytest.mark.filterwarnings(NO_OP)
+@pytest.mark.parametrize("flags", ("--eval-freq 1 --viz-freq 1", "--method nnclr", "--method mocov2"))
+def test_ranks_exchange_what_is_on_the_device_and_do_not_wait(flags, folder, tmp_path, monkeypatch, accelerated):
+    exchanged = []
+
+    def all_gather(parts, x):
+        exchanged.append(x)
+        for part in parts:
+            part.copy_(x)
+
+    def all_reduce(x, operation=None, group=None, async_op=False):
+        if group is None:
+            exchanged.append(x)
+        return SimpleNamespace(wait=lambda: None)
+
+    def all_gather_object(parts, x):
+        parts[:] = [x] * len(parts)
+
+    # both ranks hold the same; the group is gloo's, of numbers on the host
+    stand_ins = dict(is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: 0, new_group=lambda **_: "gloo")
+    stand_ins |= dict.fromkeys(("barrier", "broadcast_object_list", "destroy_process_group"), lambda *_, **__: None)
+    stand_ins |= dict(all_gather=all_gather, all_reduce=all_reduce, all_gather_object=all_gather_object)
+    for name, function in stand_ins.items():
+        monkeypatch.setattr(torch.distributed, name, function)
+    monkeypatch.setattr(distributed, "replicate", lambda module, device: module)
+    with accelerated() as accelerator:
+        waited = watch(monkeypatch, accelerator, (main_snclr, "train_epoch"), [(monitor, "step_metrics")])
+        main_snclr.main([folder, *RUN.split(), *flags.split(), "--workdir", str(tmp_path / "run")])
+    assert waited == [[], []]
+    assert len(exchanged) > 20 and all(isinstance(x, Remote) for x in exchanged)
 
 
 def test_a_bank_in_bfloat16_is_that_of_a_cpu_and_nobody_waits_for_it(accelerated):
