@@ -204,7 +204,7 @@ def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
     fit = train.select(np.flatnonzero(~held.numpy()))
     steps = steps_of(fit, args)
     rates = [rate * args.batch_size / 256 for rate in args.lrs]
-    grid = linear.LinearGrid(kinds, len(train.classes), rates, args.seed).synchronised(device)
+    grid = linear.LinearGrid(kinds, len(train.classes), rates, args.seed).to(device)
     optimizer = torch.optim.SGD(grid.parameters(), lr=1.0, momentum=0.9)
     epoch = resume(task, grid, optimizer) if args.resume else 0
     recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, blur=False, colour=False)
@@ -249,7 +249,9 @@ def batches(task, fit, loader, epoch, steps, cached):
     parts = parts_of(fit, task.args, epoch, steps)
     if cached is not None:
         for part in parts:
-            yield (x.to(task.device, non_blocking=True) for x in (torch.from_numpy(part), cached[epoch % len(cached), part]))
+            batch = torch.from_numpy(part), cached[epoch % len(cached), part]
+            batch = (x.pin_memory() for x in batch) if task.device.type == "cuda" else batch
+            yield (x.to(task.device, non_blocking=True) for x in batch)
     else:
         embed = embedder(task)
         for ids, x in loader.load([(epoch, part, (0,)) for part in parts]):

@@ -26,16 +26,21 @@ from .precision import widen
 GRACE = 5  # seconds in which every rank that still lives has noticed that another one does not
 
 
+def own_device() -> torch.device:
+    """The GPU of this process, if the machine has one, else the CPU."""
+    cuda = torch.cuda.is_available()
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+
+
 def start(timeout_minutes: float = 30) -> torch.device:
     """Join the process group that torchrun describes, if it started us, and return this rank's device.
 
     NCCL on CUDA, gloo on CPU. A collective that is not complete after timeout_minutes fails.
     """
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    here = own_device()
+    cuda = here.type == "cuda"
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(here)
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a rank does not outlive a launcher that was killed
         if os.environ.get("SNCLR_LAUNCHER", parent := str(os.getppid())) != parent:  # before this line
@@ -47,11 +52,11 @@ def start(timeout_minutes: float = 30) -> torch.device:
             if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's restarts leave the addresses of dead ranks in its store
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             which = dict(store=store, rank=number, world_size=count, timeout=timeout)
-            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, **which)
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=here if cuda else None, **which)
         except (RuntimeError, ValueError) as error:
             raise RunError(f"the ranks did not meet within {timeout_minutes:g} minutes: {_sentence(error)}") from error
         _store().set(f"host/{rank()}", socket.gethostname())
-    return device
+    return here
 
 
 def stop() -> None:
@@ -220,7 +225,8 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm with the statistics of all ranks' batches, on any device, and nobody waits (torch's refuses CPU tensors).
+    """Batch norm with the statistics of all ranks' batches, on any device; no host waits for its GPU (torch's does, and refuses
+    CPU tensors). Heads and probes are made of it.
 
     Needs the same batch size on all ranks. They exchange mean and variance of their parts, once each way; the whole's variance
     is the mean of the variances and the variance of the means (no difference of large sums: 1 and 4 ranks agree to rounding).
@@ -277,17 +283,16 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """Let every batch norm in module see the whole global batch. A no-op with one rank; names and buffers stay the same.
 
-    On CUDA those of images are torch's SyncBatchNorm: fused, but the host waits in each of them. Those of features (heads,
-    probes) are small, and ours never makes it wait.
+    On CUDA those of backbones become torch's SyncBatchNorm, which is fused and takes less memory, but makes the host wait.
     """
     if world_size() == 1:
         return module
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.BatchNorm2d) and device.type == "cuda":
+            if isinstance(child, GlobalBatchNorm) or not isinstance(child, nn.modules.batchnorm._BatchNorm):
+                continue
+            if device.type == "cuda":
                 setattr(parent, name, convert_sync_batchnorm(child))  # timm's: torch's own drops a BatchNormAct2d's activation
-            elif isinstance(child, BatchNormAct2d):
-                child.__class__ = GlobalBatchNormAct  # same parameters, buffers and settings; only forward differs
-            elif isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                child.__class__ = GlobalBatchNorm
+            else:  # same parameters, buffers and settings; only forward differs
+                child.__class__ = GlobalBatchNormAct if isinstance(child, BatchNormAct2d) else GlobalBatchNorm
     return module

@@ -54,5 +54,5 @@ def build_optimizer(
     groups = [{**group, "peak": lr * group.pop("lr_scale", 1.0)} for group in groups]
     groups += [{**group, "peak": head_lr} for group in parameter_groups(model.head, weight_decay)]
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0)
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from .distributed import GlobalBatchNorm
+
 
 def mlp(layers: int, in_dim: int, hidden_dim: int, out_dim: int, last_norm: bool) -> nn.Sequential:
     """`layers` bias-free linear layers with batch norm and ReLU between; (B, in_dim) -> (B, out_dim).
@@ -14,9 +16,9 @@ def mlp(layers: int, in_dim: int, hidden_dim: int, out_dim: int, last_norm: bool
         width = out_dim if last else hidden_dim
         modules.append(nn.Linear(in_dim, width, bias=False))
         if not last:
-            modules += [nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+            modules += [GlobalBatchNorm(width), nn.ReLU(inplace=True)]
         elif last_norm:
-            modules.append(nn.BatchNorm1d(width, affine=False))
+            modules.append(GlobalBatchNorm(width, affine=False))
         in_dim = width
     return nn.Sequential(*modules)
 

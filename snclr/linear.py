@@ -6,7 +6,7 @@ import timm.models.vision_transformer as timm_vit
 import torch
 from torch import Tensor, nn
 
-from .distributed import all_sum, synchronise_batch_norm, world_size
+from .distributed import GlobalBatchNorm, all_sum, world_size
 from .errors import UsageError
 from .precision import full_precision, widen
 
@@ -46,7 +46,7 @@ class LinearGrid(nn.Module):
         super().__init__()
         self.dims = dims
         self.register_buffer("rates", torch.tensor(rates, dtype=torch.get_default_dtype()), persistent=False)
-        self.norms = nn.ModuleDict({name: nn.BatchNorm1d(width, affine=False) for name, width in dims.items()})
+        self.norms = nn.ModuleDict({name: GlobalBatchNorm(width, affine=False) for name, width in dims.items()})
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
         for name, width in dims.items():
             start = torch.randn(num_classes, width, generator=torch.Generator().manual_seed(seed)) * 0.01
@@ -114,10 +114,6 @@ class LinearGrid(nn.Module):
                 logits = self.logits(x.to(self.rates.device))
             yield logits, y.to(self.rates.device)
         self.train()
-
-    def synchronised(self, device: torch.device) -> "LinearGrid":
-        """On the device, its batch norms over the batches of all ranks."""
-        return synchronise_batch_norm(self.to(device), device)
 
 
 def class_share(labels: Tensor, classes: list, share: float, keys: Tensor, both_sides: bool = False) -> Tensor:

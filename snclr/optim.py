@@ -110,7 +110,8 @@ class LARS(torch.optim.Optimizer):
         lr, momentum = group["lr"], group["momentum"]
         if (skipped := getattr(self, "found_inf", None)) is not None:
             updates = [torch.where(skipped > 0, 0, u) for u in updates]  # a product with 0 would leave what is not finite
-            lr, momentum = lr * (1 - skipped.double()), momentum + (1 - momentum) * skipped.double()
+            skipped = skipped.to(params[0].dtype)  # else torch would take one parameter after the other
+            lr, momentum = lr * (1 - skipped), momentum + (1 - momentum) * skipped
         torch._foreach_mul_(velocities, momentum)
         torch._foreach_add_(velocities, updates)
         torch._foreach_sub_(params, torch._foreach_mul(velocities, lr))

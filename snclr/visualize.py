@@ -283,7 +283,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    device = distributed.start()
+    device = distributed.own_device()
     torch.manual_seed(args.seed)  # for the start of an untrained encoder
     wanted = [("A", args.file, args.encoder)]
     if args.against is not None:

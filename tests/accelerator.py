@@ -2,7 +2,7 @@
 
 Its tensors say that they are on torch's meta device, and keep their values on the CPU. As on a GPU, there is no sum of tensors
 in two places, and whoever looks at a value waits for it, which is written down. Kernels, streams, 16 bits and NCCL are not
-pretended.
+pretended, nor is pinned memory: a copy that need not be waited for may be waited for where its source is large and not pinned.
 """
 
 import traceback
@@ -14,7 +14,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("meta")
-LOOKS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique_dim", "_unique2", "equal"}  # at values
+LOOKS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "bincount",
+    "equal",
+    "repeat_interleave",
+    "_linalg_svd",
+}  # at values
+LOOKS |= {"_unique2", "unique_dim", "unique_consecutive"}  # for these the host needs values
 
 
 class Remote(torch.Tensor):
@@ -84,8 +93,9 @@ class Accelerator(TorchDispatchMode):
         indices = args[1] if name in ("index", "index_put_") else ()
         if any(remote) and (name in LOOKS or any(x is not None and x.dtype == torch.bool for x in indices)):
             self.wait(name)
-        for x, is_remote in zip(tensors, remote, strict=True):  # a number may come from the host
-            assert is_remote or not x.ndim or not any(remote), f"{name} of tensors in two places, {_place()}"
+        numbers = name not in ("stack", "cat", "where")  # elsewhere a number may come from the host
+        for x, is_remote in zip(tensors, remote, strict=True):
+            assert is_remote or not any(remote) or (numbers and not x.ndim), f"{name} of tensors in two places, {_place()}"
         if not wanted:
             return out
         out = tree_map_only(torch.Tensor, lambda x: x if isinstance(x, Remote) else Remote(x), out)

@@ -10,6 +10,7 @@ from torch import nn
 from snclr import backbones, distributed, heads, options
 from snclr.backbones import build_encoder, sincos_position_embedding
 from snclr.builder import SNCLR
+from snclr.distributed import GlobalBatchNorm
 from snclr.errors import UsageError
 from snclr.memory_bank import MemoryBank
 
@@ -367,10 +368,10 @@ def test_exactly_the_last_norms_of_bottlenecks_start_at_zero(arch):
     ids=["vit projector", "resnet projector", "vit predictor", "resnet predictor"],
 )
 def test_head_is_bias_free_layers_with_norm_and_relu_between(head, layers, last_norm):
-    expected = [nn.Linear, nn.BatchNorm1d, nn.ReLU] * (layers - 1) + [nn.Linear] + [nn.BatchNorm1d] * last_norm
+    expected = [nn.Linear, GlobalBatchNorm, nn.ReLU] * (layers - 1) + [nn.Linear] + [GlobalBatchNorm] * last_norm
     assert [type(module) for module in head] == expected
     assert all(module.bias is None for module in head if isinstance(module, nn.Linear))
-    norms = [module for module in head if isinstance(module, nn.BatchNorm1d)]
+    norms = [module for module in head if isinstance(module, GlobalBatchNorm)]
     assert [norm.affine for norm in norms] == [True] * (layers - 1) + [False] * last_norm
     assert [module.out_features for module in head if isinstance(module, nn.Linear)] == [24] * (layers - 1) + [16]
 

@@ -222,6 +222,11 @@ def test_the_command_draws_all_that_there_is_the_same_each_time(trained, images,
     assert set(other) == {"neighbours.png", "map.png", "attention.png"} and other["neighbours.png"] != first["neighbours.png"]
 
 
+def test_pictures_wait_for_no_other_rank(trained, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as in the shell of a batch job
+    assert "map.png" in draw(trained, images, tmp_path / "out")
+
+
 def test_images_without_labels_are_drawn_too(trained, images, tmp_path):
     tree = tmp_path / "tree"
     (images / "val/a").rename(tree)
