@@ -249,9 +249,10 @@ def batches(task, fit, loader, epoch, steps, cached):
     parts = parts_of(fit, task.args, epoch, steps)
     if cached is not None:
         for part in parts:
-            batch = torch.from_numpy(part), cached[epoch % len(cached), part]
-            batch = (x.pin_memory() for x in batch) if task.device.type == "cuda" else batch
-            yield (x.to(task.device, non_blocking=True) for x in batch)
+            ids, x = torch.from_numpy(part), cached[epoch % len(cached), part]
+            if task.device.type == "cuda":
+                x = x.pin_memory()  # else so large a copy would be waited for
+            yield ids.to(task.device, non_blocking=True), x.to(task.device, non_blocking=True)
     else:
         embed = embedder(task)
         for ids, x in loader.load([(epoch, part, (0,)) for part in parts]):

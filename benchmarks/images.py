@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from benchmarks import measure
-from snclr import augment, options, sources
+from snclr import augment, distributed, options, sources
 from snclr.data import ImageFiles, ViewLoader
 
 
@@ -32,7 +32,7 @@ def main():
     parser.add_argument("-j", "--workers", type=int, default=0)
     parser.add_argument("--steps", type=int, default=9, help="turns of each side, alternating; the fastest counts")
     args = parser.parse_args()
-    device = measure.choose_device()
+    device = distributed.own_device()
     images, *_ = sources.open_data(options.parse_data([args.data, "--dataset", "folder"]))
     resident = None if isinstance(images, ImageFiles) else images.images
     recipe = augment.Recipe(0, crop_min=0.2, size=224 if resident is None else resident.shape[-1], blur=resident is None)

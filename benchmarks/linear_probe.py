@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 from benchmarks import measure
-from snclr import lincls_options, linear
+from snclr import distributed, lincls_options, linear
 from snclr.backbones import build_encoder
 
 
@@ -29,7 +29,7 @@ def main():
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=4, help="steps of each side, alternating")
     args = parser.parse_args()
-    device = measure.choose_device()
+    device = distributed.own_device()
     torch.manual_seed(0)
     settings = dict(img_size=args.img_size, patch_size=16, width=None, small_stem=False, stop_grad_conv1=False, timm_kwargs={})
     encoder = build_encoder(args.arch, **settings, hidden_dim=8, out_dim=8).to(device).eval()

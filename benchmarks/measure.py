@@ -53,11 +53,6 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def choose_device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def hardware(device: torch.device) -> str:
     """Name of the device, threads and torch's version, for the head of a table."""
     if device.type == "cuda":

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
 from benchmarks.step import VIT, Step
+from snclr import distributed
 
 
 def main():
@@ -31,7 +32,7 @@ def main():
     parser.add_argument("--peak-tflops", type=float, metavar="TFLOPS", help="of the chip, in the products' format")
     parser.add_argument("--steps", type=int, default=3, help="steps of each side, alternating")
     args = parser.parse_args()
-    device = measure.choose_device()
+    device = distributed.own_device()
     flags = f"{VIT} --img-size {args.img_size} {args.flags}"
     undivided, batch = f"undivided, batch {args.undivided or args.batch}", args.batch
     sides = {undivided: Step(flags, args.undivided or batch, device)}

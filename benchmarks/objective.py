@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks import measure
-from snclr import objectives
+from snclr import distributed, objectives
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import Candidates, gather_neighbours, positiveness, snclr_loss
 
@@ -166,7 +166,7 @@ def main():
     parser.add_argument("-D", "--dim", type=int, default=256)
     parser.add_argument("--steps", type=int, default=5, help="steps of each side, alternating")
     args = parser.parse_args()
-    device = measure.choose_device()
+    device = distributed.own_device()
     problem = Problem(args, device)
     sides = {
         "dense, as released": Dense(problem),

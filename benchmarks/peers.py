@@ -23,7 +23,7 @@ from lightly.transforms import SimCLRTransform
 
 import main_snclr
 from benchmarks import measure
-from snclr import augment, data, monitor, optim, options, sources
+from snclr import augment, data, distributed, monitor, optim, options, sources
 from snclr.builder import build_model
 from snclr.guard import Guard
 from snclr.precision import autocast, resolve_amp
@@ -102,7 +102,7 @@ def main():
     parser.add_argument("--turn", type=int, default=1, help="training steps that a side takes before the next one does")
     parser.add_argument("--steps", type=int, default=3, help="turns of each side; the fastest counts")
     args = parser.parse_args()
-    device = measure.choose_device()
+    device = distributed.own_device()
     common = [args.data, "--dataset", "folder", "--img-size", "32", "-b", str(args.batch_size), "-j", "0", "--amp"]
     parsed = options.parse([f"@{RECIPE}", *common, "off"])
     train = sources.open_data(parsed)[0].to(device)

@@ -118,7 +118,7 @@ def main():
     parser.add_argument("-b", "--batch", type=int, default=32, help="images of a true rank")
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
-    device = measure.choose_device()
+    device = distributed.own_device()
     products = "float32" if args.float32 else "bfloat16"
     base = ", ".join(f"{name} {value}" for name, value in BASE.items())
     print(f"{products} products; {measure.hardware(device)}; fastest of {args.steps}\nall else as in: {base}")

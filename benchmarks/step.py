@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 from benchmarks import measure
-from snclr import optim, options
+from snclr import distributed, optim, options
 from snclr.builder import build_model
 from snclr.precision import autocast, resolve_amp
 
@@ -119,7 +119,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="compiled backbones, too: minutes more")
     parser.add_argument("--only", nargs="+", metavar="TABLE", help="method, vit, resnet, optimiser")
     args = parser.parse_args()
-    device = measure.choose_device()
+    device = distributed.own_device()
     print(f"batch {args.batch} (ResNet {args.cifar_batch}); {measure.hardware(device)}; fastest of {args.steps}")
     for name, make in tables(args, device).items():
         if args.only and name not in args.only:

@@ -100,9 +100,11 @@ class Waits:
         self.on_gpu, self.marks = device.type == "cuda", []
 
     def _mark(self, *_):
-        mark = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
         if self.on_gpu:
+            mark = torch.cuda.Event(enable_timing=True)
             mark.record()
+        else:
+            mark = time.perf_counter()
         self.marks.append(mark)
 
     __enter__ = __exit__ = _mark

@@ -14,16 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("meta")
-LOOKS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "bincount",
-    "equal",
-    "repeat_interleave",
-    "_linalg_svd",
-}  # at values
-LOOKS |= {"_unique2", "unique_dim", "unique_consecutive"}  # for these the host needs values
+# the host needs values for these
+LOOKS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "repeat_interleave", "_linalg_svd"}
+LOOKS |= {"_unique2", "unique_dim", "unique_consecutive"}
 
 
 class Remote(torch.Tensor):

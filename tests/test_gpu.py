@@ -5,7 +5,6 @@ import importlib
 import json
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +12,8 @@ import test_benchmarks
 import torch
 from accelerator import DEVICE, Accelerator, Remote, to_host
 from PIL import Image
+from test_data import save_folder
+from test_ranks import CLOCK, read_lines
 
 import main_lincls
 import main_snclr
@@ -57,13 +58,9 @@ def doubles():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """24 + 6 images in two classes, of different sizes."""
-    root, noise = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 3)):
-        for label in ("a", "b"):
-            (root / split / label).mkdir(parents=True)
-            for number in range(count):
-                pixels = noise.integers(0, 255, (40 + number, 50, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / label / f"{number}.jpg", quality=95)
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 24), ("val", 6)):
+        save_folder(root, [(40 + number, 50) for number in range(count)], split)
     return str(root)
 
 
@@ -118,12 +115,6 @@ def assert_close(found, expected):
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=lambda told, name=name: f"{name}: {told}")
 
 
-def last_metrics(path):
-    """What the lines of the last step say."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {name: x for line in lines if line["step"] == lines[-1]["step"] for name, x in line.items()}
-
-
 @pytest.mark.filterwarnings(NO_OP)
 @pytest.mark.parametrize("flags", VARIANTS)
 def test_a_run_is_that_of_a_cpu_and_its_steps_do_not_wait(flags, folder, tmp_path, monkeypatch, accelerated):
@@ -137,10 +128,11 @@ def test_a_run_is_that_of_a_cpu_and_its_steps_do_not_wait(flags, folder, tmp_pat
     cpu, gpu = (checkpoint.read(str(tmp_path / name / checkpoint.LAST)) for name in ("cpu", "gpu"))
     assert gpu["step"] == cpu["step"] == 4
     assert_close(gpu["state_dict"], cpu["state_dict"])
-    cpu, gpu = (last_metrics(tmp_path / name / "metrics.jsonl") for name in ("cpu", "gpu"))
-    for name in cpu.keys() - {"images_per_s", "data_wait", "slowest_step_s"}:
-        expected = pytest.approx(cpu[name], rel=1e-4) if isinstance(cpu[name], float) else cpu[name]
-        assert gpu[name] == expected, name
+    cpu, gpu = ([x for x in read_lines(tmp_path / name, CLOCK) if x["step"] == 4] for name in ("cpu", "gpu"))
+    for one, other in zip(gpu, cpu, strict=True):  # of the last step and, where there is one, of the evaluation after it
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            assert one[name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), name
 
 
 @pytest.mark.filterwarnings(NO_OP)
@@ -148,27 +140,20 @@ def test_a_run_is_that_of_a_cpu_and_its_steps_do_not_wait(flags, folder, tmp_pat
 def test_ranks_exchange_what_is_on_the_device_and_do_not_wait(flags, folder, tmp_path, monkeypatch, accelerated):
     exchanged = []
 
-    def all_gather(parts, x):
-        exchanged.append(x)
-        for part in parts:
-            part.copy_(x)
-
-    def all_reduce(x, operation=None, group=None, async_op=False):
-        if group is None:
-            exchanged.append(x)
-        return SimpleNamespace(wait=lambda: None)
+    def recorded(function, *args):
+        exchanged.append(args[-1])
+        function(*args)
 
     def all_gather_object(parts, x):
         parts[:] = [x] * len(parts)
 
-    # both ranks hold the same; the group is gloo's, of numbers on the host
-    stand_ins = dict(is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: 0, new_group=lambda **_: "gloo")
-    stand_ins |= dict.fromkeys(("barrier", "broadcast_object_list", "destroy_process_group"), lambda *_, **__: None)
-    stand_ins |= dict(all_gather=all_gather, all_reduce=all_reduce, all_gather_object=all_gather_object)
-    for name, function in stand_ins.items():
-        monkeypatch.setattr(torch.distributed, name, function)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    for name in ("barrier", "broadcast_object_list", "destroy_process_group", "new_group"):  # no group: no numbers of the host
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
     monkeypatch.setattr(distributed, "replicate", lambda module, device: module)
-    with accelerated() as accelerator:
+    with measure.simulated_ranks(2), monkeypatch.context() as patch, accelerated() as accelerator:
+        for name in ("all_gather", "all_reduce"):
+            patch.setattr(torch.distributed, name, partial(recorded, getattr(torch.distributed, name)))
         waited = watch(monkeypatch, accelerator, (main_snclr, "train_epoch"), [(monitor, "step_metrics")])
         main_snclr.main([folder, *RUN.split(), *flags.split(), "--workdir", str(tmp_path / "run")])
     assert waited == [[], []]
@@ -209,19 +194,7 @@ def pretrained(folder, tmp_path_factory):
 def test_an_evaluation_is_that_of_a_cpu_and_its_steps_do_not_wait(
     arch, flags, folder, pretrained, tmp_path, monkeypatch, accelerated
 ):
-    argv = [
-        folder,
-        "--pretrained",
-        pretrained[arch],
-        "--epochs",
-        "2",
-        "-b",
-        "10",
-        "--workers",
-        "0",
-        *flags.split(),
-        "--workdir",
-    ]
+    argv = [folder, "--pretrained", pretrained[arch], *f"--epochs 2 -b 10 --workers 0 {flags} --workdir".split()]
     main_lincls.main([*argv, str(tmp_path / "cpu")])
     with accelerated() as accelerator:
         ends = [(main_lincls, "accuracies"), (main_lincls, "judge")]
@@ -236,7 +209,7 @@ def test_an_evaluation_is_that_of_a_cpu_and_its_steps_do_not_wait(
 
 @pytest.mark.parametrize("arch, flags", (("resnet", "--against untrained"), ("vit", "--image {photo} --encoder momentum")))
 def test_pictures_are_those_of_a_cpu(arch, flags, folder, pretrained, tmp_path, accelerated):
-    flags = flags.format(photo=f"{folder}/val/a/0.jpg")
+    flags = flags.format(photo=f"{folder}/val/ant/000.png")
     argv = [pretrained[arch], folder, "--workers", "0", *flags.split(), "--out"]
     visualize.main([*argv, str(tmp_path / "cpu")])
     with accelerated():
@@ -254,7 +227,6 @@ def test_a_benchmark_runs_there(name, folder, tmp_path, monkeypatch, capsys, acc
     module, (flags, expected) = importlib.import_module(f"benchmarks.{name}"), test_benchmarks.RUNS[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name, *flags.format(folder=folder).split()])
-    monkeypatch.setattr(measure, "choose_device", lambda: DEVICE)
     monkeypatch.setattr(step, "autocast", main_snclr.autocast)
     torch.set_default_dtype(torch.float32)
     try:

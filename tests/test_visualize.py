@@ -1,4 +1,3 @@
-import json
 import os
 import sys
 from argparse import Namespace
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_backbones import build
-from test_ranks import SMALL, write_images
+from test_ranks import CLOCK, SMALL, read_lines, write_images
 
 import main_snclr
 from snclr import augment, canvas, monitor, visualize
@@ -20,7 +19,6 @@ from snclr.errors import RunError, UsageError
 from snclr.memory_bank import MemoryBank
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-CLOCK = {"images_per_s", "data_wait", "slowest_step_s"}
 LEVELS = np.arange(10, 250, 24)  # of ten plain images
 
 
@@ -168,8 +166,7 @@ def images(tmp_path_factory):
 
 def train(images, workdir, *flags):
     main_snclr.main([str(images), *SMALL.split(), "--eval-freq", "0", "--workdir", str(workdir), *flags])
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
+    return read_lines(workdir, CLOCK)
 
 
 @pytest.fixture(scope="module")
