@@ -58,6 +58,12 @@ def save_text(path: str, text: str) -> None:
         os.replace(f"{path}.tmp", path)
 
 
+def _tell(text: str) -> None:
+    # in one piece: print writes the end of a line by itself, and what several ranks say at once would share lines
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 @contextlib.contextmanager
 def one_clear_line(program: str) -> Iterator[None]:
     """Turn the project's own errors into one line on stderr and an exit code; let real bugs keep their traceback.
@@ -69,11 +75,11 @@ def one_clear_line(program: str) -> Iterator[None]:
         yield
     except UsageError as error:
         if rank == 0:
-            print(f"{program}: error: {one_line(error)}", file=sys.stderr, flush=True)
+            _tell(f"{program}: error: {one_line(error)}")
         end_process(2)
     except Interrupted as error:
         if rank == 0:
-            print(f"{program}: {error}", file=sys.stderr, flush=True)
+            _tell(f"{program}: {error}")
         end_process(75)
     except RuntimeError as error:
         told = one_line(error)
@@ -81,9 +87,9 @@ def one_clear_line(program: str) -> Iterator[None]:
             told = f"{told.partition('.')[0]}: out of memory? fewer --workers need less of it"
         elif not isinstance(error, RunError):
             raise
-        print(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {told}", file=sys.stderr, flush=True)
+        _tell(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {told}")
         end_process(1)
     except KeyboardInterrupt:
         if rank == 0:
-            print(f"{program}: interrupted", file=sys.stderr, flush=True)
+            _tell(f"{program}: interrupted")
         end_process(130)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -534,6 +535,14 @@ def test_own_errors_end_with_a_line_and_a_code(error, rank, code, expected, monk
         raise error
     assert caught.value.code == code
     assert capsys.readouterr() == ("", expected)
+
+
+def test_a_line_is_written_in_one_piece_so_that_those_of_several_ranks_do_not_run_into_each_other(monkeypatch):
+    pieces = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=pieces.append, flush=lambda: None))
+    with pytest.raises(SystemExit), one_clear_line("prog"):
+        raise RunError("a disk is full")
+    assert len(pieces) == 1 and pieces[0].endswith(": a disk is full\n")
 
 
 def test_real_bugs_keep_their_traceback():
