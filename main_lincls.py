@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from snclr import lincls_options
-from snclr.errors import UsageError, first_line, one_clear_line, writing
+from snclr.evaluation import options as lincls_options
+from snclr.running.errors import UsageError, first_line, one_clear_line, writing
 
 if __name__ == "__main__":
     with one_clear_line("main_lincls.py"):
@@ -28,15 +28,28 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from snclr import augment, checkpoint, confusion, distributed, features, finetune, knn, linear, monitor, optim, sources, weights
-from snclr.data import ImageSet, ViewLoader, share, whole_images
-from snclr.lock import hold
-from snclr.precision import autocast, resolve_amp, widen
-from snclr.preemption import handlers_given_back, leave_at_once, signals_wait
+from snclr import augment, optim
+from snclr.datasets import sources
+from snclr.evaluation import confusion, features, finetune, knn, linear
+from snclr.loader import ImageSet, ViewLoader, share, whole_images
+from snclr.running import checkpoint, distributed, monitor
+from snclr.running.lock import hold
+from snclr.running.precision import autocast, resolve_amp, widen
+from snclr.running.preemption import handlers_given_back, leave_at_once, signals_wait
+from snclr.weights import reading as weights
 
 LAST = "lincls_last.pth.tar"
 KNN_K, KNN_TEMPERATURE = (10, 20, 100, 200), 0.07
-RUNNING = {"data", "val", "labels", "val_labels", "workers", "workdir", "resume", "pretrained"}  # may change on resume
+RUNNING = {
+    "data",
+    "val",
+    "labels",
+    "val_labels",
+    "workers",
+    "workdir",
+    "resume",
+    "pretrained",
+}  # may change on resume
 
 
 class Task(NamedTuple):
@@ -67,19 +80,38 @@ def main(argv: list[str]) -> None:
     train, val = labelled(train, val, args)
     train, encoder = train.to(device), encoder.to(device)
     if args.encoder == "untrained":
-        encoder = knn.calibrated_copy(encoder, train, size=args.img_size, device=device, workers=args.workers)
+        encoder = knn.calibrated_copy(
+            encoder, train, size=args.img_size, device=device, workers=args.workers
+        )
     amp, speaks = resolve_amp(args.amp, device), distributed.rank() == 0
     distributed.on_rank_zero(lambda: hold(args.workdir, "main_lincls"))
     if speaks:
-        monitor.save_settings(args.workdir, args, {"world_size": distributed.world_size(), "amp_used": amp})
-    task = Task(args, encoder, train, val, device, amp, features.digest(encoder), print if speaks else lambda _: None)
-    task.say(f"{info['arch']} ({info['encoder']} encoder) of {args.pretrained}, {encoder.num_features} features")
-    task.say(f"{args.dataset}: {len(train)} + {len(val)} images at {args.img_size} px, {len(train.classes)} classes")
+        monitor.save_settings(
+            args.workdir, args, {"world_size": distributed.world_size(), "amp_used": amp}
+        )
+    task = Task(
+        args,
+        encoder,
+        train,
+        val,
+        device,
+        amp,
+        features.digest(encoder),
+        print if speaks else lambda _: None,
+    )
+    task.say(
+        f"{info['arch']} ({info['encoder']} encoder) of {args.pretrained}, {encoder.num_features} features"
+    )
+    task.say(
+        f"{args.dataset}: {len(train)} + {len(val)} images at {args.img_size} px, {len(train.classes)} classes"
+    )
     for note in info["notes"] + notes:
         task.say(f"note: {note}")
 
     # -- kNN, probe or fine-tuning ---------------------------------------------------------------------------------------
-    shares = [features.encode_share(embedder(task), images, **where(task)) for images in (train, val)]
+    shares = [
+        features.encode_share(embedder(task), images, **where(task)) for images in (train, val)
+    ]
     neighbours = knn_table(task, *shares)
     for name, top1 in neighbours.items():
         task.say(f"kNN {name:<15} {top1:.2f} %")
@@ -118,11 +150,19 @@ def main(argv: list[str]) -> None:
 
 def open_encoder(args) -> tuple[torch.nn.Module, dict]:
     """The encoder that the flags name, and its info."""
-    given = {name: getattr(args, name) for name in ("arch", "img_size", "patch_size", "width", "small_stem", "timm_kwargs")}
+    given = {
+        name: getattr(args, name)
+        for name in ("arch", "img_size", "patch_size", "width", "small_stem", "timm_kwargs")
+    }
     which = "untrained" if args.encoder == "pixels" else args.encoder
-    encoder, info = weights.open_encoder(args.pretrained, which, mean=args.mean, std=args.std, **given)
+    encoder, info = weights.open_encoder(
+        args.pretrained, which, mean=args.mean, std=args.std, **given
+    )
     if args.encoder == "pixels":
-        encoder, info = finetune.Pixels(info["img_size"]).eval(), {**info, "arch": "none", "encoder": "pixels", "notes": []}
+        encoder, info = (
+            finetune.Pixels(info["img_size"]).eval(),
+            {**info, "arch": "none", "encoder": "pixels", "notes": []},
+        )
     return encoder, info
 
 
@@ -130,19 +170,29 @@ def labelled(train: ImageSet, val: ImageSet | None, args) -> tuple[ImageSet, Ima
     """The images with labels, and of the training images those asked for; UsageError where a classifier would have nothing to
     learn or to be judged by."""
     if train.labels is None or val is None:
-        raise UsageError("evaluation needs labelled training and validation images: DATA/train/<class>, DATA/val/<class>")
+        raise UsageError(
+            "evaluation needs labelled training and validation images: DATA/train/<class>, DATA/val/<class>"
+        )
     train, val = train.labelled(), val.labelled()
     if args.label_list is not None:
         train = train.select(listed(train, args.label_list))
     elif args.label_fraction is not None:
-        keys = torch.from_numpy(augment.keyed_uniforms(1, args.subset_seed, np.arange(len(train)))[:, 0])
-        train = train.select(np.flatnonzero(linear.class_share(train.labels, train.classes, args.label_fraction, keys).numpy()))
+        keys = torch.from_numpy(
+            augment.keyed_uniforms(1, args.subset_seed, np.arange(len(train)))[:, 0]
+        )
+        train = train.select(
+            np.flatnonzero(
+                linear.class_share(train.labels, train.classes, args.label_fraction, keys).numpy()
+            )
+        )
     present = train.labels.unique()
     if len(present) < 2:
         raise UsageError(f"a classifier needs two classes, the training images have {len(present)}")
     missing = sorted({*val.labels.tolist()} - {*present.tolist()})
     if missing or not len(val):
-        names = checkpoint.first_few([str(train.classes[label]) for label in missing]) or "none at all"
+        names = (
+            checkpoint.first_few([str(train.classes[label]) for label in missing]) or "none at all"
+        )
         raise UsageError(f"there are validation images of classes without training images: {names}")
     return train, val
 
@@ -150,12 +200,16 @@ def labelled(train: ImageSet, val: ImageSet | None, args) -> tuple[ImageSet, Ima
 def listed(images: ImageSet, path: str) -> np.ndarray:
     """Indices of the images whose file names a text file lists, one a line (as the published splits of ImageNet do)."""
     if images.names is None:
-        raise UsageError(f"--label-list {path}: images of this --dataset have no file names; use --label-fraction")
+        raise UsageError(
+            f"--label-list {path}: images of this --dataset have no file names; use --label-fraction"
+        )
     with open(path) as file:
         wanted = {os.path.basename(line.strip()) for line in file if line.strip()}
     found = np.isin(images.names, sorted(wanted))
     if len(absent := wanted - {*images.names[found].tolist()}):
-        raise UsageError(f"{len(absent)} names of {path} are no training images: {checkpoint.first_few(sorted(absent))}")
+        raise UsageError(
+            f"{len(absent)} names of {path} are no training images: {checkpoint.first_few(sorted(absent))}"
+        )
     return np.flatnonzero(found)
 
 
@@ -180,7 +234,9 @@ def knn_table(task, train_share, val_share) -> dict[str, float]:
     width = task.encoder.num_features
     shares = [(features[:, :width], labels) for features, labels in (train_share, val_share)]
     ks = sorted({min(k, len(task.train)) for k in KNN_K})
-    return knn.table(*shares, len(task.val), len(task.train.classes), ks, KNN_TEMPERATURE, task.device)
+    return knn.table(
+        *shares, len(task.val), len(task.train.classes), ks, KNN_TEMPERATURE, task.device
+    )
 
 
 # -- linear probe ----------------------------------------------------------------------------------------------------------
@@ -192,7 +248,11 @@ def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
     kinds, select = linear.kinds_of(task.encoder), args.select
     held = torch.zeros(len(train), dtype=torch.bool)
     if select == "heldout":
-        if rare := [str(train.classes[label]) for label in train.labels.unique() if (train.labels == label).sum() < 2]:
+        if rare := [
+            str(train.classes[label])
+            for label in train.labels.unique()
+            if (train.labels == label).sum() < 2
+        ]:
             names = checkpoint.first_few(rare)
             raise UsageError(
                 f"every class needs two training images, one to be held out; only one has {names} (or --select val)"
@@ -210,15 +270,33 @@ def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
     recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, blur=False, colour=False)
     loader, cached = ViewLoader(fit, recipe, device, args.workers), None
     if args.cache_features:
-        settings = ("dataset", "data", "subset", "subset_seed", "label_fraction", "label_list", "select", "heldout")
+        settings = (
+            "dataset",
+            "data",
+            "subset",
+            "subset_seed",
+            "label_fraction",
+            "label_list",
+            "select",
+            "heldout",
+        )
         key = f"{task.digest} {[getattr(args, name) for name in settings]} {recipe} {task.amp}"
         place = dict(limit=args.cache_limit_gb * 2**30, folder=args.workdir, key=key)
-        cached = features.cache(embedder(task), max(kinds.values()), loader, args.cache_copies, workers=args.workers, **place)
+        cached = features.cache(
+            embedder(task),
+            max(kinds.values()),
+            loader,
+            args.cache_copies,
+            workers=args.workers,
+            **place,
+        )
     correct, start = accuracies(grid, *judges[select]), time.perf_counter()
     labels = fit.labels.to(device)
     while epoch < args.epochs:
         for step, (ids, x) in enumerate(batches(task, fit, loader, epoch, steps, cached)):
-            optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * (epoch + step / steps) / args.epochs))
+            optimizer.param_groups[0]["lr"] = 0.5 * (
+                1 + math.cos(math.pi * (epoch + step / steps) / args.epochs)
+            )
             grid.train_step(optimizer, x, labels[ids])
         epoch += 1
         correct = accuracies(grid, *judges[select])
@@ -229,16 +307,34 @@ def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
     if features.digest(task.encoder) != task.digest:
         raise RuntimeError("the encoder has changed during its evaluation: this must not happen")
     heads = [
-        {"features": kind, "norm": norm, "lr": args.lrs[rate], f"{select}_top1": chosen, "val_top1": top1, "val_top5": top5}
-        for (kind, norm, rate), chosen, top1, top5 in zip(grid.names(), correct[0].tolist(), *final.tolist(), strict=True)
+        {
+            "features": kind,
+            "norm": norm,
+            "lr": args.lrs[rate],
+            f"{select}_top1": chosen,
+            "val_top1": top1,
+            "val_top5": top5,
+        }
+        for (kind, norm, rate), chosen, top1, top5 in zip(
+            grid.names(), correct[0].tolist(), *final.tolist(), strict=True
+        )
     ]
-    protocol = f"best head on {int(held.sum())} held-out training images; trained on the other {len(fit)}"
+    protocol = (
+        f"best head on {int(held.sum())} held-out training images; trained on the other {len(fit)}"
+    )
     if select == "val":
         protocol = "best head on the validation images, which also judge it"
     head = heads[best]
-    result = {"linear_top1": head["val_top1"], "linear_top5": head["val_top5"], "best_lr": head["lr"], "best_head": head}
+    result = {
+        "linear_top1": head["val_top1"],
+        "linear_top5": head["val_top5"],
+        "best_lr": head["lr"],
+        "best_head": head,
+    }
     task.say(table(heads, args.lrs))
-    task.say(f"linear probe: top-1 {head['val_top1']:.2f} %, top-5 {head['val_top5']:.2f} % on {len(task.val)} images")
+    task.say(
+        f"linear probe: top-1 {head['val_top1']:.2f} %, top-5 {head['val_top5']:.2f} % on {len(task.val)} images"
+    )
     task.say(f"  ({protocol}: {head['features']}, {head['norm']}, base lr {head['lr']:g})")
     result |= {"select": select, "protocol": protocol, "heads": heads}
     return result, distributed.all_sum(grid.confusion(best, *val_share)).cpu().numpy()
@@ -291,7 +387,9 @@ def tune(task) -> tuple[dict, np.ndarray]:
     scale, steps = args.batch_size / 256, steps_of(train, args)
     model = finetune.Classifier(task.encoder, len(train.classes)).to(device)
     model = distributed.synchronise_batch_norm(model, device)
-    optimizer = finetune.build_optimizer(model, name, lr * scale, head_lr * scale, weight_decay, layer_decay)
+    optimizer = finetune.build_optimizer(
+        model, name, lr * scale, head_lr * scale, weight_decay, layer_decay
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
     epoch = resume(task, model, optimizer) if args.resume else 0
     network = distributed.replicate(model, device)
@@ -304,8 +402,12 @@ def tune(task) -> tuple[dict, np.ndarray]:
         requests = [(epoch, part, (0,)) for part in parts_of(train, args, epoch, steps)]
         for step, (ids, x) in enumerate(loader.load(requests)):
             for group in optimizer.param_groups:
-                group["lr"] = optim.learning_rate(epoch * steps + step, peak=group["peak"], **schedule)
-            torch.manual_seed(int(augment.keyed_bits(args.seed, epoch * steps + step, distributed.rank())) >> 1)
+                group["lr"] = optim.learning_rate(
+                    epoch * steps + step, peak=group["peak"], **schedule
+                )
+            torch.manual_seed(
+                int(augment.keyed_bits(args.seed, epoch * steps + step, distributed.rank())) >> 1
+            )
             with autocast(task.amp, device):
                 logits = network(x)
             optimizer.zero_grad(set_to_none=True)
@@ -317,8 +419,16 @@ def tune(task) -> tuple[dict, np.ndarray]:
             tell(task, loader, epoch, f"top-1 {judge(task, model)[0]:.2f} %", start)
         save(task, model, optimizer, epoch)
     top1, top5, counts = judge(task, model)
-    task.say(f"fine-tuned: top-1 {top1:.2f} %, top-5 {top5:.2f} % on {len(task.val)} images, after the last epoch")
-    settings = {"optimizer": name, "lr": lr, "head_lr": head_lr, "weight_decay": weight_decay, "layer_decay": layer_decay}
+    task.say(
+        f"fine-tuned: top-1 {top1:.2f} %, top-5 {top5:.2f} % on {len(task.val)} images, after the last epoch"
+    )
+    settings = {
+        "optimizer": name,
+        "lr": lr,
+        "head_lr": head_lr,
+        "weight_decay": weight_decay,
+        "layer_decay": layer_decay,
+    }
     return {"finetune_top1": top1, "finetune_top5": top5, "finetune": settings}, counts
 
 
@@ -331,7 +441,11 @@ def judge(task, model) -> tuple[float, float, np.ndarray]:
     found = torch.zeros(classes * classes + 1, dtype=torch.long, device=task.device)
     indices = np.arange(distributed.rank(), len(task.val), distributed.world_size())
     labels = task.val.labels[indices].to(task.device)
-    for batch, y in zip(whole_images(task.val, indices, **where(task)), labels.split(features.EVALUATION_BATCH), strict=True):
+    for batch, y in zip(
+        whole_images(task.val, indices, **where(task)),
+        labels.split(features.EVALUATION_BATCH),
+        strict=True,
+    ):
         with autocast(task.amp, task.device):
             best = model(batch).topk(min(5, classes), dim=1).indices
         found[:-1] += torch.bincount(y * classes + best[:, 0], minlength=classes * classes)
@@ -347,19 +461,26 @@ def judge(task, model) -> tuple[float, float, np.ndarray]:
 def steps_of(images, args) -> int:
     """Whole batches in an epoch; UsageError for none."""
     if args.batch_size > len(images):
-        raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(images)} training images")
+        raise UsageError(
+            f"--batch-size {args.batch_size} exceeds the {len(images)} training images"
+        )
     return len(images) // args.batch_size
 
 
 def parts_of(images, args, epoch: int, steps: int) -> list[np.ndarray]:
     """This rank's indices of each batch of an epoch."""
     order = augment.epoch_order(args.seed, epoch, len(images))
-    return [share(order[step * args.batch_size : (step + 1) * args.batch_size]) for step in range(steps)]
+    return [
+        share(order[step * args.batch_size : (step + 1) * args.batch_size]) for step in range(steps)
+    ]
 
 
 def percent_right(counts: np.ndarray) -> list[float | None]:
     """Of each class, from the confusion counts; None without images."""
-    return [round(100 * row[label] / row.sum(), 2) if row.sum() else None for label, row in enumerate(counts)]
+    return [
+        round(100 * row[label] / row.sum(), 2) if row.sum() else None
+        for label, row in enumerate(counts)
+    ]
 
 
 def tell(task, loader, epoch, text, start) -> None:
@@ -375,7 +496,11 @@ def save(task, model, optimizer, epoch) -> None:
     if distributed.rank() == 0:
         settings = {name: value for name, value in vars(task.args).items() if name not in RUNNING}
         state = {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"args": settings, "encoder_digest": task.digest, "provenance": checkpoint.provenance()}
+        state |= {
+            "args": settings,
+            "encoder_digest": task.digest,
+            "provenance": checkpoint.provenance(),
+        }
         with signals_wait():
             checkpoint.save(os.path.join(task.args.workdir, LAST), state)
     distributed.barrier()
@@ -388,18 +513,30 @@ def resume(task, model, optimizer) -> int:
         return 0
     state = checkpoint.read(path)
     kinds = dict(epoch=int, model=dict, optimizer=dict, args=dict, encoder_digest=str)
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+    if not isinstance(state, dict) or not all(
+        isinstance(state.get(name), kind) for name, kind in kinds.items()
+    ):
         raise UsageError(f"{path} is no state of an evaluation; choose a new --workdir")
-    changed = [str(name) for name, value in state["args"].items() if checkpoint.differ(value, vars(task.args).get(name))]
+    changed = [
+        str(name)
+        for name, value in state["args"].items()
+        if checkpoint.differ(value, vars(task.args).get(name))
+    ]
     changed += ["the encoder"] if state["encoder_digest"] != task.digest else []
     if changed:
-        raise UsageError(f"{path} is of another evaluation: {', '.join(changed)} changed; choose a new --workdir")
+        raise UsageError(
+            f"{path} is of another evaluation: {', '.join(changed)} changed; choose a new --workdir"
+        )
     try:
-        if state["epoch"] not in range(task.args.epochs + 1) or not all(map(checkpoint.is_plain, state["model"].values())):
+        if state["epoch"] not in range(task.args.epochs + 1) or not all(
+            map(checkpoint.is_plain, state["model"].values())
+        ):
             raise ValueError("no sensible epoch or weights")
         model.load_state_dict(state["model"])
     except Exception as error:  # whatever odd content leads to
-        raise UsageError(f"{path} does not fit this evaluation: {first_line(error)}; choose a new --workdir") from error
+        raise UsageError(
+            f"{path} does not fit this evaluation: {first_line(error)}; choose a new --workdir"
+        ) from error
     checkpoint.load_optimizer(path, state["optimizer"], optimizer)
     return state["epoch"]
 

@@ -14,7 +14,7 @@ import sys
 import time
 
 from snclr import options
-from snclr.errors import RunError, UsageError, one_clear_line
+from snclr.running.errors import RunError, UsageError, one_clear_line
 
 if __name__ == "__main__":
     with one_clear_line("main_snclr.py"):
@@ -22,13 +22,18 @@ if __name__ == "__main__":
 
 import torch
 
-from snclr import augment, checkpoint, data, distributed, knn, label_free, monitor, optim, report, sources, visualize, weights
+from snclr import augment, optim, report, visualize
+from snclr import loader as data
 from snclr.builder import build_model
-from snclr.features import digest
-from snclr.guard import Guard
-from snclr.lock import hold
-from snclr.precision import autocast, resolve_amp
-from snclr.preemption import Interruptions, handlers_given_back, interrupt, leave_at_once
+from snclr.datasets import sources
+from snclr.evaluation import knn, label_free
+from snclr.evaluation.features import digest
+from snclr.running import checkpoint, distributed, monitor
+from snclr.running.guard import Guard
+from snclr.running.lock import hold
+from snclr.running.precision import autocast, resolve_amp
+from snclr.running.preemption import Interruptions, handlers_given_back, interrupt, leave_at_once
+from snclr.weights import reading as weights
 
 
 @handlers_given_back()
@@ -56,12 +61,16 @@ def main(argv: list[str]) -> None:
     model = build_model(args, bfloat16=amp == "bf16")
     workdir, found, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
     if args.init_from and not found:
-        start_notes += weights.load_backbone(model.base_encoder, weights.read_encoder(args.init_from))
+        start_notes += weights.load_backbone(
+            model.base_encoder, weights.read_encoder(args.init_from)
+        )
         if model.momentum_encoder is not None:
             model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
     elif args.init_from:
         start_notes += [f"--init-from {args.init_from} is left aside: the run goes on from {found}"]
-    model = model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    model = model.to(
+        device, memory_format=torch.channels_last if channels_last else torch.preserve_format
+    )
     model = distributed.synchronise_batch_norm(model, device)
     optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
@@ -73,41 +82,67 @@ def main(argv: list[str]) -> None:
     speaks = distributed.rank() == 0
     if speaks:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        monitor.save_settings(workdir, args, {"world_size": distributed.world_size(), "amp_used": amp, "device": name})
+        monitor.save_settings(
+            workdir, args, {"world_size": distributed.world_size(), "amp_used": amp, "device": name}
+        )
     log = monitor.Log(workdir, step=step, enabled=speaks)
-    log.say(f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), batch {args.batch_size}")
-    log.say(f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, in {workdir}")
+    log.say(
+        f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), batch {args.batch_size}"
+    )
+    log.say(
+        f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, in {workdir}"
+    )
     for note in data_notes + start_notes + notes(args, len(train)):
         log.say(f"note: {note}")
     if found:
-        log.say(f"resumed from {found} after step {step} of {total_steps}" + "".join(f"; {change}" for change in changed))
+        log.say(
+            f"resumed from {found} after step {step} of {total_steps}"
+            + "".join(f"; {change}" for change in changed)
+        )
 
     # -- epochs ----------------------------------------------------------------------------------------------------------
     network = distributed.replicate(model, device)
-    guard = Guard(model, optimizer, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled())
+    guard = Guard(
+        model, optimizer, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled()
+    )
     interruptions = Interruptions(args.save_every_minutes, args.timeout_minutes)
     evaluated = distributed.on_rank_zero(log.last_evaluation)
     last_step = min(
-        total_steps, (args.stop_after_epochs or args.epochs) * steps_per_epoch, args.stop_after_steps or total_steps
+        total_steps,
+        (args.stop_after_epochs or args.epochs) * steps_per_epoch,
+        args.stop_after_steps or total_steps,
     )
     while True:
         epoch, inside = divmod(step, steps_per_epoch)
-        if args.eval_freq and not inside and (epoch % args.eval_freq == 0 or epoch == args.epochs) and step != evaluated:
+        if (
+            args.eval_freq
+            and not inside
+            and (epoch % args.eval_freq == 0 or epoch == args.epochs)
+            and step != evaluated
+        ):
             with interruptions.nothing_unsaved():
                 judged = (model, loader, val, amp, args, log, epoch)
-                result = evaluate(*judged) if step else evaluate_start(model, loader, val, args, log)
+                result = (
+                    evaluate(*judged) if step else evaluate_start(model, loader, val, args, log)
+                )
             log.line({"epoch": epoch, "step": step, **result})
         if step >= last_step:
             break
         schedule = dict(amp=amp, step=step, last_step=last_step)
-        step = train_epoch(network, loader, optimizer, scaler, guard, interruptions, log, args, **schedule)
+        step = train_epoch(
+            network, loader, optimizer, scaler, guard, interruptions, log, args, **schedule
+        )
         if note := monitor.bad_images(loader, workdir):
             log.say(f"note: {note}")
         told = "saved"
         if speaks:
             epoch, inside = divmod(step, steps_per_epoch)
-            state = checkpoint.pack(model, optimizer, scaler, args=args, epoch=epoch, step=step, **which)
-            encoder = checkpoint.pack_encoder(judged_encoder(model, args), args.eval_encoder, args=args, epoch=epoch)
+            state = checkpoint.pack(
+                model, optimizer, scaler, args=args, epoch=epoch, step=step, **which
+            )
+            encoder = checkpoint.pack_encoder(
+                judged_encoder(model, args), args.eval_encoder, args=args, epoch=epoch
+            )
             numbered = args.save_freq and not inside and epoch % args.save_freq == 0
             try:
                 save(workdir, state, encoder, [f"{epoch:04d}"] if numbered else [], args.keep, log)
@@ -136,13 +171,18 @@ def main(argv: list[str]) -> None:
 def open_workdir(args) -> tuple[str, str | None, list[str]]:
     """The folder of this run, locked from now on; the checkpoint to go on from, if any; what a user should know of it."""
     path = args.resume if args.resume != "auto" else None
-    workdir = args.workdir or (os.path.dirname(os.path.abspath(path)) if path else default_workdir(args))
+    workdir = args.workdir or (
+        os.path.dirname(os.path.abspath(path)) if path else default_workdir(args)
+    )
     hold(workdir, "main_snclr")
     if args.resume != "auto":
         return workdir, path, []
     found, told = checkpoint.newest(workdir)
     last = os.path.join(workdir, checkpoint.LAST)
-    if found not in (None, last):  # a crash between two files: what was not written any more is written now
+    if found not in (
+        None,
+        last,
+    ):  # a crash between two files: what was not written any more is written now
         checkpoint.save(last, checkpoint.read(found), args.keep)
     return workdir, found, told
 
@@ -159,7 +199,18 @@ def save(workdir, state, encoder, numbered: list[str], keep: int, log) -> None:
 
 
 def train_epoch(
-    network, loader, optimizer, scaler, guard, interruptions, log, args, *, amp: str, step: int, last_step: int
+    network,
+    loader,
+    optimizer,
+    scaler,
+    guard,
+    interruptions,
+    log,
+    args,
+    *,
+    amp: str,
+    step: int,
+    last_step: int,
 ) -> int:
     """Train from `step` (completed so far) to the end of its epoch, at most to last_step or an interruption; returns the
     completed steps."""
@@ -168,11 +219,20 @@ def train_epoch(
     total_steps = args.epochs * steps_per_epoch
     epoch, inside = divmod(step, steps_per_epoch)
     end = min((epoch + 1) * steps_per_epoch, last_step)
-    labels = None if loader.images.labels is None else loader.images.labels.to(loader.device, non_blocking=True)
+    labels = (
+        None
+        if loader.images.labels is None
+        else loader.images.labels.to(loader.device, non_blocking=True)
+    )
     neighbours_from = args.nn_warmup_epochs * steps_per_epoch
     batches = loader.epoch(epoch, inside)
     log.progress(steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
-    interval_start, interval_steps, slowest, waits = time.perf_counter(), 0, 0.0, monitor.Waits(loader.device)
+    interval_start, interval_steps, slowest, waits = (
+        time.perf_counter(),
+        0,
+        0.0,
+        monitor.Waits(loader.device),
+    )
 
     while step < end:
         step_start = time.perf_counter()
@@ -186,12 +246,16 @@ def train_epoch(
             warmup_epochs=args.warmup_epochs,
             epochs=args.epochs,
         )
-        momentum = optim.encoder_momentum(step, start=args.snclr_m, total_steps=total_steps, cosine=args.snclr_m_cos)
+        momentum = optim.encoder_momentum(
+            step, start=args.snclr_m, total_steps=total_steps, cosine=args.snclr_m_cos
+        )
         optim.set_learning_rate(optimizer, lr)
         # stochastic layers too draw from a key, so that a resumed run has no generator to restore
         torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank())) >> 1)
         with autocast(amp, loader.device):
-            loss, shown = network(batch.view1, batch.view2, batch.ids, momentum, step >= neighbours_from)
+            loss, shown = network(
+                batch.view1, batch.view2, batch.ids, momentum, step >= neighbours_from
+            )
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         step += 1
@@ -209,7 +273,13 @@ def train_epoch(
 
         if is_logged:
             metrics = monitor.step_metrics(
-                loss, shown, batch.ids, labels, method=args.method, form=args.form, temperature=args.snclr_t
+                loss,
+                shown,
+                batch.ids,
+                labels,
+                method=args.method,
+                form=args.form,
+                temperature=args.snclr_t,
             )
             for told in filter(None, (guard.check(), guard.collapse(metrics["feature_std"]))):
                 log.say(f"note: {told}")
@@ -230,7 +300,12 @@ def train_epoch(
             interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0
     log.end_progress()
     completed, inside = divmod(step, steps_per_epoch)
-    if log.enabled and args.viz_freq and not inside and (completed % args.viz_freq == 0 or completed == args.epochs):
+    if (
+        log.enabled
+        and args.viz_freq
+        and not inside
+        and (completed % args.viz_freq == 0 or completed == args.epochs)
+    ):
         log.pictures(step, *visualize.of_step(batch, shown, loader.images, args, step))
     return step
 
@@ -245,7 +320,15 @@ def evaluate(model, loader, val, amp, args, log, epoch) -> dict:
     encoder = judged_encoder(model, args)
     encoder.eval()
     with autocast(amp, loader.device):
-        result = judge(encoder.embed, loader, val, args, log, f"epoch {epoch}/{args.epochs}  ", f"{args.eval_encoder} encoder")
+        result = judge(
+            encoder.embed,
+            loader,
+            val,
+            args,
+            log,
+            f"epoch {epoch}/{args.epochs}  ",
+            f"{args.eval_encoder} encoder",
+        )
     encoder.train()
     return {**result, "encoder": args.eval_encoder}
 
@@ -255,7 +338,9 @@ def evaluate_start(model, loader, val, args, log) -> dict:
     result, start = {}, f"epoch 0/{args.epochs}  "
     where = dict(size=args.img_size, device=loader.device, workers=args.workers)
     if val is not None and args.img_size <= 64:
-        result["raw_pixels_knn_top1"] = knn.accuracy(lambda x: x.flatten(1), loader.images, val, **where)
+        result["raw_pixels_knn_top1"] = knn.accuracy(
+            lambda x: x.flatten(1), loader.images, val, **where
+        )
         log.say(f"{start}kNN top-1 {result['raw_pixels_knn_top1']:.2f} % (raw pixels)")
     untrained = knn.calibrated_copy(model.base_encoder, loader.images, **where)
     return {**result, **judge(untrained.embed, loader, val, args, log, start, "untrained encoder")}
@@ -269,14 +354,19 @@ def judge(embed, loader, val, args, log, start: str, what: str) -> dict:
         result["knn_top1"] = knn.accuracy(embed, loader.images, val, **where)
         told = [f"kNN top-1 {result['knn_top1']:.2f} %"]
     result |= label_free.signals(embed, loader)
-    told += [f"effective rank {result['effective_rank']:.1f}", f"view agreement {result['view_agreement']:.3f}"]
+    told += [
+        f"effective rank {result['effective_rank']:.1f}",
+        f"view agreement {result['view_agreement']:.3f}",
+    ]
     log.say(f"{start}{'  '.join(told)} ({what})")
     return result
 
 
 def default_workdir(args) -> str:
     """A new folder in runs/, named by what is run and when, or by SLURM's job, which may be started several times."""
-    arch = args.arch.replace(":", "-")  # rsync and scp take what stands before a colon for a machine
+    arch = args.arch.replace(
+        ":", "-"
+    )  # rsync and scp take what stands before a colon for a machine
     start = os.environ.get("SLURM_JOB_ID") or f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
     return os.path.join("runs", f"{args.method}-{arch}-{args.dataset}-{start}")
 
@@ -285,13 +375,19 @@ def notes(args, num_images: int) -> list[str]:
     """Settings that work, but that a user should know about."""
     told = []
     if args.method != "mocov3" and args.bank_size > num_images:
-        told.append(f"the bank ({args.bank_size} rows) is larger than the data set ({num_images} images): it holds old copies")
+        told.append(
+            f"the bank ({args.bank_size} rows) is larger than the data set ({num_images} images): it holds old copies"
+        )
     if args.method != "snclr":
-        told.append(f"method {args.method} does not use soft neighbours: --topk, --form and the weights' flags have no effect")
+        told.append(
+            f"method {args.method} does not use soft neighbours: --topk, --form and the weights' flags have no effect"
+        )
     if not args.arch.startswith("resnet") and (args.width or args.small_stem):
         told.append(f"--width and --small-stem concern ResNets: no effect on {args.arch}")
     if args.arch not in ("vit_tiny", "vit_small", "vit_base") and args.stop_grad_conv1:
-        told.append(f"--stop-grad-conv1 concerns ViTs with a plain patch embedding: no effect on {args.arch}")
+        told.append(
+            f"--stop-grad-conv1 concerns ViTs with a plain patch embedding: no effect on {args.arch}"
+        )
     return told
 
 

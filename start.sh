@@ -30,7 +30,7 @@ for flag in "$@"; do
   case $flag in
     --dry-run) DRY_RUN=1 ;;
     main_snclr.py) ;;
-    main_lincls.py) script=$flag options=snclr.lincls_options ;;
+    main_lincls.py) script=$flag options=snclr.evaluation.options ;;
     *) flags+=("$flag") ;;
   esac
 done

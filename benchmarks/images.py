@@ -20,39 +20,61 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from benchmarks import measure
-from snclr import augment, distributed, options, sources
-from snclr.data import ImageFiles, ViewLoader
+from snclr import augment, options
+from snclr.datasets import sources
+from snclr.loader import ImageFiles, ViewLoader
+from snclr.running import distributed
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", metavar="DATA", help="folder with train/<class>/<image>")
     parser.add_argument("-n", "--images", type=int, default=64, help="images a turn")
     parser.add_argument("-b", "--batch-size", type=int, default=32)
     parser.add_argument("-j", "--workers", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=9, help="turns of each side, alternating; the fastest counts")
+    parser.add_argument(
+        "--steps", type=int, default=9, help="turns of each side, alternating; the fastest counts"
+    )
     args = parser.parse_args()
     device = distributed.own_device()
     images, *_ = sources.open_data(options.parse_data([args.data, "--dataset", "folder"]))
     resident = None if isinstance(images, ImageFiles) else images.images
-    recipe = augment.Recipe(0, crop_min=0.2, size=224 if resident is None else resident.shape[-1], blur=resident is None)
+    recipe = augment.Recipe(
+        0, crop_min=0.2, size=224 if resident is None else resident.shape[-1], blur=resident is None
+    )
     chosen = np.arange(len(images))[:: max(1, len(images) // args.images)][: args.images]
-    requests = [(0, part) for part in np.split(chosen, range(args.batch_size, len(chosen), args.batch_size))]
+    requests = [
+        (0, part) for part in np.split(chosen, range(args.batch_size, len(chosen), args.batch_size))
+    ]
 
     # as torchvision's sets hold small images, and as its ImageFolder reads the others
-    pictures = images.paths[chosen] if resident is None else resident[chosen].permute(0, 2, 3, 1).contiguous().numpy()
+    pictures = (
+        images.paths[chosen]
+        if resident is None
+        else resident[chosen].permute(0, 2, 3, 1).contiguous().numpy()
+    )
     pairs = PILViews(pictures, recipe, images.mean, images.std)
     keeps, pins = args.workers > 0, device.type == "cuda"
-    theirs = DataLoader(pairs, args.batch_size, num_workers=args.workers, persistent_workers=keeps, pin_memory=pins)
+    theirs = DataLoader(
+        pairs, args.batch_size, num_workers=args.workers, persistent_workers=keeps, pin_memory=pins
+    )
     halves = [images.views(recipe, *request) for request in requests]
     halves = [(views.crops.to(device), views.parameters) for views in halves]
     ours = ViewLoader(images.to(device), recipe, device, args.workers)
     sides = {
-        "torchvision and PIL": lambda: ([view.to(device, non_blocking=True) for view in pair] for pair in theirs),
+        "torchvision and PIL": lambda: (
+            [view.to(device, non_blocking=True) for view in pair] for pair in theirs
+        ),
         "ours": lambda: ours.load(requests),
-        "  first half: decode, draw, crop, resize": lambda: (images.views(recipe, *request) for request in requests),
+        "  first half: decode, draw, crop, resize": lambda: (
+            images.views(recipe, *request) for request in requests
+        ),
         "  decoding alone": lambda: map(images.image, chosen),
-        "  second half: all else": lambda: (augment.apply(*half, images.mean, images.std) for half in halves),
+        "  second half: all else": lambda: (
+            augment.apply(*half, images.mean, images.std) for half in halves
+        ),
     }
     if resident is not None:
         del sides["  decoding alone"]
@@ -61,9 +83,12 @@ def main():
     calls = {name: lambda side=side: deque(side(), maxlen=0) for name, side in sides.items()}
     seconds = measure.fastest(calls, args.steps, device)
     rows = [
-        [name, f"{len(chosen) / time:.0f}", f"{seconds['torchvision and PIL'] / time:.2f}"] for name, time in seconds.items()
+        [name, f"{len(chosen) / time:.0f}", f"{seconds['torchvision and PIL'] / time:.2f}"]
+        for name, time in seconds.items()
     ]
-    print(f"{len(chosen)} images to 2 x {recipe.size} px, blur {'on' if recipe.blur else 'off'}, batch {args.batch_size}")
+    print(
+        f"{len(chosen)} images to 2 x {recipe.size} px, blur {'on' if recipe.blur else 'off'}, batch {args.batch_size}"
+    )
     print(f"{measure.hardware(device)}, {args.workers} workers\n")
     print(measure.table(["", "images/s", "ratio"], rows))
 

@@ -17,12 +17,16 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 from benchmarks import measure
-from snclr import distributed, lincls_options, linear
 from snclr.backbones import build_encoder
+from snclr.evaluation import linear
+from snclr.evaluation import options as lincls_options
+from snclr.running import distributed
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("-b", "--batch-size", type=int, default=32)
@@ -31,7 +35,14 @@ def main():
     args = parser.parse_args()
     device = distributed.own_device()
     torch.manual_seed(0)
-    settings = dict(img_size=args.img_size, patch_size=16, width=None, small_stem=False, stop_grad_conv1=False, timm_kwargs={})
+    settings = dict(
+        img_size=args.img_size,
+        patch_size=16,
+        width=None,
+        small_stem=False,
+        stop_grad_conv1=False,
+        timm_kwargs={},
+    )
     encoder = build_encoder(args.arch, **settings, hidden_dim=8, out_dim=8).to(device).eval()
     kinds = linear.kinds_of(encoder)
     x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
@@ -60,7 +71,9 @@ def main():
     }
     seconds = measure.fastest(sides, args.steps, device)
     heads = len(grid.names())
-    print(f"{args.arch}, {args.img_size} px, batch {args.batch_size}, {args.classes} classes; grid of {heads} heads")
+    print(
+        f"{args.arch}, {args.img_size} px, batch {args.batch_size}, {args.classes} classes; grid of {heads} heads"
+    )
     print(f"{measure.hardware(device)}; fastest of {args.steps} steps\n")
     one = seconds["one head, encoded"]
     rows = [[name, f"{1000 * time:.1f}", f"{time / one:.3f}"] for name, time in seconds.items()]

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks import measure
-from snclr import distributed, objectives
+from snclr import objectives
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import Candidates, gather_neighbours, positiveness, snclr_loss
+from snclr.running import distributed
 
 T = 0.2
 
@@ -52,7 +53,10 @@ class Problem:
 
     def leaves(self):
         """Fresh leaves (query, online) of both directions."""
-        return [(z.clone().requires_grad_(), y.clone().requires_grad_()) for z, y in zip(self.query, self.online, strict=True)]
+        return [
+            (z.clone().requires_grad_(), y.clone().requires_grad_())
+            for z, y in zip(self.query, self.online, strict=True)
+        ]
 
 
 class Dense:
@@ -119,7 +123,9 @@ class Streamed:
             given = dict(candidates=Candidates(p.keys[direction], counts))
             given["neighbours"] = gather_neighbours(self.bank.features, rows)
             weights = positiveness(y, self.bank.features, rows, neighbours=given["neighbours"])
-            loss = snclr_loss(z, keys[direction], self.bank.products, rows, weights, temperature=T, **given)
+            loss = snclr_loss(
+                z, keys[direction], self.bank.products, rows, weights, temperature=T, **given
+            )
             gradients += [loss.detach(), *torch.autograd.grad(loss, (z, y))]
         self.bank.enqueue(p.keys[0], p.own_ids)
         return gradients
@@ -135,30 +141,51 @@ def exactness(args, device) -> list[list]:
         keys = torch.cat([key[: problem.batch] for key in problem.keys])
         _, rows = found.bank.search(keys, args.topk)
         wide = problem.bank.double()
-        true = torch.cat([(part.double() @ wide.T).topk(args.topk).indices for part in keys.split(32)])
-        recall = torch.stack([torch.isin(a, b).float().mean() for a, b in zip(true, rows, strict=True)]).mean().item()
+        true = torch.cat(
+            [(part.double() @ wide.T).topk(args.topk).indices for part in keys.split(32)]
+        )
+        recall = (
+            torch.stack([torch.isin(a, b).float().mean() for a, b in zip(true, rows, strict=True)])
+            .mean()
+            .item()
+        )
         errors, cosines = [], []
         for direction, own in enumerate(rows.chunk(2)):
             counts = objectives.count_picks(own, args.bank) + found.others[direction]
             results = []
             for form in (torch.float32, torch.float64):
-                z, y = (x[direction].to(form).requires_grad_() for x in (problem.query, problem.online))
+                z, y = (
+                    x[direction].to(form).requires_grad_() for x in (problem.query, problem.online)
+                )
                 key, bank = problem.keys[direction].to(form), problem.bank.to(form)
                 products = bank.bfloat16() if form == torch.float32 else bank
-                given = dict(candidates=Candidates(key, counts), neighbours=gather_neighbours(bank, own))
+                given = dict(
+                    candidates=Candidates(key, counts), neighbours=gather_neighbours(bank, own)
+                )
                 weights = positiveness(y, bank, own, neighbours=given["neighbours"])
-                loss = snclr_loss(z, key[: problem.batch], products, own, weights, temperature=T, **given)
-                results.append((loss.item(), torch.cat([g.double() for g in torch.autograd.grad(loss, (z, y))])))
+                loss = snclr_loss(
+                    z, key[: problem.batch], products, own, weights, temperature=T, **given
+                )
+                results.append(
+                    (
+                        loss.item(),
+                        torch.cat([g.double() for g in torch.autograd.grad(loss, (z, y))]),
+                    )
+                )
             (loss, gradient), (true_loss, true_gradient) = results
             errors.append(abs(loss / true_loss - 1))
-            cosines.append(torch.nn.functional.cosine_similarity(gradient, true_gradient, dim=1).min().item())
+            cosines.append(
+                torch.nn.functional.cosine_similarity(gradient, true_gradient, dim=1).min().item()
+            )
         name = "clusters of cosine .95" if clustered else "random features"
         lines.append([name, f"{max(errors):.1e}", f"{min(cosines):.5f}", f"{recall:.4f}"])
     return lines
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=128, help="images a rank (B)")
     parser.add_argument("--ranks", type=int, default=32)
     parser.add_argument("-K", "--topk", type=int, default=30)
@@ -184,8 +211,15 @@ def main():
     for name, taken in seconds.items():
         less = [f"{memory[name] / 2**20:.0f}", f"{memory[dense] / memory[name]:.1f}"]
         rows.append([name, f"{1000 * taken:.0f}", f"{seconds[dense] / taken:.1f}", *less])
-    print(measure.table(["", "ms a step", "times faster", "MB beyond the bank", "times less"], rows))
-    head = ["bfloat16 products against float64", "loss, relative error", "least gradient cosine", "recall of the top K"]
+    print(
+        measure.table(["", "ms a step", "times faster", "MB beyond the bank", "times less"], rows)
+    )
+    head = [
+        "bfloat16 products against float64",
+        "loss, relative error",
+        "least gradient cosine",
+        "recall of the top K",
+    ]
     print("\n" + measure.table(head, exactness(args, device)))
 
 

@@ -23,13 +23,18 @@ from lightly.transforms import SimCLRTransform
 
 import main_snclr
 from benchmarks import measure
-from snclr import augment, data, distributed, monitor, optim, options, sources
+from snclr import augment, optim, options
+from snclr import loader as data
 from snclr.builder import build_model
-from snclr.guard import Guard
-from snclr.precision import autocast, resolve_amp
-from snclr.preemption import Interruptions
+from snclr.datasets import sources
+from snclr.running import distributed, monitor
+from snclr.running.guard import Guard
+from snclr.running.precision import autocast, resolve_amp
+from snclr.running.preemption import Interruptions
 
-RECIPE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "cifar10_resnet18.args")
+RECIPE = os.path.join(
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "cifar10_resnet18.args"
+)
 
 
 class Ours:
@@ -39,38 +44,73 @@ class Ours:
         self.args = args = options.parse([f"@{RECIPE}", *flags])
         torch.manual_seed(0)
         self.amp, self.turn, self.step = resolve_amp(args.amp, device), turn, 0
-        layout = torch.channels_last if device.type == "cuda" or self.amp != "off" else torch.preserve_format
+        layout = (
+            torch.channels_last
+            if device.type == "cuda" or self.amp != "off"
+            else torch.preserve_format
+        )
         model = build_model(args, bfloat16=self.amp == "bf16").to(device, memory_format=layout)
         bank = model.memory_bank  # full, as lightly's is from the start
-        bank.enqueue(torch.randn(len(bank), args.snclr_dim, device=device), torch.full((len(bank),), -1, device=device))
+        bank.enqueue(
+            torch.randn(len(bank), args.snclr_dim, device=device),
+            torch.full((len(bank),), -1, device=device),
+        )
         recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, args.blur)
         loader = data.TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
         optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
         scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
-        guard = Guard(model, optimizer, loader, os.curdir, limit=args.skip_non_finite, scaled=scaler.is_enabled())
+        guard = Guard(
+            model,
+            optimizer,
+            loader,
+            os.curdir,
+            limit=args.skip_non_finite,
+            scaled=scaler.is_enabled(),
+        )
         log = monitor.Log(os.curdir, step=0, enabled=False)
-        self.parts = model, loader, optimizer, scaler, guard, Interruptions(0, args.timeout_minutes), log
+        self.parts = (
+            model,
+            loader,
+            optimizer,
+            scaler,
+            guard,
+            Interruptions(0, args.timeout_minutes),
+            log,
+        )
 
     def __call__(self):
         last = self.step + self.turn
         while self.step < last:
-            self.step = main_snclr.train_epoch(*self.parts, self.args, amp=self.amp, step=self.step, last_step=last)
+            self.step = main_snclr.train_epoch(
+                *self.parts, self.args, amp=self.amp, step=self.step, last_step=last
+            )
 
 
 class Lightly:
     """Steps of lightly's NNCLR example. args: our flags of the same run; amp: 'off' or 'bf16'."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, turn: int, workers: int, amp: str):
+    def __init__(
+        self, args: argparse.Namespace, device: torch.device, turn: int, workers: int, amp: str
+    ):
         torch.manual_seed(0)
         self.device, self.turn, self.amp = device, turn, amp
-        transform = SimCLRTransform(input_size=args.img_size, cj_strength=0.5, gaussian_blur=0.0)  # as in its CIFAR benchmark
+        transform = SimCLRTransform(
+            input_size=args.img_size, cj_strength=0.5, gaussian_blur=0.0
+        )  # as in its CIFAR benchmark
         dataset = LightlyDataset(os.path.join(args.data, "train"), transform=transform)
-        how = dict(shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
-        self.loader = torch.utils.data.DataLoader(dataset, args.batch_size, pin_memory=device.type == "cuda", **how)
+        how = dict(
+            shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
+        )
+        self.loader = torch.utils.data.DataLoader(
+            dataset, args.batch_size, pin_memory=device.type == "cuda", **how
+        )
         encoder = build_model(args).base_encoder
         features, dim, hidden = encoder.num_features, args.snclr_dim, args.snclr_mlp_dim
         encoder.fc = NNCLRProjectionHead(features, hidden, dim)
-        self.encoder, self.predictor = encoder.to(device), NNCLRPredictionHead(dim, hidden, dim).to(device)
+        self.encoder, self.predictor = (
+            encoder.to(device),
+            NNCLRPredictionHead(dim, hidden, dim).to(device),
+        )
         self.bank = NNMemoryBankModule(size=(args.bank_size, dim)).to(device)
         self.criterion = NTXentLoss(temperature=args.snclr_t)
         parameters = [*self.encoder.parameters(), *self.predictor.parameters()]
@@ -87,37 +127,75 @@ class Lightly:
             with autocast(self.amp, self.device):
                 online = [self.encoder(view) for view in views]
                 predicted = [self.predictor(z) for z in online]
-                near = [self.bank(z.detach(), update=update) for z, update in zip(online, (False, True), strict=True)]
-                loss = 0.5 * (self.criterion(near[0], predicted[1]) + self.criterion(near[1], predicted[0]))
+                near = [
+                    self.bank(z.detach(), update=update)
+                    for z, update in zip(online, (False, True), strict=True)
+                ]
+                loss = 0.5 * (
+                    self.criterion(near[0], predicted[1]) + self.criterion(near[1], predicted[0])
+                )
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", metavar="DATA", help="folder with train/<class>/<image>")
     parser.add_argument("-b", "--batch-size", type=int, default=64)
     parser.add_argument("-j", "--workers", type=int, default=0, help="of lightly's loader")
-    parser.add_argument("--turn", type=int, default=1, help="training steps that a side takes before the next one does")
-    parser.add_argument("--steps", type=int, default=3, help="turns of each side; the fastest counts")
+    parser.add_argument(
+        "--turn",
+        type=int,
+        default=1,
+        help="training steps that a side takes before the next one does",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3, help="turns of each side; the fastest counts"
+    )
     args = parser.parse_args()
     device = distributed.own_device()
-    common = [args.data, "--dataset", "folder", "--img-size", "32", "-b", str(args.batch_size), "-j", "0", "--amp"]
+    common = [
+        args.data,
+        "--dataset",
+        "folder",
+        "--img-size",
+        "32",
+        "-b",
+        str(args.batch_size),
+        "-j",
+        "0",
+        "--amp",
+    ]
     parsed = options.parse([f"@{RECIPE}", *common, "off"])
     train = sources.open_data(parsed)[0].to(device)
     sides = {
         "lightly, NNCLR, float32": Lightly(parsed, device, args.turn, args.workers, "off"),
-        "ours, nnclr, float32": Ours([*common, "off", "--method", "nnclr"], train, device, args.turn),
+        "ours, nnclr, float32": Ours(
+            [*common, "off", "--method", "nnclr"], train, device, args.turn
+        ),
         "ours, snclr, float32": Ours([*common, "off"], train, device, args.turn),
-        "lightly, NNCLR, under bfloat16 autocast": Lightly(parsed, device, args.turn, args.workers, "bf16"),
-        "ours, nnclr, bfloat16": Ours([*common, "bf16", "--method", "nnclr"], train, device, args.turn),
+        "lightly, NNCLR, under bfloat16 autocast": Lightly(
+            parsed, device, args.turn, args.workers, "bf16"
+        ),
+        "ours, nnclr, bfloat16": Ours(
+            [*common, "bf16", "--method", "nnclr"], train, device, args.turn
+        ),
         "ours, snclr, bfloat16": Ours([*common, "bf16"], train, device, args.turn),
     }
     seconds = measure.fastest(sides, args.steps, device)
     first, images = next(iter(seconds.values())), args.batch_size * args.turn
-    print(f"{parsed.arch} with the small stem, {len(train)} images, batch {args.batch_size}; {measure.hardware(device)}\n")
-    print(measure.table(["", "images/s", "ratio"], [[n, f"{images / t:.1f}", f"{first / t:.2f}"] for n, t in seconds.items()]))
+    print(
+        f"{parsed.arch} with the small stem, {len(train)} images, batch {args.batch_size}; {measure.hardware(device)}\n"
+    )
+    print(
+        measure.table(
+            ["", "images/s", "ratio"],
+            [[n, f"{images / t:.1f}", f"{first / t:.2f}"] for n, t in seconds.items()],
+        )
+    )
 
 
 if __name__ == "__main__":

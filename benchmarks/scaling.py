@@ -23,8 +23,9 @@ import torch
 from benchmarks import measure
 from benchmarks.objective import Problem, Streamed
 from benchmarks.step import Step
-from snclr import distributed, objectives
-from snclr.canvas import BLUE, FAINT, GREY, INK, MARGIN, ORANGE, font, page
+from snclr import objectives
+from snclr.pictures.canvas import BLUE, FAINT, GREY, INK, MARGIN, ORANGE, font, page
+from snclr.running import distributed
 
 BASE = dict(batch=128, topk=30, bank=128000, ranks=32, dim=256)
 SWEEPS = {  # what is varied, all else as in BASE
@@ -54,10 +55,14 @@ def simulated(args, device) -> dict[str, list[list]]:
             seconds = measure.fastest(steps, args.steps, device)
             with measure.simulated_ranks(sizes.ranks) as sent:
                 for key, rows in zip(side.p.keys, side.p.rows, strict=True):
-                    objectives.gather_candidates(key[: sizes.batch], rows[: sizes.batch], sizes.bank)
+                    objectives.gather_candidates(
+                        key[: sizes.batch], rows[: sizes.batch], sizes.bank
+                    )
                 distributed.all_gather(side.p.own_ids[: sizes.batch])
             loss, of_all = (1000 * (seconds[side] - seconds["search"]) for side in ("step", "all"))
-            found[name].append([value, loss, of_all, 1000 * seconds["search"], memory / 2**20, sum(sent) / 1e6])
+            found[name].append(
+                [value, loss, of_all, 1000 * seconds["search"], memory / 2**20, sum(sent) / 1e6]
+            )
     return found
 
 
@@ -81,17 +86,26 @@ def true_rank(rank: int, world_size: int, port: int, batch: int, steps: int) -> 
         seconds.append(time.perf_counter() - start)
     distributed.barrier()
     if rank == 0:
-        print(f"{world_size:>5}  {1000 * min(seconds[1:]):>9.1f}  {world_size * batch / min(seconds[1:]):>8.0f}", flush=True)
+        print(
+            f"{world_size:>5}  {1000 * min(seconds[1:]):>9.1f}  {world_size * batch / min(seconds[1:]):>8.0f}",
+            flush=True,
+        )
     distributed.stop()
 
 
 def plot(found: dict[str, list[list]], title: str, told: str):
     """Loss and search over each sweep's values, both axes logarithmic in effect: evenly spaced values, times from 0."""
     side, gap = 230, 70
-    key = [(BLUE, "loss, forward and backward"), (GREY, "the same, all bank rows multiplied"), (ORANGE, "search")]
+    key = [
+        (BLUE, "loss, forward and backward"),
+        (GREY, "the same, all bank rows multiplied"),
+        (ORANGE, "search"),
+    ]
     image, draw, top = page(len(found) * (side + gap), side + 50, title, told, key)
     highest = 1.1 * max(max(line[1:4]) for lines in found.values() for line in lines)
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if highest / s <= 6)
+    step = next(
+        s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if highest / s <= 6
+    )
     for number, (name, lines) in enumerate(found.items()):
         left = MARGIN + 40 + number * (side + gap)
         y_of = lambda value: top + side - side * value / highest  # noqa: E731
@@ -111,9 +125,13 @@ def plot(found: dict[str, list[list]], title: str, told: str):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", metavar="PNG", help="where the plot goes")
-    parser.add_argument("--float32", action="store_true", help="products in float32 instead of bfloat16")
+    parser.add_argument(
+        "--float32", action="store_true", help="products in float32 instead of bfloat16"
+    )
     parser.add_argument("--true-ranks", type=int, nargs="*", default=[1, 2, 4], metavar="N")
     parser.add_argument("-b", "--batch", type=int, default=32, help="images of a true rank")
     parser.add_argument("--steps", type=int, default=3)
@@ -121,16 +139,27 @@ def main():
     device = distributed.own_device()
     products = "float32" if args.float32 else "bfloat16"
     base = ", ".join(f"{name} {value}" for name, value in BASE.items())
-    print(f"{products} products; {measure.hardware(device)}; fastest of {args.steps}\nall else as in: {base}")
+    print(
+        f"{products} products; {measure.hardware(device)}; fastest of {args.steps}\nall else as in: {base}"
+    )
     found = simulated(args, device)
     for name, lines in found.items():
-        rows = [[line[0], *(f"{value:.0f}" for value in line[1:5]), f"{line[5]:.2f}"] for line in lines]
-        print("\n" + measure.table([name, "loss, ms", "all rows, ms", "search, ms", "peak MB", "MB sent a rank"], rows))
+        rows = [
+            [line[0], *(f"{value:.0f}" for value in line[1:5]), f"{line[5]:.2f}"] for line in lines
+        ]
+        print(
+            "\n"
+            + measure.table(
+                [name, "loss, ms", "all rows, ms", "search, ms", "peak MB", "MB sent a rank"], rows
+            )
+        )
     if args.out:
         told = f"milliseconds a step of one rank, both directions, {products} products; all else as in {base}"
         plot(found, "Objective and bank as the work grows", told).save(args.out, optimize=True)
     if args.true_ranks:
-        print(f"\n{args.batch} images a rank, ResNet-8, one thread a rank, {os.cpu_count()} cores\nranks  ms a step  images/s")
+        print(
+            f"\n{args.batch} images a rank, ResNet-8, one thread a rank, {os.cpu_count()} cores\nranks  ms a step  images/s"
+        )
     for number, world_size in enumerate(args.true_ranks):
         settings = (world_size, 29600 + number, args.batch, args.steps)
         torch.multiprocessing.spawn(true_rank, settings, nprocs=world_size)

@@ -17,9 +17,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 from benchmarks import measure
-from snclr import distributed, optim, options
+from snclr import optim, options
 from snclr.builder import build_model
-from snclr.precision import autocast, resolve_amp
+from snclr.running import distributed
+from snclr.running.precision import autocast, resolve_amp
 
 VIT = "@configs/vit_small_imagenet.args DATA --dataset tree --amp off"
 RESNET = "@configs/cifar10_resnet18.args DATA --amp off"
@@ -28,12 +29,22 @@ RESNET = "@configs/cifar10_resnet18.args DATA --amp off"
 class Step:
     """What train_epoch of main_snclr.py does with a batch. flags: of main_snclr.py; channels_last: of the convolutions."""
 
-    def __init__(self, flags: str, batch: int, device: torch.device, *, channels_last: bool = False, joins: bool | None = None):
+    def __init__(
+        self,
+        flags: str,
+        batch: int,
+        device: torch.device,
+        *,
+        channels_last: bool = False,
+        joins: bool | None = None,
+    ):
         args = parse(flags)
         torch.manual_seed(0)
         self.amp, self.device = resolve_amp(args.amp, device), device
         layout = torch.channels_last if channels_last else torch.preserve_format
-        self.model = build_model(args, bfloat16=self.amp == "bf16").to(device, memory_format=layout).train()
+        self.model = (
+            build_model(args, bfloat16=self.amp == "bf16").to(device, memory_format=layout).train()
+        )
         if joins is not None:
             self.model.joins_views = joins
         self.optimizer = optim.build_optimizer(args.optimizer, self.model, args.wd)
@@ -42,7 +53,8 @@ class Step:
         self.ids = torch.arange(batch, device=device)
         if (bank := self.model.memory_bank) is not None:  # full, as it is after the first epochs
             bank.enqueue(
-                torch.randn(len(bank), args.snclr_dim, device=device), len(self.ids) + torch.arange(len(bank), device=device)
+                torch.randn(len(bank), args.snclr_dim, device=device),
+                len(self.ids) + torch.arange(len(bank), device=device),
             )
 
     def __call__(self):
@@ -58,7 +70,9 @@ def parse(flags: str) -> argparse.Namespace:
     """Flags of main_snclr.py, for noise instead of images."""
     here = os.path.dirname(os.path.abspath(__file__))
     root = os.path.dirname(here)
-    words = [word.replace("@configs", f"@{root}/configs").replace("DATA", root) for word in flags.split()]
+    words = [
+        word.replace("@configs", f"@{root}/configs").replace("DATA", root) for word in flags.split()
+    ]
     return options.parse(words)
 
 
@@ -101,7 +115,11 @@ def tables(args, device) -> dict:
             "ResNet-18 (CIFAR stem), float32": resnet(),
             "bfloat16": resnet(amp),
             "bfloat16, channels-last": resnet(amp, channels_last=True),
-            **({"the same, compiled": resnet(f"{amp} --compile", channels_last=True)} if args.compile else {}),
+            **(
+                {"the same, compiled": resnet(f"{amp} --compile", channels_last=True)}
+                if args.compile
+                else {}
+            ),
         },
         "optimiser": lambda: {
             "AdamW on ViT-S, parameter by parameter": Optimiser(device, foreach=False, fused=False),
@@ -112,15 +130,21 @@ def tables(args, device) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-b", "--batch", type=int, default=8, help="images of the ViT's batch")
     parser.add_argument("--cifar-batch", type=int, default=64, help="images of the ResNet's batch")
     parser.add_argument("--steps", type=int, default=5, help="steps of each side, alternating")
-    parser.add_argument("--compile", action="store_true", help="compiled backbones, too: minutes more")
+    parser.add_argument(
+        "--compile", action="store_true", help="compiled backbones, too: minutes more"
+    )
     parser.add_argument("--only", nargs="+", metavar="TABLE", help="method, vit, resnet, optimiser")
     args = parser.parse_args()
     device = distributed.own_device()
-    print(f"batch {args.batch} (ResNet {args.cifar_batch}); {measure.hardware(device)}; fastest of {args.steps}")
+    print(
+        f"batch {args.batch} (ResNet {args.cifar_batch}); {measure.hardware(device)}; fastest of {args.steps}"
+    )
     for name, make in tables(args, device).items():
         if args.only and name not in args.only:
             continue

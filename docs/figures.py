@@ -16,7 +16,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from PIL import Image, ImageDraw
 
 from snclr import report
-from snclr.canvas import BLUE, FAINT, GREY, INK, MARGIN, ORANGE, font, page
+from snclr.pictures.canvas import BLUE, FAINT, GREY, INK, MARGIN, ORANGE, font, page
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FINE = 2  # drawn larger and reduced: smooth lines
@@ -69,7 +69,11 @@ def method() -> Image.Image:
         tip(draw, points[-2], points[-1])
         (x, y), (u, v) = points[0], points[1]
         # beside a line that falls, above one that lies; lower on dashed ones, which another may cross in the middle
-        place, anchor = ((x + 8, y + (v - y) * (0.75 if dashed else 0.5)), "lm") if x == u else (((x + u) / 2, y - 9), "mm")
+        place, anchor = (
+            ((x + 8, y + (v - y) * (0.75 if dashed else 0.5)), "lm")
+            if x == u
+            else (((x + u) / 2, y - 9), "mm")
+        )
         draw.text(scaled(place), name, fill=INK, font=font(12 * FINE), anchor=anchor)
     for (x, y), name, where, ground in BOXES.values():
         corner = scaled((x - WIDE / 2, y - HIGH / 2)) + scaled((x + WIDE / 2, y + HIGH / 2))
@@ -87,7 +91,9 @@ def scaled(point: tuple) -> tuple:
 def edge(centre: tuple, towards: tuple) -> tuple:
     """Where a line from a box's centre leaves the box."""
     (x, y), (u, v) = centre, towards
-    reach = min(WIDE / 2 / abs(u - x) if u != x else math.inf, HIGH / 2 / abs(v - y) if v != y else math.inf)
+    reach = min(
+        WIDE / 2 / abs(u - x) if u != x else math.inf, HIGH / 2 / abs(v - y) if v != y else math.inf
+    )
     return x + reach * (u - x), y + reach * (v - y)
 
 
@@ -95,32 +101,48 @@ def line(draw: ImageDraw.ImageDraw, a: tuple, b: tuple, dashed: bool) -> None:
     pieces = max(1, int(math.dist(a, b) / 5)) if dashed else 1
     for piece in range(0, pieces, 2):
         ends = [
-            tuple(p + (q - p) * share for p, q in zip(a, b, strict=True)) for share in (piece / pieces, (piece + 1) / pieces)
+            tuple(p + (q - p) * share for p, q in zip(a, b, strict=True))
+            for share in (piece / pieces, (piece + 1) / pieces)
         ]
         draw.line(scaled(ends[0]) + scaled(ends[1]), fill=FAINT, width=FINE + 1)
 
 
 def tip(draw: ImageDraw.ImageDraw, a: tuple, b: tuple) -> None:
     angle = math.atan2(b[1] - a[1], b[0] - a[0])
-    corners = [(b[0] - 9 * math.cos(angle + turn), b[1] - 9 * math.sin(angle + turn)) for turn in (-0.4, 0.4)]
+    corners = [
+        (b[0] - 9 * math.cos(angle + turn), b[1] - 9 * math.sin(angle + turn))
+        for turn in (-0.4, 0.4)
+    ]
     draw.polygon([scaled(point) for point in (b, *corners)], fill=FAINT)
 
 
 def by_name(workdirs: list[str]) -> dict[str, list[report.Run]]:
     """Runs by the name of their folder without -seedN, 'base' first."""
     found: dict[str, list[report.Run]] = {}
-    for workdir in sorted(workdirs, key=lambda path: (not os.path.basename(path).startswith("base"), path)):
-        found.setdefault(re.sub(r"-seed\d+$", "", os.path.basename(workdir)), []).append(report.load(workdir))
+    for workdir in sorted(
+        workdirs, key=lambda path: (not os.path.basename(path).startswith("base"), path)
+    ):
+        found.setdefault(re.sub(r"-seed\d+$", "", os.path.basename(workdir)), []).append(
+            report.load(workdir)
+        )
     return found
 
 
 def ablations(runs: dict[str, list[report.Run]]) -> Image.Image:
     """kNN top-1 of each run as a dot, the mean over seeds as a bar."""
-    values = {name: [report.value(run, "knn_top1", "last") for run in members] for name, members in runs.items()}
-    low, high = math.floor(min(map(min, values.values()))) - 1, math.ceil(max(map(max, values.values()))) + 1
+    values = {
+        name: [report.value(run, "knn_top1", "last") for run in members]
+        for name, members in runs.items()
+    }
+    low, high = (
+        math.floor(min(map(min, values.values()))) - 1,
+        math.ceil(max(map(max, values.values()))) + 1,
+    )
     left, width, pace = 190, 460, 22
     told = "kNN top-1 in percent: a dot a seed, a bar their mean; dashed: the mean of base"
-    image, draw, top = page(left + width, pace * len(values) + 24, "Ablations on the embedded data", told)
+    image, draw, top = page(
+        left + width, pace * len(values) + 24, "Ablations on the embedded data", told
+    )
 
     def place(value):
         return MARGIN + left + width * (value - low) / (high - low)
@@ -143,11 +165,21 @@ def ablations(runs: dict[str, list[report.Run]]) -> Image.Image:
 
 def table(runs: dict[str, list[report.Run]]) -> str:
     """The same and what else sets them apart, in Markdown: mean and sample standard deviation over the seeds."""
-    columns = [column for column in report.COLUMNS if column[1] in ("knn_top1", "neighbour_purity", "positiveness_entropy")]
+    columns = [
+        column
+        for column in report.COLUMNS
+        if column[1] in ("knn_top1", "neighbour_purity", "positiveness_entropy")
+    ]
     columns = [column for column in columns if column[2] != "first"]
-    lines = ["| ablation | seeds | " + " | ".join(name for name, *_ in columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    lines = [
+        "| ablation | seeds | " + " | ".join(name for name, *_ in columns) + " |",
+        "|---" * (2 + len(columns)) + "|",
+    ]
     for name, members in runs.items():
-        cells = [report.mean_and_deviation([report.value(run, *column[1:]) for run in members]) for column in columns]
+        cells = [
+            report.mean_and_deviation([report.value(run, *column[1:]) for run in members])
+            for column in columns
+        ]
         lines.append(f"| `{name}` | {len(members)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -158,7 +190,11 @@ def renew_links(page: str) -> str:
     def renewed(link):
         name, path = link.groups()
         with open(os.path.join(HERE, path)) as file:
-            line = next(number for number, text in enumerate(file, 1) if re.match(rf"\s*(def|class) {name}\b", text))
+            line = next(
+                number
+                for number, text in enumerate(file, 1)
+                if re.match(rf"\s*(def|class) {name}\b", text)
+            )
         return f"[`{name}`]({path}#L{line})"
 
     return re.sub(r"\[`(\w+)`\]\(([^)#]+\.py)(?:#L\d+)?\)", renewed, page)

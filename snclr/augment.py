@@ -14,10 +14,17 @@ from torch.nn.functional import pad
 
 GRAY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision's
 SIGMA_RANGE = (0.1, 2.0)  # blur, in output pixels
-JITTER = (0.4, 0.4, 0.2, 0.1)  # half-widths of brightness, contrast, saturation (factors about 1) and hue (turns about 0)
+JITTER = (
+    0.4,
+    0.4,
+    0.2,
+    0.1,
+)  # half-widths of brightness, contrast, saturation (factors about 1) and hue (turns about 0)
 CROP_TRIES = 10
 SMALL = 64  # px; a CPU takes larger views one by one, since its cache holds no more
-AT_ONCE = 2**26  # values that a GPU augments at a time: a batch of any size needs but a few times their memory
+AT_ONCE = (
+    2**26
+)  # values that a GPU augments at a time: a batch of any size needs but a few times their memory
 
 # -- drawing -------------------------------------------------------------------------------------------------------------
 
@@ -74,7 +81,12 @@ class Recipe(NamedTuple):
 
 
 def draw(
-    recipe: Recipe, epoch: int, indices: np.ndarray, view: int | np.ndarray, heights: np.ndarray, widths: np.ndarray
+    recipe: Recipe,
+    epoch: int,
+    indices: np.ndarray,
+    view: int | np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
 ) -> tuple[np.ndarray, ViewParameters]:
     """Crop boxes (B, 4) int64 (top, left, height, width) and ViewParameters for one view of each of B images.
 
@@ -88,13 +100,22 @@ def draw(
     order = _PERMUTATIONS[(u[:, 7] * len(_PERMUTATIONS)).astype(np.int64)]
     low, high = SIGMA_RANGE
     sigma = np.where((u[:, 8] < blur_probability) & recipe.blur, low + (high - low) * u[:, 9], 0.0)
-    gray, solarize = (u[:, 10] < 0.2) & recipe.colour, (u[:, 11] < solarize_probability) & recipe.colour
+    gray, solarize = (
+        (u[:, 10] < 0.2) & recipe.colour,
+        (u[:, 11] < solarize_probability) & recipe.colour,
+    )
     parameters = (jitter, order, factors, gray, sigma, solarize, u[:, 12] < 0.5)
     return boxes, ViewParameters(*map(torch.from_numpy, parameters))
 
 
 _PERMUTATIONS = np.array(
-    [(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3]
+    [
+        (a, b, c, 6 - a - b - c)
+        for a in range(4)
+        for b in range(4)
+        for c in range(4)
+        if len({a, b, c}) == 3
+    ]
 )
 
 
@@ -125,7 +146,9 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
     Bilinear with antialias, as torchvision's resize: two matrix products a box.
     """
-    top, left, height, width = boxes.to(images.device, torch.get_default_dtype(), non_blocking=True).unbind(1)
+    top, left, height, width = boxes.to(
+        images.device, torch.get_default_dtype(), non_blocking=True
+    ).unbind(1)
     rows = _resize_matrices(top, height, images.shape[2], size).split(len(images))
     columns = _resize_matrices(left, width, images.shape[3], size).split(len(images))
     images = _channels_inside(images).to(rows[0].dtype)
@@ -148,10 +171,14 @@ def _both_ways(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
 def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int) -> Tensor:
     """Triangle-filter weights (B, out_size, in_size) that resize the pixels [start, start + extent) to out_size."""
     scale = (extent / out_size)[:, None, None]
-    centre = start[:, None, None] + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale
+    centre = (
+        start[:, None, None] + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale
+    )
     pixel = torch.arange(in_size, device=start.device).to(start.dtype)
     inside = (pixel >= start[:, None]) & (pixel < (start + extent)[:, None])
-    pixel = (pixel + 0.5).expand_as(inside).masked_fill(~inside, math.inf)[:, None]  # too far away to weigh anything
+    pixel = (
+        (pixel + 0.5).expand_as(inside).masked_fill(~inside, math.inf)[:, None]
+    )  # too far away to weigh anything
     weights = (pixel - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
@@ -166,7 +193,9 @@ def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) 
     count = 1 if _large_on_cpu(crops) else max(1, AT_ONCE // (3 * crops.shape[-1] ** 2))
     for start in range(0, len(crops), count):
         here = slice(start, start + count)
-        _apply_(views[here].copy_(crops[here]).div_(255), *(field[here].numpy() for field in parameters))
+        _apply_(
+            views[here].copy_(crops[here]).div_(255), *(field[here].numpy() for field in parameters)
+        )
         normalize_(views[here], mean, std)
     return views
 
@@ -194,7 +223,11 @@ def _jitter_(x, where, order, factors):
     jittered, at = x, where
     for turn in range(4):
         by_operation = np.argsort(order[where, turn], kind="stable")
-        jittered, where, at = select(jittered, at[by_operation]), where[by_operation], np.arange(len(where))
+        jittered, where, at = (
+            select(jittered, at[by_operation]),
+            where[by_operation],
+            np.arange(len(where)),
+        )
         strengths = _strengths(factors[where, order[where, turn]], x)
         ends = np.searchsorted(order[where, turn], np.arange(5))
         for operation_, start, end in zip(operations, ends, ends[1:], strict=False):
@@ -261,8 +294,17 @@ def adjust_hue_(x: Tensor, turns: Tensor) -> Tensor:
     red, green, blue = x.split(1, dim=1)
     value, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
     chroma = value - low
-    angle = (green + blue).sub_(red).add_(value).sub_(low, alpha=2).copysign_(green - blue).add_(chroma * (6 * turns))
-    primaries = torch.tensor([0.0, -2.0, 2.0]).to(x, non_blocking=True).view(3, 1, 1)  # less red's, green's, blue's angle
+    angle = (
+        (green + blue)
+        .sub_(red)
+        .add_(value)
+        .sub_(low, alpha=2)
+        .copysign_(green - blue)
+        .add_(chroma * (6 * turns))
+    )
+    primaries = (
+        torch.tensor([0.0, -2.0, 2.0]).to(x, non_blocking=True).view(3, 1, 1)
+    )  # less red's, green's, blue's angle
     torch.mul(chroma, primaries, out=x).add_(angle).abs_().sub_(chroma, alpha=3).abs_()
     return x.clamp_(chroma, 2 * chroma).add_(low - chroma)
 
@@ -287,7 +329,9 @@ def gaussian_blur_(x: Tensor, taps: Tensor) -> Tensor:
 def _blur_by_products_(x, taps):
     """Two products with a banded matrix an image."""
     size, radius = x.shape[-1], taps.shape[1] // 2
-    source = torch.arange(size, device=x.device)[:, None] + torch.arange(-radius, radius + 1, device=x.device)
+    source = torch.arange(size, device=x.device)[:, None] + torch.arange(
+        -radius, radius + 1, device=x.device
+    )
     source = source.remainder(max(1, 2 * size - 2))  # reflected, without repeating the edge
     source = torch.minimum(source, 2 * size - 2 - source)
     matrices = x.new_zeros(len(x), size, size)

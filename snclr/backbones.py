@@ -17,8 +17,8 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from . import heads
-from .errors import UsageError, first_line
-from .recompute import recomputed
+from .running.errors import UsageError, first_line
+from .running.recompute import recomputed
 
 
 class ConvStem(PatchEmbed):
@@ -28,7 +28,11 @@ class ConvStem(PatchEmbed):
         super().__init__(*args, embed_dim=embed_dim, **kwargs)
         layers, channels = [], 3
         for width in (embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim):
-            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)]
+            layers += [
+                nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(True),
+            ]
             channels = width
         self.proj = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
 
@@ -80,9 +84,13 @@ class VisionTransformer(timm_vit.VisionTransformer):
     ):
         norm = partial(nn.LayerNorm, eps=1e-6)
         size = dict(embed_dim=width, depth=depth, num_heads=num_heads, embed_layer=embed_layer)
-        super().__init__(img_size, patch_size, num_classes=0, norm_layer=norm, weight_init="skip", **size)
+        super().__init__(
+            img_size, patch_size, num_classes=0, norm_layer=norm, weight_init="skip", **size
+        )
         grid = img_size // patch_size
-        self.pos_embed = nn.Parameter(sincos_position_embedding(grid, grid, width), requires_grad=False)
+        self.pos_embed = nn.Parameter(
+            sincos_position_embedding(grid, grid, width), requires_grad=False
+        )
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 if name.endswith("qkv"):  # queries, keys and values are three layers in one matrix
@@ -94,7 +102,9 @@ class VisionTransformer(timm_vit.VisionTransformer):
         nn.init.normal_(self.cls_token, std=1e-6)
         if embed_layer is PatchEmbed:
             patches = self.patch_embed.proj
-            bound = math.sqrt(6 / (3 * patch_size**2 + width))  # Xavier for a linear layer on flattened patches
+            bound = math.sqrt(
+                6 / (3 * patch_size**2 + width)
+            )  # Xavier for a linear layer on flattened patches
             nn.init.uniform_(patches.weight, -bound, bound)
             nn.init.zeros_(patches.bias)
             patches.requires_grad_(not stop_grad_conv1)
@@ -128,7 +138,11 @@ class ResNet(tv_resnet.ResNet):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
         self.stages = [f"layer{stage + 1}" for stage in range(len(stages))]
         for stage, (name, blocks) in enumerate(zip(self.stages, stages, strict=True)):
-            setattr(self, name, self._make_layer(block, width * 2**stage, blocks, stride=1 if stage == 0 else 2))
+            setattr(
+                self,
+                name,
+                self._make_layer(block, width * 2**stage, blocks, stride=1 if stage == 0 else 2),
+            )
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.num_features = self.inplanes
         self.fc = nn.Identity()
@@ -152,7 +166,11 @@ class ResNet(tv_resnet.ResNet):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for name in self.stages:
             for block in getattr(self, name):
-                x = recomputed(block, x, module=block) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+                x = (
+                    recomputed(block, x, module=block)
+                    if self.grad_checkpointing and torch.is_grad_enabled()
+                    else block(x)
+                )
         return self.avgpool(x).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,17 +191,25 @@ class TimmEncoder:
     def set_grad_checkpointing(self) -> None:
         """Recompute each block in backward, as timm does it. Raises UsageError where that would not be exact, or cannot be."""
         if has_batch_norm(self, besides=self.projector):
-            raise UsageError("--grad-checkpointing would let timm's batch norms count each batch twice: use --micro-batch")
+            raise UsageError(
+                "--grad-checkpointing would let timm's batch norms count each batch twice: use --micro-batch"
+            )
         try:
             super().set_grad_checkpointing(True)
         except (AssertionError, AttributeError) as error:
-            raise UsageError("--grad-checkpointing is not known to this model of timm: use --micro-batch") from error
+            raise UsageError(
+                "--grad-checkpointing is not known to this model of timm: use --micro-batch"
+            ) from error
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.projector(self.embed(x))  # timm's own passes some classifiers (B, C, 1, 1), or wraps them in an MLP
+        return self.projector(
+            self.embed(x)
+        )  # timm's own passes some classifiers (B, C, 1, 1), or wraps them in an MLP
 
 
-def build_timm(name: str, img_size: int, settings: dict, hidden_dim: int, out_dim: int) -> nn.Module:
+def build_timm(
+    name: str, img_size: int, settings: dict, hidden_dim: int, out_dim: int
+) -> nn.Module:
     """timm's model `name`, random, its classifier replaced by the projector. Raises UsageError for what timm refuses.
 
     The heads are a ResNet's where the model has batch norms, else a ViT's. settings: further arguments of the model.
@@ -192,17 +218,25 @@ def build_timm(name: str, img_size: int, settings: dict, hidden_dim: int, out_di
     """
     foreign = [key for key in settings if key.startswith(("pretrained", "checkpoint", "cache"))]
     if foreign:
-        raise UsageError(f"timm's {', '.join(foreign)} would read other files or the network: --init-from is the way")
+        raise UsageError(
+            f"timm's {', '.join(foreign)} would read other files or the network: --init-from is the way"
+        )
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
-        raise UsageError(f"timm has no model {name}" + (f"; close names are {', '.join(close)}" if close else ""))
+        raise UsageError(
+            f"timm has no model {name}" + (f"; close names are {', '.join(close)}" if close else "")
+        )
     config = timm.get_pretrained_cfg(name)
     if not isinstance(config.classifier, str):
-        raise UsageError(f"timm:{name} has no single classifier to stand its projector in, but {config.classifier}")
+        raise UsageError(
+            f"timm:{name} has no single classifier to stand its projector in, but {config.classifier}"
+        )
     sized = {"img_size": img_size} if config.fixed_input_size else {}
     try:
         model = timm.create_model(name, pretrained=False, **{**sized, **settings}).eval()
-        features = model.forward_head(model.forward_features(torch.zeros(1, 3, img_size, img_size)), pre_logits=True)
+        features = model.forward_head(
+            model.forward_features(torch.zeros(1, 3, img_size, img_size)), pre_logits=True
+        )
         if features.ndim != 2:
             raise ValueError(f"its features are not (B, width), but {tuple(features.shape)}")
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -212,7 +246,9 @@ def build_timm(name: str, img_size: int, settings: dict, hidden_dim: int, out_di
         raise UsageError(told) from error
     for parameter, gradient in zip(trainable, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
-    width = features.shape[1]  # timm has no attribute that is the width of pooled features in every model
+    width = features.shape[
+        1
+    ]  # timm has no attribute that is the width of pooled features in every model
     model.train()
     model.kind, model.num_features = "resnet" if has_batch_norm(model) else "vit", width
     model.set_submodule(config.classifier, heads.projector(model.kind, width, hidden_dim, out_dim))
@@ -223,18 +259,27 @@ def build_timm(name: str, img_size: int, settings: dict, hidden_dim: int, out_di
 def has_batch_norm(module: nn.Module, besides: nn.Module | None = None) -> bool:
     """Whether any layer of module, those of `besides` left aside, is a batch norm."""
     left_out = set() if besides is None else {*besides.modules()}
-    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in {*module.modules()} - left_out)
+    return any(
+        isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        for layer in {*module.modules()} - left_out
+    )
 
 
-def sincos_position_embedding(rows: int, columns: int, width: int, temperature: float = 10000.0) -> Tensor:
+def sincos_position_embedding(
+    rows: int, columns: int, width: int, temperature: float = 10000.0
+) -> Tensor:
     """Fixed 2-D position embedding (1, 1 + rows * columns, width); zeros for the class token.
 
     A quarter of the width each: sine and cosine of the column, sine and cosine of the row, over width/4 frequencies.
     """
     if width % 4:
-        raise ValueError(f"a 2-D sin-cos position embedding needs a width divisible by 4, found {width}")
+        raise ValueError(
+            f"a 2-D sin-cos position embedding needs a width divisible by 4, found {width}"
+        )
     frequencies = temperature ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row, column = torch.meshgrid(torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij")
+    row, column = torch.meshgrid(
+        torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij"
+    )
     column, row = column.reshape(-1, 1) * frequencies, row.reshape(-1, 1) * frequencies
     patches = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
     return torch.cat([torch.zeros(1, width), patches])[None].to(torch.get_default_dtype())

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from . import heads
 from .backbones import build_encoder, has_batch_norm
-from .distributed import all_gather, world_size
 from .memory_bank import MemoryBank
 from .objectives import (
     count_picks,
@@ -21,8 +20,9 @@ from .objectives import (
     positiveness,
     snclr_loss,
 )
-from .precision import unit
-from .recompute import recomputed
+from .running.distributed import all_gather, world_size
+from .running.precision import unit
+from .running.recompute import recomputed
 
 
 class StepView(NamedTuple):
@@ -72,7 +72,9 @@ class SNCLR(nn.Module):
     ):
         super().__init__()
         self.base_encoder = base_encoder
-        self.momentum_encoder = None if method == "nnclr" else copy.deepcopy(base_encoder).requires_grad_(False)
+        self.momentum_encoder = (
+            None if method == "nnclr" else copy.deepcopy(base_encoder).requires_grad_(False)
+        )
         self.predictor = predictor
         self.memory_bank = memory_bank
         self.method = method
@@ -86,21 +88,35 @@ class SNCLR(nn.Module):
         self.threshold = threshold
         self.exclude_own_image = exclude_own_image
         self.micro_batch = micro_batch
-        self.embed = torch.compile(_embed) if compiled else _embed  # a function, so that no key of the state changes
-        self.joins_views = micro_batch is None and not has_batch_norm(base_encoder, besides=base_encoder.projector)
+        self.embed = (
+            torch.compile(_embed) if compiled else _embed
+        )  # a function, so that no key of the state changes
+        self.joins_views = micro_batch is None and not has_batch_norm(
+            base_encoder, besides=base_encoder.projector
+        )
         self.attention = None
         if method == "snclr" and weights == "projected":
             self.attention = heads.AttentionProjections(memory_bank.features.shape[1])
 
     def forward(
-        self, view1: Tensor, view2: Tensor, ids: Tensor, momentum: float, use_neighbours: bool = True
+        self,
+        view1: Tensor,
+        view2: Tensor,
+        ids: Tensor,
+        momentum: float,
+        use_neighbours: bool = True,
     ) -> tuple[Tensor, StepView]:
         """One step's loss (), this rank's mean, and what it shows. Changes the momentum encoder and the bank.
 
         view1, view2 (B, 3, S, S); ids (B,) data-set indices; momentum m of the average, 0 .. 1; use_neighbours False:
         the bank fills, but none of its rows is a neighbour yet.
         """
-        step = {"snclr": self._snclr, "mocov3": self._mocov3, "nnclr": self._nnclr, "mocov2": self._mocov2}[self.method]
+        step = {
+            "snclr": self._snclr,
+            "mocov3": self._mocov3,
+            "nnclr": self._nnclr,
+            "mocov2": self._mocov2,
+        }[self.method]
         loss, keys, shown = step(view1, view2, ids, momentum, use_neighbours)
         if self.memory_bank is not None:
             self.memory_bank.enqueue(keys, all_gather(ids))
@@ -115,7 +131,11 @@ class SNCLR(nn.Module):
         loss1, weights, candidates = self._soft_neighbour_direction(z1, y1, k2, rows2)
         loss2, _, _ = self._soft_neighbour_direction(z2, y2, k1, rows1)
         num_candidates = len(candidates.keys) + candidates.counts.sum()
-        return loss1 + loss2, candidates.keys, self._show(y1, num_candidates, scores, rows2, weights, candidates.counts)
+        return (
+            loss1 + loss2,
+            candidates.keys,
+            self._show(y1, num_candidates, scores, rows2, weights, candidates.counts),
+        )
 
     def _soft_neighbour_direction(self, z, y, key, rows):
         bank = self.memory_bank
@@ -139,14 +159,25 @@ class SNCLR(nn.Module):
             weights = weights.detach()
         candidates = gather_candidates(key, rows, len(bank))
         given = dict(candidates=candidates, neighbours=neighbours)
-        loss = snclr_loss(z, key, bank.products, rows, weights, temperature=self.temperature, form=self.form, **given)
+        loss = snclr_loss(
+            z,
+            key,
+            bank.products,
+            rows,
+            weights,
+            temperature=self.temperature,
+            form=self.form,
+            **given,
+        )
         return loss, weights, candidates
 
     def _mocov3(self, view1, view2, ids, momentum, use_neighbours):
         y1, y2 = self._project(self.base_encoder, view1, view2)
         z1, z2 = self.predictor(y1), self.predictor(y2)
         k1, k2 = self._momentum_projections(momentum, view1, view2)
-        loss = mocov3_loss(z1, k2, temperature=self.temperature) + mocov3_loss(z2, k1, temperature=self.temperature)
+        loss = mocov3_loss(z1, k2, temperature=self.temperature) + mocov3_loss(
+            z2, k1, temperature=self.temperature
+        )
         return loss, None, self._show(y1, len(y1) * world_size())
 
     def _nnclr(self, view1, view2, ids, momentum, use_neighbours):
@@ -155,7 +186,9 @@ class SNCLR(nn.Module):
         y = unit(torch.cat([y1, y2])).detach()
         scores, rows = self._search(y, ids.repeat(2), use_neighbours)
         # an image without an eligible row in the bank is its own neighbour
-        neighbours = torch.where(rows >= 0, self.memory_bank.features[rows[:, 0].clamp(min=0)].to(y.dtype), y)
+        neighbours = torch.where(
+            rows >= 0, self.memory_bank.features[rows[:, 0].clamp(min=0)].to(y.dtype), y
+        )
         neighbours1, neighbours2 = neighbours.chunk(2)
         loss1 = nnclr_loss(neighbours1, z2, temperature=self.temperature)
         loss2 = nnclr_loss(neighbours2, z1, temperature=self.temperature)
@@ -200,13 +233,27 @@ class SNCLR(nn.Module):
     def _show(self, projection, num_candidates, scores=None, rows=None, weights=None, counts=None):
         if rows is None:
             scores = weights = projection.new_zeros(len(projection), 0)
-            rows = counts = torch.zeros(len(projection), 0, dtype=torch.long, device=projection.device)
+            rows = counts = torch.zeros(
+                len(projection), 0, dtype=torch.long, device=projection.device
+            )
             neighbour_ids = rows
         else:
             neighbour_ids = torch.where(rows >= 0, self.memory_bank.ids[rows.clamp(min=0)], -1)
-        num_candidates = num_candidates + torch.zeros((), dtype=torch.long, device=projection.device)
-        bank_fill = None if self.memory_bank is None else self.memory_bank.filled / len(self.memory_bank)
-        return StepView(projection.detach(), scores, neighbour_ids, weights.detach(), counts, num_candidates, bank_fill)
+        num_candidates = num_candidates + torch.zeros(
+            (), dtype=torch.long, device=projection.device
+        )
+        bank_fill = (
+            None if self.memory_bank is None else self.memory_bank.filled / len(self.memory_bank)
+        )
+        return StepView(
+            projection.detach(),
+            scores,
+            neighbour_ids,
+            weights.detach(),
+            counts,
+            num_candidates,
+            bank_fill,
+        )
 
 
 def _embed(encoder: nn.Module, x: Tensor) -> Tensor:
@@ -232,7 +279,9 @@ def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
     has_predictor, has_bank = args.method != "mocov2", args.method != "mocov3"
     model = SNCLR(
         encoder,
-        heads.predictor(encoder.kind, args.snclr_dim, args.snclr_mlp_dim) if has_predictor else None,
+        heads.predictor(encoder.kind, args.snclr_dim, args.snclr_mlp_dim)
+        if has_predictor
+        else None,
         MemoryBank(args.bank_size, args.snclr_dim, bfloat16) if has_bank else None,
         method=args.method,
         topk=1 if args.method == "nnclr" else args.topk,

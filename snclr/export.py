@@ -13,11 +13,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from . import checkpoint
 from .backbones import RESNETS, TIMM, VITS, VisionTransformer
-from .errors import RunError, UsageError, one_clear_line
 from .options import new_parser
-from .weights import open_encoder, read_encoder
+from .running import checkpoint
+from .running.errors import RunError, UsageError, one_clear_line
+from .weights.reading import open_encoder, read_encoder
 
 TOLERANCE = 1e-5
 
@@ -27,11 +27,21 @@ def to_timm(encoder: nn.Module, info: dict) -> tuple[nn.Module, dict]:
     arch = info["arch"]
     if arch.startswith(TIMM):
         settings = dict(info["timm_kwargs"] or [])
-        sized = {"img_size": info["img_size"]} if timm.get_pretrained_cfg(arch.removeprefix(TIMM)).fixed_input_size else {}
+        sized = (
+            {"img_size": info["img_size"]}
+            if timm.get_pretrained_cfg(arch.removeprefix(TIMM)).fixed_input_size
+            else {}
+        )
         model = timm.create_model(arch.removeprefix(TIMM), num_classes=0, **{**sized, **settings})
     elif isinstance(encoder, VisionTransformer):
         width, depth, num_heads, embed_layer = VITS[arch]
-        size = dict(img_size=info["img_size"], patch_size=info["patch_size"], embed_dim=width, depth=depth, num_heads=num_heads)
+        size = dict(
+            img_size=info["img_size"],
+            patch_size=info["patch_size"],
+            embed_dim=width,
+            depth=depth,
+            num_heads=num_heads,
+        )
         model = timm.models.VisionTransformer(**size, embed_layer=embed_layer, num_classes=0)
     else:
         model = timm.create_model(_plain_resnet(info, "timm"), num_classes=0)
@@ -63,13 +73,22 @@ def to_mocov3(encoder: nn.Module, info: dict) -> tuple[nn.Module, dict]:
 def to_hf(encoder: nn.Module, info: dict) -> tuple[nn.Module, dict]:
     """Hugging Face transformers' ViTModel and its state dict."""
     if not isinstance(encoder, VisionTransformer) or info["arch"].startswith("vit_conv"):
-        raise UsageError(f"--format hf is for ViTs with a plain patch embedding, not for {info['arch']}")
+        raise UsageError(
+            f"--format hf is for ViTs with a plain patch embedding, not for {info['arch']}"
+        )
     try:
         from transformers import ViTConfig, ViTModel
     except ImportError as error:
-        raise UsageError("--format hf needs transformers: pip install -r requirements-hf.txt") from error
+        raise UsageError(
+            "--format hf needs transformers: pip install -r requirements-hf.txt"
+        ) from error
     width, depth, num_heads, _ = VITS[info["arch"]]
-    shape = dict(hidden_size=width, num_hidden_layers=depth, num_attention_heads=num_heads, intermediate_size=4 * width)
+    shape = dict(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=num_heads,
+        intermediate_size=4 * width,
+    )
     shape |= dict(image_size=info["img_size"], patch_size=info["patch_size"], layer_norm_eps=1e-6)
     model = ViTModel(ViTConfig(**shape), add_pooling_layer=False)
     state = {}
@@ -96,14 +115,26 @@ HF_NAMES = (
     (".mlp.fc1.", ".intermediate.dense."),
     (".mlp.fc2.", ".output.dense."),
 )
-FORMATS = {"timm": to_timm, "torchvision": to_torchvision, "deit": to_deit, "hf": to_hf, "mocov3": to_mocov3}
+FORMATS = {
+    "timm": to_timm,
+    "torchvision": to_torchvision,
+    "deit": to_deit,
+    "hf": to_hf,
+    "mocov3": to_mocov3,
+}
 
 
 def _plain_resnet(info, library):
     arch = info["arch"]
-    plain = arch in RESNETS and RESNETS[arch][3] == "imagenet" and info["width"] in (None, RESNETS[arch][2])
+    plain = (
+        arch in RESNETS
+        and RESNETS[arch][3] == "imagenet"
+        and info["width"] in (None, RESNETS[arch][2])
+    )
     if not plain or info["small_stem"]:
-        raise UsageError(f"{library} has no {arch} with the encoder's stem and width: its own have 7x7 stems and full width")
+        raise UsageError(
+            f"{library} has no {arch} with the encoder's stem and width: its own have 7x7 stems and full width"
+        )
     return arch
 
 
@@ -113,11 +144,17 @@ def write(format_name: str, content: dict, model: nn.Module, out: str) -> None:
         os.makedirs(out, exist_ok=True)
         model.config.architectures = ["ViTModel"]
         model.config.save_pretrained(out)
-        out = os.path.join(out, "model.safetensors")  # in the names of the hub's files, which every version reads
+        out = os.path.join(
+            out, "model.safetensors"
+        )  # in the names of the hub's files, which every version reads
     if out.endswith(".safetensors"):
         from safetensors.torch import save_file
 
-        save_file({name: tensor.contiguous() for name, tensor in content.items()}, out, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in content.items()},
+            out,
+            metadata={"format": "pt"},
+        )
     else:
         checkpoint.save(out, content)
 
@@ -138,17 +175,27 @@ def check(encoder: nn.Module, consumer: Callable[[Tensor], Tensor], img_size: in
     expected = encoder.embed(x)
     difference = ((consumer(x) - expected).abs().max() / expected.abs().max()).item()
     if not difference <= TOLERANCE:
-        raise RunError(f"the exported weights give other features (relative difference {difference:.1e}): do not use them")
+        raise RunError(
+            f"the exported weights give other features (relative difference {difference:.1e}): do not use them"
+        )
     return difference
 
 
 def main(argv: list[str]) -> None:
-    parser = new_parser("snclr.export", "Writes the encoder of a checkpoint for another library, and checks that it reads it.")
+    parser = new_parser(
+        "snclr.export",
+        "Writes the encoder of a checkpoint for another library, and checks that it reads it.",
+    )
     parser.add_argument("file", metavar="FILE", help="checkpoint or state dict, any layout")
     parser.add_argument("--format", choices=FORMATS, required=True, help="who shall read it")
     out = "file to write (hf: folder); .safetensors for timm, torchvision"
     parser.add_argument("--out", required=True, metavar="OUT", help=out)
-    parser.add_argument("--encoder", choices=("online", "momentum"), default="online", help="where the file has both")
+    parser.add_argument(
+        "--encoder",
+        choices=("online", "momentum"),
+        default="online",
+        help="where the file has both",
+    )
     parser.add_argument("-a", "--arch", help="architecture, where the file does not say it")
     args = parser.parse_args(argv)
     if os.path.exists(args.out):
@@ -156,7 +203,9 @@ def main(argv: list[str]) -> None:
     if not os.access(os.path.dirname(os.path.abspath(args.out)), os.W_OK):
         raise UsageError(f"--out {args.out}: its folder does not exist, or may not be written to")
     if args.out.endswith(".safetensors") and args.format not in ("timm", "torchvision"):
-        raise UsageError(f"--format {args.format} is more than safetensors can hold in one file: choose another --out")
+        raise UsageError(
+            f"--format {args.format} is more than safetensors can hold in one file: choose another --out"
+        )
     encoder, info = open_encoder(args.file, args.encoder, arch=args.arch)
     model, content = FORMATS[args.format](encoder, info)
     folder, name = os.path.split(os.path.abspath(args.out))

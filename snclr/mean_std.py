@@ -5,9 +5,10 @@ import sys
 import numpy as np
 import torch
 
-from . import options, sources
-from .data import ImageSet, whole_images
-from .errors import one_clear_line
+from . import options
+from .datasets import sources
+from .loader import ImageSet, whole_images
+from .running.errors import one_clear_line
 
 
 def mean_std(images: ImageSet, size: int, workers: int) -> tuple[list[float], list[float]]:
@@ -18,7 +19,9 @@ def mean_std(images: ImageSet, size: int, workers: int) -> tuple[list[float], li
     images.mean, images.std = torch.zeros(3), torch.ones(3)
     first, second = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     everything = np.arange(len(images))
-    for batch in whole_images(images, everything, size=size, device=torch.device("cpu"), workers=workers):
+    for batch in whole_images(
+        images, everything, size=size, device=torch.device("cpu"), workers=workers
+    ):
         pixels = batch.double()
         first += pixels.sum(dim=(0, 2, 3))
         second += pixels.square().sum(dim=(0, 2, 3))
@@ -32,5 +35,11 @@ if __name__ == "__main__":
         args = options.parse_data(sys.argv[1:])
         train, _, _ = sources.open_data(args)
         print(f"{len(train)} images of {args.dataset} at {args.img_size} px", file=sys.stderr)
-        moments = zip(("--mean", "--std"), mean_std(train, args.img_size, args.workers), strict=True)
-        print(" ".join(f"{flag} {' '.join(f'{value:.4f}' for value in values)}" for flag, values in moments))
+        moments = zip(
+            ("--mean", "--std"), mean_std(train, args.img_size, args.workers), strict=True
+        )
+        print(
+            " ".join(
+                f"{flag} {' '.join(f'{value:.4f}' for value in values)}" for flag, values in moments
+            )
+        )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .precision import full_precision, unit
+from .running.precision import full_precision, unit
 
 COSINES = {"cpu": 2**23, "cuda": 2**29}  # bytes at a time in a search, of CHUNK rows
 CHUNK = {"cpu": 2**14, "cuda": 2**17}
@@ -29,12 +29,16 @@ class MemoryBank(nn.Module):
     def __init__(self, size: int, dim: int, bfloat16: bool = False):
         super().__init__()
         if size < 1 or dim < 1:
-            raise ValueError(f"a memory bank needs at least one row and one dimension, found size {size} and dim {dim}")
+            raise ValueError(
+                f"a memory bank needs at least one row and one dimension, found size {size} and dim {dim}"
+            )
         self.register_buffer("features", torch.zeros(size, dim))
         self.register_buffer("ids", torch.full((size,), -1, dtype=torch.long))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
-        self.register_buffer("features16", self.features.bfloat16() if bfloat16 else None, persistent=False)
+        self.register_buffer(
+            "features16", self.features.bfloat16() if bfloat16 else None, persistent=False
+        )
         self.register_load_state_dict_post_hook(MemoryBank._copy)
 
     def _copy(self, _) -> None:
@@ -56,7 +60,9 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     @full_precision
-    def search(self, queries: Tensor, k: int, ids: Tensor | None = None, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    def search(
+        self, queries: Tensor, k: int, ids: Tensor | None = None, chunk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The k rows of highest cosine to each query, best first.
 
         queries (B, D), of any length; ids (B,) data-set indices of the queries' images: a row of the same image is left
@@ -67,19 +73,28 @@ class MemoryBank(nn.Module):
         """
         size, dim = self.features.shape
         if queries.dim() != 2 or queries.shape[1] != dim:
-            raise ValueError(f"queries must be (B, {dim}) as the bank's features are, found {tuple(queries.shape)}")
+            raise ValueError(
+                f"queries must be (B, {dim}) as the bank's features are, found {tuple(queries.shape)}"
+            )
         if not 0 <= k <= size:
             raise ValueError(f"k must be between 0 and the bank's size {size}, found {k}")
         if ids is not None and ids.shape != queries.shape[:1]:
-            raise ValueError(f"ids must be ({len(queries)},), one a query, found {tuple(ids.shape)}")
+            raise ValueError(
+                f"ids must be ({len(queries)},), one a query, found {tuple(ids.shape)}"
+            )
         if not k:
-            return queries.new_zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device)
+            return queries.new_zeros(len(queries), 0), torch.zeros(
+                len(queries), 0, dtype=torch.long, device=queries.device
+            )
         kind = queries.device.type
         chunk = min(size, chunk or CHUNK[kind])
         block = max(1, COSINES[kind] // (chunk * self.products.element_size()))
         parts = unit(queries).to(self.features.dtype).split(block)
         own = [None] * len(parts) if ids is None else ids.split(block)
-        found = [self._search(part, k, part_ids, chunk) for part, part_ids in zip(parts, own, strict=True)]
+        found = [
+            self._search(part, k, part_ids, chunk)
+            for part, part_ids in zip(parts, own, strict=True)
+        ]
         scores, rows = map(torch.cat, zip(*found, strict=True))
         return scores, rows
 
@@ -100,7 +115,10 @@ class MemoryBank(nn.Module):
             else:
                 cosines = torch.addmm(offset.expand(-1, len(features)), narrow, features.T)
             if not on_host(self.filled):
-                cosines.masked_fill_(torch.arange(part.start, part.stop, device=queries.device) >= self.filled, float("-inf"))
+                cosines.masked_fill_(
+                    torch.arange(part.start, part.stop, device=queries.device) >= self.filled,
+                    float("-inf"),
+                )
             if ids is not None:
                 _mask_same(cosines, ids, their_ids)
             best, where = largest(cosines, fetched)
@@ -109,7 +127,12 @@ class MemoryBank(nn.Module):
         if offset is not None:
             few = max(1, COSINES[queries.device.type] // (4 * fetched * self.features.shape[1]))
             parts = zip(queries.split(few), rows.clamp(min=0).split(few), strict=True)
-            exact = torch.cat([torch.einsum("bd,bkd->bk", part, gather(self.features, where)) for part, where in parts])
+            exact = torch.cat(
+                [
+                    torch.einsum("bd,bkd->bk", part, gather(self.features, where))
+                    for part, where in parts
+                ]
+            )
             scores, order = exact.masked_fill_(scores == float("-inf"), float("-inf")).topk(k)
             rows = rows.gather(1, order)
         return scores, rows.masked_fill_(scores == float("-inf"), -1)
@@ -122,18 +145,24 @@ class MemoryBank(nn.Module):
         """
         size, dim = self.features.shape
         if keys.dim() != 2 or keys.shape[1] != dim or ids.shape != keys.shape[:1]:
-            raise ValueError(f"keys must be (N, {dim}) and ids (N,), found {tuple(keys.shape)} and {tuple(ids.shape)}")
+            raise ValueError(
+                f"keys must be (N, {dim}) and ids (N,), found {tuple(keys.shape)} and {tuple(ids.shape)}"
+            )
         count = len(keys)
         kept = min(count, size)
         first = self.pointer + (count - kept)
         rows = (first + torch.arange(kept, device=self.features.device)) % size
         written = unit(keys[count - kept :]).to(self.features.dtype)
-        sound = written.isfinite().all(dim=1)  # any other key leaves its row as it was: all later searches would find it
+        sound = written.isfinite().all(
+            dim=1
+        )  # any other key leaves its row as it was: all later searches would find it
         written = torch.where(sound[:, None], written, self.features[rows])
         self.features.index_copy_(0, rows, written)
         if self.features16 is not None:
             self.features16.index_copy_(0, rows, written.to(self.features16.dtype))
-        self.ids.index_copy_(0, rows, torch.where(sound, ids[count - kept :].to(self.ids), self.ids[rows]))
+        self.ids.index_copy_(
+            0, rows, torch.where(sound, ids[count - kept :].to(self.ids), self.ids[rows])
+        )
         self.pointer.copy_((self.pointer + count) % size)
         self.filled.add_(count).clamp_(max=size)
 
@@ -154,8 +183,12 @@ def _mask_same(cosines: Tensor, ids: Tensor, their_ids: Tensor) -> None:
         cosines.masked_fill_(ids[:, None] == their_ids, float("-inf"))
     elif len(ids):  # few columns, found faster than all are masked
         known = ids.sort().values
-        columns = (known[torch.searchsorted(known, their_ids).clamp_(max=len(ids) - 1)] == their_ids).nonzero()[:, 0]
-        cosines[:, columns] = cosines[:, columns].masked_fill(ids[:, None] == their_ids[columns], float("-inf"))
+        columns = (
+            known[torch.searchsorted(known, their_ids).clamp_(max=len(ids) - 1)] == their_ids
+        ).nonzero()[:, 0]
+        cosines[:, columns] = cosines[:, columns].masked_fill(
+            ids[:, None] == their_ids[columns], float("-inf")
+        )
 
 
 def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -170,7 +203,9 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return scores.topk(min(k, width))
     whole = groups * GROUP
     maxima = scores[:, :whole].unflatten(1, (GROUP, groups)).amax(dim=1)
-    columns = maxima.topk(k, sorted=False).indices[:, :, None] + torch.arange(0, whole, groups, device=scores.device)
+    columns = maxima.topk(k, sorted=False).indices[:, :, None] + torch.arange(
+        0, whole, groups, device=scores.device
+    )
     rest = torch.arange(whole, width, device=scores.device).expand(len(scores), -1)
     columns = torch.cat([columns.flatten(1), rest], dim=1)
     best, order = scores.gather(1, columns).topk(k)

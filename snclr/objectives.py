@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .distributed import all_gather, all_gather_with_grad, all_sum, rank
 from .memory_bank import gather, on_host
-from .precision import full_precision, unit, widen
+from .running.distributed import all_gather, all_gather_with_grad, all_sum, rank
+from .running.precision import full_precision, unit, widen
 
 FORMS = ("sum_of_logs", "log_of_sum")
-CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}  # logits at a time: what stays in a core's cache; what fills a GPU
+CHUNK_ELEMENTS = {
+    "cpu": 2**18,
+    "cuda": 2**27,
+}  # logits at a time: what stays in a core's cache; what fills a GPU
 
 
 class Candidates(NamedTuple):
@@ -80,7 +83,9 @@ def positiveness(
     attending = unit(online)
     if projections is not None:
         f1, f2 = (widen(matrix).to(attending.dtype) for matrix in projections)
-        attending = attending @ f1.T @ f2  # f1 y . f2 c = (f2' f1 y) . c: no neighbour needs to be projected
+        attending = (
+            attending @ f1.T @ f2
+        )  # f1 y . f2 c = (f2' f1 y) . c: no neighbour needs to be projected
     cosines = _cosines_with_rows(attending, bank, rows, neighbours)
     # a finite floor keeps a row without any neighbour at 0/0-free zeros, in value and in gradient
     logits = (cosines / temperature).masked_fill(~valid, torch.finfo(cosines.dtype).min)
@@ -134,7 +139,9 @@ def snclr_loss(
         weights = torch.cat([torch.ones_like(own[:, None]), weights], dim=1)
         # not log w + s: the gradient of log w is infinite where a weight is 0
         largest = scores.detach().masked_fill(weights <= 0, -math.inf).amax(dim=1, keepdim=True)
-        exponentials = (scores - largest).clamp(max=50).exp()  # only entries of weight 0 can reach the clamp
+        exponentials = (
+            (scores - largest).clamp(max=50).exp()
+        )  # only entries of weight 0 can reach the clamp
         per_image = log_z - largest[:, 0] - (weights * exponentials).sum(dim=1).log()
     return 2 * temperature * per_image.mean()
 
@@ -167,7 +174,9 @@ def nnclr_loss(neighbour: Tensor, prediction: Tensor, *, temperature: float) -> 
 
 
 @full_precision
-def mocov2_loss(query: Tensor, key: Tensor, bank: Tensor, valid: Tensor, *, temperature: float) -> Tensor:
+def mocov2_loss(
+    query: Tensor, key: Tensor, bank: Tensor, valid: Tensor, *, temperature: float
+) -> Tensor:
     """Contrast with the own key against the bank (He et al. 2020, eq. 1).
 
         loss = mean_i ( log( exp(z_i . k_i / T) + sum_m exp(z_i . C_m / T) ) - z_i . k_i / T ),   m over the valid rows
@@ -181,7 +190,9 @@ def mocov2_loss(query: Tensor, key: Tensor, bank: Tensor, valid: Tensor, *, temp
     return (torch.logaddexp(own, negatives) - own).mean()
 
 
-def loss_at_chance(method: str, form: str, temperature: float, num_candidates: float, weight_sum: float) -> float | None:
+def loss_at_chance(
+    method: str, form: str, temperature: float, num_candidates: float, weight_sum: float
+) -> float | None:
     """The loss of an encoder that sees no difference between candidates, all directions together.
 
     num_candidates: C of one sample, own key included; weight_sum: W, the actual mean of sum_k w_ik with w_i0 = 1.
@@ -198,7 +209,12 @@ def loss_at_chance(method: str, form: str, temperature: float, num_candidates: f
 
 
 def log_sum_exp(
-    query: Tensor, keys: Tensor, bank: Tensor, counts: Tensor, temperature: float, chunk: int | None = None
+    query: Tensor,
+    keys: Tensor,
+    bank: Tensor,
+    counts: Tensor,
+    temperature: float,
+    chunk: int | None = None,
 ) -> Tensor:
     """log( sum_n exp(q_i . keys_n / T) + sum_m counts_m exp(q_i . bank_m / T) ) for each query: (B,).
 
@@ -243,7 +259,9 @@ class _LogSumExp(torch.autograd.Function):
                 mean = mean.mul_(scale).add_(exponentials.to(format) @ features)
             largest = new_largest
         if with_mean:
-            ctx.save_for_backward(mean.div_(total.clamp(min=torch.finfo(total.dtype).tiny)).div_(temperature))
+            ctx.save_for_backward(
+                mean.div_(total.clamp(min=torch.finfo(total.dtype).tiny)).div_(temperature)
+            )
         return (largest + total.log()).squeeze(1)
 
     @staticmethod
@@ -265,7 +283,9 @@ def _blocks(keys: Tensor, bank: Tensor, counts: Tensor, chunk: int):
         yield from zip(bank.split(chunk), counts.split(chunk), strict=True)
 
 
-def _cosines_with_rows(query: Tensor, bank: Tensor, rows: Tensor, neighbours: Tensor | None) -> Tensor:
+def _cosines_with_rows(
+    query: Tensor, bank: Tensor, rows: Tensor, neighbours: Tensor | None
+) -> Tensor:
     """query (B, D) with gradient . bank[rows] (B, K, D) -> (B, K); 0 where row is -1."""
     if not rows.numel():
         return query.new_zeros(rows.shape)

@@ -9,7 +9,9 @@ from torch import nn
 OPTIMIZERS = ("adamw", "lars")
 
 
-def learning_rate(step: int, *, peak: float, steps_per_epoch: int, warmup_epochs: float, epochs: int) -> float:
+def learning_rate(
+    step: int, *, peak: float, steps_per_epoch: int, warmup_epochs: float, epochs: int
+) -> float:
     """Linear warm-up from 0 to peak over warmup_epochs, then half a cosine down to 0 at the end of epochs."""
     epoch = step / steps_per_epoch
     if epoch < warmup_epochs:
@@ -40,7 +42,9 @@ def build_optimizer(name: str, module: nn.Module, weight_decay: float) -> torch.
     """
     groups = parameter_groups(module, weight_decay)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)  # fused: the kernel that heeds found_inf
+        return torch.optim.AdamW(
+            groups, lr=0.0, fused=True
+        )  # fused: the kernel that heeds found_inf
     if name == "lars":
         return LARS(groups, lr=0.0)
     raise ValueError(f"unknown optimiser {name!r}; known are {', '.join(OPTIMIZERS)}")
@@ -54,7 +58,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> torch.Tensor:
     """Euclidean norm () of all gradients together."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [
+        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
@@ -77,7 +83,9 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         trust_coefficient: float = 0.001,
     ):
-        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust_coefficient=trust_coefficient)
+        defaults = dict(
+            lr=lr, weight_decay=weight_decay, momentum=momentum, trust_coefficient=trust_coefficient
+        )
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -88,7 +96,9 @@ class LARS(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for adapted in (True, False):
-                params = [p for p in group["params"] if p.grad is not None and (p.ndim > 1) == adapted]
+                params = [
+                    p for p in group["params"] if p.grad is not None and (p.ndim > 1) == adapted
+                ]
                 if params:
                     self._update(params, group, adapted)
         return loss
@@ -99,7 +109,9 @@ class LARS(torch.optim.Optimizer):
             updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
             weight_norms, update_norms = torch._foreach_norm(params), torch._foreach_norm(updates)
             ratios = [
-                torch.where((w > 0) & (u > 0), group["trust_coefficient"] * w / u, torch.ones_like(w))
+                torch.where(
+                    (w > 0) & (u > 0), group["trust_coefficient"] * w / u, torch.ones_like(w)
+                )
                 for w, u in zip(weight_norms, update_norms, strict=True)
             ]
             torch._foreach_mul_(updates, ratios)
@@ -109,8 +121,12 @@ class LARS(torch.optim.Optimizer):
         velocities = [self.state[p]["momentum_buffer"] for p in params]
         lr, momentum = group["lr"], group["momentum"]
         if (skipped := getattr(self, "found_inf", None)) is not None:
-            updates = [torch.where(skipped > 0, 0, u) for u in updates]  # a product with 0 would leave what is not finite
-            skipped = skipped.to(params[0].dtype)  # else torch would take one parameter after the other
+            updates = [
+                torch.where(skipped > 0, 0, u) for u in updates
+            ]  # a product with 0 would leave what is not finite
+            skipped = skipped.to(
+                params[0].dtype
+            )  # else torch would take one parameter after the other
             lr, momentum = lr * (1 - skipped), momentum + (1 - momentum) * skipped
         torch._foreach_mul_(velocities, momentum)
         torch._foreach_add_(velocities, updates)

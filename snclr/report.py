@@ -17,11 +17,18 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .checkpoint import RUNNING
-from .errors import UsageError, one_clear_line, save_text
 from .options import new_parser
+from .running.checkpoint import RUNNING
+from .running.errors import UsageError, one_clear_line, save_text
 
-ABOUT = ("command", "versions", "git", "world_size", "amp_used", "device")  # in args.json beside the settings
+ABOUT = (
+    "command",
+    "versions",
+    "git",
+    "world_size",
+    "amp_used",
+    "device",
+)  # in args.json beside the settings
 # title, metric, which of a run's values: of the last evaluation, the first one, the mean of the last epoch, or the median
 COLUMNS = (
     ("kNN top-1 %", "knn_top1", "last"),
@@ -45,13 +52,32 @@ CURVES = (
     ("effective rank", "effective_rank"),
     ("images a second", "images_per_s"),
 )
-EVALUATED = ("linear_top1", "finetune_top1", "knn_top1", "mean_per_class_top1", "encoder", "dataset", "label_fraction")
-LEGEND = "kNN and rank: last evaluation; loss, purity, entropy and std: mean of the last epoch's log lines; speed: median; \
+EVALUATED = (
+    "linear_top1",
+    "finetune_top1",
+    "knn_top1",
+    "mean_per_class_top1",
+    "encoder",
+    "dataset",
+    "label_fraction",
+)
+LEGEND = (
+    "kNN and rank: last evaluation; loss, purity, entropy and std: mean of the last epoch's log lines; speed: median; \
 ± sample standard deviation over seeds."
-BANDS = "A line is the mean of runs that differ in their seed alone, its band reaches from the lowest to the highest; \
+)
+BANDS = (
+    "A line is the mean of runs that differ in their seed alone, its band reaches from the lowest to the highest; \
 point at one to see it alone."
+)
 FEW = 3  # differing settings that still make a name
-INKS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")  # Okabe and Ito: readable on black and white
+INKS = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#cc79a7",
+    "#d55e00",
+    "#56b4e9",
+)  # Okabe and Ito: readable on black and white
 WIDTH, HEIGHT, LEFT, BELOW = 360, 190, 44, 22  # of a curve's drawing
 HEAD = (
     '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">\
@@ -95,16 +121,30 @@ def load(workdir: str) -> Run:
     """Read a workdir, also of a run that is still going on. Raises UsageError where it holds no run."""
     settings = _read_json(os.path.join(workdir, "args.json"))
     if settings is None:
-        raise UsageError(f"{workdir} holds no run (no args.json that can be read): give the --workdir of one")
+        raise UsageError(
+            f"{workdir} holds no run (no args.json that can be read): give the --workdir of one"
+        )
     try:
-        with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8", errors="replace") as file:
+        with open(
+            os.path.join(workdir, "metrics.jsonl"), encoding="utf-8", errors="replace"
+        ) as file:
             lines = [
-                line for line in map(_object, file) if _number(line, "step") is not None and _number(line, "epoch") is not None
+                line
+                for line in map(_object, file)
+                if _number(line, "step") is not None and _number(line, "epoch") is not None
             ]
     except OSError as error:
-        raise UsageError(f"{workdir} has no metrics.jsonl that can be read: {error.strerror}; was the run started?") from error
-    below = sorted(glob.glob(os.path.join(glob.escape(workdir), "**", "results.json"), recursive=True))
-    results = [(os.path.relpath(os.path.dirname(path), workdir), found) for path in below if (found := _read_json(path))]
+        raise UsageError(
+            f"{workdir} has no metrics.jsonl that can be read: {error.strerror}; was the run started?"
+        ) from error
+    below = sorted(
+        glob.glob(os.path.join(glob.escape(workdir), "**", "results.json"), recursive=True)
+    )
+    results = [
+        (os.path.relpath(os.path.dirname(path), workdir), found)
+        for path in below
+        if (found := _read_json(path))
+    ]
     pictures = sorted(glob.glob(os.path.join(glob.escape(workdir), "pictures", "neighbours_*.png")))
     return Run(workdir, settings, lines, results, pictures)
 
@@ -116,10 +156,16 @@ def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
         kinds.setdefault(json.dumps(_kind(run), sort_keys=True, default=str), []).append(run)
     first = [members[0].settings for members in kinds.values()]
     differing = differences([members[0] for members in kinds.values()])
-    usual = {name: statistics.mode(str(settings.get(name)) for settings in first) for name in differing}
+    usual = {
+        name: statistics.mode(str(settings.get(name)) for settings in first) for name in differing
+    }
     named = {}
     for settings, members in zip(first, kinds.values(), strict=True):
-        own = [name for name in differing if len(differing) <= FEW or str(settings.get(name)) != usual[name]]
+        own = [
+            name
+            for name in differing
+            if len(differing) <= FEW or str(settings.get(name)) != usual[name]
+        ]
         name = ", ".join(f"{name} {settings.get(name)}" for name in own)
         if not 0 < len(own) <= FEW:
             folders = [os.path.basename(os.path.abspath(run.path)) for run in members]
@@ -139,8 +185,13 @@ def differences(runs: Sequence[Run]) -> list[str]:
 def value(run: Run, metric: str, which: str) -> float | None:
     """One number of a run for a table (see COLUMNS); None where it has none."""
     if which == "results":
-        return next((found for _, result in run.results if (found := _number(result, metric)) is not None), None)
-    told = [(line["epoch"], found) for line in run.lines if (found := _number(line, metric)) is not None]
+        return next(
+            (found for _, result in run.results if (found := _number(result, metric)) is not None),
+            None,
+        )
+    told = [
+        (line["epoch"], found) for line in run.lines if (found := _number(line, metric)) is not None
+    ]
     told = told[:1] if which == "first" else told
     if not told or (which == "first" and told[0][0] != 0):
         return None
@@ -164,20 +215,46 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
 
 def page(runs: Sequence[Run]) -> str:
     """The whole HTML file."""
-    groups, whats = group(runs), [[run.settings.get(name, "?") for name in ("method", "arch", "dataset")] for run in runs]
-    title = html.escape("; ".join(dict.fromkeys(f"{method} {arch}, {dataset}" for method, arch, dataset in whats)))
-    columns = [column for column in COLUMNS if any(value(run, *column[1:]) is not None for run in runs)]
+    groups, whats = (
+        group(runs),
+        [[run.settings.get(name, "?") for name in ("method", "arch", "dataset")] for run in runs],
+    )
+    title = html.escape(
+        "; ".join(dict.fromkeys(f"{method} {arch}, {dataset}" for method, arch, dataset in whats))
+    )
+    columns = [
+        column for column in COLUMNS if any(value(run, *column[1:]) is not None for run in runs)
+    ]
     rows = [
-        [name, len(members), *(mean_and_deviation([value(run, *column[1:]) for run in members]) for column in columns)]
+        [
+            name,
+            len(members),
+            *(
+                mean_and_deviation([value(run, *column[1:]) for run in members])
+                for column in columns
+            ),
+        ]
         for name, members in groups.items()
     ]
-    parts = [f"<h1>{title}</h1>", _table(["", "runs", *(column[0] for column in columns)], rows), f"<p>{LEGEND}</p>"]
+    parts = [
+        f"<h1>{title}</h1>",
+        _table(["", "runs", *(column[0] for column in columns)], rows),
+        f"<p>{LEGEND}</p>",
+    ]
     names = differences([members[0] for members in groups.values()])
     if len(names) > FEW:
-        rows = [[name, *(members[0].settings.get(setting) for setting in names)] for name, members in groups.items()]
+        rows = [
+            [name, *(members[0].settings.get(setting) for setting in names)]
+            for name, members in groups.items()
+        ]
         parts += ["<h2>What differs</h2>", _table(["", *names], rows)]
     several = any(len(members) > 1 for members in groups.values())
-    parts += ["<h2>Curves over epochs</h2>", f"<p>{BANDS}</p>" if several else "", _key(groups), '<div class="curves">']
+    parts += [
+        "<h2>Curves over epochs</h2>",
+        f"<p>{BANDS}</p>" if several else "",
+        _key(groups),
+        '<div class="curves">',
+    ]
     parts += [_curve(name, metric, groups) for name, metric in CURVES] + ["</div>"]
     rows = [
         [os.path.join(run.path, where), *(result.get(name) for name in EVALUATED)]
@@ -188,11 +265,17 @@ def page(runs: Sequence[Run]) -> str:
     parts += ["<h2>Neighbours</h2>"] if any(run.pictures for run in runs) else []
     for name, members in groups.items():
         found = members[0].pictures
-        shown = found[-1:] if len(groups) > 1 else found[:1] + found[1:][-1:]  # of one run before and after
-        parts += [_folded(name, "".join(map(_image, shown)), opened=len(groups) <= FEW)] if shown else []
+        shown = (
+            found[-1:] if len(groups) > 1 else found[:1] + found[1:][-1:]
+        )  # of one run before and after
+        parts += (
+            [_folded(name, "".join(map(_image, shown)), opened=len(groups) <= FEW)] if shown else []
+        )
     parts.append("<h2>How to repeat it</h2>")
     parts += [_repeat(name, members, opened=len(groups) == 1) for name, members in groups.items()]
-    return f"{HEAD}<title>{title}</title><style>{STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n"
+    return (
+        f"{HEAD}<title>{title}</title><style>{STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n"
+    )
 
 
 def write(workdirs: Sequence[str], out: str) -> None:
@@ -215,7 +298,9 @@ def leave(workdir: str) -> str:
 
 def _curve(title: str, metric: str, groups: dict[str, list[Run]]) -> str:
     """A metric over epochs as inline SVG, a line a group (see BANDS); '' where no run has it."""
-    curves = {name: points for name, members in groups.items() if (points := _points(members, metric))}
+    curves = {
+        name: points for name, members in groups.items() if (points := _points(members, metric))
+    }
     if not curves:
         return ""
     ys = [y for points in curves.values() for _, found in points for y in found]
@@ -224,20 +309,31 @@ def _curve(title: str, metric: str, groups: dict[str, list[Run]]) -> str:
     across, upwards = (WIDTH - LEFT - 8) / end, (HEIGHT - BELOW - 16) / (high - low)
 
     def way(points):
-        return "L".join(f"{LEFT + across * x:.1f} {8 + upwards * (high - y):.1f}" for x, y in points)
+        return "L".join(
+            f"{LEFT + across * x:.1f} {8 + upwards * (high - y):.1f}" for x, y in points
+        )
 
     drawn = [f'<path class="grid" d="M{way([(0, y), (end, y)])}"/>' for y in _ticks(low, high)]
     words = [(LEFT - 6, 12 + upwards * (high - y), "end", y) for y in _ticks(low, high)]
     words += [(LEFT + across * x, HEIGHT - 6, "middle", x) for x in _ticks(0, end)]
-    drawn += [f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{side}">{tick:g}</text>' for x, y, side, tick in words]
+    drawn += [
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{side}">{tick:g}</text>'
+        for x, y, side, tick in words
+    ]
     for number, name in enumerate(groups):
         points = curves.get(name, [])
         ink, mean = INKS[number % len(INKS)], [(x, statistics.fmean(found)) for x, found in points]
         drawn.append(f"<g><title>{html.escape(name)}</title>")
         if any(len(found) > 1 for _, found in points):
-            edge = [(x, max(found)) for x, found in points] + [(x, min(found)) for x, found in reversed(points)]
-            light = min(0.2, 0.5 / len(groups))  # where many bands lie over each other, each is lighter
-            drawn.append(f'<path class="band" fill="{ink}" opacity="{light:.2f}" d="M{way(edge)}Z"/>')
+            edge = [(x, max(found)) for x, found in points] + [
+                (x, min(found)) for x, found in reversed(points)
+            ]
+            light = min(
+                0.2, 0.5 / len(groups)
+            )  # where many bands lie over each other, each is lighter
+            drawn.append(
+                f'<path class="band" fill="{ink}" opacity="{light:.2f}" d="M{way(edge)}Z"/>'
+            )
         drawn.append(f'<path {_stroke(number)} d="M{way(mean)}"/>' if points else "")
         if len(points) < 12:  # a line of no length with round ends is a dot
             drawn += [f'<path class="dot" stroke="{ink}" d="M{way([point])}h0"/>' for point in mean]
@@ -251,7 +347,12 @@ def _points(members: Sequence[Run], metric: str) -> list[tuple[float, list[float
     found: dict[float, list[float]] = {}
     for run in members:
         # every epoch's last step is logged: its number over the epoch's is the steps of an epoch
-        pace = max((line["step"] / line["epoch"] for line in run.lines if line["epoch"] > 0), default=1) or 1
+        pace = (
+            max(
+                (line["step"] / line["epoch"] for line in run.lines if line["epoch"] > 0), default=1
+            )
+            or 1
+        )
         for line in run.lines:
             if (y := _number(line, metric)) is not None:
                 found.setdefault(line["step"] / pace, []).append(y)
@@ -261,23 +362,37 @@ def _points(members: Sequence[Run], metric: str) -> list[tuple[float, list[float
 def _ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers in low .. high."""
     step = 10 ** math.floor(math.log10(high - low))
-    step = next(step * factor for factor in (0.2, 0.5, 1, 2) if (high - low) / (step * factor) <= 5.5)
-    return [round(step * number, 10) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    step = next(
+        step * factor for factor in (0.2, 0.5, 1, 2) if (high - low) / (step * factor) <= 5.5
+    )
+    return [
+        round(step * number, 10)
+        for number in range(math.ceil(low / step), math.floor(high / step) + 1)
+    ]
 
 
 def _stroke(number: int) -> str:
     dashes = ("", "6 3", "2 3", "8 3 2 3")[number // len(INKS) % 4]
-    return f'stroke="{INKS[number % len(INKS)]}"' + (f' stroke-dasharray="{dashes}"' if dashes else "")
+    return f'stroke="{INKS[number % len(INKS)]}"' + (
+        f' stroke-dasharray="{dashes}"' if dashes else ""
+    )
 
 
 def _key(groups: Iterable[str]) -> str:
     entry = '<li><svg viewBox="0 0 28 10"><path {} d="M0 5H28"/></svg> {}</li>'
-    return '<ul class="key">' + "".join(entry.format(_stroke(n), html.escape(name)) for n, name in enumerate(groups)) + "</ul>"
+    return (
+        '<ul class="key">'
+        + "".join(entry.format(_stroke(n), html.escape(name)) for n, name in enumerate(groups))
+        + "</ul>"
+    )
 
 
 def _table(heads: Iterable, rows: Iterable[Iterable]) -> str:
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in heads)
-    cells = ["".join(f"<td>{'' if cell is None else html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    cells = [
+        "".join(f"<td>{'' if cell is None else html.escape(str(cell))}</td>" for cell in row)
+        for row in rows
+    ]
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in cells)}</table></div>'
 
 
@@ -292,7 +407,9 @@ def _repeat(name: str, members: Sequence[Run], opened: bool) -> str:
     """Command, environment and settings of a group of runs."""
     settings, others = members[0].settings, [run.path for run in members[1:]]
     versions = settings["versions"] if isinstance(settings.get("versions"), dict) else {}
-    about = {key: settings.get(key) for key in ABOUT if key not in ("command", "versions")} | versions
+    about = {
+        key: settings.get(key) for key in ABOUT if key not in ("command", "versions")
+    } | versions
     words = [f"{key} {found}" for key, found in about.items() if found is not None]
     words += [f"with other seeds: {' '.join(others)}"] if others else []
     command, environment = html.escape(str(settings.get("command"))), html.escape(", ".join(words))
@@ -306,7 +423,11 @@ def _folded(name: str, content: str, opened: bool) -> str:
 
 
 def _kind(run: Run) -> dict:
-    return {name: found for name, found in run.settings.items() if name not in {*RUNNING, *ABOUT, "seed"}}
+    return {
+        name: found
+        for name, found in run.settings.items()
+        if name not in {*RUNNING, *ABOUT, "seed"}
+    }
 
 
 def _read_json(path: str) -> dict | None:
@@ -327,12 +448,18 @@ def _object(text: str) -> dict:
 
 def _number(line: dict, name: str) -> float | None:
     found = line.get(name)
-    return found if isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < 1e15 else None
+    return (
+        found
+        if isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < 1e15
+        else None
+    )
 
 
 def main(argv: list[str]) -> None:
     parser = new_parser("snclr.report", "Tells runs in one HTML file that needs nothing else.")
-    parser.add_argument("workdirs", nargs="+", metavar="W", help="workdir of a run; several are shown side by side")
+    parser.add_argument(
+        "workdirs", nargs="+", metavar="W", help="workdir of a run; several are shown side by side"
+    )
     parser.add_argument("--out", metavar="FILE", help="default: report.html in the first workdir")
     args = parser.parse_args(argv)
     out = args.out or os.path.join(args.workdirs[0], "report.html")

@@ -15,7 +15,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("meta")
 # the host needs values for these
-LOOKS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "repeat_interleave", "_linalg_svd"}
+LOOKS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "bincount",
+    "equal",
+    "repeat_interleave",
+    "_linalg_svd",
+}
 LOOKS |= {"_unique2", "unique_dim", "unique_consecutive"}
 
 
@@ -26,8 +34,15 @@ class Remote(torch.Tensor):
 
     @staticmethod
     def __new__(cls, local):
-        how = dict(dtype=local.dtype, strides=local.stride(), storage_offset=local.storage_offset(), device=DEVICE)
-        return torch.Tensor._make_wrapper_subclass(cls, local.shape, requires_grad=local.requires_grad, **how)
+        how = dict(
+            dtype=local.dtype,
+            strides=local.stride(),
+            storage_offset=local.storage_offset(),
+            device=DEVICE,
+        )
+        return torch.Tensor._make_wrapper_subclass(
+            cls, local.shape, requires_grad=local.requires_grad, **how
+        )
 
     def __init__(self, local):
         self.local = local
@@ -84,11 +99,15 @@ class Accelerator(TorchDispatchMode):
                 self.wait(name)
             return args[0] if name == "copy_" else Remote(out) if wanted else out
         indices = args[1] if name in ("index", "index_put_") else ()
-        if any(remote) and (name in LOOKS or any(x is not None and x.dtype == torch.bool for x in indices)):
+        if any(remote) and (
+            name in LOOKS or any(x is not None and x.dtype == torch.bool for x in indices)
+        ):
             self.wait(name)
         numbers = name not in ("stack", "cat", "where")  # elsewhere a number may come from the host
         for x, is_remote in zip(tensors, remote, strict=True):
-            assert is_remote or not any(remote) or (numbers and not x.ndim), f"{name} of tensors in two places, {_place()}"
+            assert is_remote or not any(remote) or (numbers and not x.ndim), (
+                f"{name} of tensors in two places, {_place()}"
+            )
         if not wanted:
             return out
         out = tree_map_only(torch.Tensor, lambda x: x if isinstance(x, Remote) else Remote(x), out)
@@ -101,5 +120,9 @@ class Accelerator(TorchDispatchMode):
 def _place():
     """The project's lines that led here, the last one first."""
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_stack()]
-    ours = [f"{path.name}:{line}" for path, line in frames if path.parent in (ROOT, ROOT / "snclr")]
+    ours = [
+        f"{path.name}:{line}"
+        for path, line in frames
+        if path.parent == ROOT or ROOT / "snclr" in path.parents
+    ]
     return " < ".join(reversed(ours[-3:]))

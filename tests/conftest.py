@@ -14,7 +14,7 @@ os.environ["PYTHONPATH"] = str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH",
 def signal_handlers():
     """What runs in this process outside main (the benchmarks' loop) leaves its handlers behind, which would keep a signal from
     ending the tests."""
-    from snclr.preemption import handlers_given_back
+    from snclr.running.preemption import handlers_given_back
 
     with handlers_given_back():
         yield

@@ -53,8 +53,12 @@ def snclr(query, key, bank, rows, weights, temperature, form="sum_of_logs"):
         logits = candidates @ query[i] / temperature
         denominator = torch.exp(logits).sum()
         positives = [(1.0, key[i])]
-        positives += [(weights[i, k], bank[row]) for k, row in enumerate(rows[i].tolist()) if row >= 0]
-        probabilities = [(w, torch.exp(query[i] @ vector / temperature) / denominator) for w, vector in positives]
+        positives += [
+            (weights[i, k], bank[row]) for k, row in enumerate(rows[i].tolist()) if row >= 0
+        ]
+        probabilities = [
+            (w, torch.exp(query[i] @ vector / temperature) / denominator) for w, vector in positives
+        ]
         if form == "sum_of_logs":
             losses.append(sum(-w * torch.log(p) for w, p in probabilities))
         else:
@@ -67,7 +71,10 @@ def nnclr(neighbour, prediction, temperature):
     neighbour, prediction = normalize(neighbour, dim=1), normalize(prediction, dim=1)
     return torch.stack(
         [
-            -torch.log(torch.exp(n @ prediction[i] / temperature) / torch.exp(prediction @ n / temperature).sum())
+            -torch.log(
+                torch.exp(n @ prediction[i] / temperature)
+                / torch.exp(prediction @ n / temperature).sum()
+            )
             for i, n in enumerate(neighbour)
         ]
     )
@@ -79,6 +86,8 @@ def mocov2(query, key, bank, filled, temperature):
     losses = []
     for i in range(len(query)):
         own = torch.exp(query[i] @ key[i] / temperature)
-        others = sum((torch.exp(query[i] @ bank[m] / temperature) for m in range(filled)), torch.zeros(()))
+        others = sum(
+            (torch.exp(query[i] @ bank[m] / temperature) for m in range(filled)), torch.zeros(())
+        )
         losses.append(-torch.log(own / (own + others)))
     return torch.stack(losses)

@@ -15,9 +15,10 @@ from torch.nn.functional import normalize
 
 import main_lincls
 import main_snclr
-from snclr import distributed, knn
+from snclr.evaluation import knn
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import mocov2_loss, mocov3_loss, nnclr_loss, positiveness, snclr_loss
+from snclr.running import distributed
 
 N, D, M, K = 8, 6, 20, 3  # global batch, dimensions, bank, neighbours
 
@@ -40,15 +41,26 @@ def objectives():
     }
     for form in ("sum_of_logs", "log_of_sum"):
         for threshold in (False, True):
-            losses[f"snclr {form} {threshold}"] = lambda q, y, k, r, form=form, threshold=threshold: snclr_loss(
-                q, k, bank, r, positiveness(y, bank, r, threshold=threshold), temperature=0.2, form=form
+            losses[f"snclr {form} {threshold}"] = (
+                lambda q, y, k, r, form=form, threshold=threshold: snclr_loss(
+                    q,
+                    k,
+                    bank,
+                    r,
+                    positiveness(y, bank, r, threshold=threshold),
+                    temperature=0.2,
+                    form=form,
+                )
             )
     found = {}
     for name, loss in losses.items():
         q, y = mine(query).requires_grad_(), mine(online).requires_grad_()
         value = loss(q, y, mine(key), mine(rows)) / distributed.world_size()
         value.backward()
-        grads = [distributed.all_gather(torch.zeros_like(x) if x.grad is None else x.grad) for x in (q, y)]
+        grads = [
+            distributed.all_gather(torch.zeros_like(x) if x.grad is None else x.grad)
+            for x in (q, y)
+        ]
         found[name] = [distributed.all_sum(value), *grads]
     return found
 
@@ -67,7 +79,11 @@ def batch_norm(shape):
     (out * mine(target)).sum().backward()
     parameters = [distributed.all_sum(p.grad) for p in norms.parameters()]
     evaluated = norms.eval()(share)
-    return [*map(distributed.all_gather, (out, share.grad, evaluated)), *parameters, *norms.state_dict().values()]
+    return [
+        *map(distributed.all_gather, (out, share.grad, evaluated)),
+        *parameters,
+        *norms.state_dict().values(),
+    ]
 
 
 def bank():
@@ -78,13 +94,21 @@ def bank():
         keys, ids = torch.randn(N, D), torch.arange(N) + step
         bank.enqueue(distributed.all_gather(mine(keys)), distributed.all_gather(mine(ids)))
     scores, rows = bank.search(mine(torch.randn(N, D)), K, mine(torch.arange(N)))
-    return [*bank.state_dict().values(), distributed.all_gather(scores), distributed.all_gather(rows)]
+    return [
+        *bank.state_dict().values(),
+        distributed.all_gather(scores),
+        distributed.all_gather(rows),
+    ]
 
 
 def nearest():
     """kNN scores with the training features spread over the ranks unevenly."""
     torch.manual_seed(3)
-    features, labels, queries = normalize(torch.randn(21, D), dim=1), torch.arange(21) % 4, normalize(torch.randn(9, D), dim=1)
+    features, labels, queries = (
+        normalize(torch.randn(21, D), dim=1),
+        torch.arange(21) % 4,
+        normalize(torch.randn(9, D), dim=1),
+    )
     share = slice(distributed.rank(), None, distributed.world_size())
     return [knn.vote(*knn.nearest(queries, features[share], labels[share], 6, chunk=4), 4, 0.07)]
 

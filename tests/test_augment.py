@@ -13,7 +13,12 @@ from snclr.augment import Recipe, ViewParameters, draw, epoch_order, keyed_unifo
 
 RECIPE = Recipe(seed=3, crop_min=0.2, size=16, blur=True)
 MANY = 20_000
-KEY_PARTS = {"seed": (1, 0, 0, 0), "epoch": (0, 1, 0, 0), "index": (0, 0, MANY, 0), "view": (0, 0, 0, 1)}
+KEY_PARTS = {
+    "seed": (1, 0, 0, 0),
+    "epoch": (0, 1, 0, 0),
+    "index": (0, 0, MANY, 0),
+    "view": (0, 0, 0, 1),
+}
 
 
 def draw_many(recipe=RECIPE, epoch=0, view=0, count=MANY, height=48, width=64, first=0):
@@ -38,7 +43,11 @@ def pictures(count, size=16, seed=0):
 def test_splitmix64_gives_the_published_sequence():
     gamma = 0x9E3779B97F4A7C15
     states = np.array([(1234567 + step * gamma) % 2**64 for step in range(3)], dtype=np.uint64)
-    assert augment.splitmix64(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert augment.splitmix64(states).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]
 
 
 EACH = np.arange(MANY)
@@ -51,7 +60,9 @@ def test_keyed_uniforms_are_uniform(key):
     steps = np.arange(1, MANY + 1) / MANY
     for column in np.sort(u, axis=0).T:
         assert np.abs(column - steps).max() < 1.95 / MANY**0.5  # Kolmogorov-Smirnov, p = .001
-    np.testing.assert_allclose([(u**power).mean() for power in (1, 2, 3)], [1 / 2, 1 / 3, 1 / 4], atol=0.005)
+    np.testing.assert_allclose(
+        [(u**power).mean() for power in (1, 2, 3)], [1 / 2, 1 / 3, 1 / 4], atol=0.005
+    )
 
 
 def test_columns_of_keyed_uniforms_are_independent():
@@ -65,7 +76,9 @@ def test_every_part_of_the_key_gives_independent_numbers(offset):
     there = keyed_uniforms(4, offset[0], offset[1], EACH + offset[2], offset[3])
     correlations = np.corrcoef(here.T, there.T)[:4, 4:]
     assert np.abs(correlations).max() < 0.035
-    assert np.abs((here + there) % 1 - 0.5).mean() == pytest.approx(0.25, abs=0.01)  # no pair copies or mirrors the other
+    assert np.abs((here + there) % 1 - 0.5).mean() == pytest.approx(
+        0.25, abs=0.01
+    )  # no pair copies or mirrors the other
 
 
 def test_the_parts_of_a_key_are_not_exchangeable():
@@ -101,14 +114,23 @@ def test_parameters_of_a_sample_do_not_depend_on_the_batch():
     heights, widths = np.array([30, 64, 5, 200]), np.array([40, 64, 90, 10])
     boxes, parameters = draw(RECIPE, 2, np.array([8, 3, 11, 4]), 1, heights, widths)
     for row, index in enumerate((8, 3, 11, 4)):
-        box, alone = draw(RECIPE, 2, np.array([index]), 1, heights[row : row + 1], widths[row : row + 1])
+        box, alone = draw(
+            RECIPE, 2, np.array([index]), 1, heights[row : row + 1], widths[row : row + 1]
+        )
         assert np.array_equal(box[0], boxes[row])
-        assert all(torch.equal(one[0], many[row]) for one, many in zip(alone, parameters, strict=True))
+        assert all(
+            torch.equal(one[0], many[row]) for one, many in zip(alone, parameters, strict=True)
+        )
 
 
 @pytest.mark.parametrize("change", KEY_PARTS)
 def test_seed_epoch_index_and_view_each_change_crop_and_parameters(change):
-    other = {"seed": {"recipe": RECIPE._replace(seed=4)}, "epoch": {"epoch": 1}, "index": {"first": 1}, "view": {"view": 1}}
+    other = {
+        "seed": {"recipe": RECIPE._replace(seed=4)},
+        "epoch": {"epoch": 1},
+        "index": {"first": 1},
+        "view": {"view": 1},
+    }
     boxes, parameters = draw_many(count=500)
     other_boxes, other_parameters = draw_many(count=500, **other[change])
     assert (boxes == other_boxes).all(axis=1).mean() < 0.05
@@ -168,7 +190,9 @@ def test_all_orders_of_jitter_are_equally_likely():
 def test_crops_are_distributed_as_torchvisions(crop_min, height, width):
     torch.manual_seed(0)
     canvas = torch.empty(3, height, width)
-    expected = np.array([RandomResizedCrop.get_params(canvas, (crop_min, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)])
+    expected = np.array(
+        [RandomResizedCrop.get_params(canvas, (crop_min, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)]
+    )
     found, _ = draw_many(RECIPE._replace(crop_min=crop_min), count=3000, height=height, width=width)
 
     def summary(boxes):
@@ -183,9 +207,13 @@ def test_crops_are_distributed_as_torchvisions(crop_min, height, width):
 
 @pytest.mark.parametrize("crop_min", [1e-4, 0.2, 1.0])
 def test_boxes_lie_inside_the_image(crop_min):
-    sides = np.stack(np.meshgrid([1, 2, 3, 5, 17, 100, 3000], [1, 2, 3, 5, 17, 100, 3000])).reshape(2, -1)
+    sides = np.stack(np.meshgrid([1, 2, 3, 5, 17, 100, 3000], [1, 2, 3, 5, 17, 100, 3000])).reshape(
+        2, -1
+    )
     heights, widths = np.repeat(sides, 50, axis=1)
-    boxes, _ = draw(RECIPE._replace(crop_min=crop_min), 0, np.arange(len(heights)), 0, heights, widths)
+    boxes, _ = draw(
+        RECIPE._replace(crop_min=crop_min), 0, np.arange(len(heights)), 0, heights, widths
+    )
     top, left, h, w = boxes.T
     assert boxes.dtype == np.int64
     assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left >= 0).all()
@@ -205,7 +233,9 @@ def test_crops_are_placed_evenly_up_to_all_borders_and_independently_in_both_axe
 @pytest.mark.parametrize("crop_min", [0.2, 1.0])
 @pytest.mark.parametrize("height, width", [(10, 1000), (1000, 10), (1, 300), (300, 1), (7, 101)])
 def test_extreme_aspects_fall_back_to_torchvisions_central_cut(height, width, crop_min):
-    expected = RandomResizedCrop.get_params(torch.empty(3, height, width), (crop_min, 1.0), (3 / 4, 4 / 3))
+    expected = RandomResizedCrop.get_params(
+        torch.empty(3, height, width), (crop_min, 1.0), (3 / 4, 4 / 3)
+    )
     boxes, _ = draw_many(RECIPE._replace(crop_min=crop_min), count=50, height=height, width=width)
     assert (boxes == np.array(expected)).all()
 
@@ -236,7 +266,9 @@ BOXES = {
 @pytest.mark.parametrize("size", [1, 16, 45, 64])
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
 def test_crop_and_resize_equals_torchvision_to_one_level(box, size):
-    image = torch.randint(0, 256, (3, 37, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(
+        0, 256, (3, 37, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     found = augment.crop_and_resize(image[None], torch.tensor([box]), size)
     expected = F.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
     assert found.shape == (1, 3, size, size) and found.dtype == torch.uint8
@@ -251,12 +283,16 @@ def test_each_image_gets_its_own_box():
     for image, box, crop in zip(images, boxes, together, strict=True):
         assert torch.equal(augment.crop_and_resize(image[None], box[None], 16)[0], crop)
     twice = augment.crop_and_resize(images, torch.cat([boxes, boxes.flip(0)]), 16)
-    assert torch.equal(twice, torch.cat([together, augment.crop_and_resize(images, boxes.flip(0), 16)]))
+    assert torch.equal(
+        twice, torch.cat([together, augment.crop_and_resize(images, boxes.flip(0), 16)])
+    )
 
 
 def test_a_box_of_the_output_size_is_copied_exactly():
     image = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8)
-    assert torch.equal(augment.crop_and_resize(image, torch.tensor([[4, 7, 24, 24]]), 24), image[:, :, 4:28, 7:31])
+    assert torch.equal(
+        augment.crop_and_resize(image, torch.tensor([[4, 7, 24, 24]]), 24), image[:, :, 4:28, 7:31]
+    )
 
 
 # -- each operation against torchvision ----------------------------------------------------------------------------------
@@ -269,7 +305,10 @@ THEIRS = {
     "gaussian_blur_": lambda x, sigma: F.gaussian_blur(x, 2 * math.ceil(3 * sigma) + 1, sigma),
 }
 STRENGTHS = dict.fromkeys(THEIRS, (0.0, 0.6, 0.8, 1.0, 1.2, 1.4))
-STRENGTHS |= {"adjust_hue_": (-0.1, -0.05, -0.001, 0.0, 0.03, 0.1), "gaussian_blur_": (0.1, 0.3, 0.7, 1.0, 1.5, 2.0)}
+STRENGTHS |= {
+    "adjust_hue_": (-0.1, -0.05, -0.001, 0.0, 0.03, 0.1),
+    "gaussian_blur_": (0.1, 0.3, 0.7, 1.0, 1.5, 2.0),
+}
 
 
 def ours(name, x, strengths):
@@ -279,25 +318,37 @@ def ours(name, x, strengths):
     return getattr(augment, name)(x.clone(), strengths.view(len(x), -1, 1, 1))
 
 
-@pytest.mark.parametrize("name, strength", [(name, strength) for name in THEIRS for strength in STRENGTHS[name]])
+@pytest.mark.parametrize(
+    "name, strength", [(name, strength) for name in THEIRS for strength in STRENGTHS[name]]
+)
 def test_operation_equals_torchvisions(name, strength):
     x = pictures(8)
-    torch.testing.assert_close(ours(name, x, torch.full((8,), strength)), THEIRS[name](x, strength), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours(name, x, torch.full((8,), strength)), THEIRS[name](x, strength), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_each_image_of_a_batch_has_its_own_strength(name):
     x = pictures(8)
-    strengths = torch.linspace(-0.1, 0.1, 8) if name == "adjust_hue_" else torch.linspace(0.2, 1.9, 8)
-    expected = torch.stack([THEIRS[name](image, strength.item()) for image, strength in zip(x, strengths, strict=True)])
+    strengths = (
+        torch.linspace(-0.1, 0.1, 8) if name == "adjust_hue_" else torch.linspace(0.2, 1.9, 8)
+    )
+    expected = torch.stack(
+        [THEIRS[name](image, strength.item()) for image, strength in zip(x, strengths, strict=True)]
+    )
     torch.testing.assert_close(ours(name, x, strengths), expected, atol=1e-5, rtol=0)
 
 
 def test_hue_of_every_kind_of_pixel_equals_torchvisions():
     levels = torch.tensor([0.0, 0.25, 0.5, 1.0])
-    x = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 8, 8)  # greys, ties of two channels, pure colours
+    x = torch.cartesian_prod(levels, levels, levels).T.reshape(
+        1, 3, 8, 8
+    )  # greys, ties of two channels, pure colours
     for turns in (-0.1, 0.0, 0.1):
-        torch.testing.assert_close(ours("adjust_hue_", x, torch.tensor([turns])), F.adjust_hue(x, turns), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            ours("adjust_hue_", x, torch.tensor([turns])), F.adjust_hue(x, turns), atol=1e-5, rtol=0
+        )
 
 
 def test_hue_leaves_grey_pixels_exactly_as_they_are():
@@ -308,7 +359,9 @@ def test_hue_leaves_grey_pixels_exactly_as_they_are():
 def test_grayscale_solarize_and_flip_equal_torchvisions():
     x = pictures(8)
     torch.testing.assert_close(augment.grayscale(x), F.rgb_to_grayscale(x, 3), atol=1e-6, rtol=0)
-    torch.testing.assert_close(augment.solarize_(x.clone()), F.solarize(x, 128 / 255), atol=0, rtol=0)
+    torch.testing.assert_close(
+        augment.solarize_(x.clone()), F.solarize(x, 128 / 255), atol=0, rtol=0
+    )
     assert torch.equal(augment.flip(x), F.hflip(x))
 
 
@@ -334,7 +387,9 @@ def test_both_ways_to_blur_equal_torchvisions_at_every_size(form):
     for size in (7, 64, 65, 100):
         x = pictures(9, size)
         blur = THEIRS["gaussian_blur_"]
-        expected = torch.stack([blur(image, sigma.item()) for image, sigma in zip(x, sigmas, strict=True)])
+        expected = torch.stack(
+            [blur(image, sigma.item()) for image, sigma in zip(x, sigmas, strict=True)]
+        )
         torch.testing.assert_close(form(x.clone(), taps), expected, atol=1e-5, rtol=0)
 
 
@@ -387,7 +442,11 @@ def view_of_picture(picture, box, p, i, size, throughout):
     if p.gray[i]:
         x = F.rgb_to_grayscale(x, 3)
     if sigma := p.sigma[i].item():
-        x = x.filter(ImageFilter.GaussianBlur(sigma)) if throughout else THEIRS["gaussian_blur_"](x, sigma)
+        x = (
+            x.filter(ImageFilter.GaussianBlur(sigma))
+            if throughout
+            else THEIRS["gaussian_blur_"](x, sigma)
+        )
     if p.solarize[i]:
         x = F.solarize(x, 128 if throughout else 128 / 255)
     x = F.hflip(x) if p.flip[i] else x
@@ -405,7 +464,10 @@ def test_whole_views_are_those_of_pil_and_torchvision(view, throughout, mean, mo
     crops = augment.crop_and_resize(pixels, torch.from_numpy(boxes), size)
     found = augment.apply(crops, p, torch.zeros(3), torch.ones(3))
     pictured = map(F.to_pil_image, pixels)
-    expected = [view_of_picture(picture, boxes[i].tolist(), p, i, size, throughout) for i, picture in enumerate(pictured)]
+    expected = [
+        view_of_picture(picture, boxes[i].tolist(), p, i, size, throughout)
+        for i, picture in enumerate(pictured)
+    ]
     apart = 255 * (found - torch.stack(expected)).abs().mean(dim=(1, 2, 3))
     assert apart.mean() < mean and apart.max() < most
 
@@ -413,7 +475,9 @@ def test_whole_views_are_those_of_pil_and_torchvision(view, throughout, mean, mo
 def test_with_nothing_drawn_apply_only_normalises():
     crops = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     off = torch.zeros(4, dtype=torch.bool)
-    nothing = ViewParameters(off, torch.arange(4).expand(4, 4), torch.zeros(4, 4), off, torch.zeros(4), off, off)
+    nothing = ViewParameters(
+        off, torch.arange(4).expand(4, 4), torch.zeros(4, 4), off, torch.zeros(4), off, off
+    )
     expected = F.normalize(crops / 255, MEAN.tolist(), STD.tolist())
     torch.testing.assert_close(augment.apply(crops, nothing, MEAN, STD), expected)
 
@@ -436,7 +500,11 @@ def test_a_view_is_the_same_bit_for_bit_in_any_batch(threads, size, part):
     parts = []
     for start in range(0, 6, part):
         share = slice(start, start + part)
-        parts.append(augment.apply(crops[share], ViewParameters(*(field[share] for field in parameters)), MEAN, STD))
+        parts.append(
+            augment.apply(
+                crops[share], ViewParameters(*(field[share] for field in parameters)), MEAN, STD
+            )
+        )
     identical = torch.equal(torch.cat(parts), whole)
     assert identical
 

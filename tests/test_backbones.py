@@ -7,18 +7,26 @@ import torch
 import torchvision
 from torch import nn
 
-from snclr import backbones, distributed, heads, options
+from snclr import backbones, heads, options
 from snclr.backbones import build_encoder, sincos_position_embedding
 from snclr.builder import SNCLR
-from snclr.distributed import GlobalBatchNorm
-from snclr.errors import UsageError
 from snclr.memory_bank import MemoryBank
+from snclr.running import distributed
+from snclr.running.distributed import GlobalBatchNorm
+from snclr.running.errors import UsageError
 
 VITS, RESNETS = tuple(backbones.VITS), tuple(backbones.RESNETS)
 
 
 def build(arch, **settings):
-    defaults = dict(img_size=32, patch_size=16, width=None, small_stem=False, stop_grad_conv1=False, timm_kwargs={})
+    defaults = dict(
+        img_size=32,
+        patch_size=16,
+        width=None,
+        small_stem=False,
+        stop_grad_conv1=False,
+        timm_kwargs={},
+    )
     return build_encoder(arch, **{**defaults, "hidden_dim": 24, "out_dim": 16, **settings})
 
 
@@ -47,7 +55,9 @@ def shapes(module):
 
 def backbone_of(encoder):
     head = "head." if encoder.kind == "vit" else "fc."
-    return {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)}
+    return {
+        name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)
+    }
 
 
 def shallow(monkeypatch):
@@ -87,7 +97,11 @@ def test_projector_stands_in_the_place_of_the_last_layer(arch, monkeypatch):
     name, layers = ("head", 3) if arch in VITS else ("fc", 2)
     assert encoder.projector is getattr(encoder, name)
     widths = [encoder.num_features, *[24] * (layers - 1), 16]
-    linear = {key: shape for key, shape in shapes(encoder).items() if key.startswith(f"{name}.") and len(shape) == 2}
+    linear = {
+        key: shape
+        for key, shape in shapes(encoder).items()
+        if key.startswith(f"{name}.") and len(shape) == 2
+    }
     assert linear == {f"{name}.{3 * i}.weight": (widths[i + 1], widths[i]) for i in range(layers)}
 
 
@@ -103,20 +117,31 @@ def test_forward_is_projector_of_embed(arch, monkeypatch):
 
 
 @pytest.mark.parametrize("arch", backbones.ARCHS)
-def test_one_step_gives_every_trainable_parameter_a_gradient_and_the_momentum_encoder_none(arch, monkeypatch):
+def test_one_step_gives_every_trainable_parameter_a_gradient_and_the_momentum_encoder_none(
+    arch, monkeypatch
+):
     shallow(monkeypatch)
     torch.manual_seed(0)
     encoder = build(arch)
-    for module in encoder.modules():  # a last norm at zero keeps its branch without gradient in the very first step
+    for module in (
+        encoder.modules()
+    ):  # a last norm at zero keeps its branch without gradient in the very first step
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.0)
-    model = SNCLR(encoder, heads.predictor(encoder.kind, 16, 24), MemoryBank(12, 16), topk=3).double()
+    model = SNCLR(
+        encoder, heads.predictor(encoder.kind, 16, 24), MemoryBank(12, 16), topk=3
+    ).double()
     model.memory_bank.enqueue(torch.randn(12, 16), torch.arange(100, 112))
-    loss, _ = model(*torch.randn(2, 4, 3, 32, 32, dtype=torch.float64), torch.arange(4), momentum=0.9)
+    loss, _ = model(
+        *torch.randn(2, 4, 3, 32, 32, dtype=torch.float64), torch.arange(4), momentum=0.9
+    )
     loss.backward()
     assert all(p.grad is None and not p.requires_grad for p in model.momentum_encoder.parameters())
     without = []
-    for name, parameter in [*model.base_encoder.named_parameters(), *model.predictor.named_parameters()]:
+    for name, parameter in [
+        *model.base_encoder.named_parameters(),
+        *model.predictor.named_parameters(),
+    ]:
         if not parameter.requires_grad:
             continue
         gradient = parameter.grad
@@ -168,14 +193,21 @@ def test_position_embedding_equals_the_loop(rows, columns, width):
     for row in range(rows):
         for column in range(columns):
             frequencies = [1 / 10000 ** (i / (width // 4)) for i in range(width // 4)]
-            line = [f(position * w) for position in (column, row) for f in (math.sin, math.cos) for w in frequencies]
+            line = [
+                f(position * w)
+                for position in (column, row)
+                for f in (math.sin, math.cos)
+                for w in frequencies
+            ]
             expected.append(line)
     torch.set_default_dtype(torch.float64)
     try:
         found = sincos_position_embedding(rows, columns, width)
     finally:
         torch.set_default_dtype(torch.float32)
-    torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        found, torch.tensor([expected], dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("width", [6, 2, 9])
@@ -211,12 +243,18 @@ def test_vit_starts_as_moco_v3s(patch_size, monkeypatch):
         assert_uniform(block.mlp.fc1.weight, math.sqrt(6 / (width + 4 * width)))
         assert_uniform(block.mlp.fc2.weight, math.sqrt(6 / (width + 4 * width)))
     assert_uniform(encoder.patch_embed.proj.weight, math.sqrt(6 / (3 * patch_size**2 + width)))
-    biases = {name: p for name, p in encoder.named_parameters() if name.endswith("bias") and not name.startswith("head.")}
+    biases = {
+        name: p
+        for name, p in encoder.named_parameters()
+        if name.endswith("bias") and not name.startswith("head.")
+    }
     assert [name for name, bias in biases.items() if bias.any()] == []
     assert encoder.cls_token.std().item() == pytest.approx(1e-6, rel=0.2)
 
 
-@pytest.mark.parametrize("stop, expected", [(True, {"patch_embed.proj.weight", "patch_embed.proj.bias"}), (False, set())])
+@pytest.mark.parametrize(
+    "stop, expected", [(True, {"patch_embed.proj.weight", "patch_embed.proj.bias"}), (False, set())]
+)
 def test_stop_grad_conv1_freezes_exactly_the_patch_embedding(stop, expected, monkeypatch):
     shallow(monkeypatch)
     encoder = build("vit_tiny", stop_grad_conv1=stop)
@@ -228,7 +266,9 @@ def test_convolutional_stem_has_moco_v3s_layers_and_one_block_less():
     encoder = build("vit_conv_small")
     stem = encoder.patch_embed.proj
     names = [name for name, _ in stem.named_parameters() if name.endswith("weight")]
-    assert names == [f"{number}.weight" for number in (0, 1, 3, 4, 6, 7, 9, 10, 12)]  # as in MoCo v3's files
+    assert names == [
+        f"{number}.weight" for number in (0, 1, 3, 4, 6, 7, 9, 10, 12)
+    ]  # as in MoCo v3's files
     convolutions = [module for module in stem if isinstance(module, nn.Conv2d)]
     assert [(c.in_channels, c.out_channels, c.stride[0]) for c in convolutions] == [
         (3, 48, 2),
@@ -239,31 +279,48 @@ def test_convolutional_stem_has_moco_v3s_layers_and_one_block_less():
     ]
     assert [c.bias is None for c in convolutions] == [True] * 4 + [False]
     assert len(encoder.blocks) == 11 and stem(torch.randn(2, 3, 64, 64)).shape == (2, 384, 4, 4)
-    frozen = {name for name, p in build("vit_conv_small", stop_grad_conv1=True).named_parameters() if not p.requires_grad}
+    frozen = {
+        name
+        for name, p in build("vit_conv_small", stop_grad_conv1=True).named_parameters()
+        if not p.requires_grad
+    }
     assert frozen == {"pos_embed"}
 
 
 # -- any model of timm -------------------------------------------------------------------------------------------------------
 
-TIMM = {"test_vit": "vit", "test_convnext": "vit", "test_resnet": "resnet", "mobilenetv3_small_050": "resnet"}
+TIMM = {
+    "test_vit": "vit",
+    "test_convnext": "vit",
+    "test_resnet": "resnet",
+    "mobilenetv3_small_050": "resnet",
+}
 
 
 @pytest.mark.parametrize("name, kind", TIMM.items())
-def test_a_timm_model_keeps_its_names_and_features_and_gets_the_projector_for_its_classifier(name, kind):
+def test_a_timm_model_keeps_its_names_and_features_and_gets_the_projector_for_its_classifier(
+    name, kind
+):
     torch.manual_seed(0)
     encoder = build(f"timm:{name}", img_size=32, hidden_dim=8).eval()
     sized = {"img_size": 32} if name == "test_vit" else {}
     twin = timm.create_model(name, **sized).eval()
     classifier = twin.pretrained_cfg["classifier"]
     assert encoder.kind == kind and encoder.projector is encoder.get_submodule(classifier)
-    own = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(f"{classifier}.")}
+    own = {
+        name: tensor
+        for name, tensor in encoder.state_dict().items()
+        if not name.startswith(f"{classifier}.")
+    }
     missing, unexpected = twin.load_state_dict(own, strict=False)
     assert {*missing} == {f"{classifier}.weight", f"{classifier}.bias"} and not unexpected
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         features = encoder.embed(x)
         assert features.shape == (2, encoder.num_features)
-        torch.testing.assert_close(features, twin.forward_head(twin.forward_features(x), pre_logits=True))
+        torch.testing.assert_close(
+            features, twin.forward_head(twin.forward_features(x), pre_logits=True)
+        )
         torch.testing.assert_close(encoder(x), encoder.projector(features))
 
 
@@ -323,12 +380,20 @@ def test_what_timm_refuses_is_said_in_one_line(name, settings, named):
 
 @pytest.mark.parametrize(
     "arch, small_stem, stride",
-    [("resnet8", False, 8), ("resnet8", True, 4), ("resnet18", False, 32), ("resnet18", True, 8), ("resnet50", True, 8)],
+    [
+        ("resnet8", False, 8),
+        ("resnet8", True, 4),
+        ("resnet18", False, 32),
+        ("resnet18", True, 8),
+        ("resnet50", True, 8),
+    ],
 )
 def test_stem_sets_the_output_stride(arch, small_stem, stride):
     encoder = build(arch, small_stem=small_stem, width=8).eval()
     sizes = []
-    encoder.avgpool.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[2:]))
+    encoder.avgpool.register_forward_pre_hook(
+        lambda module, inputs: sizes.append(inputs[0].shape[2:])
+    )
     with torch.no_grad():
         encoder.embed(torch.randn(1, 3, 64, 64))
     assert sizes == [(64 // stride, 64 // stride)]
@@ -336,7 +401,13 @@ def test_stem_sets_the_output_stride(arch, small_stem, stride):
 
 @pytest.mark.parametrize(
     "arch, width, features",
-    [("resnet8", None, 128), ("resnet8", 8, 32), ("resnet18", None, 512), ("resnet18", 16, 128), ("resnet50", 16, 512)],
+    [
+        ("resnet8", None, 128),
+        ("resnet8", 8, 32),
+        ("resnet18", None, 512),
+        ("resnet18", 16, 128),
+        ("resnet50", 16, 512),
+    ],
 )
 def test_width_sets_the_feature_width(arch, width, features):
     encoder = build(arch, width=width).eval()
@@ -347,7 +418,11 @@ def test_width_sets_the_feature_width(arch, width, features):
 
 @pytest.mark.parametrize("arch", RESNETS)
 def test_exactly_the_last_norms_of_bottlenecks_start_at_zero(arch):
-    norms = {name: module.weight for name, module in build(arch, width=8).named_modules() if isinstance(module, nn.BatchNorm2d)}
+    norms = {
+        name: module.weight
+        for name, module in build(arch, width=8).named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    }
     zero = {name for name, weight in norms.items() if not weight.any()}
     assert zero == {name for name in norms if name.endswith(".bn3")}
     assert len(zero) == {"resnet50": 3 + 4 + 6 + 3, "resnet101": 3 + 4 + 23 + 3}.get(arch, 0)
@@ -368,12 +443,18 @@ def test_exactly_the_last_norms_of_bottlenecks_start_at_zero(arch):
     ids=["vit projector", "resnet projector", "vit predictor", "resnet predictor"],
 )
 def test_head_is_bias_free_layers_with_norm_and_relu_between(head, layers, last_norm):
-    expected = [nn.Linear, GlobalBatchNorm, nn.ReLU] * (layers - 1) + [nn.Linear] + [GlobalBatchNorm] * last_norm
+    expected = (
+        [nn.Linear, GlobalBatchNorm, nn.ReLU] * (layers - 1)
+        + [nn.Linear]
+        + [GlobalBatchNorm] * last_norm
+    )
     assert [type(module) for module in head] == expected
     assert all(module.bias is None for module in head if isinstance(module, nn.Linear))
     norms = [module for module in head if isinstance(module, GlobalBatchNorm)]
     assert [norm.affine for norm in norms] == [True] * (layers - 1) + [False] * last_norm
-    assert [module.out_features for module in head if isinstance(module, nn.Linear)] == [24] * (layers - 1) + [16]
+    assert [module.out_features for module in head if isinstance(module, nn.Linear)] == [24] * (
+        layers - 1
+    ) + [16]
 
 
 def test_synchronised_norms_on_gpus_keep_timms_activations(monkeypatch):
@@ -387,8 +468,13 @@ def test_synchronised_norms_on_gpus_keep_timms_activations(monkeypatch):
         # timm before 1.0.15 or so leaves what it converts in training mode
         synchronised = distributed.synchronise_batch_norm(encoder, torch.device("cuda")).eval()
         kinds = {
-            type(module).__name__ for module in synchronised.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            type(module).__name__
+            for module in synchronised.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
         }
-        assert kinds == {"SyncBatchNormAct", "GlobalBatchNorm"}  # of the backbone, and of the projector
+        assert kinds == {
+            "SyncBatchNormAct",
+            "GlobalBatchNorm",
+        }  # of the backbone, and of the projector
         torch.testing.assert_close(synchronised(x), expected)
     assert list(synchronised.state_dict()) == keys

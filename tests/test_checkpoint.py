@@ -12,10 +12,13 @@ from argparse import Namespace
 import pytest
 import torch
 
-from snclr import backbones, builder, checkpoint, optim, options
-from snclr.errors import RunError, UsageError
+from snclr import backbones, builder, optim, options
+from snclr.running import checkpoint
+from snclr.running.errors import RunError, UsageError
 
-TINY = "--arch resnet8 --width 8 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 6 --topk 2 --batch-size 4"
+TINY = (
+    "--arch resnet8 --width 8 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 6 --topk 2 --batch-size 4"
+)
 
 
 class Run:
@@ -42,7 +45,9 @@ class Run:
         return checkpoint.pack(self.model, self.optimizer, self.scaler, **numbers)
 
     def resume(self, path):
-        return checkpoint.resume(str(path), self.model, self.optimizer, self.scaler, args=self.args, images=self.images)
+        return checkpoint.resume(
+            str(path), self.model, self.optimizer, self.scaler, args=self.args, images=self.images
+        )
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +82,20 @@ def refused(function, *arguments, **keywords):
 
 def small():
     """A checkpoint of a few kilobytes, to damage in many ways."""
-    tensors = {"module.a": torch.arange(300.0), "module.b": torch.arange(50), "module.c": torch.zeros(())}
-    return {"epoch": 1, "step": 2, "arch": "x", "state_dict": tensors, "optimizer": {}, "args": {}, "images": 3}
+    tensors = {
+        "module.a": torch.arange(300.0),
+        "module.b": torch.arange(50),
+        "module.c": torch.zeros(()),
+    }
+    return {
+        "epoch": 1,
+        "step": 2,
+        "arch": "x",
+        "state_dict": tensors,
+        "optimizer": {},
+        "args": {},
+        "images": 3,
+    }
 
 
 # -- what a file holds -----------------------------------------------------------------------------------------------------
@@ -101,11 +118,18 @@ def test_state_has_moco_v3s_layout(arch, head, monkeypatch):
     keys = set(Run(f"--arch {arch}").pack()["state_dict"])
     parts = {"base_encoder", "momentum_encoder", "predictor", "memory_bank"}
     assert {tuple(key.split(".")[:2]) for key in keys} == {("module", part) for part in parts}
-    assert {f"module.memory_bank.{name}" for name in ("features", "ids", "pointer", "filled")} <= keys
-    assert {f"module.base_encoder.{head}.0.weight", f"module.momentum_encoder.{head}.0.weight"} <= keys
+    assert {
+        f"module.memory_bank.{name}" for name in ("features", "ids", "pointer", "filled")
+    } <= keys
+    assert {
+        f"module.base_encoder.{head}.0.weight",
+        f"module.momentum_encoder.{head}.0.weight",
+    } <= keys
     assert "module.predictor.0.weight" in keys
     online = {key.removeprefix("module.base_encoder.") for key in keys if ".base_encoder." in key}
-    assert online == {key.removeprefix("module.momentum_encoder.") for key in keys if ".momentum_encoder." in key}
+    assert online == {
+        key.removeprefix("module.momentum_encoder.") for key in keys if ".momentum_encoder." in key
+    }
 
 
 @pytest.mark.parametrize("optimizer", options.OPTIMIZERS)
@@ -155,7 +179,9 @@ def test_full_disk_leaves_the_old_file_and_nothing_beside_it(room, state, path, 
 
 
 @pytest.mark.parametrize("operation", ["fsync", "replace"])
-def test_failed_flush_or_rename_leaves_the_old_file_and_nothing_beside_it(operation, state, path, monkeypatch):
+def test_failed_flush_or_rename_leaves_the_old_file_and_nothing_beside_it(
+    operation, state, path, monkeypatch
+):
     checkpoint.save(str(path), small())
 
     def fail(*arguments):
@@ -229,7 +255,9 @@ def test_flipped_byte_of_the_directory_is_refused_or_changes_nothing(mask, path)
     whole = path.read_bytes()
     sound = checkpoint.load(str(path))
     inside = {offset for first, length in records(path) for offset in range(first, first + length)}
-    around = [offset for offset in range(len(whole)) if offset not in inside and whole[offset] != ord("Z")]  # padding
+    around = [
+        offset for offset in range(len(whole)) if offset not in inside and whole[offset] != ord("Z")
+    ]  # padding
     assert len(around) > 1000
     wrong = {}
     for offset in around:
@@ -253,18 +281,31 @@ def test_record_that_unfolds_to_something_huge_is_refused_unread(path):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"args": []}, {"step": "7"}, {"step": -1}, {"step": True}, {"state_dict": {"a": 1}}, {"format": "x"}]
+    "changed",
+    [
+        {"args": []},
+        {"step": "7"},
+        {"step": -1},
+        {"step": True},
+        {"state_dict": {"a": 1}},
+        {"format": "x"},
+    ],
 )
 def test_file_with_content_of_another_kind_is_refused(changed, path):
     torch.save({**small(), **changed}, path)
-    assert next(iter(changed)).split("_dict")[0] in refused(checkpoint.load, str(path)) or "a" in changed["state_dict"]
+    assert (
+        next(iter(changed)).split("_dict")[0] in refused(checkpoint.load, str(path))
+        or "a" in changed["state_dict"]
+    )
 
 
 def test_missing_file_is_refused(path):
     assert "does not exist" in refused(checkpoint.load, str(path))
 
 
-@pytest.mark.parametrize("content", [b"", b"hello\n", b"\x00" * 5000, pickle.dumps(small()["args"])])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello\n", b"\x00" * 5000, pickle.dumps(small()["args"])]
+)
 def test_file_that_is_no_zip_is_refused(content, path):
     path.write_bytes(content)
     message = refused(checkpoint.load, str(path))
@@ -277,12 +318,16 @@ def test_zip_that_is_no_checkpoint_is_refused(path):
     assert str(path) in refused(checkpoint.load, str(path))
 
 
-@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"state_dict": {}}, {"epoch": 1, "step": 2}])
+@pytest.mark.parametrize(
+    "content", [[1, 2], torch.zeros(3), {"state_dict": {}}, {"epoch": 1, "step": 2}]
+)
 def test_file_that_lacks_something_is_refused_and_what_it_lacks_is_named(content, path):
     torch.save(content, path)
     message = refused(checkpoint.load, str(path))
     needed = {"epoch", "step", "arch", "state_dict", "optimizer", "args", "images"}
-    assert set(message.split("has no ")[1].split(", ")) == needed - set(content if isinstance(content, dict) else ())
+    assert set(message.split("has no ")[1].split(", ")) == needed - set(
+        content if isinstance(content, dict) else ()
+    )
 
 
 def test_file_of_a_later_format_is_refused(path):
@@ -334,7 +379,9 @@ def test_missing_unexpected_and_misshapen_keys_are_named(run):
 
 def test_many_keys_are_counted_and_the_first_are_named(run):
     message = refused(checkpoint.load_strictly, "the file", {}, run.model)
-    assert f"{len(run.model.state_dict())} keys missing: module.base_encoder.conv1.weight" in message
+    assert (
+        f"{len(run.model.state_dict())} keys missing: module.base_encoder.conv1.weight" in message
+    )
     assert message.endswith(" ...") and len(message) < 300
 
 
@@ -346,7 +393,14 @@ def test_model_that_does_not_fit_stays_as_it_was(run):
     assert equal(run.model.state_dict(), before)
 
 
-OTHERS = {"arch": "resnet18", "method": "mocov2", "batch_size": 8, "seed": 5, "crop_min": 0.5, "blur": True}
+OTHERS = {
+    "arch": "resnet18",
+    "method": "mocov2",
+    "batch_size": 8,
+    "seed": 5,
+    "crop_min": 0.5,
+    "blur": True,
+}
 
 
 def change(run, **settings):
@@ -362,7 +416,10 @@ def test_changed_setting_of_a_resumed_run_is_named(name, state, path, run):
 
 
 def test_what_images_a_run_sees_and_what_its_state_means_is_fixed():
-    images, state = {"seed", "batch_size", "dataset", "img_size", "crop_min", "blur"}, {"arch", "method", "optimizer"}
+    images, state = (
+        {"seed", "batch_size", "dataset", "img_size", "crop_min", "blur"},
+        {"arch", "method", "optimizer"},
+    )
     assert images | state <= set(checkpoint.FIXED)
 
 
@@ -371,7 +428,9 @@ def test_all_changes_are_named_at_once(state, path, run):
     change(run, seed=5, batch_size=8)
     run.images = 11
     message = refused(run.resume, path)
-    assert all(part in message for part in ("seed 0 -> 5", "batch_size 4 -> 8", "training images 10 -> 11"))
+    assert all(
+        part in message for part in ("seed 0 -> 5", "batch_size 4 -> 8", "training images 10 -> 11")
+    )
 
 
 @pytest.mark.parametrize("name", ["topk", "snclr_t", "epochs", "lr"])
@@ -415,7 +474,10 @@ def test_model_of_another_size_is_refused(flags, state, path):
     assert "another shape" in refused(Run(flags).resume, path)
 
 
-@pytest.mark.parametrize("key, value", [("param_groups", [None]), ("state", {0: {"exp_avg": torch.zeros(2)}}), ("state", None)])
+@pytest.mark.parametrize(
+    "key, value",
+    [("param_groups", [None]), ("state", {0: {"exp_avg": torch.zeros(2)}}), ("state", None)],
+)
 def test_optimiser_state_of_another_kind_is_refused(key, value, state, path, run):
     checkpoint.save(str(path), {**state, "optimizer": {**state["optimizer"], key: value}})
     assert "optimiser" in refused(run.resume, path)
@@ -424,21 +486,36 @@ def test_optimiser_state_of_another_kind_is_refused(key, value, state, path, run
 def test_other_images_under_the_same_numbers_are_refused(state, path, run):
     checkpoint.save(str(path), {**state, "fingerprint": "of these"})
     settings = dict(args=run.args, images=run.images)
-    message = refused(checkpoint.resume, str(path), run.model, run.optimizer, run.scaler, **settings, fingerprint="of those")
+    message = refused(
+        checkpoint.resume,
+        str(path),
+        run.model,
+        run.optimizer,
+        run.scaler,
+        **settings,
+        fingerprint="of those",
+    )
     assert "other names or in another order" in message
-    checkpoint.resume(str(path), run.model, run.optimizer, run.scaler, **settings, fingerprint="of these")
+    checkpoint.resume(
+        str(path), run.model, run.optimizer, run.scaler, **settings, fingerprint="of these"
+    )
 
 
 # -- choosing --------------------------------------------------------------------------------------------------------------
 
 
 def names_and_steps(folder):
-    return {path.name.split("_")[1].split(".")[0]: torch.load(path)["step"] for path in folder.glob("checkpoint_*.tar")}
+    return {
+        path.name.split("_")[1].split(".")[0]: torch.load(path)["step"]
+        for path in folder.glob("checkpoint_*.tar")
+    }
 
 
 def write(folder, **steps):
     for name, step in steps.items():
-        torch.save({**small(), "step": step}, folder / f"checkpoint_{name.replace('_', '-')}.pth.tar")
+        torch.save(
+            {**small(), "step": step}, folder / f"checkpoint_{name.replace('_', '-')}.pth.tar"
+        )
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -450,7 +527,9 @@ def test_the_last_ones_are_kept_the_newest_first(keep, path):
 
 
 @pytest.mark.parametrize("crash_at", [1, 2, 3])
-def test_a_crash_between_the_renames_leaves_the_one_before_or_the_new_one(crash_at, path, monkeypatch):
+def test_a_crash_between_the_renames_leaves_the_one_before_or_the_new_one(
+    crash_at, path, monkeypatch
+):
     for step in range(1, 4):
         checkpoint.save(str(path), {**small(), "step": step}, 3)
     calls, replace = [], os.replace
@@ -484,7 +563,10 @@ def test_checkpoint_of_the_latest_step_is_chosen_whatever_its_time(steps, expect
     write(tmp_path, **steps)
     for age, path in enumerate(sorted(tmp_path.iterdir())):
         os.utime(path, (age, age))
-    assert checkpoint.newest(str(tmp_path)) == (str(tmp_path / f"checkpoint_{expected}.pth.tar"), [])
+    assert checkpoint.newest(str(tmp_path)) == (
+        str(tmp_path / f"checkpoint_{expected}.pth.tar"),
+        [],
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "no zip"])
@@ -495,14 +577,25 @@ def test_the_newest_whole_one_is_taken_and_the_damaged_one_named_and_set_aside(d
     first, length = next(records(path))
     flipped = bytearray(whole)
     flipped[first + length // 2] ^= 4
-    broken = {"truncated": whole[: len(whole) // 2], "flipped": flipped, "empty": b"", "no zip": b"hello"}[damage]
+    broken = {
+        "truncated": whole[: len(whole) // 2],
+        "flipped": flipped,
+        "empty": b"",
+        "no zip": b"hello",
+    }[damage]
     path.write_bytes(broken)
     found, (told,) = checkpoint.newest(str(tmp_path))
     assert found == str(tmp_path / "checkpoint_last-1.pth.tar")
     assert str(path) in told and found in told and "\n" not in told
-    assert (tmp_path / "checkpoint_last.pth.tar.damaged").read_bytes() == broken and not path.exists()
+    assert (
+        tmp_path / "checkpoint_last.pth.tar.damaged"
+    ).read_bytes() == broken and not path.exists()
     checkpoint.save(str(path), {**small(), "step": 6}, 2)
-    assert names_and_steps(tmp_path) == {"last": 6, "last-1": 4, "last-2": 3}  # the whole one is not pushed out
+    assert names_and_steps(tmp_path) == {
+        "last": 6,
+        "last-1": 4,
+        "last-2": 3,
+    }  # the whole one is not pushed out
     assert checkpoint.newest(str(tmp_path)) == (str(path), [])
 
 
@@ -517,7 +610,12 @@ def test_without_a_whole_one_nothing_is_started_anew_nor_renamed(tmp_path):
 
 def test_half_written_and_foreign_files_are_never_chosen(tmp_path):
     write(tmp_path, last=5)
-    for name in ("checkpoint_last.pth.tar.tmp", "metrics.jsonl", "model.pth.tar", "checkpoint_best.txt"):
+    for name in (
+        "checkpoint_last.pth.tar.tmp",
+        "metrics.jsonl",
+        "model.pth.tar",
+        "checkpoint_best.txt",
+    ):
         (tmp_path / name).touch()
     assert os.path.basename(checkpoint.newest(str(tmp_path))[0]) == "checkpoint_last.pth.tar"
 

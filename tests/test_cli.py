@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 import main_snclr
-from snclr import export, lincls_options, options, report, visualize
-from snclr.errors import Interrupted, RunError, UsageError, one_clear_line
+from snclr import export, options, report, visualize
+from snclr.evaluation import options as lincls_options
+from snclr.running.errors import Interrupted, RunError, UsageError, one_clear_line
 
 ROOT = Path(main_snclr.__file__).resolve().parent
 RECIPES = sorted(ROOT.glob("configs/**/*.args"))
@@ -76,7 +77,9 @@ def refused(*flags, by=options.parse):
 
 
 def content(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 # -- flags -----------------------------------------------------------------------------------------------------------------
@@ -86,7 +89,10 @@ def content(folder):
     "flags, named",
     [
         ("--bogus", "--bogus"),
-        ("--top 4", "--top"),  # no abbreviations: a new flag must not change what an old command means
+        (
+            "--top 4",
+            "--top",
+        ),  # no abbreviations: a new flag must not change what an old command means
         ("a b", "b"),
         ("--arch resnet51", "resnet50"),
         ("--arch resnet51", "timm:NAME"),
@@ -131,7 +137,10 @@ def content(folder):
         ("--epochs 5 --warmup-epochs 6", "--warmup-epochs 6 exceeds --epochs 5"),
         ("--epochs 5 --nn-warmup-epochs 5.5", "--nn-warmup-epochs 5.5 exceeds --epochs 5"),
         ("--topk 31 --bank-size 30", "--topk 31 exceeds --bank-size 30"),
-        ("--arch vit_tiny --img-size 40 --patch-size 16", "--img-size 40 is not a multiple of --patch-size 16"),
+        (
+            "--arch vit_tiny --img-size 40 --patch-size 16",
+            "--img-size 40 is not a multiple of --patch-size 16",
+        ),
         ("--threshold --weights uniform", "--weights uniform"),
         ("--threshold --topk 1", "--topk 1"),
         ("--weights projected --detach-weights", "--detach-weights"),
@@ -171,7 +180,9 @@ def test_edges_are_allowed(flags):
     parse(*flags.split())
 
 
-@pytest.mark.parametrize("ranks, batch, fits", [(1, 6, True), (2, 6, True), (3, 6, True), (4, 6, False), (8, 6, False)])
+@pytest.mark.parametrize(
+    "ranks, batch, fits", [(1, 6, True), (2, 6, True), (3, 6, True), (4, 6, False), (8, 6, False)]
+)
 def test_batch_must_divide_over_the_ranks(ranks, batch, fits, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     if fits:
@@ -186,11 +197,15 @@ def test_parsing_does_not_import_what_is_slow(process):
     assert (result.stdout, result.stderr) == ("set()\n", "")
 
 
-DATA_FLAGS_ARE_READ_IN = ["snclr/sources.py", "snclr/data.py"]
+DATA_FLAGS_ARE_READ_IN = ["snclr/datasets/sources.py", "snclr/loader.py"]
 PROGRAMS = {
     options.parse: [
         "main_snclr.py",
-        *(f"snclr/{path.name}" for path in (ROOT / "snclr").glob("*.py") if path.stem != "options"),
+        *(
+            str(path.relative_to(ROOT))
+            for path in (ROOT / "snclr").rglob("*.py")
+            if path.stem != "options"
+        ),
     ],
     lincls_options.parse: ["main_lincls.py", *DATA_FLAGS_ARE_READ_IN],
     visualize.parse: ["snclr/visualize.py", *DATA_FLAGS_ARE_READ_IN],
@@ -200,7 +215,9 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("start", PROGRAMS, ids=lambda start: f"{start.__module__}.{start.__name__}")
+@pytest.mark.parametrize(
+    "start", PROGRAMS, ids=lambda start: f"{start.__module__}.{start.__name__}"
+)
 def test_every_flag_is_read_by_its_program(start, monkeypatch):
     parsers = []
 
@@ -227,7 +244,12 @@ def test_every_flag_is_explained():
 
 def test_defaults_follow_from_the_data(images):
     large, small = parse(images), parse()
-    assert (large.dataset, large.img_size, large.blur, large.warmup_epochs) == ("folder", 224, True, 40)
+    assert (large.dataset, large.img_size, large.blur, large.warmup_epochs) == (
+        "folder",
+        224,
+        True,
+        40,
+    )
     assert (small.dataset, small.img_size, small.blur) == ("embedded", 32, False)
     assert parse(images, "--dataset", "cifar10").img_size == 32
     assert parse(images, "--epochs", 20).warmup_epochs == 4
@@ -261,7 +283,10 @@ def test_recipe_parses_and_says_what_it_is_for(path):
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
 def test_an_ablation_changes_one_setting_of_the_recipe_before_it_or_of_the_embedded_one(path):
-    for base in ([], ["@configs/cifar10_resnet18.args", os.getcwd()]):  # found in the repository from anywhere
+    for base in (
+        [],
+        ["@configs/cifar10_resnet18.args", os.getcwd()],
+    ):  # found in the repository from anywhere
         before, after = vars(parse(*base)), vars(parse(*base, f"@{path}"))
         assert sum(before[name] != after[name] for name in after) == (path.stem != "base")
 
@@ -291,19 +316,43 @@ def test_the_recipes_of_the_methods_differ_in_the_method_alone():
 def test_recipe_trains_when_it_is_made_small(path, images, tmp_path):
     """All settings of the recipe but the sizes: two steps on eight images."""
     flags = "--img-size 32 --snclr-mlp-dim 32 --bank-size 16 --topk 2 -b 4 --workers 0 --eval-freq 0 --stop-after-steps 2"
-    main_snclr.main([f"@{path}", str(images), *flags.split(), "--dataset", "folder", "--workdir", str(tmp_path / "run")])
+    main_snclr.main(
+        [
+            f"@{path}",
+            str(images),
+            *flags.split(),
+            "--dataset",
+            "folder",
+            "--workdir",
+            str(tmp_path / "run"),
+        ]
+    )
     assert (tmp_path / "run/checkpoint_last.pth.tar").exists()
 
 
 def test_an_unknown_timm_model_ends_with_close_names_and_leaves_nothing(images, tmp_path):
-    message = refused(*tiny(images, "--workdir", tmp_path / "w", "-a", "timm:resnet1O1"), by=main_snclr.main)
-    assert "timm has no model resnet1O1; close names are resnet" in message and not (tmp_path / "w").exists()
+    message = refused(
+        *tiny(images, "--workdir", tmp_path / "w", "-a", "timm:resnet1O1"), by=main_snclr.main
+    )
+    assert (
+        "timm has no model resnet1O1; close names are resnet" in message
+        and not (tmp_path / "w").exists()
+    )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_later_flags_override_a_recipe(path):
-    changes = {"lr": 0.125, "seed": 7, "print_freq": 3, "batch_size": 32, "method": "mocov3", "warmup_epochs": 0.5}
-    flags = [part for name, value in changes.items() for part in (f"--{name.replace('_', '-')}", value)]
+    changes = {
+        "lr": 0.125,
+        "seed": 7,
+        "print_freq": 3,
+        "batch_size": 32,
+        "method": "mocov3",
+        "warmup_epochs": 0.5,
+    }
+    flags = [
+        part for name, value in changes.items() for part in (f"--{name.replace('_', '-')}", value)
+    ]
     args = vars(parse(*recipe(path, *flags)))
     assert {name: args[name] for name in changes} == changes
 
@@ -312,7 +361,9 @@ def test_later_flags_override_a_recipe(path):
 @pytest.mark.parametrize("flag", BOOLEANS, ids=lambda flag: flag.dest)
 def test_later_flags_switch_each_boolean_of_a_recipe_on_and_off(path, flag):
     on, off = flag.option_strings
-    read = options.build_parser().parse_args  # without the checks: not every recipe can be combined with every flag
+    read = (
+        options.build_parser().parse_args
+    )  # without the checks: not every recipe can be combined with every flag
     assert getattr(read([f"@{path}", on]), flag.dest) is True
     assert getattr(read([f"@{path}", on, off]), flag.dest) is False
 
@@ -324,7 +375,14 @@ def test_without_data_the_embedded_recipe_is_taken_and_can_be_overridden():
 
 
 def test_recipes_take_comments_blank_lines_and_several_flags_a_line(tmp_path):
-    lines = ["# --topk 1", "", "  --topk 2 --lr 0.5   # --topk 3", "--workdir 'a folder'", "   ", "--snclr-m-cos"]
+    lines = [
+        "# --topk 1",
+        "",
+        "  --topk 2 --lr 0.5   # --topk 3",
+        "--workdir 'a folder'",
+        "   ",
+        "--snclr-m-cos",
+    ]
     (tmp_path / "my.args").write_text("\n".join(lines))
     args = parse("@my.args")
     assert (args.topk, args.lr, args.workdir, args.snclr_m_cos) == (2, 0.5, "a folder", True)
@@ -337,7 +395,14 @@ def test_flags_before_a_recipe_are_overridden_by_it(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    [None, b"--topk 2 --bogus", b"--topk", b"--workdir 'a folder", b"\xff\xfe\x00binary", b"@my.args"],
+    [
+        None,
+        b"--topk 2 --bogus",
+        b"--topk",
+        b"--workdir 'a folder",
+        b"\xff\xfe\x00binary",
+        b"@my.args",
+    ],
     ids=["missing", "unknown flag", "no value", "open quote", "binary", "itself"],
 )
 def test_recipe_that_cannot_be_read_is_answered_in_one_line(text, tmp_path):
@@ -363,7 +428,9 @@ def test_file_as_data_folder_is_refused(tmp_path):
     refused("images.zip")
 
 
-@pytest.mark.parametrize("folders, expected", [([], "no image"), (["train"], "no image"), (["train/cats"], "no image")])
+@pytest.mark.parametrize(
+    "folders, expected", [([], "no image"), (["train"], "no image"), (["train/cats"], "no image")]
+)
 def test_folder_without_images_is_refused_and_nothing_is_left(folders, expected, tmp_path):
     data = tmp_path / "data"
     for folder in ("", *folders):
@@ -382,9 +449,20 @@ def test_batch_larger_than_the_data_set_is_refused_and_nothing_is_left(images):
 
 
 @pytest.mark.parametrize("flags", [[], ["--resume", "auto"]])
-def test_a_probe_in_the_workdir_of_a_pretraining_run_is_refused_and_that_stays_as_it_is(flags, images, run):
+def test_a_probe_in_the_workdir_of_a_pretraining_run_is_refused_and_that_stays_as_it_is(
+    flags, images, run
+):
     before, checkpoint = content(run), run / "checkpoint_last.pth.tar"
-    probe = [str(images), "--dataset", "folder", "--pretrained", str(checkpoint), "--workdir", str(run), *flags]
+    probe = [
+        str(images),
+        "--dataset",
+        "folder",
+        "--pretrained",
+        str(checkpoint),
+        "--workdir",
+        str(run),
+        *flags,
+    ]
     assert "whose args.json would be lost" in refused(*probe, by=lincls_options.parse)
     assert content(run) == before
 
@@ -393,7 +471,9 @@ def test_a_probe_in_the_workdir_of_a_pretraining_run_is_refused_and_that_stays_a
 def test_workdir_of_another_run_is_refused_and_stays_as_it_is(flags, images, run):
     shutil.copy(run / "checkpoint_last.pth.tar", "elsewhere.pth.tar")
     before = content(run)
-    assert "holds another run" in refused(*tiny(images, "--workdir", run, *flags), by=main_snclr.main)
+    assert "holds another run" in refused(
+        *tiny(images, "--workdir", run, *flags), by=main_snclr.main
+    )
     assert content(run) == before
 
 
@@ -429,7 +509,9 @@ def test_without_a_whole_checkpoint_the_run_is_refused_and_stays_as_it_is(images
         path = run / f"checkpoint_{name}.pth.tar"
         path.write_bytes(path.read_bytes()[:5000])
     before = content(run)
-    assert "truncated" in refused(*tiny(images, "--workdir", run, "--resume", "auto"), by=main_snclr.main)
+    assert "truncated" in refused(
+        *tiny(images, "--workdir", run, "--resume", "auto"), by=main_snclr.main
+    )
     assert content(run) == before
 
 
@@ -443,9 +525,13 @@ def test_without_a_whole_checkpoint_the_run_is_refused_and_stays_as_it_is(images
         ("--crop-min 0.5", "crop_min 0.08 -> 0.5"),
     ],
 )
-def test_checkpoint_of_other_settings_is_refused_and_the_run_stays_as_it_is(flags, named, images, run):
+def test_checkpoint_of_other_settings_is_refused_and_the_run_stays_as_it_is(
+    flags, named, images, run
+):
     before = content(run)
-    assert named in refused(*tiny(images, "--workdir", run, "--resume", "auto", *flags.split()), by=main_snclr.main)
+    assert named in refused(
+        *tiny(images, "--workdir", run, "--resume", "auto", *flags.split()), by=main_snclr.main
+    )
     assert content(run) == before
 
 
@@ -473,7 +559,9 @@ def process(tmp_path):
 
     def run(*command, **variables):
         environment = {**os.environ, **more, **variables}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=120, check=False
+        )
 
     return run
 
@@ -481,7 +569,9 @@ def process(tmp_path):
 def assert_one_line(result, code=2):
     assert result.returncode == code
     assert result.stdout == ""
-    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("main_snclr.py: error: ")
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith(
+        "main_snclr.py: error: "
+    )
 
 
 def test_wrong_flag_is_one_line_and_exit_code_two_before_the_slow_imports(process):
@@ -500,7 +590,9 @@ def test_wrong_data_is_one_line_and_exit_code_two(process, tmp_path):
 def test_help_lists_every_group(process):
     result = process(sys.executable, ROOT / "main_snclr.py", "--help")
     assert (result.returncode, result.stderr) == (0, "")
-    groups = {group.title for group in options.build_parser()._action_groups if group._group_actions}
+    groups = {
+        group.title for group in options.build_parser()._action_groups if group._group_actions
+    }
     assert {"data", "model", "objective", "optimisation", "run"} <= groups
     assert [title for title in groups if f"\n{title}:" not in result.stdout] == []
 
@@ -522,7 +614,12 @@ def test_launcher_checks_the_batch_for_the_processes_it_would_start(process):
     [
         (UsageError("no such flag"), 0, 2, "prog: error: no such flag\n"),
         (UsageError("no such flag"), 1, 2, ""),  # the others would only repeat it
-        (RunError("loss is nan"), 1, 1, f"prog: stopped on rank 1 ({socket.gethostname()}): loss is nan\n"),
+        (
+            RunError("loss is nan"),
+            1,
+            1,
+            f"prog: stopped on rank 1 ({socket.gethostname()}): loss is nan\n",
+        ),
         (Interrupted("SIGTERM: saved"), 0, 75, "prog: SIGTERM: saved\n"),
         (Interrupted("SIGTERM: saved"), 1, 75, ""),
         (KeyboardInterrupt(), 0, 130, "prog: interrupted\n"),
@@ -537,7 +634,9 @@ def test_own_errors_end_with_a_line_and_a_code(error, rank, code, expected, monk
     assert capsys.readouterr() == ("", expected)
 
 
-def test_a_line_is_written_in_one_piece_so_that_those_of_several_ranks_do_not_run_into_each_other(monkeypatch):
+def test_a_line_is_written_in_one_piece_so_that_those_of_several_ranks_do_not_run_into_each_other(
+    monkeypatch,
+):
     pieces = []
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=pieces.append, flush=lambda: None))
     with pytest.raises(SystemExit), one_clear_line("prog"):

@@ -16,10 +16,12 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from snclr import augment, data, embedded, options, sources
+from snclr import augment, options
+from snclr import loader as data
 from snclr.augment import Recipe
-from snclr.data import ImageFiles, ResidentImages, TwoViewLoader, whole_images
-from snclr.errors import RunError
+from snclr.datasets import embedded, sources
+from snclr.loader import ImageFiles, ResidentImages, TwoViewLoader, whole_images
+from snclr.running.errors import RunError
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(seed=5, crop_min=0.2, size=16, blur=True)
@@ -36,7 +38,11 @@ def picture(height=24, width=32, seed=0):
 
 def rgb(image):
     """What PIL makes of a picture: (3, H, W) int."""
-    return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1).int()
+    return (
+        torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
+        .permute(2, 0, 1)
+        .int()
+    )
 
 
 def levels_apart(one, other):
@@ -88,8 +94,17 @@ def load(monkeypatch):
         for rank in range(ranks):
             monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
             monkeypatch.setattr(data, "world_size", lambda: ranks)
-            shares.append(list(TwoViewLoader(images, recipe, global_batch_size, CPU, workers).epoch(epoch, first)))
-        return [tuple(torch.cat(field) for field in zip(*parts, strict=True)) for parts in zip(*shares, strict=True)]
+            shares.append(
+                list(
+                    TwoViewLoader(images, recipe, global_batch_size, CPU, workers).epoch(
+                        epoch, first
+                    )
+                )
+            )
+        return [
+            tuple(torch.cat(field) for field in zip(*parts, strict=True))
+            for parts in zip(*shares, strict=True)
+        ]
 
     return load
 
@@ -103,24 +118,37 @@ def assert_same_batches(some, others):
 
 @pytest.mark.parametrize("kind", ["resident", "files"])
 @pytest.mark.parametrize("ranks, workers", [(4, 0), (8, 0), (1, 2), (2, 1)])
-def test_batches_are_the_same_for_any_number_of_ranks_and_workers(image_sets, load, kind, ranks, workers):
-    assert_same_batches(load(image_sets[kind]), load(image_sets[kind], ranks=ranks, workers=workers))
+def test_batches_are_the_same_for_any_number_of_ranks_and_workers(
+    image_sets, load, kind, ranks, workers
+):
+    assert_same_batches(
+        load(image_sets[kind]), load(image_sets[kind], ranks=ranks, workers=workers)
+    )
 
 
 @pytest.mark.parametrize("kind", ["resident", "files"])
-def test_a_batch_has_two_different_views_of_each_image_normalised_by_the_sets_moments(image_sets, load, kind):
+def test_a_batch_has_two_different_views_of_each_image_normalised_by_the_sets_moments(
+    image_sets, load, kind
+):
     images = image_sets[kind]
-    assert (images.mean.tolist(), images.std.tolist()) == tuple(map(pytest.approx, options.IMAGENET))
+    assert (images.mean.tolist(), images.std.tolist()) == tuple(
+        map(pytest.approx, options.IMAGENET)
+    )
     for ids, view1, view2 in load(images, epoch=4):
         assert ids.shape == (8,) and ids.dtype == torch.int64
-        assert view1.shape == view2.shape == (8, 3, 16, 16) and view1.dtype == view2.dtype == torch.float32
+        assert (
+            view1.shape == view2.shape == (8, 3, 16, 16)
+            and view1.dtype == view2.dtype == torch.float32
+        )
         assert not torch.equal(view1, view2)
         _, crops, parameters = images.views(RECIPE, 4, ids.numpy())
         expected = augment.apply(crops, parameters, *map(torch.tensor, options.IMAGENET))
         assert torch.equal(torch.cat([view1, view2]), expected)
 
 
-def test_with_a_stream_of_its_own_each_batch_is_made_in_it_and_kept_for_the_step(image_sets, monkeypatch):
+def test_with_a_stream_of_its_own_each_batch_is_made_in_it_and_kept_for_the_step(
+    image_sets, monkeypatch
+):
     """What a GPU is told, in its order, with a stand-in for the streams: a step must never run in the loader's stream."""
     told = []
 
@@ -132,10 +160,14 @@ def test_with_a_stream_of_its_own_each_batch_is_made_in_it_and_kept_for_the_step
 
     apply = augment.apply
     training = SimpleNamespace(wait_stream=lambda _: told.append("wait"))
-    monkeypatch.setattr(augment, "apply", lambda *arguments: told.append("made") or apply(*arguments))
+    monkeypatch.setattr(
+        augment, "apply", lambda *arguments: told.append("made") or apply(*arguments)
+    )
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: training)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, by: told.append("kept") if by is training else None)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda _, by: told.append("kept") if by is training else None
+    )
     loader = TwoViewLoader(image_sets["resident"], RECIPE, 8, CPU, 0)
     loader.stream = object()
     for _ in loader.epoch(1):
@@ -164,7 +196,10 @@ def test_workers_are_children_of_the_rank_whatever_python_prefers(image_sets):
         children = multiprocessing.active_children()
     finally:
         multiprocessing.set_start_method(before, force=True)
-    parents = [int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[1]) for child in children]
+    parents = [
+        int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[1])
+        for child in children
+    ]
     assert len(parents) >= 2 and {*parents} == {os.getpid()}
 
 
@@ -181,7 +216,11 @@ def test_an_epoch_shows_no_image_twice_and_leaves_out_only_the_remainder(image_s
     for global_batch_size, steps in [(8, 3), (30, 1), (7, 4), (31, 0)]:
         batches = load(image_sets[kind], global_batch_size=global_batch_size)
         seen = [number for ids, _, _ in batches for number in ids.tolist()]
-        assert len(batches) == steps == TwoViewLoader(image_sets[kind], RECIPE, global_batch_size, CPU, 0).steps_per_epoch
+        assert (
+            len(batches)
+            == steps
+            == TwoViewLoader(image_sets[kind], RECIPE, global_batch_size, CPU, 0).steps_per_epoch
+        )
         assert len(set(seen)) == len(seen) == steps * global_batch_size
 
 
@@ -198,17 +237,24 @@ def test_epochs_and_seeds_differ_in_order_and_in_views(image_sets, load):
 @pytest.mark.parametrize("kind", ["resident", "files"])
 def test_views_are_torchvisions_crops_of_the_drawn_boxes(image_sets, kind):
     images, indices = image_sets[kind], np.array([4, 0, 17])
-    originals = [images.images[i] if kind == "resident" else decode(images.paths[i]) for i in indices]
+    originals = [
+        images.images[i] if kind == "resident" else decode(images.paths[i]) for i in indices
+    ]
     heights, widths = (np.array([image.shape[axis] for image in originals]) for axis in (1, 2))
     views = images.views(RECIPE, 3, indices)
     assert views.ids.tolist() == indices.tolist()
     for view, crops in enumerate(views.crops.chunk(2)):
         boxes, parameters = augment.draw(RECIPE, 3, indices, view, heights, widths)
         for image, box, crop in zip(originals, boxes.tolist(), crops, strict=True):
-            expected = F.resized_crop(image, *box, [16, 16], InterpolationMode.BILINEAR, antialias=True)
+            expected = F.resized_crop(
+                image, *box, [16, 16], InterpolationMode.BILINEAR, antialias=True
+            )
             assert levels_apart(crop, expected) <= 1
         half = slice(3 * view, 3 * view + 3)
-        assert all(torch.equal(field[half], drawn) for field, drawn in zip(views.parameters, parameters, strict=True))
+        assert all(
+            torch.equal(field[half], drawn)
+            for field, drawn in zip(views.parameters, parameters, strict=True)
+        )
 
 
 def test_resident_images_and_files_give_the_same_crops_to_one_level(tmp_path):
@@ -217,7 +263,10 @@ def test_resident_images_and_files_give_the_same_crops_to_one_level(tmp_path):
     files = ImageFiles(paths, resident.labels.numpy(), resident.classes, MOMENTS)
     ours, theirs = (images.views(RECIPE, 0, np.arange(30)) for images in (resident, files))
     assert levels_apart(ours.crops, theirs.crops) <= 1
-    assert all(torch.equal(one, other) for one, other in zip(ours.parameters, theirs.parameters, strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(ours.parameters, theirs.parameters, strict=True)
+    )
 
 
 # -- decoding ------------------------------------------------------------------------------------------------------------
@@ -263,7 +312,9 @@ def test_decode_gives_rgb_as_pil_does(tmp_path, name):
     assert levels_apart(decoded, expected) <= 2
 
 
-@pytest.mark.parametrize("name", ["rgba.png", "palette.png", "rgb.bmp", "lossless.webp", "rgba.webp"])
+@pytest.mark.parametrize(
+    "name", ["rgba.png", "palette.png", "rgb.bmp", "lossless.webp", "rgba.webp"]
+)
 def test_lossless_pictures_come_back_exactly(tmp_path, name):
     image, options = FORMATS[name]
     image.save(tmp_path / name, **options)
@@ -279,7 +330,10 @@ def test_16_bit_grey_keeps_its_levels(tmp_path, name):
     assert levels_apart(decoded, expected) <= 2
 
 
-@pytest.mark.parametrize("suffix, options", [("jpg", {"quality": 95}), ("png", {}), ("webp", {"lossless": True}), ("tif", {})])
+@pytest.mark.parametrize(
+    "suffix, options",
+    [("jpg", {"quality": 95}), ("png", {}), ("webp", {"lossless": True}), ("tif", {})],
+)
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path, suffix, options, orientation):
     path = tmp_path / f"turned.{suffix}"
@@ -353,7 +407,15 @@ def assert_stopped_with_one_clear_line(run):
 
 @pytest.mark.parametrize(
     "kind, workers",
-    [("empty", 0), ("text", 0), ("half a jpeg", 0), ("half a png", 0), ("absent", 0), ("text", 1), ("flipped", 1)],
+    [
+        ("empty", 0),
+        ("text", 0),
+        ("half a jpeg", 0),
+        ("half a png", 0),
+        ("absent", 0),
+        ("text", 1),
+        ("flipped", 1),
+    ],
 )
 def test_an_unreadable_file_stops_the_epoch_with_its_name(tmp_path, image_sets, kind, workers):
     damage(tmp_path / "broken.png", kind)
@@ -365,7 +427,9 @@ def test_an_unreadable_file_stops_the_epoch_with_its_name(tmp_path, image_sets, 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_file_stops_the_evaluation_with_its_name(tmp_path, image_sets, workers):
     damage(tmp_path / "broken.png", "text")
-    images = ImageFiles([*image_sets["files"].paths[:5], str(tmp_path / "broken.png")], None, [], MOMENTS)
+    images = ImageFiles(
+        [*image_sets["files"].paths[:5], str(tmp_path / "broken.png")], None, [], MOMENTS
+    )
     batches = whole_images(images, np.arange(6), size=16, device=CPU, workers=workers)
     assert_stopped_with_one_clear_line(lambda: list(batches))
 
@@ -382,7 +446,10 @@ def as_sets(images):
             F.to_pil_image(image).save(path)
         return ImageFiles(paths, None, [], MOMENTS)
 
-    return {"resident": lambda folder: ResidentImages(torch.stack(images), None, [], MOMENTS), "files": files}
+    return {
+        "resident": lambda folder: ResidentImages(torch.stack(images), None, [], MOMENTS),
+        "files": files,
+    }
 
 
 SIZES = [(24, 40, 16), (40, 24, 32), (17, 17, 15), (24, 24, 48), (24, 40, 24), (1, 3, 2)]
@@ -395,18 +462,26 @@ def test_evaluation_sees_the_central_seven_eighths(tmp_path, kind, height, width
     whole = as_sets(originals)[kind](tmp_path).whole(np.array([2, 0]), size)
     side = round(min(height, width) * 7 / 8)
     for image, found in zip([originals[2], originals[0]], whole, strict=True):
-        expected = F.resize(F.center_crop(image, side), [size, size], InterpolationMode.BILINEAR, antialias=True)
-        if (height - side) % 2 == 0 and (width - side) % 2 == 0:  # else torchvision may cut half a pixel elsewhere
+        expected = F.resize(
+            F.center_crop(image, side), [size, size], InterpolationMode.BILINEAR, antialias=True
+        )
+        if (height - side) % 2 == 0 and (
+            width - side
+        ) % 2 == 0:  # else torchvision may cut half a pixel elsewhere
             assert levels_apart(found, expected) <= 1
         top, left = (height - side) // 2, (width - side) // 2
-        expected = F.resized_crop(image, top, left, side, side, [size, size], InterpolationMode.BILINEAR, antialias=True)
+        expected = F.resized_crop(
+            image, top, left, side, side, [size, size], InterpolationMode.BILINEAR, antialias=True
+        )
         assert levels_apart(found, expected) <= 1
 
 
 @pytest.mark.parametrize("kind", ["resident", "files"])
 def test_images_of_the_evaluation_size_are_left_untouched(tmp_path, kind):
     originals = [rgb(picture(32, 32, seed)).to(torch.uint8) for seed in range(3)]
-    assert torch.equal(as_sets(originals)[kind](tmp_path).whole(np.array([1, 2]), 32), torch.stack(originals[1:]))
+    assert torch.equal(
+        as_sets(originals)[kind](tmp_path).whole(np.array([1, 2]), 32), torch.stack(originals[1:])
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
@@ -415,7 +490,9 @@ def test_whole_images_come_normalised_in_order_and_in_chunks(tmp_path, kind, wor
     originals = [rgb(picture(16, 16, seed)).to(torch.uint8) for seed in range(7)]
     images, order = as_sets(originals)[kind](tmp_path), np.array([6, 2, 2, 0, 5, 1, 3])
     batches = list(whole_images(images, order, size=16, device=CPU, workers=workers, chunk=chunk))
-    assert [len(batch) for batch in batches] == [chunk] * (7 // chunk) + [7 % chunk] * (7 % chunk > 0)
+    assert [len(batch) for batch in batches] == [chunk] * (7 // chunk) + [7 % chunk] * (
+        7 % chunk > 0
+    )
     expected = torch.stack([F.normalize(originals[i] / 255, *MOMENTS) for i in order])
     torch.testing.assert_close(torch.cat(batches), expected)
 
@@ -444,17 +521,25 @@ def test_the_embedded_set_is_the_same_at_every_draw():
 
 
 def test_no_validation_picture_of_the_embedded_set_is_a_training_picture():
-    train, val = ({picture.tobytes() for picture in draw_once(split)[0]} for split in ("train", "val"))
+    train, val = (
+        {picture.tobytes() for picture in draw_once(split)[0]} for split in ("train", "val")
+    )
     assert len(train) == 5000 and len(val) == 1000 and not train & val
 
 
 def test_the_stated_moments_are_those_of_the_embedded_training_images():
     pixels = draw_once("train")[0].astype(np.float64) / 255
-    np.testing.assert_allclose(pixels.mean(axis=(0, 2, 3)), options.MEAN_STD["embedded"][0], atol=0.01)
-    np.testing.assert_allclose(pixels.std(axis=(0, 2, 3)), options.MEAN_STD["embedded"][1], atol=0.01)
+    np.testing.assert_allclose(
+        pixels.mean(axis=(0, 2, 3)), options.MEAN_STD["embedded"][0], atol=0.01
+    )
+    np.testing.assert_allclose(
+        pixels.std(axis=(0, 2, 3)), options.MEAN_STD["embedded"][1], atol=0.01
+    )
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library does not say what it keeps")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library does not say what it keeps"
+)
 def test_freed_memory_is_kept_for_the_next_views():
     program = """if True:  # asks the allocator itself: not every system counts page faults
         import ctypes, numpy
@@ -470,6 +555,8 @@ def test_freed_memory_is_kept_for_the_next_views():
         print(ask().hblkhd - before)
         del x
         print(ask().fordblks)"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     fleeting, kept = map(int, run.stdout.split())
     assert fleeting == 0 and kept >= 24 * 2**20

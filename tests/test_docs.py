@@ -47,39 +47,63 @@ def test_the_method_names_functions_that_are_where_it_says():
     assert len(links) > 25
     for name, path, line in links:
         lines = (ROOT / "docs" / path).resolve().read_text().splitlines()
-        places = [number for number, text in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name}\b", text)]
+        places = [
+            number
+            for number, text in enumerate(lines, 1)
+            if re.match(rf"\s*(def|class) {name}\b", text)
+        ]
         assert places, f"{name} is not in {path}"
         # a screen away is near enough, so that small changes of the code need not change the page
-        assert abs(places[0] - int(line)) < 40, f"{name} has moved in {path}: python docs/figures.py renews the links"
+        assert abs(places[0] - int(line)) < 40, (
+            f"{name} has moved in {path}: python docs/figures.py renews the links"
+        )
 
 
 def test_every_recipe_has_its_line():
     text = (ROOT / "docs/RECIPES.md").read_text()
     recipes = [path.stem for path in ROOT.glob("configs/**/*.args")]
     assert [name for name in recipes if f"`{name}`" not in text] == []
-    assert [name for name in re.findall(r"^\| `(\w[\w.]*)`", text, re.MULTILINE) if name not in recipes] == []
+    assert [
+        name for name in re.findall(r"^\| `(\w[\w.]*)`", text, re.MULTILINE) if name not in recipes
+    ] == []
 
 
 def test_the_guide_lists_every_flag_of_the_pretraining_script():
     table = (ROOT / "docs/GUIDE.md").read_text().split("\n## Flags\n")[1]
-    names = [action.option_strings[0] for action in options.build_parser()._actions if action.option_strings]
-    assert [name for name in names if name != "-h" and not re.search(rf"[`\s/]{name}[`\s/]", table)] == []
+    names = [
+        action.option_strings[0]
+        for action in options.build_parser()._actions
+        if action.option_strings
+    ]
+    assert [
+        name for name in names if name != "-h" and not re.search(rf"[`\s/]{name}[`\s/]", table)
+    ] == []
 
 
 def test_every_file_of_the_package_has_its_job_in_the_list():
     text = (ROOT / "docs/EXTENDING.md").read_text()
-    assert [path.name for path in ROOT.glob("snclr/*.py") if path.name[0] != "_" and f"{path.name}`" not in text] == []
+    assert [
+        path.name
+        for path in ROOT.glob("snclr/**/*.py")
+        if path.name[0] != "_" and f"{path.name}`" not in text
+    ] == []
 
 
 def test_public_functions_say_their_types():
     bare = []
-    for path in ROOT.glob("snclr/*.py"):
+    for path in ROOT.glob("snclr/**/*.py"):
         top = ast.parse(path.read_text()).body
-        scopes = [("", top)] + [(f"{c.name}.", c.body) for c in top if isinstance(c, ast.ClassDef) and c.name[0] != "_"]
+        scopes = [("", top)] + [
+            (f"{c.name}.", c.body) for c in top if isinstance(c, ast.ClassDef) and c.name[0] != "_"
+        ]
         for prefix, body in scopes:
             for function in body:
                 if isinstance(function, ast.FunctionDef) and function.name[0] != "_":
-                    arguments = [a for a in (*function.args.args, *function.args.kwonlyargs) if a.arg not in ("self", "ctx")]
+                    arguments = [
+                        a
+                        for a in (*function.args.args, *function.args.kwonlyargs)
+                        if a.arg not in ("self", "ctx")
+                    ]
                     if function.returns is None or any(a.annotation is None for a in arguments):
                         bare.append(f"{path.name}: {prefix}{function.name}")
     assert bare == []
@@ -89,7 +113,7 @@ def test_flags_and_files_that_the_pages_name_exist():
     sources = "".join(
         path.read_text()
         for path in [
-            *ROOT.glob("snclr/*.py"),
+            *ROOT.glob("snclr/**/*.py"),
             *ROOT.glob("*.sh"),
             *ROOT.glob("benchmarks/*.py"),
             *ROOT.glob("tests/faults/*.py"),
@@ -100,14 +124,21 @@ def test_flags_and_files_that_the_pages_name_exist():
         for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)(?=[\s`*,.:;)/=])", text)):
             known = flag.removeprefix("no-") if f'"--{flag}"' not in sources else flag
             assert f'"--{known}"' in sources or flag in OTHERS, f"{page.name}: --{flag}"
-        for name in set(re.findall(r"`((?:snclr|tests|docs|benchmarks|tools|configs)/[\w/.]+\.\w+)`", text)):
+        for name in set(
+            re.findall(r"`((?:snclr|tests|docs|benchmarks|tools|configs)/[\w/.]+\.\w+)`", text)
+        ):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
 # -- the worked examples -------------------------------------------------------------------------------------------------
 
-REPLACE = re.compile(r"^In `([^`]+)`, replace\n+```python\n(.*?)\n```\n+by\n+```python\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
-ADD = re.compile(r"^In `([^`]+)`, before `([^`]+)`, add\n+```python\n(.*?)```$", re.MULTILINE | re.DOTALL)
+REPLACE = re.compile(
+    r"^In `([^`]+)`, replace\n+```python\n(.*?)\n```\n+by\n+```python\n(.*?)\n```$",
+    re.MULTILINE | re.DOTALL,
+)
+ADD = re.compile(
+    r"^In `([^`]+)`, before `([^`]+)`, add\n+```python\n(.*?)```$", re.MULTILINE | re.DOTALL
+)
 RUNS = re.compile(r"^python main_snclr.py (.*)$", re.MULTILINE)
 
 
@@ -128,11 +159,24 @@ def extended(tmp_path_factory):
     (script,) = re.findall(r"^```python\n(import numpy.*?)```$", page, re.MULTILINE | re.DOTALL)
     runs = [command.split() for command in RUNS.findall(page)]
     assert len(runs) == 3
-    flags = ["--stop-after-steps", "2", "--print-freq", "1", "--eval-freq", "0", "--amp", "off", "--workers", "0"]
+    flags = [
+        "--stop-after-steps",
+        "2",
+        "--print-freq",
+        "1",
+        "--eval-freq",
+        "0",
+        "--amp",
+        "off",
+        "--workers",
+        "0",
+    ]
     for number, run in enumerate(runs):
         script += f"\nimport main_snclr\nmain_snclr.main({[*run, *flags, '--workdir', str(copy / str(number))]})\n"
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=copy, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=copy, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return copy, done.stdout
 
@@ -143,8 +187,12 @@ def state(extended, number):
 
 def test_the_example_of_an_objective_trains(extended):
     names = state(extended, 0)["state_dict"]
-    assert any("predictor" in name for name in names) and not any("memory_bank" in name for name in names)
-    losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+)  lr", extended[1].split("allconv")[0])]
+    assert any("predictor" in name for name in names) and not any(
+        "memory_bank" in name for name in names
+    )
+    losses = [
+        float(loss) for loss in re.findall(r"loss (\d\.\d+)  lr", extended[1].split("allconv")[0])
+    ]
     assert len(losses) == 2 and all(0 < loss < 8 for loss in losses)
 
 

@@ -15,8 +15,9 @@ from torch import nn
 
 import main_snclr
 import snclr
-from snclr import export, features
-from snclr.errors import RunError, UsageError
+from snclr import export
+from snclr.evaluation import features
+from snclr.running.errors import RunError, UsageError
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 ARCHS = {
@@ -68,7 +69,9 @@ def test_timm_reads_a_vit(checkpoints, tmp_path, suffix, capsys):
 def test_timm_reads_a_resnet_and_a_model_of_its_own(checkpoints, tmp_path):
     for name, model in (("resnet", "resnet18"), ("timm", "test_convnext")):
         out = run(checkpoints(name), "timm", tmp_path / f"{name}.pth")
-        assert_same_features(timm.create_model(model, num_classes=0, checkpoint_path=str(out)), checkpoints(name))
+        assert_same_features(
+            timm.create_model(model, num_classes=0, checkpoint_path=str(out)), checkpoints(name)
+        )
 
 
 @pytest.mark.parametrize("which", ["online", "momentum"])
@@ -94,7 +97,9 @@ def test_mocov3s_layout_is_read_as_its_linear_evaluation_does(checkpoints, tmp_p
     prefix = "module.base_encoder."
     names = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
     assert len(names) == len(state) and not any(key.startswith(head) for key in names)
-    encoder, info = snclr.load_encoder(str(out), img_size=32, patch_size=8 if name == "vit" else None)
+    encoder, info = snclr.load_encoder(
+        str(out), img_size=32, patch_size=8 if name == "vit" else None
+    )
     assert info["arch"] == ARCHS[name].split()[1]
     assert_same_features(encoder, checkpoints(name))
 
@@ -106,7 +111,9 @@ def test_transformers_reads_a_vit(checkpoints, tmp_path):
     model = transformers.AutoModel.from_pretrained(out, add_pooling_layer=False).eval()
     encoder, _ = snclr.load_encoder(str(checkpoints("vit")))
     with torch.no_grad():
-        torch.testing.assert_close(model(X).last_hidden_state[:, 0], encoder(X), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model(X).last_hidden_state[:, 0], encoder(X), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +126,9 @@ def test_transformers_reads_a_vit(checkpoints, tmp_path):
         ("conv", "hf", "plain patch embedding"),
     ],
 )
-def test_a_format_that_has_no_such_model_is_refused_and_nothing_is_written(checkpoints, tmp_path, name, format_name, named):
+def test_a_format_that_has_no_such_model_is_refused_and_nothing_is_written(
+    checkpoints, tmp_path, name, format_name, named
+):
     with pytest.raises(UsageError, match=named):
         run(checkpoints(name), format_name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -136,10 +145,14 @@ def test_a_nested_format_is_no_safetensors_file_and_an_existing_file_stays(check
     assert (tmp_path / "there.pth").read_text() == "mine"
 
 
-def test_weights_that_give_other_features_are_noticed_and_never_get_the_name(checkpoints, tmp_path, monkeypatch):
+def test_weights_that_give_other_features_are_noticed_and_never_get_the_name(
+    checkpoints, tmp_path, monkeypatch
+):
     def wrong(encoder, info):
         model, state = export.to_timm(encoder, info)
-        return model, {name: tensor * (1.001 if name == "norm.weight" else 1) for name, tensor in state.items()}
+        return model, {
+            name: tensor * (1.001 if name == "norm.weight" else 1) for name, tensor in state.items()
+        }
 
     monkeypatch.setitem(export.FORMATS, "timm", wrong)
     with pytest.raises(RunError, match="do not use them"):
@@ -148,7 +161,14 @@ def test_weights_that_give_other_features_are_noticed_and_never_get_the_name(che
 
 
 def test_the_command_line_exports_and_ends_wrong_usage_in_one_line(checkpoints, tmp_path):
-    command = [sys.executable, "-m", "snclr.export", str(checkpoints("resnet")), "--out", str(tmp_path / "out.pth")]
+    command = [
+        sys.executable,
+        "-m",
+        "snclr.export",
+        str(checkpoints("resnet")),
+        "--out",
+        str(tmp_path / "out.pth"),
+    ]
     done = subprocess.run([*command, "--format", "timm"], capture_output=True, text=True)
     assert done.returncode == 0 and "agree to" in done.stdout and (tmp_path / "out.pth").exists()
     done = subprocess.run([*command, "--format", "onnx"], capture_output=True, text=True)
@@ -161,8 +181,17 @@ def test_the_command_line_exports_and_ends_wrong_usage_in_one_line(checkpoints, 
 def test_load_encoder_gives_features_and_what_one_needs_to_know(checkpoints):
     path = checkpoints("vit")
     encoder, info = snclr.load_encoder(str(path))
-    assert encoder(X).shape == (2, 192) and not encoder.training and not any(p.requires_grad for p in encoder.parameters())
-    assert (info["arch"], info["img_size"], info["patch_size"], info["num_features"]) == ("vit_tiny", 32, 8, 192)
+    assert (
+        encoder(X).shape == (2, 192)
+        and not encoder.training
+        and not any(p.requires_grad for p in encoder.parameters())
+    )
+    assert (info["arch"], info["img_size"], info["patch_size"], info["num_features"]) == (
+        "vit_tiny",
+        32,
+        8,
+        192,
+    )
     assert info["mean"] == pytest.approx([0.485, 0.456, 0.406]) and info["encoder"] == "online"
     _, info = snclr.load_encoder(str(path), "momentum")
     assert info["encoder"] == "momentum"
@@ -174,12 +203,29 @@ def test_pretraining_leaves_the_backbone_alone_beside_each_checkpoint(checkpoint
     assert small.stat().st_size < path.stat().st_size / 2
     whole, _ = snclr.load_encoder(str(path))
     alone, info = snclr.load_encoder(str(small))
-    assert features.digest(alone) == features.digest(whole) and info["encoder"] == "online" and info["arch"] == "resnet18"
+    assert (
+        features.digest(alone) == features.digest(whole)
+        and info["encoder"] == "online"
+        and info["arch"] == "resnet18"
+    )
     with pytest.raises(UsageError, match="holds no momentum encoder"):
         snclr.load_encoder(str(small), "momentum")
-    flags = SMALL.split() + ["--save-freq", "1", "--eval-encoder", "momentum", "--eval-freq", "0", "--epochs", "1"]
+    flags = SMALL.split() + [
+        "--save-freq",
+        "1",
+        "--eval-encoder",
+        "momentum",
+        "--eval-freq",
+        "0",
+        "--epochs",
+        "1",
+    ]
     main_snclr.main([str(path.parent.parent / "images"), *flags, "--workdir", str(tmp_path)])
-    names = {f"{kind}_{which}.pth.tar" for kind in ("encoder", "checkpoint") for which in ("last", "0001")}
+    names = {
+        f"{kind}_{which}.pth.tar"
+        for kind in ("encoder", "checkpoint")
+        for which in ("last", "0001")
+    }
     assert names <= set(os.listdir(tmp_path))
     momentum, _ = snclr.load_encoder(str(tmp_path / "checkpoint_last.pth.tar"), "momentum")
     alone, info = snclr.load_encoder(str(tmp_path / "encoder_0001.pth.tar"))
@@ -197,11 +243,18 @@ def test_a_file_that_does_not_say_its_architecture_needs_the_flag(tmp_path):
     with pytest.raises(UsageError, match="does not say its architecture: give --arch"):
         snclr.load_encoder(str(tmp_path / "resnet18.pth"))
     encoder, info = snclr.load_encoder(str(tmp_path / "resnet18.pth"), arch="resnet18")
-    assert encoder(X).shape == (2, 512) and np.isclose(info["mean"][0], 0.485) and json.dumps(info["notes"])
+    assert (
+        encoder(X).shape == (2, 512)
+        and np.isclose(info["mean"][0], 0.485)
+        and json.dumps(info["notes"])
+    )
     with pytest.raises(UsageError, match="is --arch the right one"):
         snclr.load_encoder(str(tmp_path / "resnet18.pth"), arch="resnet50")
     # another library's name for it says nothing here
-    torch.save({"arch": "test_vit.r160_in1k", "state_dict": timm.create_model("test_vit").state_dict()}, tmp_path / "timm.pth")
+    torch.save(
+        {"arch": "test_vit.r160_in1k", "state_dict": timm.create_model("test_vit").state_dict()},
+        tmp_path / "timm.pth",
+    )
     with pytest.raises(UsageError, match="give --arch"):
         snclr.load_encoder(str(tmp_path / "timm.pth"))
     _, info = snclr.load_encoder(str(tmp_path / "timm.pth"), arch="timm:test_vit", img_size=160)

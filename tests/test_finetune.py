@@ -9,14 +9,25 @@ from test_linear import float64, images, interrupted_after, pretrained  # noqa: 
 from test_ranks import start_ranks
 
 import main_lincls
-from snclr import features, finetune, weights
-from snclr.errors import UsageError
+from snclr.evaluation import features, finetune
+from snclr.running.errors import UsageError
+from snclr.weights import reading as weights
 
 TUNE = "--finetune --epochs 3 -b 8 -j 0 --amp off"
 
 
 def tune(images, pretrained, workdir, *flags):  # noqa: F811
-    main_lincls.main([str(images), "--pretrained", str(pretrained), *TUNE.split(), "--workdir", str(workdir), *map(str, flags)])
+    main_lincls.main(
+        [
+            str(images),
+            "--pretrained",
+            str(pretrained),
+            *TUNE.split(),
+            "--workdir",
+            str(workdir),
+            *map(str, flags),
+        ]
+    )
     return json.loads((workdir / "results.json").read_text())
 
 
@@ -24,23 +35,39 @@ def state(workdir):
     return torch.load(workdir / "lincls_last.pth.tar", weights_only=True)["model"]
 
 
-def test_fine_tuning_trains_encoder_and_head_and_reports_the_last_epoch(images, pretrained, tmp_path, capsys):  # noqa: F811
+def test_fine_tuning_trains_encoder_and_head_and_reports_the_last_epoch(
+    images, pretrained, tmp_path, capsys
+):
     result = tune(images, pretrained, tmp_path)
     is_vit = "vit" in result["arch"]
     assert result["finetune"]["optimizer"] == ("adamw" if is_vit else "sgd")
     assert result["finetune"]["layer_decay"] == (0.75 if is_vit else 1.0)
-    assert "linear_top1" not in result and result["finetune_top5"] == 100 and "k=20 weighted" in result["knn"]
-    assert result["mean_per_class_top1"] == pytest.approx(np.mean(list(result["per_class_top1"].values())))
+    assert (
+        "linear_top1" not in result
+        and result["finetune_top5"] == 100
+        and "k=20 weighted" in result["knn"]
+    )
+    assert result["mean_per_class_top1"] == pytest.approx(
+        np.mean(list(result["per_class_top1"].values()))
+    )
     assert f"fine-tuned: top-1 {result['finetune_top1']:.2f} %" in capsys.readouterr().out
     before, _ = weights.open_encoder(str(pretrained))
-    after = {name.removeprefix("encoder."): tensor for name, tensor in state(tmp_path).items() if name.startswith("encoder.")}
-    changed = [name for name, tensor in before.state_dict().items() if not torch.equal(tensor, after[name])]
+    after = {
+        name.removeprefix("encoder."): tensor
+        for name, tensor in state(tmp_path).items()
+        if name.startswith("encoder.")
+    }
+    changed = [
+        name for name, tensor in before.state_dict().items() if not torch.equal(tensor, after[name])
+    ]
     fixed = {name for name, parameter in before.named_parameters() if not parameter.requires_grad}
     assert fixed == ({"pos_embed"} if is_vit else set()) and not fixed & set(changed)
     assert len(changed) > 0.9 * (len(after) - len(fixed))
 
 
-def test_resumed_fine_tuning_equals_the_uninterrupted_one(images, pretrained, tmp_path, monkeypatch):  # noqa: F811
+def test_resumed_fine_tuning_equals_the_uninterrupted_one(
+    images, pretrained, tmp_path, monkeypatch
+):
     whole = tune(images, pretrained, tmp_path / "whole")
     monkeypatch.setattr(main_lincls, "save", interrupted_after(2))
     with pytest.raises(KeyboardInterrupt):
@@ -51,22 +78,39 @@ def test_resumed_fine_tuning_equals_the_uninterrupted_one(images, pretrained, tm
 
 
 def test_two_ranks_fine_tune_as_one_does(images, pretrained, tmp_path, float64):  # noqa: F811
-    command = f"main_lincls:float64:{images} --pretrained {pretrained} {TUNE} --workdir {tmp_path}/2"
+    command = (
+        f"main_lincls:float64:{images} --pretrained {pretrained} {TUNE} --workdir {tmp_path}/2"
+    )
     start_ranks(2, tmp_path, [command])
     tune(images, pretrained, tmp_path / "1")
     one, two = state(tmp_path / "1"), state(tmp_path / "2")
     for name, tensor in one.items():
         if tensor.is_floating_point():
-            assert tensor.dtype == torch.float64 and (two[name] - tensor).norm() < 1e-8 * tensor.norm() + 1e-8, name
+            assert (
+                tensor.dtype == torch.float64
+                and (two[name] - tensor).norm() < 1e-8 * tensor.norm() + 1e-8
+            ), name
 
 
-def test_an_untrained_encoder_starts_at_random_and_pixels_are_a_baseline_too(images, pretrained, tmp_path):  # noqa: F811
+def test_an_untrained_encoder_starts_at_random_and_pixels_are_a_baseline_too(
+    images, pretrained, tmp_path
+):
     learned, _ = weights.open_encoder(str(pretrained))
     results = []
     for seed in (0, 0, 1):
         number = len(results)
         results.append(
-            tune(images, pretrained, tmp_path / str(number), "--encoder", "untrained", "--seed", seed, "--epochs", 1)
+            tune(
+                images,
+                pretrained,
+                tmp_path / str(number),
+                "--encoder",
+                "untrained",
+                "--seed",
+                seed,
+                "--epochs",
+                1,
+            )
         )
     digests = [result["encoder_digest"] for result in results]
     assert digests[0] == digests[1] != digests[2] and features.digest(learned) not in digests
@@ -74,15 +118,28 @@ def test_an_untrained_encoder_starts_at_random_and_pixels_are_a_baseline_too(ima
     settings = results[0]["finetune"]  # from scratch: no layer is better than another
     assert settings["lr"] == settings["head_lr"] and settings["layer_decay"] == 1
     flags = ["--encoder", "pixels", "--epochs", "2", "-b", "8", "--lrs", "0.1"]
-    main_lincls.main([str(images), "--pretrained", str(pretrained), *flags, "--workdir", str(tmp_path / "pixels")])
+    main_lincls.main(
+        [
+            str(images),
+            "--pretrained",
+            str(pretrained),
+            *flags,
+            "--workdir",
+            str(tmp_path / "pixels"),
+        ]
+    )
     pixels = json.loads((tmp_path / "pixels/results.json").read_text())
     assert pixels["encoder"] == "pixels" and len(pixels["heads"]) == 2 and pixels["arch"] == "none"
     with pytest.raises(UsageError, match="nothing to train with --encoder pixels"):
         tune(images, pretrained, tmp_path / "w", "--encoder", "pixels")
 
 
-@pytest.mark.parametrize("flags, count", [(("--label-fraction", 0.5), 20), (("--label-fraction", 0.25), 10)])
-def test_a_fraction_of_the_labels_is_balanced_and_the_same_each_time(images, pretrained, tmp_path, flags, count):  # noqa: F811
+@pytest.mark.parametrize(
+    "flags, count", [(("--label-fraction", 0.5), 20), (("--label-fraction", 0.25), 10)]
+)
+def test_a_fraction_of_the_labels_is_balanced_and_the_same_each_time(
+    images, pretrained, tmp_path, flags, count
+):
     first = tune(images, pretrained, tmp_path / "first", *flags, "--epochs", 1)
     again = tune(images, pretrained, tmp_path / "again", *flags, "--epochs", 1)
     assert first["training_images"] == count and first["finetune_top1"] == again["finetune_top1"]
@@ -90,14 +147,29 @@ def test_a_fraction_of_the_labels_is_balanced_and_the_same_each_time(images, pre
 
 
 def test_a_list_of_names_chooses_the_training_images(pretrained, tmp_path):  # noqa: F811
-    for sizes in ([(32, 32)] * 24, [(32, 33)] * 12 + [(32, 32)] * 12):  # held in memory, and read from files
+    for sizes in (
+        [(32, 32)] * 24,
+        [(32, 33)] * 12 + [(32, 32)] * 12,
+    ):  # held in memory, and read from files
         root = tmp_path / f"images{len(set(sizes))}"
         save_folder(save_folder(root, sizes), [(32, 32)] * 4, split="val")
-        (tmp_path / "names.txt").write_text("\n".join(f"somewhere/{n:03}.png" for n in range(16)) + "\n")
-        result = tune(root, pretrained, tmp_path / root.name, "--label-list", tmp_path / "names.txt", "--epochs", 1)
+        (tmp_path / "names.txt").write_text(
+            "\n".join(f"somewhere/{n:03}.png" for n in range(16)) + "\n"
+        )
+        result = tune(
+            root,
+            pretrained,
+            tmp_path / root.name,
+            "--label-list",
+            tmp_path / "names.txt",
+            "--epochs",
+            1,
+        )
         assert result["training_images"] == 16
     (tmp_path / "names.txt").write_text("000.png\nnowhere.png\n")
-    with pytest.raises(UsageError, match=r"1 names of .*names\.txt are no training images: nowhere\.png"):
+    with pytest.raises(
+        UsageError, match=r"1 names of .*names\.txt are no training images: nowhere\.png"
+    ):
         tune(root, pretrained, tmp_path / "w", "--label-list", tmp_path / "names.txt")
 
 
@@ -117,18 +189,30 @@ def test_wrong_flags_are_answered_in_one_line(images, pretrained, tmp_path, flag
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_every_option_of_fine_tuning_reaches_the_optimiser_and_the_crops(images, pretrained, tmp_path):  # noqa: F811
+def test_every_option_of_fine_tuning_reaches_the_optimiser_and_the_crops(
+    images, pretrained, tmp_path
+):
     flags = "--optimizer adamw --lr 0.01 --head-lr 0.02 --wd 0.3 --warmup-epochs 0.5 --epochs 1 --amp bf16"
     is_vit = "vit" in str(pretrained)
     decay = ["--layer-decay", "0.5"] if is_vit else []
     settings = tune(images, pretrained, tmp_path / "run", *flags.split(), *decay)["finetune"]
-    assert settings == dict(optimizer="adamw", lr=0.01, head_lr=0.02, weight_decay=0.3, layer_decay=0.5 if is_vit else 1.0)
-    groups = torch.load(tmp_path / "run/lincls_last.pth.tar", weights_only=True)["optimizer"]["param_groups"]
+    assert settings == dict(
+        optimizer="adamw",
+        lr=0.01,
+        head_lr=0.02,
+        weight_decay=0.3,
+        layer_decay=0.5 if is_vit else 1.0,
+    )
+    groups = torch.load(tmp_path / "run/lincls_last.pth.tar", weights_only=True)["optimizer"][
+        "param_groups"
+    ]
     assert {group["weight_decay"] for group in groups} == {0, 0.3} and "betas" in groups[0]
     peaks = {group["peak"] for group in groups}
     assert {0.02 * 8 / 256, 0.01 * 8 / 256} <= peaks and len(peaks) > 10 * is_vit
     tune(images, pretrained, tmp_path / "crops", *flags.split(), *decay, "--crop-min", 0.9)
-    assert not torch.equal(state(tmp_path / "run")["head.weight"], state(tmp_path / "crops")["head.weight"])
+    assert not torch.equal(
+        state(tmp_path / "run")["head.weight"], state(tmp_path / "crops")["head.weight"]
+    )
 
 
 def test_rates_fall_from_layer_to_layer():
@@ -137,12 +221,24 @@ def test_rates_fall_from_layer_to_layer():
     model = finetune.Classifier(encoder, 5)
     optimizer = finetune.build_optimizer(model, "adamw", 1.0, 7.0, 0.1, 0.5)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    peaks = {names[id(p)]: (group["peak"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    peaks = {
+        names[id(p)]: (group["peak"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     assert peaks["head.weight"] == (7.0, 0.1) and peaks["head.bias"] == (7.0, 0.0)
-    ladder = ["encoder.norm.weight", *(f"encoder.blocks.{n}.attn.qkv.weight" for n in (2, 1, 0)), "encoder.cls_token"]
-    assert [peaks[name][0] for name in ladder] == pytest.approx([1.0, 1.0, 0.5, 0.25, 0.125], rel=1e-9)
+    ladder = [
+        "encoder.norm.weight",
+        *(f"encoder.blocks.{n}.attn.qkv.weight" for n in (2, 1, 0)),
+        "encoder.cls_token",
+    ]
+    assert [peaks[name][0] for name in ladder] == pytest.approx(
+        [1.0, 1.0, 0.5, 0.25, 0.125], rel=1e-9
+    )
     assert peaks["encoder.blocks.0.attn.qkv.weight"][1] == 0.1
-    assert set(peaks) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(peaks) == {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     flat = finetune.build_optimizer(model, "sgd", 2.0, 3.0, 0.0, 1.0)
     assert {group["peak"] for group in flat.param_groups} == {2.0, 3.0}
     with pytest.raises(UsageError, match=r"--layer-decay 0\.5 is for ViTs"):
@@ -153,9 +249,24 @@ def test_transfer_to_a_torchvision_set_of_photographs(pretrained, tmp_path):  # 
     from test_sources import save_pets
 
     save_pets(tmp_path)
-    flags = ["--dataset", "pets", "--pretrained", str(pretrained), "-j", "0", "-b", "2", "--epochs", "2", "--lrs", "0.1"]
+    flags = [
+        "--dataset",
+        "pets",
+        "--pretrained",
+        str(pretrained),
+        "-j",
+        "0",
+        "-b",
+        "2",
+        "--epochs",
+        "2",
+        "--lrs",
+        "0.1",
+    ]
     for name, more in {"probe": ["--select", "val"], "tuned": ["--finetune"]}.items():
         main_lincls.main([str(tmp_path), *flags, *more, "--workdir", str(tmp_path / name)])
         result = json.loads((tmp_path / name / "results.json").read_text())
-        assert result["dataset"] == "pets" and result["per_class_top1"]["Abyssinian"] is None  # not among the test images
+        assert (
+            result["dataset"] == "pets" and result["per_class_top1"]["Abyssinian"] is None
+        )  # not among the test images
         assert result["mean_per_class_top1"] == result["per_class_top1"]["Beagle"]

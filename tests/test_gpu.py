@@ -18,7 +18,8 @@ from test_ranks import CLOCK, read_lines
 import main_lincls
 import main_snclr
 from benchmarks import measure, step
-from snclr import checkpoint, distributed, memory_bank, monitor, objectives, visualize
+from snclr import memory_bank, objectives, visualize
+from snclr.running import checkpoint, distributed, monitor
 
 RUN = (
     "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 1000 --topk 3 --epochs 2 -b 12 "
@@ -68,7 +69,9 @@ def folder(tmp_path_factory):
 def accelerated(monkeypatch):
     """A context in which the programs find an accelerator; torch has no autocast for it, so there is none outside either."""
     for module in (main_snclr, main_lincls):
-        monkeypatch.setattr(module, "autocast", lambda amp, device: torch.autocast("cpu", enabled=False))
+        monkeypatch.setattr(
+            module, "autocast", lambda amp, device: torch.autocast("cpu", enabled=False)
+        )
 
     @contextlib.contextmanager
     def block():
@@ -76,13 +79,19 @@ def accelerated(monkeypatch):
         with monkeypatch.context() as patch, Accelerator() as accelerator:
             patch.setattr(distributed, "start", lambda *_: DEVICE)
             patch.setattr(distributed, "own_device", lambda: DEVICE)
-            patch.setattr(checkpoint, "save", lambda path, state, keep=1: save(path, to_host(state), keep))
+            patch.setattr(
+                checkpoint, "save", lambda path, state, keep=1: save(path, to_host(state), keep)
+            )
             patch.setattr(checkpoint, "is_plain", lambda x: isinstance(x, Remote) or is_plain(x))
             patch.setattr(
-                sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["cpu", DEVICE.type]
+                sys.modules["torch.optim.optimizer"],
+                "_get_fused_kernels_supported_devices",
+                lambda: ["cpu", DEVICE.type],
             )
             for sizes in (objectives.CHUNK_ELEMENTS, memory_bank.COSINES, memory_bank.CHUNK):
-                patch.setitem(sizes, DEVICE.type, 2**12)  # several blocks, as a GPU would have of larger things
+                patch.setitem(
+                    sizes, DEVICE.type, 2**12
+                )  # several blocks, as a GPU would have of larger things
             yield accelerator
 
     return block
@@ -112,32 +121,48 @@ def watch(monkeypatch, accelerator, begin, ends):
 def assert_close(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=lambda told, name=name: f"{name}: {told}")
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-9, atol=1e-9, msg=lambda told, name=name: f"{name}: {told}"
+        )
 
 
 @pytest.mark.filterwarnings(NO_OP)
 @pytest.mark.parametrize("flags", VARIANTS)
-def test_a_run_is_that_of_a_cpu_and_its_steps_do_not_wait(flags, folder, tmp_path, monkeypatch, accelerated):
+def test_a_run_is_that_of_a_cpu_and_its_steps_do_not_wait(
+    flags, folder, tmp_path, monkeypatch, accelerated
+):
     argv = [folder, *RUN.split(), *flags.split(), "--workdir"]
     main_snclr.main([*argv, str(tmp_path / "cpu")])
     with accelerated() as accelerator:
-        waited = watch(monkeypatch, accelerator, (main_snclr, "train_epoch"), [(monitor, "step_metrics")])
+        waited = watch(
+            monkeypatch, accelerator, (main_snclr, "train_epoch"), [(monitor, "step_metrics")]
+        )
         main_snclr.main([*argv, str(tmp_path / "gpu"), "--stop-after-steps", "3"])
         main_snclr.main([*argv, str(tmp_path / "gpu"), "--resume", "auto"])
     assert waited == [[], [], []]
     cpu, gpu = (checkpoint.read(str(tmp_path / name / checkpoint.LAST)) for name in ("cpu", "gpu"))
     assert gpu["step"] == cpu["step"] == 4
     assert_close(gpu["state_dict"], cpu["state_dict"])
-    cpu, gpu = ([x for x in read_lines(tmp_path / name, CLOCK) if x["step"] == 4] for name in ("cpu", "gpu"))
-    for one, other in zip(gpu, cpu, strict=True):  # of the last step and, where there is one, of the evaluation after it
+    cpu, gpu = (
+        [x for x in read_lines(tmp_path / name, CLOCK) if x["step"] == 4] for name in ("cpu", "gpu")
+    )
+    for one, other in zip(
+        gpu, cpu, strict=True
+    ):  # of the last step and, where there is one, of the evaluation after it
         assert one.keys() == other.keys()
         for name, value in other.items():
-            assert one[name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), name
+            assert one[name] == (
+                pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            ), name
 
 
 @pytest.mark.filterwarnings(NO_OP)
-@pytest.mark.parametrize("flags", ("--eval-freq 1 --viz-freq 1", "--method nnclr", "--method mocov2"))
-def test_ranks_exchange_what_is_on_the_device_and_do_not_wait(flags, folder, tmp_path, monkeypatch, accelerated):
+@pytest.mark.parametrize(
+    "flags", ("--eval-freq 1 --viz-freq 1", "--method nnclr", "--method mocov2")
+)
+def test_ranks_exchange_what_is_on_the_device_and_do_not_wait(
+    flags, folder, tmp_path, monkeypatch, accelerated
+):
     exchanged = []
 
     def recorded(function, *args):
@@ -148,13 +173,22 @@ def test_ranks_exchange_what_is_on_the_device_and_do_not_wait(flags, folder, tmp
         parts[:] = [x] * len(parts)
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-    for name in ("barrier", "broadcast_object_list", "destroy_process_group", "new_group"):  # no group: no numbers of the host
+    for name in (
+        "barrier",
+        "broadcast_object_list",
+        "destroy_process_group",
+        "new_group",
+    ):  # no group: no numbers of the host
         monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
     monkeypatch.setattr(distributed, "replicate", lambda module, device: module)
     with measure.simulated_ranks(2), monkeypatch.context() as patch, accelerated() as accelerator:
         for name in ("all_gather", "all_reduce"):
-            patch.setattr(torch.distributed, name, partial(recorded, getattr(torch.distributed, name)))
-        waited = watch(monkeypatch, accelerator, (main_snclr, "train_epoch"), [(monitor, "step_metrics")])
+            patch.setattr(
+                torch.distributed, name, partial(recorded, getattr(torch.distributed, name))
+            )
+        waited = watch(
+            monkeypatch, accelerator, (main_snclr, "train_epoch"), [(monitor, "step_metrics")]
+        )
         main_snclr.main([folder, *RUN.split(), *flags.split(), "--workdir", str(tmp_path / "run")])
     assert waited == [[], []]
     assert len(exchanged) > 20 and all(isinstance(x, Remote) for x in exchanged)
@@ -165,17 +199,26 @@ def test_a_bank_in_bfloat16_is_that_of_a_cpu_and_nobody_waits_for_it(accelerated
 
     def found_on(device):
         bank = memory_bank.MemoryBank(1000, 16, bfloat16=True).to(device)
-        query, ids = queries.to(device, non_blocking=True).requires_grad_(), torch.zeros(8, dtype=torch.long, device=device)
-        bank.enqueue(keys.to(device, non_blocking=True), torch.ones(700, dtype=torch.long, device=device))
+        query, ids = (
+            queries.to(device, non_blocking=True).requires_grad_(),
+            torch.zeros(8, dtype=torch.long, device=device),
+        )
+        bank.enqueue(
+            keys.to(device, non_blocking=True), torch.ones(700, dtype=torch.long, device=device)
+        )
         scores, rows = bank.search(query, 5, ids)
         weights = objectives.positiveness(query, bank.features, rows)
-        loss = objectives.snclr_loss(query, query.detach(), bank.products, rows, weights, temperature=0.2)
+        loss = objectives.snclr_loss(
+            query, query.detach(), bank.products, rows, weights, temperature=0.2
+        )
         return scores, rows, loss.detach(), *torch.autograd.grad(loss, query)
 
     cpu = found_on("cpu")
     with accelerated() as accelerator:
         gpu = to_host(found_on(DEVICE))
-    assert not [place for place in accelerator.waits if ".py" in place]  # the bank itself is put there by this test
+    assert not [
+        place for place in accelerator.waits if ".py" in place
+    ]  # the bank itself is put there by this test
     assert torch.equal(gpu[1], cpu[1])
     for one, other in zip(gpu, cpu, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
@@ -186,7 +229,17 @@ def pretrained(folder, tmp_path_factory):
     """A checkpoint each of a ResNet and of a ViT."""
     out = tmp_path_factory.mktemp("runs")
     for name, flags in {"resnet": "", "vit": "--arch vit_tiny --patch-size 8"}.items():
-        main_snclr.main([folder, *RUN.split(), *flags.split(), "--stop-after-steps", "2", "--workdir", str(out / name)])
+        main_snclr.main(
+            [
+                folder,
+                *RUN.split(),
+                *flags.split(),
+                "--stop-after-steps",
+                "2",
+                "--workdir",
+                str(out / name),
+            ]
+        )
     return {name: str(out / name / checkpoint.LAST) for name in ("resnet", "vit")}
 
 
@@ -194,7 +247,12 @@ def pretrained(folder, tmp_path_factory):
 def test_an_evaluation_is_that_of_a_cpu_and_its_steps_do_not_wait(
     arch, flags, folder, pretrained, tmp_path, monkeypatch, accelerated
 ):
-    argv = [folder, "--pretrained", pretrained[arch], *f"--epochs 2 -b 10 --workers 0 {flags} --workdir".split()]
+    argv = [
+        folder,
+        "--pretrained",
+        pretrained[arch],
+        *f"--epochs 2 -b 10 --workers 0 {flags} --workdir".split(),
+    ]
     main_lincls.main([*argv, str(tmp_path / "cpu")])
     with accelerated() as accelerator:
         ends = [(main_lincls, "accuracies"), (main_lincls, "judge")]
@@ -203,11 +261,16 @@ def test_an_evaluation_is_that_of_a_cpu_and_its_steps_do_not_wait(
     assert waited == [[], []]
     cpu, gpu = (checkpoint.read(str(tmp_path / name / main_lincls.LAST)) for name in ("cpu", "gpu"))
     assert_close(gpu["model"], cpu["model"])
-    cpu, gpu = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("cpu", "gpu"))
+    cpu, gpu = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("cpu", "gpu")
+    )
     assert gpu["knn"] == pytest.approx(cpu["knn"])
 
 
-@pytest.mark.parametrize("arch, flags", (("resnet", "--against untrained"), ("vit", "--image {photo} --encoder momentum")))
+@pytest.mark.parametrize(
+    "arch, flags",
+    (("resnet", "--against untrained"), ("vit", "--image {photo} --encoder momentum")),
+)
 def test_pictures_are_those_of_a_cpu(arch, flags, folder, pretrained, tmp_path, accelerated):
     flags = flags.format(photo=f"{folder}/val/ant/000.png")
     argv = [pretrained[arch], folder, "--workers", "0", *flags.split(), "--out"]
@@ -217,14 +280,19 @@ def test_pictures_are_those_of_a_cpu(arch, flags, folder, pretrained, tmp_path, 
     drawn = {path.name: path for path in (tmp_path / "cpu").iterdir()}
     assert len(drawn) >= 2
     for name, path in drawn.items():
-        cpu, gpu = (np.asarray(Image.open(file), dtype=float) for file in (path, tmp_path / "gpu" / name))
+        cpu, gpu = (
+            np.asarray(Image.open(file), dtype=float) for file in (path, tmp_path / "gpu" / name)
+        )
         assert np.abs(cpu - gpu).mean() < 0.5, name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ("objective", "step", "micro_batch", "images", "linear_probe"))
 def test_a_benchmark_runs_there(name, folder, tmp_path, monkeypatch, capsys, accelerated):
-    module, (flags, expected) = importlib.import_module(f"benchmarks.{name}"), test_benchmarks.RUNS[name]
+    module, (flags, expected) = (
+        importlib.import_module(f"benchmarks.{name}"),
+        test_benchmarks.RUNS[name],
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name, *flags.format(folder=folder).split()])
     monkeypatch.setattr(step, "autocast", main_snclr.autocast)

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_pil_image
 
-from snclr import features as frozen
-from snclr import knn
-from snclr.data import ImageFiles, ResidentImages
+from snclr.evaluation import features as frozen
+from snclr.evaluation import knn
+from snclr.loader import ImageFiles, ResidentImages
 
 CPU = torch.device("cpu")
 MOMENTS = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -27,7 +27,10 @@ def scores_by_loops(queries, features, labels, num_classes, k, temperature):
     """Score of class c = sum of exp(cosine / temperature) over those of the k nearest that are of class c."""
     scores = torch.zeros(len(queries), num_classes, dtype=torch.float64)
     for i, query in enumerate(queries.double()):
-        cosines = [(float(query @ feature), int(label)) for feature, label in zip(features.double(), labels, strict=True)]
+        cosines = [
+            (float(query @ feature), int(label))
+            for feature, label in zip(features.double(), labels, strict=True)
+        ]
         for cosine, label in sorted(cosines, reverse=True)[:k]:
             scores[i, label] += math.exp(cosine / temperature)
     return scores
@@ -35,8 +38,16 @@ def scores_by_loops(queries, features, labels, num_classes, k, temperature):
 
 def problem(num_queries=9, num_features=40, num_classes=5, dtype=torch.float64):
     generator = torch.Generator().manual_seed(num_features)
-    queries, features = (normalize(torch.randn(n, 6, generator=generator, dtype=dtype)) for n in (num_queries, num_features))
-    return queries, features, torch.randint(0, num_classes, (num_features,), generator=generator), num_classes
+    queries, features = (
+        normalize(torch.randn(n, 6, generator=generator, dtype=dtype))
+        for n in (num_queries, num_features)
+    )
+    return (
+        queries,
+        features,
+        torch.randint(0, num_classes, (num_features,), generator=generator),
+        num_classes,
+    )
 
 
 @pytest.fixture
@@ -44,7 +55,11 @@ def on_ranks(monkeypatch):
     """on_ranks(n, function): function(rank) on n threads as ranks, their gathers joined; the list of results."""
 
     def on_ranks(num_ranks, function):
-        here, barrier, slots = threading.local(), threading.Barrier(num_ranks, timeout=20), [None] * num_ranks
+        here, barrier, slots = (
+            threading.local(),
+            threading.Barrier(num_ranks, timeout=20),
+            [None] * num_ranks,
+        )
 
         def all_gather(x):
             slots[here.rank] = x
@@ -69,7 +84,9 @@ def on_ranks(monkeypatch):
         with ThreadPoolExecutor(num_ranks) as pool:
             futures = [pool.submit(as_rank, rank) for rank in range(num_ranks)]
         errors = [future.exception() for future in futures if future.exception()]
-        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        for error in sorted(
+            errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)
+        ):
             raise error  # the cause rather than what it left waiting
         return [future.result() for future in futures]
 
@@ -84,13 +101,17 @@ def on_ranks(monkeypatch):
 @pytest.mark.parametrize("chunk", [1, 4, 1024])
 def test_scores_equal_the_loops(k, temperature, chunk):
     scores = classify(*problem(), k=k, temperature=temperature, chunk=chunk)
-    torch.testing.assert_close(scores, scores_by_loops(*problem(), k, temperature), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(
+        scores, scores_by_loops(*problem(), k, temperature), rtol=1e-11, atol=1e-12
+    )
 
 
 def test_scores_of_float32_features_equal_the_loops_to_rounding():
     arguments = problem(num_queries=50, num_features=300, dtype=torch.float32)
     scores = classify(*arguments, k=20, temperature=0.07)
-    torch.testing.assert_close(scores.double(), scores_by_loops(*arguments, 20, 0.07), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        scores.double(), scores_by_loops(*arguments, 20, 0.07), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_one_neighbour_is_the_label_of_the_nearest():
@@ -103,17 +124,28 @@ def test_one_neighbour_is_the_label_of_the_nearest():
 def test_a_single_stored_feature_is_enough():
     queries, features, labels, num_classes = problem(num_features=1)
     scores = classify(queries, features, labels, num_classes, k=20, temperature=0.5)
-    torch.testing.assert_close(scores, scores_by_loops(queries, features, labels, num_classes, 20, 0.5))
+    torch.testing.assert_close(
+        scores, scores_by_loops(queries, features, labels, num_classes, 20, 0.5)
+    )
 
 
 def test_a_close_neighbour_outvotes_two_distant_ones():
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    scores = classify(torch.tensor([[1.0, 0.0]]), features, torch.tensor([0, 1, 1]), 2, k=3, temperature=0.07)
+    scores = classify(
+        torch.tensor([[1.0, 0.0]]), features, torch.tensor([0, 1, 1]), 2, k=3, temperature=0.07
+    )
     torch.testing.assert_close(scores, torch.tensor([[math.exp(1 / 0.07), 2.0]]))
 
 
 def test_an_opposite_feature_still_votes():
-    scores = classify(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]]), torch.tensor([1]), 2, k=5, temperature=1.0)
+    scores = classify(
+        torch.tensor([[1.0, 0.0]]),
+        torch.tensor([[-1.0, 0.0]]),
+        torch.tensor([1]),
+        2,
+        k=5,
+        temperature=1.0,
+    )
     torch.testing.assert_close(scores, torch.tensor([[0.0, math.exp(-1)]]))
 
 
@@ -131,7 +163,15 @@ def test_ranks_with_shares_of_the_features_give_the_scores_of_one(on_ranks, k, s
     feature_shares, label_shares = features.split(shares), labels.split(shares)
 
     def on_rank(rank):
-        return classify(queries, feature_shares[rank], label_shares[rank], num_classes, k=k, temperature=0.07, chunk=4)
+        return classify(
+            queries,
+            feature_shares[rank],
+            label_shares[rank],
+            num_classes,
+            k=k,
+            temperature=0.07,
+            chunk=4,
+        )
 
     expected = scores_by_loops(queries, features, labels, num_classes, k, 0.07)
     for scores in on_ranks(len(shares), on_rank):
@@ -146,7 +186,12 @@ def coloured(labels, seed=0, truth=None):
     rng = np.random.default_rng(seed)
     colours = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
     images = colours[labels][:, :, None, None] + rng.integers(-20, 21, (len(labels), 3, 8, 8))
-    return ResidentImages(images.astype(np.uint8), np.array(labels if truth is None else truth), ["r", "g", "b"], MOMENTS)
+    return ResidentImages(
+        images.astype(np.uint8),
+        np.array(labels if truth is None else truth),
+        ["r", "g", "b"],
+        MOMENTS,
+    )
 
 
 def mean_colour(x):
@@ -177,7 +222,9 @@ def test_images_without_a_label_neither_vote_nor_are_asked():
 
 def test_accuracy_without_information_is_chance():
     val = coloured([0, 1, 2] * 4, seed=1)
-    assert knn.accuracy(lambda x: torch.ones(len(x), 2), TRAIN, val, **WHERE, k=30) == pytest.approx(100 / 3)
+    assert knn.accuracy(
+        lambda x: torch.ones(len(x), 2), TRAIN, val, **WHERE, k=30
+    ) == pytest.approx(100 / 3)
 
 
 @pytest.mark.parametrize("num_ranks, num_val", [(2, 8), (3, 8), (4, 3)])
@@ -202,7 +249,11 @@ def test_accuracy_is_the_same_on_any_number_of_ranks(on_ranks, tmp_path, num_ran
 class SmallNet(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.last_norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm1d(4)
+        self.conv, self.norm, self.last_norm = (
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.BatchNorm1d(4),
+        )
 
     def embed(self, x):
         return self.last_norm(self.norm(self.conv(x)).relu().mean(dim=(2, 3)))
@@ -237,8 +288,12 @@ def test_calibration_sets_the_statistics_of_the_images(count):
     close = dict(rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(calibrated.norm.running_mean.double(), mean, **close)
     torch.testing.assert_close(calibrated.norm.running_var.double(), variance, **close)
-    torch.testing.assert_close(calibrated.last_norm.running_mean.double(), pooled.mean(dim=0), **close)
-    torch.testing.assert_close(calibrated.last_norm.running_var.double(), pooled.var(dim=0), **close)
+    torch.testing.assert_close(
+        calibrated.last_norm.running_mean.double(), pooled.mean(dim=0), **close
+    )
+    torch.testing.assert_close(
+        calibrated.last_norm.running_var.double(), pooled.var(dim=0), **close
+    )
 
 
 @pytest.mark.parametrize("count", [257, 300, 512, 1024])
@@ -247,8 +302,12 @@ def test_calibration_in_several_batches_comes_close_to_all_statistics(count):
     encoder, images = encoder_with_other_statistics(), noise_images(count)
     calibrated = knn.calibrated_copy(encoder, images, **WHERE)
     with torch.no_grad():
-        x = encoder.conv((images.images / 255 - images.mean.view(3, 1, 1)) / images.std.view(3, 1, 1))
-    torch.testing.assert_close(calibrated.norm.running_mean, x.mean(dim=(0, 2, 3)), rtol=0, atol=0.02)
+        x = encoder.conv(
+            (images.images / 255 - images.mean.view(3, 1, 1)) / images.std.view(3, 1, 1)
+        )
+    torch.testing.assert_close(
+        calibrated.norm.running_mean, x.mean(dim=(0, 2, 3)), rtol=0, atol=0.02
+    )
     torch.testing.assert_close(calibrated.norm.running_var, x.var(dim=(0, 2, 3)), rtol=0.05, atol=0)
 
 
@@ -259,7 +318,10 @@ def test_calibration_leaves_the_original_as_it_was(training):
     calibrated = knn.calibrated_copy(encoder, noise_images(20), **WHERE)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert encoder.norm.training == training and encoder.norm.momentum == 0.1
-    assert all(torch.equal(one, other) for one, other in zip(encoder.parameters(), calibrated.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(encoder.parameters(), calibrated.parameters(), strict=True)
+    )
 
 
 def test_the_calibrated_copy_evaluates_and_no_longer_moves():

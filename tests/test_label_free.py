@@ -7,9 +7,11 @@ import torch
 from test_ranks import write_images
 from test_runs import train as run
 
-from snclr import label_free, options, sources
+from snclr import options
 from snclr.augment import Recipe
-from snclr.data import TwoViewLoader
+from snclr.datasets import sources
+from snclr.evaluation import label_free
+from snclr.loader import TwoViewLoader
 
 CPU = torch.device("cpu")
 
@@ -24,7 +26,9 @@ def oracle_rank(features):
 def test_effective_rank_is_the_entropy_of_the_singular_values():
     rng = np.random.default_rng(0)
     features = rng.standard_normal((40, 7)) * rng.uniform(0.1, 3, 7)
-    assert label_free.effective_rank(torch.from_numpy(features)) == pytest.approx(oracle_rank(features), rel=1e-9)
+    assert label_free.effective_rank(torch.from_numpy(features)) == pytest.approx(
+        oracle_rank(features), rel=1e-9
+    )
 
 
 def test_effective_rank_of_known_matrices():
@@ -50,10 +54,16 @@ def test_view_agreement_is_the_overlap_of_the_nearest_others():
     first = rng.standard_normal((30, 5))
     second = first + 0.5 * rng.standard_normal((30, 5))
     found = label_free.view_agreement(torch.from_numpy(first), torch.from_numpy(second), 4)
-    assert found == pytest.approx(oracle_agreement(first, second, 4), abs=1e-9) and 0.2 < found < 0.9
-    assert label_free.view_agreement(torch.from_numpy(first), torch.from_numpy(3 * first), 4) == pytest.approx(1)
+    assert (
+        found == pytest.approx(oracle_agreement(first, second, 4), abs=1e-9) and 0.2 < found < 0.9
+    )
+    assert label_free.view_agreement(
+        torch.from_numpy(first), torch.from_numpy(3 * first), 4
+    ) == pytest.approx(1)
     unrelated = rng.standard_normal((400, 5, 2))
-    assert label_free.view_agreement(*torch.from_numpy(unrelated).unbind(2), 4) == pytest.approx(4 / 399, abs=0.02)
+    assert label_free.view_agreement(*torch.from_numpy(unrelated).unbind(2), 4) == pytest.approx(
+        4 / 399, abs=0.02
+    )
 
 
 def test_the_sample_is_the_same_each_time_and_shown_in_no_epoch(tmp_path):
@@ -61,7 +71,11 @@ def test_the_sample_is_the_same_each_time_and_shown_in_no_epoch(tmp_path):
     loader = TwoViewLoader(images, Recipe(0, 0.2, 16, False), 8, CPU, 0)
     first, again = (list(loader.sample(20)) for _ in range(2))
     assert sum(len(batch.ids) for batch in first) == 20
-    assert all(torch.equal(x, y) for a, b in zip(first, again, strict=True) for x, y in zip(a, b, strict=True))
+    assert all(
+        torch.equal(x, y)
+        for a, b in zip(first, again, strict=True)
+        for x, y in zip(a, b, strict=True)
+    )
     shown = {image.numpy().tobytes() for batch in loader.epoch(0) for image in batch.view1}
     assert not shown & {image.numpy().tobytes() for batch in first for image in batch.view1}
 
@@ -70,9 +84,16 @@ def test_a_run_without_labels_logs_signals_and_nothing_that_needs_labels(tmp_pat
     write_images(tmp_path / "images")
     evaluations, steps = run(tmp_path / "images", tmp_path / "run", "--labels", "none")
     assert not evaluations  # of the kNN
-    lines = [line for line in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()) if "loss" not in line]
+    lines = [
+        line
+        for line in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+        if "loss" not in line
+    ]
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     for line in lines:
         assert 1 <= line["effective_rank"] <= 16 and 0 <= line["view_agreement"] <= 1
     needs_labels = {"knn_top1", "raw_pixels_knn_top1", "neighbour_purity"}
-    assert not any(needs_labels & line.keys() for line in [*lines, *steps]) and "neighbour_similarity" in steps[-1]
+    assert (
+        not any(needs_labels & line.keys() for line in [*lines, *steps])
+        and "neighbour_similarity" in steps[-1]
+    )

@@ -33,7 +33,12 @@ SCONTROL = """#!/usr/bin/env bash
 NVIDIA_SMI = """#!/usr/bin/env bash
 for ((gpu = 0; gpu < STUB_GPUS; gpu++)); do echo "GPU $gpu: a name (UUID: GPU-0)"; done
 """
-SLURM = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_ON_NODE": "6"}
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_CPUS_ON_NODE": "6",
+}
 
 
 @pytest.fixture
@@ -45,15 +50,29 @@ def start(tmp_path):
         (stubs / name).write_text(text)
         (stubs / name).chmod(0o755)
     keep = {
-        k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "NNODES", "NODE_RANK", "MASTER", "CUDA", "WORLD"))
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("SLURM", "NNODES", "NODE_RANK", "MASTER", "CUDA", "WORLD"))
     }
-    keep["PATH"] = os.pathsep.join([str(stubs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    keep["PATH"] = os.pathsep.join(
+        [str(stubs), str(Path(sys.executable).parent), os.environ["PATH"]]
+    )
 
     def call(*arguments, script=ROOT / "start.sh", wait=True, **environment):
-        environment = {"STUB_GPUS": "0", "STUB_LOG": str(tmp_path / "log"), "OMP_NUM_THREADS": "1", **environment}
+        environment = {
+            "STUB_GPUS": "0",
+            "STUB_LOG": str(tmp_path / "log"),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
         command = ["bash", str(script), *map(str, arguments)]
         process = subprocess.Popen(
-            command, env=keep | environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            env=keep | environment,
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         if not wait:
             return process
@@ -90,7 +109,14 @@ def test_one_process_where_there_is_at_most_one_gpu(start):
     ],
 )
 def test_one_process_a_gpu_or_as_many_as_asked_for(start, environment, processes):
-    assert dry(start, *ODD, **environment)[1:] == [TORCHRUN, "--standalone", "--nproc_per_node", processes, MAIN, *ODD]
+    assert dry(start, *ODD, **environment)[1:] == [
+        TORCHRUN,
+        "--standalone",
+        "--nproc_per_node",
+        processes,
+        MAIN,
+        *ODD,
+    ]
 
 
 def test_evaluation_starts_by_the_same_rules(start, tmp_path):
@@ -104,10 +130,20 @@ def test_evaluation_starts_by_the_same_rules(start, tmp_path):
         script,
         *flags,
     ]
-    assert dry(start, "main_lincls.py", *flags, **SLURM)[-5:] == [str(ROOT / "start.sh"), "main_lincls.py", *flags]
+    assert dry(start, "main_lincls.py", *flags, **SLURM)[-5:] == [
+        str(ROOT / "start.sh"),
+        "main_lincls.py",
+        *flags,
+    ]
     done = start("main_lincls.py", *flags)
-    assert done.returncode == 2 and done.err == "main_lincls.py: error: --pretrained a file: there is no such file\n"
-    assert "--pretrained FILE" in start("main_lincls.py", "--help").out and "--snclr-t" in start("--help").out
+    assert (
+        done.returncode == 2
+        and done.err == "main_lincls.py: error: --pretrained a file: there is no such file\n"
+    )
+    assert (
+        "--pretrained FILE" in start("main_lincls.py", "--help").out
+        and "--snclr-t" in start("--help").out
+    )
 
 
 def test_hidden_gpus_are_not_used(start):
@@ -117,24 +153,58 @@ def test_hidden_gpus_are_not_used(start):
 def test_several_machines(start):
     command = dry(start, *ODD, STUB_GPUS="8", NNODES="4", NODE_RANK="3", MASTER_ADDR="node1")
     address = ["--master_addr", "node1", "--master_port", "29500"]
-    assert command[1:] == [TORCHRUN, "--nnodes", "4", "--node_rank", "3", "--nproc_per_node", "8", *address, MAIN, *ODD]
+    assert command[1:] == [
+        TORCHRUN,
+        "--nnodes",
+        "4",
+        "--node_rank",
+        "3",
+        "--nproc_per_node",
+        "8",
+        *address,
+        MAIN,
+        *ODD,
+    ]
 
 
 def test_inside_an_allocation_srun_starts_it_on_each_node(start):
     command = dry(start, *ODD, **SLURM)
-    flags = ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=6", "--kill-on-bad-exit=1"]
+    flags = [
+        "--nodes=2",
+        "--ntasks=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=6",
+        "--kill-on-bad-exit=1",
+    ]
     assert command == ["srun", *flags, "bash", str(ROOT / "start.sh"), "main_snclr.py", *ODD]
 
 
 def test_inside_a_step_the_node_takes_its_part(start):
-    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NODEID": "1"}
+    step = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "SLURM_NODEID": "1",
+    }
     command = dry(start, **SLURM, **step, SLURM_GPUS_ON_NODE="4")
     address = ["--master_addr", "127.0.0.1", "--master_port", "15077"]
-    assert command[1:] == [TORCHRUN, "--nnodes", "2", "--node_rank", "1", "--nproc_per_node", "4", *address, MAIN]
+    assert command[1:] == [
+        TORCHRUN,
+        "--nnodes",
+        "2",
+        "--node_rank",
+        "1",
+        "--nproc_per_node",
+        "4",
+        *address,
+        MAIN,
+    ]
 
 
 def test_the_shell_of_salloc_starts_srun_also_where_it_is_a_step_itself(start):
-    command = dry(start, **SLURM, SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_NODES="1", SLURM_NODEID="0")
+    command = dry(
+        start, **SLURM, SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_NODES="1", SLURM_NODEID="0"
+    )
     assert command[:2] == ["srun", "--nodes=2"]
 
 
@@ -153,7 +223,9 @@ def test_sbatch_runs_a_copy_that_finds_the_repository_where_the_job_was_submitte
 
 
 def test_a_dry_run_neither_runs_nor_installs(start, tmp_path):
-    (tmp_path / "stubs/python3").write_text(f'#!/usr/bin/env bash\n[ "$1" = - ] && exit 1\nexec {sys.executable} "$@"\n')
+    (tmp_path / "stubs/python3").write_text(
+        f'#!/usr/bin/env bash\n[ "$1" = - ] && exit 1\nexec {sys.executable} "$@"\n'
+    )
     (tmp_path / "stubs/python3").chmod(0o755)
     clone = tmp_path / "clone"
     shutil.copytree(ROOT / "tools", clone / "tools")
@@ -177,14 +249,28 @@ def test_a_dry_run_neither_runs_nor_installs(start, tmp_path):
         ({"NNODES": "two"}, "NNODES must be a whole number, found 'two'"),
         ({"NNODES": "0"}, "NNODES must be at least 1"),
         ({"NPROC_PER_NODE": "all"}, "NPROC_PER_NODE must be a whole number, found 'all'"),
-        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "http"}, "MASTER_PORT must be a whole number"),
-        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "65536"}, "MASTER_PORT must be 1 .. 65535"),
-        ({"NNODES": "3", "NODE_RANK": "0", "MASTER_ADDR": "h", "NPROC_PER_NODE": "5"}, "divisible by the 15 ranks"),
+        (
+            {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "http"},
+            "MASTER_PORT must be a whole number",
+        ),
+        (
+            {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "65536"},
+            "MASTER_PORT must be 1 .. 65535",
+        ),
+        (
+            {"NNODES": "3", "NODE_RANK": "0", "MASTER_ADDR": "h", "NPROC_PER_NODE": "5"},
+            "divisible by the 15 ranks",
+        ),
     ],
 )
 def test_wrong_settings_are_answered_in_one_line(start, environment, named):
     done = start(**environment)
-    assert done.returncode == 2 and named in done.err and len(done.err.splitlines()) == 1 and not done.out
+    assert (
+        done.returncode == 2
+        and named in done.err
+        and len(done.err.splitlines()) == 1
+        and not done.out
+    )
 
 
 def test_a_port_in_use_is_said(start):
@@ -193,7 +279,9 @@ def test_a_port_in_use_is_said(start):
         server.listen()
         port = server.getsockname()[1]
         done = start(NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    assert done.returncode == 2 and f"port {port} is in use: set MASTER_PORT to a free one" in done.err
+    assert (
+        done.returncode == 2 and f"port {port} is in use: set MASTER_PORT to a free one" in done.err
+    )
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +305,16 @@ def alone(images, tmp_path_factory):
 
 def test_two_machines_give_the_losses_of_one_process(start, images, tmp_path, alone):
     (port,) = free_ports(1)
-    environment = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NPROC_PER_NODE": "1"}
-    nodes = [start(images, *TRAIN, "--workdir", "run", wait=False, NODE_RANK=str(n), **environment) for n in (1, 0)]
+    environment = {
+        "NNODES": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "NPROC_PER_NODE": "1",
+    }
+    nodes = [
+        start(images, *TRAIN, "--workdir", "run", wait=False, NODE_RANK=str(n), **environment)
+        for n in (1, 0)
+    ]
     outputs = [node.communicate(timeout=200) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-4)
@@ -227,7 +323,14 @@ def test_two_machines_give_the_losses_of_one_process(start, images, tmp_path, al
 
 
 def test_a_slurm_job_of_two_nodes_gives_the_losses_of_one_process(start, images, tmp_path, alone):
-    done = start(images, *TRAIN, "--workdir", "run", NPROC_PER_NODE="1", **{**SLURM, "SLURM_JOB_ID": str(os.getpid())})
+    done = start(
+        images,
+        *TRAIN,
+        "--workdir",
+        "run",
+        NPROC_PER_NODE="1",
+        **{**SLURM, "SLURM_JOB_ID": str(os.getpid())},
+    )
     assert done.returncode == 0, done.err
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-4)
     assert (tmp_path / "log").read_text().count("srun") == 1 and done.out.count("step 2/10") == 1
@@ -236,4 +339,8 @@ def test_a_slurm_job_of_two_nodes_gives_the_losses_of_one_process(start, images,
 def test_an_error_of_all_ranks_is_one_line_of_ours_and_exit_code_two(start, tmp_path):
     (tmp_path / "empty").mkdir()
     done = start("empty", "-b", "8", "--workdir", "run", NPROC_PER_NODE="2")
-    assert done.returncode == 2 and done.err.count("no image in empty") == 1 and "Traceback" not in done.err
+    assert (
+        done.returncode == 2
+        and done.err.count("no image in empty") == 1
+        and "Traceback" not in done.err
+    )

@@ -10,8 +10,10 @@ from torch import nn
 
 import main_lincls
 import main_snclr
-from snclr import confusion, features, knn, lincls_options, linear, weights
-from snclr.errors import RunError, UsageError
+from snclr.evaluation import confusion, features, knn, linear
+from snclr.evaluation import options as lincls_options
+from snclr.running.errors import RunError, UsageError
+from snclr.weights import reading as weights
 
 RATES, DIMS, CLASSES = (0.01, 0.3, 2.0), {"token": 4, "token+mean": 7}, 5
 CPU = torch.device("cpu")
@@ -48,7 +50,9 @@ def test_each_head_of_the_grid_equals_training_it_alone(float64):
     steps = [(torch.randn(12, 7) * 3 + 1, torch.randint(CLASSES, (12,))) for _ in range(9)]
     factors = [1.0, 0.9, 0.7, 0.5, 0.5, 0.3, 0.2, 0.1, 0.0]
     grid = linear.LinearGrid(DIMS, CLASSES, RATES)
-    expected = [alone(grid, kind, norm, RATES[rate], steps, factors) for kind, norm, rate in grid.names()]
+    expected = [
+        alone(grid, kind, norm, RATES[rate], steps, factors) for kind, norm, rate in grid.names()
+    ]
     optimizer = torch.optim.SGD(grid.parameters(), lr=1.0, momentum=0.9)
     for (x, y), factor in zip(steps, factors, strict=True):
         optimizer.param_groups[0]["lr"] = factor
@@ -57,10 +61,14 @@ def test_each_head_of_the_grid_equals_training_it_alone(float64):
     found = grid.eval().logits(x)
     right = grid.correct(x, y, chunk=8)
     assert found.shape == (30, 12, CLASSES) and len(expected) == 12
-    for head, ((kind, _, _), (layer, normalise)) in enumerate(zip(grid.names(), expected, strict=True)):
+    for head, ((kind, _, _), (layer, normalise)) in enumerate(
+        zip(grid.names(), expected, strict=True)
+    ):
         logits = layer(normalise(x[:, : DIMS[kind]]))
         torch.testing.assert_close(found[:, head], logits, rtol=1e-9, atol=1e-9)
-        assert right[0, head] == (logits.argmax(dim=1) == y).sum() and right[1, head] == 30  # five classes
+        assert (
+            right[0, head] == (logits.argmax(dim=1) == y).sum() and right[1, head] == 30
+        )  # five classes
         counts = grid.confusion(head, x, y, chunk=7)
         for true in range(CLASSES):
             for said in range(CLASSES):
@@ -116,13 +124,20 @@ def test_features_of_a_vit_are_the_class_token_and_the_mean_of_its_patches():
     torch.testing.assert_close(found[:, :192], encoder.embed(x))
     torch.testing.assert_close(found[:, 192:], tokens[:, 1:].mean(dim=1))
     resnet = build("resnet8", width=8).eval()
-    assert linear.kinds_of(resnet) == {"pooled": 32} and linear.features_of(resnet, x).shape == (2, 32)
+    assert linear.kinds_of(resnet) == {"pooled": 32} and linear.features_of(resnet, x).shape == (
+        2,
+        32,
+    )
 
 
 def test_knn_table_equals_the_loops():
     generator = torch.Generator().manual_seed(0)
-    stored = nn.functional.normalize(torch.randn(60, 6, generator=generator, dtype=torch.float64), dim=1)
-    queries = nn.functional.normalize(torch.randn(25, 6, generator=generator, dtype=torch.float64), dim=1)
+    stored = nn.functional.normalize(
+        torch.randn(60, 6, generator=generator, dtype=torch.float64), dim=1
+    )
+    queries = nn.functional.normalize(
+        torch.randn(25, 6, generator=generator, dtype=torch.float64), dim=1
+    )
     labels, truth = torch.arange(60) % 4, torch.arange(25) % 4
     found = knn.table((3 * stored, labels), (2 * queries, truth), 25, 4, (3, 10), 0.07, CPU)
     for k in (3, 10):
@@ -130,9 +145,16 @@ def test_knn_table_equals_the_loops():
             right = 0
             for query, true in zip(queries, truth, strict=True):
                 cosines = sorted(
-                    ((float(query @ row), int(label)) for row, label in zip(stored, labels, strict=True)), reverse=True
+                    (
+                        (float(query @ row), int(label))
+                        for row, label in zip(stored, labels, strict=True)
+                    ),
+                    reverse=True,
                 )
-                scores = [sum(weigh(c) for c, label in cosines[:k] if label == number) for number in range(4)]
+                scores = [
+                    sum(weigh(c) for c, label in cosines[:k] if label == number)
+                    for number in range(4)
+                ]
                 right += int(np.argmax(scores)) == true
             assert found[f"k={k} {name}"] == pytest.approx(100 * right / 25)
 
@@ -161,7 +183,18 @@ def pretrained(request, images, tmp_path_factory):
     """A checkpoint after two steps."""
     workdir = tmp_path_factory.mktemp(request.param)
     flags = SMALL.replace("resnet8", request.param).split()
-    main_snclr.main([str(images), *flags, "--eval-freq", "0", "--stop-after-steps", "2", "--workdir", str(workdir)])
+    main_snclr.main(
+        [
+            str(images),
+            *flags,
+            "--eval-freq",
+            "0",
+            "--stop-after-steps",
+            "2",
+            "--workdir",
+            str(workdir),
+        ]
+    )
     return workdir / "checkpoint_last.pth.tar"
 
 
@@ -170,7 +203,15 @@ PROBE = "--epochs 4 -b 8 -j 0 --lrs 0.01 0.1 1 --amp off"
 
 def probe(images, pretrained, workdir, *flags):
     main_lincls.main(
-        [str(images), "--pretrained", str(pretrained), *PROBE.split(), "--workdir", str(workdir), *map(str, flags)]
+        [
+            str(images),
+            "--pretrained",
+            str(pretrained),
+            *PROBE.split(),
+            "--workdir",
+            str(workdir),
+            *map(str, flags),
+        ]
     )
     return json.loads((workdir / "results.json").read_text())
 
@@ -182,13 +223,27 @@ def comparable(result):
 def test_a_probe_leaves_what_it_found(images, pretrained, tmp_path, capsys):
     result = probe(images, pretrained, tmp_path)
     kinds = 1 if "resnet" in result["arch"] else 2
-    assert len(result["heads"]) == kinds * 2 * 3 and result["encoder"] == "online" and result["select"] == "heldout"
+    assert (
+        len(result["heads"]) == kinds * 2 * 3
+        and result["encoder"] == "online"
+        and result["select"] == "heldout"
+    )
     best = max(result["heads"], key=lambda head: head["heldout_top1"])
-    assert result["best_head"]["heldout_top1"] == best["heldout_top1"] and result["best_lr"] == result["best_head"]["lr"]
-    assert result["linear_top1"] == result["best_head"]["val_top1"] and result["linear_top5"] == 100  # of two classes
-    assert result["knn_top1"] == result["knn"]["k=20 weighted"] and "4 held-out training images" in result["protocol"]
+    assert (
+        result["best_head"]["heldout_top1"] == best["heldout_top1"]
+        and result["best_lr"] == result["best_head"]["lr"]
+    )
+    assert (
+        result["linear_top1"] == result["best_head"]["val_top1"] and result["linear_top5"] == 100
+    )  # of two classes
+    assert (
+        result["knn_top1"] == result["knn"]["k=20 weighted"]
+        and "4 held-out training images" in result["protocol"]
+    )
     rights = result["per_class_top1"]
-    assert set(rights) == {"a", "b"} and sum(rights.values()) / 2 == pytest.approx(result["linear_top1"], abs=0.01)
+    assert set(rights) == {"a", "b"} and sum(rights.values()) / 2 == pytest.approx(
+        result["linear_top1"], abs=0.01
+    )
     encoder, _ = weights.open_encoder(str(pretrained))
     assert result["encoder_digest"] == features.digest(encoder)
     with Image.open(tmp_path / "confusion.png") as picture:
@@ -217,31 +272,47 @@ def test_a_resumed_probe_equals_the_uninterrupted_one(images, pretrained, tmp_pa
         probe(images, pretrained, tmp_path / "parts")
     assert not (tmp_path / "parts/results.json").exists()
     assert probe(images, pretrained, tmp_path / "parts", "--resume", "auto") == whole
-    states = [torch.load(tmp_path / name / "lincls_last.pth.tar", weights_only=True)["model"] for name in ("whole", "parts")]
+    states = [
+        torch.load(tmp_path / name / "lincls_last.pth.tar", weights_only=True)["model"]
+        for name in ("whole", "parts")
+    ]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     with pytest.raises(UsageError, match="seed changed"):
         probe(images, pretrained, tmp_path / "parts", "--resume", "auto", "--seed", 1)
 
 
 def test_a_head_of_the_grid_finds_what_it_finds_alone(images, pretrained, tmp_path):
-    grid = {(h["features"], h["norm"]): h for h in probe(images, pretrained, tmp_path / "grid")["heads"] if h["lr"] == 0.1}
+    grid = {
+        (h["features"], h["norm"]): h
+        for h in probe(images, pretrained, tmp_path / "grid")["heads"]
+        if h["lr"] == 0.1
+    }
     single = probe(images, pretrained, tmp_path / "single", "--lrs", 0.1)["heads"]
     assert [grid[head["features"], head["norm"]] for head in single] == single
 
 
 def test_two_ranks_find_what_one_finds(images, pretrained, tmp_path, float64):
     flags = {"fresh": [], "cached": ["--cache-features"]}
-    command = f"main_lincls:float64:{images} --pretrained {pretrained} {PROBE} --workdir {tmp_path}/2"
+    command = (
+        f"main_lincls:float64:{images} --pretrained {pretrained} {PROBE} --workdir {tmp_path}/2"
+    )
     start_ranks(2, tmp_path, [f"{command}/{name} {' '.join(more)}" for name, more in flags.items()])
     for name, more in flags.items():
         one = probe(images, pretrained, tmp_path / "1" / name, *more)
-        assert comparable(json.loads((tmp_path / "2" / name / "results.json").read_text())) == comparable(one)
-        states = [torch.load(tmp_path / n / name / "lincls_last.pth.tar", weights_only=True)["model"] for n in "12"]
+        assert comparable(
+            json.loads((tmp_path / "2" / name / "results.json").read_text())
+        ) == comparable(one)
+        states = [
+            torch.load(tmp_path / n / name / "lincls_last.pth.tar", weights_only=True)["model"]
+            for n in "12"
+        ]
         for key, tensor in states[0].items():
             torch.testing.assert_close(states[1][key], tensor, rtol=1e-9, atol=1e-9)
 
 
-def test_cached_features_on_disk_equal_those_in_memory_and_are_found_again(images, pretrained, tmp_path, monkeypatch):
+def test_cached_features_on_disk_equal_those_in_memory_and_are_found_again(
+    images, pretrained, tmp_path, monkeypatch
+):
     memory = probe(images, pretrained, tmp_path / "memory", "--cache-features")
     disk = probe(images, pretrained, tmp_path / "disk", "--cache-features", "--cache-limit-gb", 0)
     assert comparable(disk) == comparable(memory) and not list((tmp_path / "memory").glob("*.f32"))
@@ -250,20 +321,36 @@ def test_cached_features_on_disk_equal_those_in_memory_and_are_found_again(image
     monkeypatch.setattr(features, "_in_order", lambda *a: calls.append(1) or original(*a))
     for name in ("results.json", "lincls_last.pth.tar"):
         (tmp_path / "disk" / name).unlink()
-    assert probe(images, pretrained, tmp_path / "disk", "--cache-features", "--cache-limit-gb", 0) == disk and not calls
+    assert (
+        probe(images, pretrained, tmp_path / "disk", "--cache-features", "--cache-limit-gb", 0)
+        == disk
+        and not calls
+    )
     # another seed holds out other images; a file that is not whole counts for nothing
     content = file.read_bytes()
     for name in ("results.json", "lincls_last.pth.tar"):
         (tmp_path / "disk" / name).unlink()
     file.write_bytes(content[: len(content) // 2])
-    assert probe(images, pretrained, tmp_path / "disk", "--cache-features", "--cache-limit-gb", 0) == disk and calls
+    assert (
+        probe(images, pretrained, tmp_path / "disk", "--cache-features", "--cache-limit-gb", 0)
+        == disk
+        and calls
+    )
     assert file.read_bytes() == content and not list((tmp_path / "disk").glob("*.tmp"))
 
 
 def test_a_cache_is_of_its_images_and_a_disk_that_is_full_is_said(images, pretrained, tmp_path):
     import resource
 
-    flags = ["--label-list", tmp_path / "names.txt", "--cache-features", "--cache-limit-gb", 0, "--epochs", 1]
+    flags = [
+        "--label-list",
+        tmp_path / "names.txt",
+        "--cache-features",
+        "--cache-limit-gb",
+        0,
+        "--epochs",
+        1,
+    ]
     for number, first in enumerate((0, 4)):  # as many images of each class, at the same place
         (tmp_path / "names.txt").write_text("".join(f"{first + n:02}.png\n" for n in range(12)))
         probe(images, pretrained, tmp_path / "w", *flags)
@@ -274,7 +361,8 @@ def test_a_cache_is_of_its_images_and_a_disk_that_is_full_is_said(images, pretra
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # settings fit, features do not
     try:
         with pytest.raises(
-            RunError, match=r"cannot write the features to .*features_.*: File too large; choose another --workdir"
+            RunError,
+            match=r"cannot write the features to .*features_.*: File too large; choose another --workdir",
         ):
             probe(images, pretrained, tmp_path / "full", *flags, "--cache-copies", 20)
     finally:
@@ -282,7 +370,9 @@ def test_a_cache_is_of_its_images_and_a_disk_that_is_full_is_said(images, pretra
     assert not list((tmp_path / "full").glob("*.f32"))
 
 
-def test_random_crops_are_cached_in_copies_that_the_epochs_take_in_turn(images, pretrained, tmp_path):
+def test_random_crops_are_cached_in_copies_that_the_epochs_take_in_turn(
+    images, pretrained, tmp_path
+):
     crops = probe(images, pretrained, tmp_path / "crops")
     copies = probe(images, pretrained, tmp_path / "copies", "--cache-features", "--cache-copies", 4)
     for one, other in zip(crops["heads"], copies["heads"], strict=True):
@@ -290,10 +380,14 @@ def test_random_crops_are_cached_in_copies_that_the_epochs_take_in_turn(images, 
 
 
 def test_the_momentum_encoder_and_the_choice_on_the_validation_images(images, pretrained, tmp_path):
-    result = probe(images, pretrained, tmp_path, "--encoder", "momentum", "--select", "val", "--cache-features")
+    result = probe(
+        images, pretrained, tmp_path, "--encoder", "momentum", "--select", "val", "--cache-features"
+    )
     momentum, _ = weights.open_encoder(str(pretrained), "momentum")
     assert result["encoder"] == "momentum" and result["encoder_digest"] == features.digest(momentum)
-    assert result["select"] == "val" and result["linear_top1"] == max(head["val_top1"] for head in result["heads"])
+    assert result["select"] == "val" and result["linear_top1"] == max(
+        head["val_top1"] for head in result["heads"]
+    )
     assert "which also judge it" in result["protocol"]
 
 
@@ -319,20 +413,32 @@ def test_wrong_flags_are_answered_in_one_line(images, pretrained, tmp_path, flag
 def test_data_that_no_classifier_can_learn_from_is_refused(pretrained, tmp_path):
     from test_data import save_folder
 
-    one = save_folder(save_folder(tmp_path / "one", [(32, 32)] * 9, classes=("a",)), [(32, 32)] * 2, "val", ("a",))
-    with pytest.raises(UsageError, match="a classifier needs two classes, the training images have 1"):
+    one = save_folder(
+        save_folder(tmp_path / "one", [(32, 32)] * 9, classes=("a",)), [(32, 32)] * 2, "val", ("a",)
+    )
+    with pytest.raises(
+        UsageError, match="a classifier needs two classes, the training images have 1"
+    ):
         probe(one, pretrained, tmp_path / "w")
     few = save_folder(
-        save_folder(tmp_path / "few", [(32, 32)] * 9, classes=("a", "a", "a", "a", "b", "a", "a", "a", "a")),
+        save_folder(
+            tmp_path / "few", [(32, 32)] * 9, classes=("a", "a", "a", "a", "b", "a", "a", "a", "a")
+        ),
         [(32, 32)] * 2,
         "val",
     )
     with pytest.raises(UsageError, match="must hold the same classes"):
         probe(few, pretrained, tmp_path / "w")
     rare = save_folder(
-        save_folder(tmp_path / "rare", [(32, 32)] * 9, classes=("a",) * 8 + ("b",)), [(32, 32)] * 2, "val", ("a", "b")
+        save_folder(tmp_path / "rare", [(32, 32)] * 9, classes=("a",) * 8 + ("b",)),
+        [(32, 32)] * 2,
+        "val",
+        ("a", "b"),
     )
-    with pytest.raises(UsageError, match="every class needs two training images, one to be held out; only one has b"):
+    with pytest.raises(
+        UsageError,
+        match="every class needs two training images, one to be held out; only one has b",
+    ):
         probe(rare, pretrained, tmp_path / "w")
 
 
@@ -343,7 +449,9 @@ def test_pretrained_is_needed():
 
 @pytest.mark.parametrize("classes", [2, 10, 25, 26, 300])
 def test_the_confusion_picture_shows_right_answers_on_the_diagonal(classes, tmp_path):
-    picture = confusion.picture(np.eye(classes, dtype=int) * 7, [f"class {n}" for n in range(classes)], "a title")
+    picture = confusion.picture(
+        np.eye(classes, dtype=int) * 7, [f"class {n}" for n in range(classes)], "a title"
+    )
     picture.save(tmp_path / "confusion.png")
     pixels = np.asarray(picture)
     dark = (pixels == confusion.HIGH).all(axis=2)

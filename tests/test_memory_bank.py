@@ -13,11 +13,15 @@ def filled_bank(size=40, dim=6, rows=40, seed=0, images=15):
     bank = MemoryBank(size, dim).double()
     for start in range(0, rows, 8):
         count = min(8, rows - start)
-        bank.enqueue(torch.randn(count, dim, dtype=torch.float64), torch.randint(0, images, (count,)))
+        bank.enqueue(
+            torch.randn(count, dim, dtype=torch.float64), torch.randint(0, images, (count,))
+        )
     return bank
 
 
-@pytest.mark.parametrize("batches", [[3, 3, 3, 3], [10], [25], [7, 23, 1], [10, 10, 10], [4, 40, 4], [1] * 23])
+@pytest.mark.parametrize(
+    "batches", [[3, 3, 3, 3], [10], [25], [7, 23, 1], [10, 10, 10], [4, 40, 4], [1] * 23]
+)
 def test_the_bank_holds_the_last_rows_in_order_for_any_batch_and_bank_size(batches):
     bank, written = MemoryBank(10, 3), []
     for batch in batches:
@@ -31,7 +35,9 @@ def test_the_bank_holds_the_last_rows_in_order_for_any_batch_and_bank_size(batch
     assert bank.pointer == len(written) % 10 and bank.filled == min(10, len(written))
     for row, entry in enumerate(ring):
         assert bank.ids[row] == (-1 if entry is None else entry[0])
-        torch.testing.assert_close(bank.features[row], torch.zeros(3) if entry is None else entry[1])
+        torch.testing.assert_close(
+            bank.features[row], torch.zeros(3) if entry is None else entry[1]
+        )
 
 
 @pytest.mark.parametrize("rows", [0, 1, 13, 40, 61])
@@ -44,7 +50,9 @@ def test_search_equals_the_exhaustive_one(rows, exclude, chunk, k, on_host, monk
     bank = filled_bank(rows=rows)
     queries, ids = torch.randn(9, 6, dtype=torch.float64), torch.arange(9)
     scores, found = bank.search(queries, k, ids if exclude else None, chunk=chunk)
-    expected = oracles.neighbours(queries, bank.features, bank.ids, int(bank.filled), k, ids if exclude else None)
+    expected = oracles.neighbours(
+        queries, bank.features, bank.ids, int(bank.filled), k, ids if exclude else None
+    )
     assert torch.equal(found, expected)
     valid = found >= 0
     assert torch.equal(scores == float("-inf"), ~valid)
@@ -78,7 +86,10 @@ def test_the_bank_travels_in_the_state_dict():
     keys, ids = torch.randn(11, 6, dtype=torch.float64), torch.arange(11)
     for each in (bank, other):
         each.enqueue(keys, ids)
-    assert all(torch.equal(a, b) for a, b in zip(bank.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(bank.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("width", [1, 5, 31, 32, 640, 641, 5000])
@@ -108,11 +119,18 @@ def test_bfloat16_products_find_the_true_neighbours_even_where_features_crowd(cl
     narrow, exact = MemoryBank(4000, 64, bfloat16=True), MemoryBank(4000, 64)
     for bank in (narrow, exact):
         bank.enqueue(keys, torch.arange(4000))
-    (scores, rows), (true_scores, true_rows) = (bank.search(queries, 30) for bank in (narrow, exact))
-    recall = sum(len({*a} & {*b}) for a, b in zip(rows.tolist(), true_rows.tolist(), strict=True)) / rows.numel()
+    (scores, rows), (true_scores, true_rows) = (
+        bank.search(queries, 30) for bank in (narrow, exact)
+    )
+    recall = (
+        sum(len({*a} & {*b}) for a, b in zip(rows.tolist(), true_rows.tolist(), strict=True))
+        / rows.numel()
+    )
     assert recall > 0.99
     torch.testing.assert_close(scores, true_scores, rtol=0, atol=1e-3)
-    torch.testing.assert_close(scores, (queries @ keys.T).gather(1, rows))  # of the rows found, in full precision
+    torch.testing.assert_close(
+        scores, (queries @ keys.T).gather(1, rows)
+    )  # of the rows found, in full precision
 
 
 def test_the_bfloat16_copy_follows_the_bank_and_is_no_part_of_a_checkpoint():
@@ -123,7 +141,9 @@ def test_the_bfloat16_copy_follows_the_bank_and_is_no_part_of_a_checkpoint():
         bank.enqueue(torch.randn(count, 3), torch.arange(count))
     other.load_state_dict(bank.state_dict())
     for each in (bank, other):
-        assert each.products.dtype == torch.bfloat16 and torch.equal(each.products, bank.features.bfloat16())
+        assert each.products.dtype == torch.bfloat16 and torch.equal(
+            each.products, bank.features.bfloat16()
+        )
 
 
 def test_search_under_autocast_is_not_taken_in_16_bits():
@@ -137,7 +157,10 @@ def test_search_under_autocast_is_not_taken_in_16_bits():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda bank: bank.search(torch.randn(2, 6), 41), "k must be between 0 and the bank's size 40, found 41"),
+        (
+            lambda bank: bank.search(torch.randn(2, 6), 41),
+            "k must be between 0 and the bank's size 40, found 41",
+        ),
         (lambda bank: bank.search(torch.randn(2, 5), 1), r"queries must be \(B, 6\)"),
         (lambda bank: bank.search(torch.randn(2, 6), 1, torch.arange(3)), r"ids must be \(2,\)"),
         (lambda bank: bank.enqueue(torch.randn(2, 5), torch.arange(2)), r"keys must be \(N, 6\)"),

@@ -6,13 +6,27 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from snclr import monitor
 from snclr.builder import StepView
-from snclr.monitor import step_metrics
-from snclr.objectives import FORMS, loss_at_chance, mocov2_loss, mocov3_loss, nnclr_loss, positiveness, snclr_loss
+from snclr.objectives import (
+    FORMS,
+    loss_at_chance,
+    mocov2_loss,
+    mocov3_loss,
+    nnclr_loss,
+    positiveness,
+    snclr_loss,
+)
+from snclr.running import monitor
+from snclr.running.monitor import step_metrics
 
 SNCLR = dict(method="snclr", form="sum_of_logs", temperature=0.2)
-NEIGHBOUR_METRICS = {"neighbour_similarity", "positiveness_entropy", "distinct_rows", "largest_count", "neighbour_purity"}
+NEIGHBOUR_METRICS = {
+    "neighbour_similarity",
+    "positiveness_entropy",
+    "distinct_rows",
+    "largest_count",
+    "neighbour_purity",
+}
 
 
 def shown(batch=6, k=4, dim=16, images=40, bank_size=20, seed=0):
@@ -27,13 +41,23 @@ def shown(batch=6, k=4, dim=16, images=40, bank_size=20, seed=0):
     counts[3], counts[7], counts[19] = 5, 1, int(valid.sum()) - 6
     num_candidates = torch.tensor(batch + int(valid.sum()))
     projection = torch.randn(batch, dim, generator=generator)
-    return StepView(projection, scores, neighbour_ids, weights, counts, num_candidates, torch.tensor(0.5))
+    return StepView(
+        projection, scores, neighbour_ids, weights, counts, num_candidates, torch.tensor(0.5)
+    )
 
 
 def without_neighbours(projection, num_candidates=8):
     nothing = torch.zeros(len(projection), 0)
     rows = nothing.long()
-    return StepView(projection, nothing, rows, nothing, torch.zeros(0, dtype=torch.long), torch.tensor(num_candidates), None)
+    return StepView(
+        projection,
+        nothing,
+        rows,
+        nothing,
+        torch.zeros(0, dtype=torch.long),
+        torch.tensor(num_candidates),
+        None,
+    )
 
 
 def metrics_by_loops(view, ids, labels):
@@ -72,14 +96,20 @@ def test_neighbour_metrics_equal_the_loops(batch, k, seed, unlabelled):
 @pytest.mark.parametrize("k", [2, 3, 30])
 def test_entropy_is_one_for_uniform_weights_and_zero_for_a_single_positive(k):
     view = shown(k=k)
-    view = view._replace(neighbour_ids=torch.zeros(6, k, dtype=torch.long), scores=torch.zeros(6, k))
+    view = view._replace(
+        neighbour_ids=torch.zeros(6, k, dtype=torch.long), scores=torch.zeros(6, k)
+    )
     for weights, expected in ((torch.full((6, k), 1 / k), 1), (torch.eye(k)[0].expand(6, k), 0)):
-        found = step_metrics(torch.tensor(2.0), view._replace(weights=weights), torch.arange(6), None, **SNCLR)
+        found = step_metrics(
+            torch.tensor(2.0), view._replace(weights=weights), torch.arange(6), None, **SNCLR
+        )
         assert found["positiveness_entropy"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_entropy_is_of_the_shares_that_a_threshold_leaves():
-    view = shown(k=4)._replace(neighbour_ids=torch.zeros(6, 4, dtype=torch.long), scores=torch.zeros(6, 4))
+    view = shown(k=4)._replace(
+        neighbour_ids=torch.zeros(6, 4, dtype=torch.long), scores=torch.zeros(6, 4)
+    )
     left = view._replace(weights=torch.tensor([0.3, 0.3, 0, 0]).expand(6, 4))
     found = step_metrics(torch.tensor(2.0), left, torch.arange(6), None, **SNCLR)
     assert found["positiveness_entropy"] == pytest.approx(0.5, abs=1e-6)
@@ -89,13 +119,17 @@ def test_entropy_is_undefined_where_nobody_has_two_neighbours():
     view = shown(k=1)
     found = step_metrics(torch.tensor(2.0), view, torch.arange(6), None, **SNCLR)
     assert found["positiveness_entropy"] is None
-    assert found["neighbour_similarity"] == pytest.approx(view.scores[view.neighbour_ids >= 0].mean().item())
+    assert found["neighbour_similarity"] == pytest.approx(
+        view.scores[view.neighbour_ids >= 0].mean().item()
+    )
 
 
 def test_purity_needs_labels_and_nothing_else_does():
     view, ids = shown(), torch.arange(6)
     unlabelled = step_metrics(torch.tensor(2.0), view, ids, None, **SNCLR)
-    labelled = step_metrics(torch.tensor(2.0), view, ids, torch.zeros(40, dtype=torch.long), **SNCLR)
+    labelled = step_metrics(
+        torch.tensor(2.0), view, ids, torch.zeros(40, dtype=torch.long), **SNCLR
+    )
     assert labelled.pop("neighbour_purity") == 1
     assert labelled == unlabelled
 
@@ -125,14 +159,22 @@ def test_step_without_any_neighbour_has_no_neighbour_metrics(k):
 
 @pytest.mark.parametrize("dim", [64, 256])
 def test_feature_std_is_one_for_random_directions_of_any_length(dim):
-    projection = torch.randn(2000, dim, generator=torch.Generator().manual_seed(0)) * torch.rand(2000, 1) * 10
-    found = step_metrics(torch.tensor(2.0), without_neighbours(projection), torch.arange(2000), None, **SNCLR)
+    projection = (
+        torch.randn(2000, dim, generator=torch.Generator().manual_seed(0))
+        * torch.rand(2000, 1)
+        * 10
+    )
+    found = step_metrics(
+        torch.tensor(2.0), without_neighbours(projection), torch.arange(2000), None, **SNCLR
+    )
     assert found["feature_std"] == pytest.approx(1, abs=0.01)
 
 
 def test_feature_std_is_zero_at_collapse():
     projection = torch.randn(1, 64) * torch.rand(500, 1)  # one direction, many lengths
-    found = step_metrics(torch.tensor(2.0), without_neighbours(projection), torch.arange(500), None, **SNCLR)
+    found = step_metrics(
+        torch.tensor(2.0), without_neighbours(projection), torch.arange(500), None, **SNCLR
+    )
     assert found["feature_std"] == pytest.approx(0, abs=1e-5)
 
 
@@ -151,8 +193,12 @@ def same_cosines(cosine, batch=5, k=3, bank_size=12, dim=16):
     """Queries whose cosine with every key and every bank row is the same."""
     generator = torch.Generator().manual_seed(0)
     axis = torch.eye(dim, dtype=torch.float64)[0]
-    others = normalize(torch.randn(batch + bank_size, dim - 1, generator=generator, dtype=torch.float64), dim=1)
-    around = torch.cat([torch.full_like(others[:, :1], cosine), others * math.sqrt(1 - cosine**2)], dim=1)
+    others = normalize(
+        torch.randn(batch + bank_size, dim - 1, generator=generator, dtype=torch.float64), dim=1
+    )
+    around = torch.cat(
+        [torch.full_like(others[:, :1], cosine), others * math.sqrt(1 - cosine**2)], dim=1
+    )
     keys, bank = around.split([batch, bank_size])
     rows = torch.randint(0, bank_size, (batch, k), generator=generator)
     rows[0], rows[1, 1:] = -1, -1
@@ -170,13 +216,19 @@ def test_loss_at_chance_is_snclrs_loss_where_all_candidates_look_the_same(kind, 
         weights = (rows >= 0).double() / (rows >= 0).sum(dim=1, keepdim=True).clamp(min=1)
     if form == "log_of_sum":  # the mean of ln W is not the ln of the mean: all images alike
         rows, weights = rows[2:3].repeat(5, 1), weights[2:3].repeat(5, 1)
-    loss = 2 * snclr_loss(query, keys, bank, rows, weights, temperature=0.3, form=form)  # both directions
+    loss = 2 * snclr_loss(
+        query, keys, bank, rows, weights, temperature=0.3, form=form
+    )  # both directions
     num_candidates = 5 + int((rows >= 0).sum())
     chance = loss_at_chance("snclr", form, 0.3, num_candidates, 1 + weights.sum().item() / 5)
     assert loss.item() == pytest.approx(chance, rel=1e-10)
     view = without_neighbours(online, num_candidates)
-    view = view._replace(scores=torch.zeros(5, 3), neighbour_ids=rows, weights=weights, counts=torch.ones(12))
-    found = step_metrics(loss, view, torch.arange(5), None, method="snclr", form=form, temperature=0.3)
+    view = view._replace(
+        scores=torch.zeros(5, 3), neighbour_ids=rows, weights=weights, counts=torch.ones(12)
+    )
+    found = step_metrics(
+        loss, view, torch.arange(5), None, method="snclr", form=form, temperature=0.3
+    )
     assert found["loss_ratio"] == pytest.approx(1, rel=1e-10)
 
 
@@ -198,20 +250,34 @@ def test_loss_at_chance_is_nnclrs():
 def test_loss_at_chance_is_mocov2s(filled):
     query, keys, bank, _ = same_cosines(0.5)
     loss = mocov2_loss(query, keys, bank, torch.arange(12) < filled, temperature=0.3).item()
-    assert loss_at_chance("mocov2", "sum_of_logs", 0.3, 1 + filled, 1.0) == pytest.approx(loss, rel=1e-10)
+    assert loss_at_chance("mocov2", "sum_of_logs", 0.3, 1 + filled, 1.0) == pytest.approx(
+        loss, rel=1e-10
+    )
 
 
 @pytest.mark.parametrize("method", ["snclr", "mocov3", "nnclr", "mocov2"])
 def test_single_candidate_has_no_chance_level_and_no_ratio(method):
     assert loss_at_chance(method, "sum_of_logs", 0.2, 1, 1.0) is None
     view = without_neighbours(torch.randn(1, 8), num_candidates=1)
-    found = step_metrics(torch.tensor(0.0), view, torch.arange(1), None, method=method, form="log_of_sum", temperature=0.2)
+    found = step_metrics(
+        torch.tensor(0.0),
+        view,
+        torch.arange(1),
+        None,
+        method=method,
+        form="log_of_sum",
+        temperature=0.2,
+    )
     assert found["loss_ratio"] is None and found["loss"] == 0
 
 
 # -- metrics.jsonl ---------------------------------------------------------------------------------------------------------
 
-FIRST = ['{"step": 0, "knn_top1": 31.5}\n', '{"epoch":1,  "step":5, "loss": 1.50}\n', '{"step": 10, "note": "é"}\n']
+FIRST = [
+    '{"step": 0, "knn_top1": 31.5}\n',
+    '{"epoch":1,  "step":5, "loss": 1.50}\n',
+    '{"step": 10, "note": "é"}\n',
+]
 
 
 def cut(path, content, step):
@@ -226,16 +292,29 @@ def test_lines_of_later_steps_are_dropped_and_earlier_ones_stay_byte_for_byte(st
 
 
 @pytest.mark.parametrize(
-    "torn", ['{"step": 3, "lo', '{"step": 3}', "{", '{"step": 3, "loss": 1.2', b"\xff\xfe", b'{"step": 3, "note": "\xc3']
+    "torn",
+    [
+        '{"step": 3, "lo',
+        '{"step": 3}',
+        "{",
+        '{"step": 3, "loss": 1.2',
+        b"\xff\xfe",
+        b'{"step": 3, "note": "\xc3',
+    ],
 )
 def test_torn_last_line_is_dropped(torn, tmp_path):
     torn = torn if isinstance(torn, bytes) else torn.encode()
     assert cut(tmp_path / "metrics.jsonl", "".join(FIRST).encode() + torn, 99) == "".join(FIRST)
 
 
-@pytest.mark.parametrize("odd", ["[1, 2]", "3", '"step"', "null", "", '{"loss": 1}', '{"step": "3"}', '{"step": null}', "text"])
+@pytest.mark.parametrize(
+    "odd",
+    ["[1, 2]", "3", '"step"', "null", "", '{"loss": 1}', '{"step": "3"}', '{"step": null}', "text"],
+)
 def test_lines_that_are_no_object_with_a_step_are_dropped(odd, tmp_path):
-    assert cut(tmp_path / "metrics.jsonl", FIRST[0] + odd + "\n" + FIRST[1], 99) == FIRST[0] + FIRST[1]
+    assert (
+        cut(tmp_path / "metrics.jsonl", FIRST[0] + odd + "\n" + FIRST[1], 99) == FIRST[0] + FIRST[1]
+    )
 
 
 def test_later_lines_are_dropped_wherever_they_stand(tmp_path):
@@ -284,7 +363,10 @@ def test_settings_are_left_with_command_versions_and_commit(tmp_path):
 
 @pytest.mark.parametrize("done, expected", [(True, "next:"), (False, "--resume auto")])
 def test_farewell_tells_the_result_and_what_to_do_next(done, expected, tmp_path):
-    lines = [{"epoch": 0, "step": 0, "raw_pixels_knn_top1": 20.04, "knn_top1": 30.0}, {"epoch": 2, "step": 8, "knn_top1": 55.5}]
+    lines = [
+        {"epoch": 0, "step": 0, "raw_pixels_knn_top1": 20.04, "knn_top1": 30.0},
+        {"epoch": 2, "step": 8, "knn_top1": 55.5},
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = monitor.farewell(str(tmp_path), done=done)
     assert "raw pixels 20.0 %, untrained 30.0 %, epoch 2: 55.5 %" in told
@@ -296,9 +378,20 @@ def test_farewell_without_evaluation_does_not_speak_of_one(tmp_path):
     assert "kNN" not in monitor.farewell(str(tmp_path), done=True)
 
 
-@pytest.mark.parametrize("ratio, purity, expected", [(0.5, None, "(0.50 of chance)"), (None, 0.25, "purity 0.25")])
+@pytest.mark.parametrize(
+    "ratio, purity, expected", [(0.5, None, "(0.50 of chance)"), (None, 0.25, "purity 0.25")]
+)
 def test_training_line_shows_what_is_known(ratio, purity, expected):
-    metrics = dict(epoch=1, step=5, loss=1.5, loss_ratio=ratio, lr=1e-3, images_per_s=10.0, data_wait=0.1, feature_std=0.9)
+    metrics = dict(
+        epoch=1,
+        step=5,
+        loss=1.5,
+        loss_ratio=ratio,
+        lr=1e-3,
+        images_per_s=10.0,
+        data_wait=0.1,
+        feature_std=0.9,
+    )
     if purity is not None:
         metrics["neighbour_purity"] = purity
     line = monitor.describe(metrics, 10, 50)

@@ -12,7 +12,14 @@ from benchmarks.objective import dense_loss
 from snclr import objectives
 from snclr.builder import SNCLR
 from snclr.memory_bank import MemoryBank
-from snclr.objectives import log_sum_exp, mocov2_loss, mocov3_loss, nnclr_loss, positiveness, snclr_loss
+from snclr.objectives import (
+    log_sum_exp,
+    mocov2_loss,
+    mocov3_loss,
+    nnclr_loss,
+    positiveness,
+    snclr_loss,
+)
 
 TIGHT = dict(rtol=1e-11, atol=1e-12)
 
@@ -21,13 +28,19 @@ def problem(batch=6, k=4, bank_size=50, dim=8, seed=0, filled=None):
     """Query, online, key (with gradient where the method has one), bank of unit rows and random neighbour rows."""
     generator = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    query, online, key = rand(batch, dim).requires_grad_(), rand(batch, dim).requires_grad_(), rand(batch, dim)
+    query, online, key = (
+        rand(batch, dim).requires_grad_(),
+        rand(batch, dim).requires_grad_(),
+        rand(batch, dim),
+    )
     bank = normalize(rand(bank_size, dim), dim=1)
     rows = torch.randint(0, filled or bank_size, (batch, k), generator=generator)
     return query, online, key, bank, rows
 
 
-def check_against_oracle(query, online, key, bank, rows, *, form="sum_of_logs", temperature=0.2, **attention):
+def check_against_oracle(
+    query, online, key, bank, rows, *, form="sum_of_logs", temperature=0.2, **attention
+):
     """Loss and both gradients of the fast functions equal the oracle's; returns the gradients (query, online)."""
     found = []
     for attend, contrast in ((positiveness, fast_loss), (oracles.positiveness, slow_loss)):
@@ -35,7 +48,13 @@ def check_against_oracle(query, online, key, bank, rows, *, form="sum_of_logs", 
         weights = attend(online, bank, rows, **attention)
         loss = contrast(query, key, bank, rows, weights, temperature, form)
         loss.backward()
-        found.append((loss.detach(), query.grad, torch.zeros_like(online) if online.grad is None else online.grad))
+        found.append(
+            (
+                loss.detach(),
+                query.grad,
+                torch.zeros_like(online) if online.grad is None else online.grad,
+            )
+        )
     for fast, slow in zip(*found, strict=True):
         torch.testing.assert_close(fast, slow, **TIGHT)
     return found[0][1:]
@@ -50,7 +69,10 @@ def slow_loss(query, key, bank, rows, weights, temperature, form):
 
 
 @pytest.mark.parametrize("form", objectives.FORMS)
-@pytest.mark.parametrize("attention", [{}, {"threshold": True}, {"temperature": 0.07}, {"temperature": 0.1, "threshold": True}])
+@pytest.mark.parametrize(
+    "attention",
+    [{}, {"threshold": True}, {"temperature": 0.07}, {"temperature": 0.1, "threshold": True}],
+)
 @pytest.mark.parametrize("batch, k", [(6, 4), (1, 3), (5, 1), (6, 0)])
 def test_loss_and_gradients_equal_the_dense_oracle(form, attention, batch, k):
     check_against_oracle(*problem(batch, k), form=form, **attention)
@@ -60,10 +82,14 @@ def test_the_benchmarks_dense_formulation_is_the_same_loss():
     query, online, key, bank, rows = problem()
     key = normalize(key, dim=1)
     others = torch.cat([key[4:, None], bank[rows[4:]]], dim=1).flatten(0, 1)  # of images 4 and 5
-    dense = dense_loss(normalize(query[:4], dim=1), normalize(online[:4], dim=1), key[:4], bank[rows[:4]], others)
+    dense = dense_loss(
+        normalize(query[:4], dim=1), normalize(online[:4], dim=1), key[:4], bank[rows[:4]], others
+    )
     candidates = objectives.Candidates(key, objectives.count_picks(rows, len(bank)))
     weights = positiveness(online[:4], bank, rows[:4])
-    streamed = snclr_loss(query[:4], key[:4], bank, rows[:4], weights, temperature=0.2, candidates=candidates)
+    streamed = snclr_loss(
+        query[:4], key[:4], bank, rows[:4], weights, temperature=0.2, candidates=candidates
+    )
     torch.testing.assert_close(streamed, dense, **TIGHT)
     gradients = [torch.autograd.grad(loss, (query, online)) for loss in (streamed, dense)]
     for fast, slow in zip(*gradients, strict=True):
@@ -83,16 +109,23 @@ def test_gradient_flows_through_the_weights_unless_detached(form):
 
 @pytest.mark.parametrize("form", objectives.FORMS)
 @pytest.mark.parametrize("attention", [{}, {"threshold": True}, {"temperature": 0.1}])
-def test_projected_attention_equals_the_oracle_and_its_layers_get_a_gradient_in_both_forms(form, attention):
+def test_projected_attention_equals_the_oracle_and_its_layers_get_a_gradient_in_both_forms(
+    form, attention
+):
     query, online, key, bank, rows = problem()
     rows[0, 2:] = -1
     generator = torch.Generator().manual_seed(3)
-    layers = [torch.randn(5, 8, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    layers = [
+        torch.randn(5, 8, generator=generator, dtype=torch.float64).requires_grad_()
+        for _ in range(2)
+    ]
     check_against_oracle(query, online, key, bank, rows, form=form, projections=layers, **attention)
     gradients = []
     for attend, contrast in ((positiveness, fast_loss), (oracles.positiveness, slow_loss)):
         weights = attend(online, bank, rows, projections=layers, **attention)
-        gradients.append(torch.autograd.grad(contrast(query, key, bank, rows, weights, 0.2, form), layers))
+        gradients.append(
+            torch.autograd.grad(contrast(query, key, bank, rows, weights, 0.2, form), layers)
+        )
     for fast, slow in zip(*gradients, strict=True):
         torch.testing.assert_close(fast, slow, **TIGHT)
         assert fast.abs().max() > 1e-5
@@ -101,7 +134,9 @@ def test_projected_attention_equals_the_oracle_and_its_layers_get_a_gradient_in_
 def test_identity_projections_are_the_plain_attention():
     _, online, _, bank, rows = problem()
     eye = torch.eye(8, dtype=torch.float64)
-    torch.testing.assert_close(positiveness(online, bank, rows, projections=(eye, eye)), positiveness(online, bank, rows))
+    torch.testing.assert_close(
+        positiveness(online, bank, rows, projections=(eye, eye)), positiveness(online, bank, rows)
+    )
 
 
 @pytest.mark.parametrize("form", objectives.FORMS)
@@ -119,7 +154,9 @@ def test_partly_and_not_filled_banks(form, threshold):
     rows[0, 2:] = -1
     rows[1, 1:] = -1
     rows[2] = -1
-    _, online_grad = check_against_oracle(query, online, key, bank, rows, form=form, threshold=threshold)
+    _, online_grad = check_against_oracle(
+        query, online, key, bank, rows, form=form, threshold=threshold
+    )
     assert torch.equal(online_grad[2], torch.zeros_like(online_grad[2]))
     rows[:] = -1
     check_against_oracle(query, online, key, bank, rows, form=form, threshold=threshold)
@@ -132,7 +169,9 @@ def test_positiveness_is_a_softmax_over_the_valid_rows_and_zero_elsewhere(attent
     rows[1, :3] = -1
     rows[2] = -1
     weights = positiveness(online, bank, rows, **attention)
-    torch.testing.assert_close(weights, oracles.positiveness(online, bank, rows, **attention), **TIGHT)
+    torch.testing.assert_close(
+        weights, oracles.positiveness(online, bank, rows, **attention), **TIGHT
+    )
     assert (weights[rows < 0] == 0).all()
     if "threshold" not in attention:
         torch.testing.assert_close(weights.sum(dim=1), (rows >= 0).any(dim=1).double(), **TIGHT)
@@ -147,7 +186,9 @@ def test_neighbours_that_the_caller_gathered_change_nothing(form, attention):
     for given in ({}, {"neighbours": objectives.gather_neighbours(bank, rows)}):
         weights = positiveness(online, bank, rows, **attention, **given)
         loss = snclr_loss(query, key, bank, rows, weights, temperature=0.2, form=form, **given)
-        found.append(torch.stack([loss.expand_as(query), *torch.autograd.grad(loss, (query, online))]))
+        found.append(
+            torch.stack([loss.expand_as(query), *torch.autograd.grad(loss, (query, online))])
+        )
     assert torch.equal(*found)
 
 
@@ -158,7 +199,10 @@ def test_weights_of_invalid_rows_count_nowhere(form):
     weights = torch.rand(rows.shape, dtype=torch.float64)
     spoiled = weights.clone()
     spoiled[:, -1] = 99.0
-    losses = [snclr_loss(query, key, bank, rows, w, temperature=0.2, form=form) for w in (weights, spoiled)]
+    losses = [
+        snclr_loss(query, key, bank, rows, w, temperature=0.2, form=form)
+        for w in (weights, spoiled)
+    ]
     assert torch.equal(*losses)
 
 
@@ -169,7 +213,11 @@ def test_zero_weights_under_the_log_have_finite_gradients_at_low_temperature():
         bank[rows[:, 0]] = normalize(query, dim=1)  # the largest score belongs to a weight of zero
     loss = snclr_loss(query.float(), key, bank, rows, weights, temperature=0.005, form="log_of_sum")
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(query.grad).all() and torch.isfinite(weights.grad).all()
+    assert (
+        torch.isfinite(loss)
+        and torch.isfinite(query.grad).all()
+        and torch.isfinite(weights.grad).all()
+    )
 
 
 @pytest.mark.parametrize("device_path", ["picked rows only", "whole bank with a bias"])
@@ -192,7 +240,9 @@ def test_streamed_log_sum_exp_equals_the_dense_one_for_any_chunk(chunk, device_p
 
 
 @pytest.mark.parametrize("form", objectives.FORMS)
-@pytest.mark.parametrize("crowd", [0.0, 3.0])  # features that share a direction, with cosines of about 0.9
+@pytest.mark.parametrize(
+    "crowd", [0.0, 3.0]
+)  # features that share a direction, with cosines of about 0.9
 def test_bfloat16_products_stay_near_the_float64_loss_and_gradient(form, crowd):
     query, online, key, bank, rows = problem(batch=32, k=10, bank_size=4000, dim=64)
     with torch.no_grad():
@@ -206,10 +256,15 @@ def test_bfloat16_products_stay_near_the_float64_loss_and_gradient(form, crowd):
         weights = positiveness(y, bank.to(wide), rows)
         loss = snclr_loss(z, own, products, rows, weights, temperature=0.2, form=form)
         assert loss.dtype == wide
-        found.append((loss.item(), torch.cat([g.double() for g in torch.autograd.grad(loss, (z, y))])))
+        found.append(
+            (loss.item(), torch.cat([g.double() for g in torch.autograd.grad(loss, (z, y))]))
+        )
     (exact, exact_gradient), (loss, gradient) = found
     assert loss == pytest.approx(exact, rel=1e-3)
-    assert torch.nn.functional.cosine_similarity(gradient.flatten(), exact_gradient.flatten(), dim=0) > 0.999
+    assert (
+        torch.nn.functional.cosine_similarity(gradient.flatten(), exact_gradient.flatten(), dim=0)
+        > 0.999
+    )
 
 
 def test_without_any_candidate_the_log_sum_exp_is_minus_infinity_and_its_gradient_zero():
@@ -252,7 +307,10 @@ def test_nnclr_equals_its_oracle_and_trains_the_candidates():
 def test_mocov2_equals_its_oracle_with_any_fill(filled):
     query, _, key, bank, _ = problem()
     valid = torch.arange(len(bank)) < filled
-    loss, oracle = mocov2_loss(query, key, bank, valid, temperature=0.2), oracles.mocov2(query, key, bank, filled, 0.2).mean()
+    loss, oracle = (
+        mocov2_loss(query, key, bank, valid, temperature=0.2),
+        oracles.mocov2(query, key, bank, filled, 0.2).mean(),
+    )
     torch.testing.assert_close(loss, oracle, **TIGHT)
     torch.testing.assert_close(*(torch.autograd.grad(x, query)[0] for x in (loss, oracle)), **TIGHT)
 
@@ -262,7 +320,9 @@ def test_inputs_need_no_normalisation_and_keep_their_precision():
     weights = positiveness(online, bank, rows)
     loss = snclr_loss(query, key, bank, rows, weights, temperature=0.2)
     assert weights.dtype == loss.dtype == torch.float64
-    scaled = snclr_loss(7 * query, 3 * key, bank, rows, positiveness(5 * online, bank, rows), temperature=0.2)
+    scaled = snclr_loss(
+        7 * query, 3 * key, bank, rows, positiveness(5 * online, bank, rows), temperature=0.2
+    )
     torch.testing.assert_close(scaled, loss, **TIGHT)
     half = [x.detach().bfloat16() for x in (query, online, key)]
     with torch.autocast("cpu", torch.bfloat16):
@@ -270,8 +330,12 @@ def test_inputs_need_no_normalisation_and_keep_their_precision():
         loss16 = snclr_loss(half[0], half[2], bank.float(), rows, weights, temperature=0.2)
     assert weights.dtype == loss16.dtype == torch.float32
     exact = [x.double() for x in half]
-    reference = oracles.snclr(exact[0], exact[2], bank, rows, oracles.positiveness(exact[1], bank, rows), 0.2).mean()
-    torch.testing.assert_close(loss16.double(), reference, rtol=1e-5, atol=0)  # only the inputs were rounded
+    reference = oracles.snclr(
+        exact[0], exact[2], bank, rows, oracles.positiveness(exact[1], bank, rows), 0.2
+    ).mean()
+    torch.testing.assert_close(
+        loss16.double(), reference, rtol=1e-5, atol=0
+    )  # only the inputs were rounded
 
 
 def test_unknown_form_is_named():
@@ -283,21 +347,40 @@ def test_unknown_form_is_named():
 def test_golden_figures_of_the_released_computation(threshold, monkeypatch):
     """Two ranks' inputs and outputs of the released code; here each rank's view of the gathered batch is put together."""
     golden = {
-        k: torch.from_numpy(np.asarray(v)) for k, v in np.load(Path(__file__).parent / "golden/released_loss.npz").items()
+        k: torch.from_numpy(np.asarray(v))
+        for k, v in np.load(Path(__file__).parent / "golden/released_loss.npz").items()
     }
     keys = normalize(torch.cat([golden["key_0"], golden["key_1"]]), dim=1)
-    counts = torch.bincount(torch.cat([golden["rows_0"], golden["rows_1"]]).flatten(), minlength=len(golden["bank"])).int()
+    counts = torch.bincount(
+        torch.cat([golden["rows_0"], golden["rows_1"]]).flatten(), minlength=len(golden["bank"])
+    ).int()
     for rank in (0, 1):
-        query, online = (golden[f"{name}_{rank}"].clone().requires_grad_() for name in ("query", "online"))
+        query, online = (
+            golden[f"{name}_{rank}"].clone().requires_grad_() for name in ("query", "online")
+        )
         bank = normalize(golden["bank"], dim=1)
         rows = golden[f"rows_{rank}"]
         weights = positiveness(online, bank, rows, threshold=bool(threshold))
         candidates = objectives.Candidates(keys, counts)
-        loss = snclr_loss(query, golden[f"key_{rank}"], bank, rows, weights, temperature=0.2, candidates=candidates)
+        loss = snclr_loss(
+            query,
+            golden[f"key_{rank}"],
+            bank,
+            rows,
+            weights,
+            temperature=0.2,
+            candidates=candidates,
+        )
         loss.backward()
-        for name, found in (("loss", loss), ("grad_query", query.grad), ("grad_online", online.grad)):
+        for name, found in (
+            ("loss", loss),
+            ("grad_query", query.grad),
+            ("grad_online", online.grad),
+        ):
             expected = golden[f"{name}_{rank}_{threshold}"]
-            torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found.detach(), expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_a_step_sends_less_than_a_45th_of_what_the_released_gathers_do():
@@ -310,5 +393,7 @@ def test_a_step_sends_less_than_a_45th_of_what_the_released_gathers_do():
         loss, _ = model(*torch.randn(2, batch, 3, 2, 2), torch.arange(batch) + 10_000, 0.99)
         loss.backward()
     assert len(sent) == 5  # of each direction keys and counts; ids
-    released = 2 * batch * (2 * topk + 1) * dim * 4 * (ranks - 1)  # K and again K + 1 features an image, in each direction
+    released = (
+        2 * batch * (2 * topk + 1) * dim * 4 * (ranks - 1)
+    )  # K and again K + 1 features an image, in each direction
     assert released > 45 * sum(sent)

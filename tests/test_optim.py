@@ -37,18 +37,31 @@ def test_learning_rate_has_its_closed_form(step, warmup, expected):
 
 @pytest.mark.parametrize("warmup", [0, 1, 2.5, 7])
 def test_learning_rate_rises_then_falls_and_never_exceeds_the_peak(warmup):
-    rates = [optim.learning_rate(s, peak=1.0, steps_per_epoch=13, warmup_epochs=warmup, epochs=7) for s in range(7 * 13)]
+    rates = [
+        optim.learning_rate(s, peak=1.0, steps_per_epoch=13, warmup_epochs=warmup, epochs=7)
+        for s in range(7 * 13)
+    ]
     top = rates.index(max(rates))
-    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(
+        rates[top:], reverse=True
+    )
     assert min(rates) >= 0 and max(rates) <= 1
 
 
 @pytest.mark.parametrize(
     "step, expected",
-    [(0, 0.9), (25, 1 - 0.05 * (1 + math.sqrt(0.5))), (50, 0.95), (75, 1 - 0.05 * (1 - math.sqrt(0.5))), (100, 1)],
+    [
+        (0, 0.9),
+        (25, 1 - 0.05 * (1 + math.sqrt(0.5))),
+        (50, 0.95),
+        (75, 1 - 0.05 * (1 - math.sqrt(0.5))),
+        (100, 1),
+    ],
 )
 def test_encoder_momentum_rises_to_one_by_half_a_cosine(step, expected):
-    assert optim.encoder_momentum(step, start=0.9, total_steps=100, cosine=True) == pytest.approx(expected, abs=1e-12)
+    assert optim.encoder_momentum(step, start=0.9, total_steps=100, cosine=True) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("step", [0, 50, 100])
@@ -71,7 +84,13 @@ def test_only_parameters_of_several_dimensions_decay_and_frozen_ones_are_left_ou
     decaying, others = optim.parameter_groups(model, 0.1)
     assert decaying["weight_decay"] == 0.1 and others["weight_decay"] == 0
     assert {id(p) for p in decaying["params"]} == {id(model[0].weight), id(model[3].weight)}
-    expected = {id(model[0].bias), id(model[1].weight), id(model[1].bias), id(model[3].bias), id(model.scale)}
+    expected = {
+        id(model[0].bias),
+        id(model[1].weight),
+        id(model[1].bias),
+        id(model[3].bias),
+        id(model.scale),
+    }
     assert {id(p) for p in others["params"]} == expected
 
 
@@ -92,7 +111,9 @@ def test_optimiser_stands_still_until_its_rate_is_set(name, kind):
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-        assert moved == ({name for name, p in model.named_parameters() if p.requires_grad} if moves else set())
+        assert moved == (
+            {name for name, p in model.named_parameters() if p.requires_grad} if moves else set()
+        )
 
 
 def test_unknown_optimiser_is_refused_and_the_known_ones_are_named():
@@ -101,7 +122,9 @@ def test_unknown_optimiser_is_refused_and_the_known_ones_are_named():
 
 
 def numbers(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape)))
+    return torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape))
+    )
 
 
 PARAMETERS = {
@@ -145,7 +168,9 @@ def lars_by_loops(values, steps, rates, weight_decay, momentum, trust):
 @pytest.mark.parametrize("momentum, trust", [(0.9, 0.001), (0.0, 1.0), (0.5, 0.02)])
 def test_lars_equals_the_loop_over_parameters(weight_decay, momentum, trust):
     parameters = {name: nn.Parameter(value.clone()) for name, value in PARAMETERS.items()}
-    optimizer = optim.LARS(parameters.values(), weight_decay=weight_decay, momentum=momentum, trust_coefficient=trust)
+    optimizer = optim.LARS(
+        parameters.values(), weight_decay=weight_decay, momentum=momentum, trust_coefficient=trust
+    )
     rates = [0.5, 0.2, 2.0, 0.0, 1.0]
     for step, rate in enumerate(rates):
         for name, parameter in parameters.items():
@@ -154,7 +179,9 @@ def test_lars_equals_the_loop_over_parameters(weight_decay, momentum, trust):
         optimizer.step()
     expected = lars_by_loops(PARAMETERS, len(rates), rates, weight_decay, momentum, trust)
     for name, parameter in parameters.items():
-        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-12, atol=1e-14, msg=name)
+        torch.testing.assert_close(
+            parameter.detach(), expected[name], rtol=1e-12, atol=1e-14, msg=name
+        )
 
 
 def test_lars_leaves_the_gradients_as_they_are():
@@ -187,7 +214,9 @@ def test_gradient_norm_is_that_of_all_gradients_in_a_row():
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     model[3].bias.grad = None
-    trained = [p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None]
+    trained = [
+        p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None
+    ]
     torch.testing.assert_close(optim.gradient_norm(optimizer), torch.cat(trained).norm())
 
 
@@ -225,7 +254,9 @@ def test_momentum_encoder_is_the_average_of_old_and_new(pair, momentum):
         old, new, pair.base_encoder.parameters(), pair.momentum_encoder.parameters(), strict=True
     ):
         assert torch.equal(p, online)
-        torch.testing.assert_close(found, momentum * before + (1 - momentum) * online, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            found, momentum * before + (1 - momentum) * online, rtol=1e-12, atol=1e-14
+        )
         if momentum == 1:
             assert torch.equal(found, before)
 
@@ -239,7 +270,9 @@ def test_momentum_encoder_moves_before_it_projects(pair):
 def test_momentum_encoder_moves_once_a_step_for_both_views(pair):
     old = [p.clone() for p in pair.momentum_encoder.parameters()]
     pair._momentum_projections(0.5, *torch.randn(2, 3, 6, dtype=torch.float64))
-    triples = zip(old, pair.base_encoder.parameters(), pair.momentum_encoder.parameters(), strict=True)
+    triples = zip(
+        old, pair.base_encoder.parameters(), pair.momentum_encoder.parameters(), strict=True
+    )
     for before, online, found in triples:
         torch.testing.assert_close(found, (before + online.detach()) / 2)
 

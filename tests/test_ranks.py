@@ -14,8 +14,14 @@ SMALL = (
     "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 30 --topk 3 --lr 0.01 --epochs 2 "
     "--print-freq 1 --eval-freq 1 -b 8"  # 5 steps an epoch
 )
-TIMM = SMALL.replace("resnet8", "timm:test_efficientnet").replace("--eval-freq 1", "--eval-freq 0")  # norms with activations
-CLOCK = ("images_per_s", "data_wait", "slowest_step_s")  # metrics that differ between two equal runs
+TIMM = SMALL.replace("resnet8", "timm:test_efficientnet").replace(
+    "--eval-freq 1", "--eval-freq 0"
+)  # norms with activations
+CLOCK = (
+    "images_per_s",
+    "data_wait",
+    "slowest_step_s",
+)  # metrics that differ between two equal runs
 VIT = SMALL.replace("resnet8", "vit_tiny").replace("--eval-freq 1", "--eval-freq 0")
 
 
@@ -32,14 +38,21 @@ def free_ports(count):
 
 def start_ranks(world_size, out, jobs):
     """Run tests/ranks.py in world_size processes and wait for them."""
-    environment = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
     environment["PORTS"] = " ".join(free_ports(len(jobs)))
     if world_size == 1:
         del environment["WORLD_SIZE"]
     command = [sys.executable, str(ROOT / "tests/ranks.py"), str(out), *jobs]
     ranks = [
         subprocess.Popen(
-            command, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         for r in range(world_size)
     ]
@@ -73,7 +86,9 @@ def run(tmp_path_factory, images):
     def get(world_size):
         if world_size not in done:
             out = done[world_size] = tmp_path_factory.mktemp(f"ranks{world_size}")
-            number = "float64:" if world_size == 4 else ""  # of 4 summands the order depends on DDP's buckets
+            number = (
+                "float64:" if world_size == 4 else ""
+            )  # of 4 summands the order depends on DDP's buckets
             jobs = [
                 "pieces",
                 f"float64:{images} {SMALL} --workdir {out}/resnet --stop-after-steps 5",
@@ -85,7 +100,9 @@ def run(tmp_path_factory, images):
                 f"{number}{images} {SMALL} --workdir {out}/parts --stop-after-steps 7",
             ]
             start_ranks(world_size, out, jobs)
-            start_ranks(world_size, out, [f"{number}{images} {SMALL} --workdir {out}/parts --resume auto"])
+            start_ranks(
+                world_size, out, [f"{number}{images} {SMALL} --workdir {out}/parts --resume auto"]
+            )
         return done[world_size]
 
     return get
@@ -116,24 +133,35 @@ def assert_same(found, expected, **tolerance):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_losses_reduced_gradients_norms_bank_and_knn_do_not_depend_on_the_number_of_ranks(run, world_size):
+def test_losses_reduced_gradients_norms_bank_and_knn_do_not_depend_on_the_number_of_ranks(
+    run, world_size
+):
     expected = load(run(1) / "pieces_0.pt")
     for rank in range(world_size):
         assert_same(load(run(world_size) / f"pieces_{rank}.pt"), expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("model", ["resnet", "vit", "micro", "timm", "projected"])  # the last: while the bank is empty, too
+@pytest.mark.parametrize(
+    "model", ["resnet", "vit", "micro", "timm", "projected"]
+)  # the last: while the bank is empty, too
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_five_steps_of_training_do_not_depend_on_the_number_of_ranks(run, world_size, model):
-    undivided = {"micro": "vit"}.get(model, model)  # nor on whether a rank encodes its views in parts
-    one, many = load(run(1) / undivided / "checkpoint_last.pth.tar"), load(run(world_size) / model / "checkpoint_last.pth.tar")
+    undivided = {"micro": "vit"}.get(
+        model, model
+    )  # nor on whether a rank encodes its views in parts
+    one, many = (
+        load(run(1) / undivided / "checkpoint_last.pth.tar"),
+        load(run(world_size) / model / "checkpoint_last.pth.tar"),
+    )
     assert one["step"] == many["step"] == 5
     for name, tensor in one["state_dict"].items():
         if tensor.is_floating_point():
             # What has no true gradient (a key's bias, a bias before a batch norm) holds rounding errors, which AdamW
             # divides by its eps of 1e-8: hence the absolute part.
             error = (many["state_dict"][name] - tensor).norm()
-            assert error < 1e-9 * tensor.norm() + 1e-10, f"{name}: {error:.1e} of {tensor.norm():.1e}"
+            assert error < 1e-9 * tensor.norm() + 1e-10, (
+                f"{name}: {error:.1e} of {tensor.norm():.1e}"
+            )
         else:
             assert torch.equal(many["state_dict"][name], tensor), name
     folders = run(1) / undivided, run(world_size) / model
@@ -145,7 +173,9 @@ def test_five_steps_of_training_do_not_depend_on_the_number_of_ranks(run, world_
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_resumed_run_equals_the_uninterrupted_one(run, world_size):
-    whole, parts = (load(run(world_size) / name / "checkpoint_last.pth.tar") for name in ("whole", "parts"))
+    whole, parts = (
+        load(run(world_size) / name / "checkpoint_last.pth.tar") for name in ("whole", "parts")
+    )
     assert whole["step"] == parts["step"] == 10 and whole["epoch"] == 2
     tolerance = dict(rtol=1e-9, atol=1e-9) if world_size == 4 else {}
     for part in ("state_dict", "optimizer"):
@@ -157,7 +187,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(run, world_size):
     else:
         assert lines[1] == lines[0]
         for name in ("views_0000010.png", "neighbours_0000010.png"):
-            pictures = [(run(world_size) / workdir / "pictures" / name).read_bytes() for workdir in ("whole", "parts")]
+            pictures = [
+                (run(world_size) / workdir / "pictures" / name).read_bytes()
+                for workdir in ("whole", "parts")
+            ]
             assert pictures[0] == pictures[1]
 
 
@@ -169,8 +202,23 @@ def read_lines(workdir, drop):
 def test_the_launcher_starts_several_processes(tmp_path, images):
     environment = os.environ | {"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    command = ["bash", str(ROOT / "start.sh"), str(images), *SMALL.split(), "--stop-after-steps", "2", "--eval-freq", "0"]
-    done = subprocess.run([*command, "--workdir", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
+    command = [
+        "bash",
+        str(ROOT / "start.sh"),
+        str(images),
+        *SMALL.split(),
+        "--stop-after-steps",
+        "2",
+        "--eval-freq",
+        "0",
+    ]
+    done = subprocess.run(
+        [*command, "--workdir", str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x cpu" in done.stdout and done.stdout.count("step 2/10") == 1  # one rank speaks
     assert f"report: {tmp_path}/report.html" in done.stdout and (tmp_path / "report.html").exists()

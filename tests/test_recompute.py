@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from snclr import builder, options
-from snclr.errors import UsageError
+from snclr.running.errors import UsageError
 
 B = 8
 FLAGS = "--img-size 32 --patch-size 16 --width 8 --snclr-dim 8 --snclr-mlp-dim 16 --bank-size 20 --topk 3 --blur"
@@ -21,7 +21,9 @@ def double():
 def model_of(flags):
     """A model in float64 with a full bank; the same weights for the same arch and method."""
     torch.manual_seed(0)
-    model = builder.build_model(options.parse(["@configs/embedded.args", *FLAGS.split(), *flags.split()]))
+    model = builder.build_model(
+        options.parse(["@configs/embedded.args", *FLAGS.split(), *flags.split()])
+    )
     if model.memory_bank is not None:
         model.memory_bank.enqueue(normalize(torch.randn(20, 8), dim=1), torch.arange(20))
     return model.train()
@@ -41,25 +43,33 @@ def assert_close(found, expected):
     for part, other in zip(found, expected, strict=True):
         assert list(part) == list(other)
         for name, tensor in part.items():
-            torch.testing.assert_close(tensor, other[name], rtol=1e-9, atol=1e-11, msg=lambda text: f"{name}: {text}")  # noqa: B023
+            torch.testing.assert_close(
+                tensor, other[name], rtol=1e-9, atol=1e-11, msg=lambda text: f"{name}: {text}"
+            )
 
 
 @pytest.mark.parametrize("method", options.METHODS)
 @pytest.mark.parametrize("micro_batch", [1, 3, 8, 100])
 def test_without_batch_norm_a_micro_batched_step_is_the_undivided_one(method, micro_batch):
     flags = f"--arch vit_tiny --method {method}"
-    assert_close(step_of(model_of(f"{flags} --micro-batch {micro_batch}")), step_of(model_of(flags)))
+    assert_close(
+        step_of(model_of(f"{flags} --micro-batch {micro_batch}")), step_of(model_of(flags))
+    )
 
 
 def test_batch_norms_see_a_micro_batch_at_a_time_and_count_it_once():
     found = step_of(model_of("--arch resnet8 --micro-batch 4"))
     twin = model_of("--arch resnet8")
-    twin.embed = lambda encoder, x: torch.cat([encoder.embed(part) for part in x.split(4)])  # the same, nothing recomputed
+    twin.embed = lambda encoder, x: torch.cat(
+        [encoder.embed(part) for part in x.split(4)]
+    )  # the same, nothing recomputed
     assert_close(found, step_of(twin))
     assert twin.base_encoder.bn1.num_batches_tracked == 4  # two views of two micro-batches
 
 
-@pytest.mark.parametrize("flags", ["--arch resnet8", "--arch vit_tiny", "--arch vit_conv_small", "--arch timm:test_vit2"])
+@pytest.mark.parametrize(
+    "flags", ["--arch resnet8", "--arch vit_tiny", "--arch vit_conv_small", "--arch timm:test_vit2"]
+)
 def test_grad_checkpointing_changes_neither_gradients_nor_batch_norms(flags):
     assert_close(step_of(model_of(f"{flags} --grad-checkpointing")), step_of(model_of(flags)))
     both = f"{flags} --grad-checkpointing --micro-batch {2 * B}"
@@ -72,7 +82,9 @@ def test_less_is_held_for_backward(arch, flags):
     held = []
     for more in ("", flags):
         model, size = model_of(f"--arch {arch} {more}"), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, size=size: size.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, size=size: size.append(x.numel()) or x, lambda x: x
+        ):
             model(*torch.randn(2, B, 3, 32, 32), torch.arange(B), 0.9)
         held.append(sum(size))
     assert held[1] < 0.5 * held[0]
@@ -85,7 +97,10 @@ def test_stochastic_layers_draw_the_same_again(flags):
     views = torch.randn(2, 6, 3, 160, 160)
     twin = copy.deepcopy(model)
     if model.micro_batch:
-        twin.micro_batch, twin.embed = None, lambda encoder, x: torch.cat([encoder.embed(p) for p in x.tensor_split(2)])
+        twin.micro_batch, twin.embed = (
+            None,
+            lambda encoder, x: torch.cat([encoder.embed(p) for p in x.tensor_split(2)]),
+        )
     else:
         twin.base_encoder.grad_checkpointing = False
     results = []
@@ -100,10 +115,14 @@ def test_stochastic_layers_draw_the_same_again(flags):
 
 def test_compiled_backbones_keep_keys_and_values(monkeypatch):
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="aot_eager"))  # needs no C++ compiler
+    monkeypatch.setattr(
+        torch, "compile", lambda function: compile_(function, backend="aot_eager")
+    )  # needs no C++ compiler
     arch = "--arch timm:test_vit --img-size 160"
     for flags in ("--micro-batch 3", "--grad-checkpointing"):
-        found, expected = (step_of(model_of(f"{arch} {flags} {more}"), side=160) for more in ("--compile", ""))
+        found, expected = (
+            step_of(model_of(f"{arch} {flags} {more}"), side=160) for more in ("--compile", "")
+        )
         assert_close(found, expected)
 
 

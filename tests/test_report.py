@@ -11,7 +11,7 @@ from test_ranks import SMALL, write_images
 
 import main_snclr
 from snclr import report
-from snclr.errors import RunError, UsageError
+from snclr.running.errors import RunError, UsageError
 
 PIXEL = b"\x89PNG\r\n\x1a\n of which the report reads nothing"
 VOID = {"meta", "link", "img", "path", "br"}  # the last of SVG, closed by a slash
@@ -50,8 +50,20 @@ class Page(HTMLParser):
 def write_run(folder, knn=50.0, pictures=(), results=None, lines=(), **settings):
     """A workdir as main_snclr.py leaves it, of four steps in two epochs."""
     folder.mkdir(parents=True)
-    about = {"command": "python main_snclr.py --seed 1", "versions": {"torch": "2.9"}, "git": "abc", "world_size": 1}
-    defaults = {"method": "snclr", "arch": "resnet8", "dataset": "embedded", "topk": 5, "seed": 0, "workdir": str(folder)}
+    about = {
+        "command": "python main_snclr.py --seed 1",
+        "versions": {"torch": "2.9"},
+        "git": "abc",
+        "world_size": 1,
+    }
+    defaults = {
+        "method": "snclr",
+        "arch": "resnet8",
+        "dataset": "embedded",
+        "topk": 5,
+        "seed": 0,
+        "workdir": str(folder),
+    }
     (folder / "args.json").write_text(json.dumps({**defaults, **settings, **about}))
     told = [{"epoch": 0, "step": 0, "knn_top1": 20.0, "raw_pixels_knn_top1": 15.0}]
     for step in range(1, 5):
@@ -65,7 +77,9 @@ def write_run(folder, knn=50.0, pictures=(), results=None, lines=(), **settings)
             }
         )
     told.append({"epoch": 2, "step": 4, "knn_top1": knn})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*told, *lines]))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [*told, *lines])
+    )
     for name in pictures:
         (folder / "pictures").mkdir(exist_ok=True)
         (folder / "pictures" / name).write_bytes(PIXEL + name.encode())
@@ -84,22 +98,41 @@ def test_one_run_is_told_by_its_last_evaluation_and_its_last_epoch(tmp_path):
     heads, row = page.tables[0]
     told = dict(zip(heads, row, strict=True))
     assert (told[""], told["runs"]) == ("run", "1")
-    assert (told["kNN top-1 %"], told["untrained %"], told["raw pixels %"]) == ("50.0", "20.0", "15.0")
-    assert (told["loss / chance"], told["images/s"], told["linear probe %"]) == ("0.650", "25.0", "61.5")
+    assert (told["kNN top-1 %"], told["untrained %"], told["raw pixels %"]) == (
+        "50.0",
+        "20.0",
+        "15.0",
+    )
+    assert (told["loss / chance"], told["images/s"], told["linear probe %"]) == (
+        "0.650",
+        "25.0",
+        "61.5",
+    )
     assert "purity" not in told  # nobody has one
     assert page.tables[1][1][:2] == [str(tmp_path / "run/probe"), "61.5"]
     words = "".join(page.words)
-    assert "python main_snclr.py --seed 1" in words and "torch 2.9" in words and "git abc" in words and '"topk": 5' in words
+    assert (
+        "python main_snclr.py --seed 1" in words
+        and "torch 2.9" in words
+        and "git abc" in words
+        and '"topk": 5' in words
+    )
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_row_with_mean_and_deviation(tmp_path):
     accuracies = [80.0, 82.5, 87.0]
-    folders = [write_run(tmp_path / f"a{seed}", knn, seed=seed) for seed, knn in enumerate(accuracies)]
+    folders = [
+        write_run(tmp_path / f"a{seed}", knn, seed=seed) for seed, knn in enumerate(accuracies)
+    ]
     folders += [write_run(tmp_path / "b", 70.0, seed=0, topk=9)]
     page = page_of(*folders)
     rows = {row[0]: row for row in page.tables[0][1:]}
     assert set(rows) == {"topk 5", "topk 9"} and [row[1] for row in rows.values()] == ["3", "1"]
-    assert rows["topk 5"][2] == f"{statistics.fmean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f}" == "83.2 ± 3.5"
+    assert (
+        rows["topk 5"][2]
+        == f"{statistics.fmean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f}"
+        == "83.2 ± 3.5"
+    )
     assert rows["topk 9"][2] == "70.0"
 
 
@@ -109,14 +142,24 @@ def test_runs_of_one_setting_are_named_by_what_their_folders_have_in_common(tmp_
 
 
 @pytest.mark.parametrize(
-    "values, told", [([], ""), ([None], ""), ([0.0], "0.00"), ([0.12345, None], "0.123"), ([1234.5, 1235.5], "1235 ± 1")]
+    "values, told",
+    [
+        ([], ""),
+        ([None], ""),
+        ([0.0], "0.00"),
+        ([0.12345, None], "0.123"),
+        ([1234.5, 1235.5], "1235 ± 1"),
+    ],
 )
 def test_numbers_are_as_long_as_they_are_worth(values, told):
     assert report.mean_and_deviation(values) == told
 
 
 def test_what_a_run_may_change_does_not_set_runs_apart(tmp_path):
-    folders = [write_run(tmp_path / "a", workers=1, print_freq=5), write_run(tmp_path / "b", workers=9, print_freq=7, seed=2)]
+    folders = [
+        write_run(tmp_path / "a", workers=1, print_freq=5),
+        write_run(tmp_path / "b", workers=9, print_freq=7, seed=2),
+    ]
     assert [row[1] for row in page_of(*folders).tables[0][1:]] == ["2"]
 
 
@@ -125,8 +168,17 @@ def test_many_differences_are_a_table_of_their_own(tmp_path):
     page = page_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", **other))
     assert [row[0] for row in page.tables[0][1:]] == ["a", "b"]
     heads, first, second = page.tables[1]
-    assert dict(zip(heads, first, strict=True)) == {"": "a", "arch": "resnet8", "topk": "5", "lr": "", "epochs": ""}
-    assert dict(zip(heads, second, strict=True)) == {"": "b", **{name: str(value) for name, value in other.items()}}
+    assert dict(zip(heads, first, strict=True)) == {
+        "": "a",
+        "arch": "resnet8",
+        "topk": "5",
+        "lr": "",
+        "epochs": "",
+    }
+    assert dict(zip(heads, second, strict=True)) == {
+        "": "b",
+        **{name: str(value) for name, value in other.items()},
+    }
 
 
 def test_curves_go_through_the_numbers_of_the_run(tmp_path):
@@ -142,14 +194,20 @@ def test_curves_go_through_the_numbers_of_the_run(tmp_path):
 
 
 def test_seeds_are_one_line_through_their_mean_in_a_band_from_the_lowest_to_the_highest(tmp_path):
-    runs = [write_run(tmp_path / f"a{seed}", knn, seed=seed) for seed, knn in enumerate([30.0, 50.0, 40.0])]
+    runs = [
+        write_run(tmp_path / f"a{seed}", knn, seed=seed)
+        for seed, knn in enumerate([30.0, 50.0, 40.0])
+    ]
     runs += [write_run(tmp_path / "b", 60.0, topk=9)]
     text = report.page([report.load(str(run)) for run in runs])
     svg = re.search(r'<svg[^>]*aria-label="kNN.*?</svg>', text).group()
     bottom, top = report.HEIGHT - report.BELOW - 8, 8  # 20 and 60 percent
 
     def values(way):
-        return [20 + 40 * (bottom - float(point.split()[1])) / (bottom - top) for point in way.split("L")]
+        return [
+            20 + 40 * (bottom - float(point.split()[1])) / (bottom - top)
+            for point in way.split("L")
+        ]
 
     (band,) = re.findall(r'class="band"[^>]* d="M([^Z]*)Z"', svg)
     assert values(band) == pytest.approx([20, 50, 30, 20], abs=0.1)
@@ -163,16 +221,24 @@ def test_seeds_are_one_line_through_their_mean_in_a_band_from_the_lowest_to_the_
 def test_of_many_differences_a_name_tells_what_is_unusual(tmp_path):
     ablations = [{}, {"topk": 9}, {"lr": 0.1}, {"epochs": 3, "topk": 1}, {"weights": "uniform"}]
     usual = {"lr": 0.2, "epochs": 8, "weights": "attention"}
-    runs = [write_run(tmp_path / f"run-{number}", **{**usual, **changed}) for number, changed in enumerate(ablations)]
+    runs = [
+        write_run(tmp_path / f"run-{number}", **{**usual, **changed})
+        for number, changed in enumerate(ablations)
+    ]
     names = [row[0] for row in page_of(*runs).tables[0][1:]]
     assert names == ["run-0", "topk 9", "lr 0.1", "topk 1, epochs 3", "weights uniform"]
 
 
 def test_pictures_are_inside_and_nothing_is_fetched(tmp_path):
-    run = write_run(tmp_path / "run", pictures=["neighbours_0000002.png", "neighbours_0000003.png", "neighbours_0000004.png"])
+    run = write_run(
+        tmp_path / "run",
+        pictures=["neighbours_0000002.png", "neighbours_0000003.png", "neighbours_0000004.png"],
+    )
     page = page_of(run)
     prefix = "data:image/png;base64,"
-    pictures = [address.removeprefix(prefix) for address in page.addresses if address.startswith(prefix)]
+    pictures = [
+        address.removeprefix(prefix) for address in page.addresses if address.startswith(prefix)
+    ]
     shown = [base64.b64decode(picture).removeprefix(PIXEL).decode() for picture in pictures]
     assert shown == ["neighbours_0000002.png", "neighbours_0000004.png"]  # before and after
     assert all(address.startswith("data:") for address in page.addresses)
@@ -181,7 +247,13 @@ def test_pictures_are_inside_and_nothing_is_fetched(tmp_path):
 
 def test_what_stands_in_the_files_is_words_and_never_markup(tmp_path):
     attack = '"><script>alert(1)</script>'
-    run = write_run(tmp_path / "run", arch=attack, dataset=attack, note=attack, results={"linear_top1": 5, "encoder": attack})
+    run = write_run(
+        tmp_path / "run",
+        arch=attack,
+        dataset=attack,
+        note=attack,
+        results={"linear_top1": 5, "encoder": attack},
+    )
     other = write_run(tmp_path / "<b>other", topk=attack)
     text = report.page([report.load(str(run)), report.load(str(other))])
     assert "<script" not in text and "<b>" not in text
@@ -196,7 +268,9 @@ def test_what_stands_in_the_files_is_words_and_never_markup(tmp_path):
         '{"step": 5}',
         '{"epoch": 2, "step": 5, "lo',
         '{"epoch": 2, "step": 5, "loss": NaN, "knn_top1": Infinity, "loss_ratio": "x", "feature_std": true}',
-        '{"epoch": 2, "step": 5, "loss": null, "knn_top1": [1], "images_per_s": 1' + "0" * 400 + "}",
+        '{"epoch": 2, "step": 5, "loss": null, "knn_top1": [1], "images_per_s": 1'
+        + "0" * 400
+        + "}",
         '{"epoch": "2", "step": {}}',
     ],
 )
@@ -208,7 +282,10 @@ def test_lines_that_say_nothing_change_nothing(line, tmp_path):
     assert page_of(run).tables[0] == expected
 
 
-@pytest.mark.parametrize("lines", ["", '{"epoch": 1, "step": 1, "loss": 2.0}\n', '{"epoch": 0, "step": 0, "knn_top1": 3}\n'])
+@pytest.mark.parametrize(
+    "lines",
+    ["", '{"epoch": 1, "step": 1, "loss": 2.0}\n', '{"epoch": 0, "step": 0, "knn_top1": 3}\n'],
+)
 def test_a_run_that_has_just_begun_is_told_too(lines, tmp_path):
     run = write_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text(lines)
@@ -219,7 +296,10 @@ def test_a_run_that_has_just_begun_is_told_too(lines, tmp_path):
 def test_a_folder_without_a_run_is_answered_in_one_line(content, tmp_path):
     if content is not None:
         (tmp_path / "args.json").write_text(content)
-    with pytest.raises(UsageError, match=r"holds no run \(no args.json that can be read\): give the --workdir of one"):
+    with pytest.raises(
+        UsageError,
+        match=r"holds no run \(no args.json that can be read\): give the --workdir of one",
+    ):
         report.main([str(tmp_path)])
 
 
@@ -232,7 +312,9 @@ def test_settings_without_metrics_are_answered_in_one_line(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_answered_in_one_line(tmp_path):
     with pytest.raises(RunError, match=r"cannot write .*nowhere"):
-        report.main([str(write_run(tmp_path / "run")), "--out", str(tmp_path / "nowhere" / "report.html")])
+        report.main(
+            [str(write_run(tmp_path / "run")), "--out", str(tmp_path / "nowhere" / "report.html")]
+        )
 
 
 def test_a_report_that_fails_is_a_line_at_the_end_of_a_run(tmp_path, monkeypatch):
@@ -261,17 +343,29 @@ def test_a_run_ends_by_leaving_its_report(finished):
 
 @pytest.mark.parametrize("width", [360, 1300])
 def test_a_browser_shows_it_without_a_complaint(finished, width, tmp_path):
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if browser is None:
         pytest.skip("no chromium to open the report with")
     shutil.copy(finished / "report.html", tmp_path)
     look = "const d=this.contentDocument,i=[...d.images];document.title=[d.documentElement.scrollWidth,i.length,"
     look += "i.every(e=>e.naturalWidth>0),d.querySelectorAll('svg').length]"
     frame = tmp_path / "frame.html"  # windows are 500 px wide at least, frames are not
-    frame.write_text(f'<iframe src="report.html" width="{width}" height="900" frameborder="0" onload="{look}"></iframe>')
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--allow-file-access-from-files"]
+    frame.write_text(
+        f'<iframe src="report.html" width="{width}" height="900" frameborder="0" onload="{look}"></iframe>'
+    )
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--allow-file-access-from-files",
+    ]
     command = [browser, *flags, f"--user-data-dir={tmp_path}/profile", "--dump-dom", frame.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr
-    needed, pictures, loaded, drawings = re.search(r"<title>([^<]*)</title>", done.stdout).group(1).split(",")
+    needed, pictures, loaded, drawings = (
+        re.search(r"<title>([^<]*)</title>", done.stdout).group(1).split(",")
+    )
     assert int(needed) <= width and (pictures, loaded) == ("2", "true") and int(drawings) > 5

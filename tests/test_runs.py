@@ -10,10 +10,16 @@ from test_ranks import SMALL, write_images
 
 import main_snclr
 from snclr import augment, backbones, builder, objectives
-from snclr.errors import RunError
+from snclr.running.errors import RunError
 
 BANK = {"bank_fill"}
-NEIGHBOURS = {"neighbour_similarity", "positiveness_entropy", "distinct_rows", "largest_count", "neighbour_purity"}
+NEIGHBOURS = {
+    "neighbour_similarity",
+    "positiveness_entropy",
+    "distinct_rows",
+    "largest_count",
+    "neighbour_purity",
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,21 +31,40 @@ def train(images, workdir, *flags):
     """Run and return the lines of metrics.jsonl: of the evaluations and of the training steps."""
     main_snclr.main([str(images), *SMALL.split(), "--workdir", str(workdir), *flags])
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "knn_top1" in line], [line for line in lines if "loss" in line]
+    return [line for line in lines if "knn_top1" in line], [
+        line for line in lines if "loss" in line
+    ]
 
 
 @pytest.mark.parametrize("method", ["snclr", "mocov3", "nnclr", "mocov2"])
 def test_every_method_trains_and_logs_what_it_has(images, tmp_path, method):
     evaluations, steps = train(images, tmp_path, "--method", method)
-    assert [line["epoch"] for line in evaluations] == [0, 1, 2] and "raw_pixels_knn_top1" in evaluations[0]
+    assert [line["epoch"] for line in evaluations] == [
+        0,
+        1,
+        2,
+    ] and "raw_pixels_knn_top1" in evaluations[0]
     assert len(steps) == 10 and all(math.isfinite(line["loss"]) for line in steps)
     common = "epoch step loss loss_ratio lr momentum images_per_s data_wait grad_norm feature_std"
     assert set(common.split()) <= set(steps[-1])
     found = {name for name in BANK | NEIGHBOURS if name in steps[-1]}
-    assert found == {"snclr": BANK | NEIGHBOURS, "nnclr": BANK | NEIGHBOURS, "mocov2": BANK, "mocov3": set()}[method]
+    assert (
+        found
+        == {
+            "snclr": BANK | NEIGHBOURS,
+            "nnclr": BANK | NEIGHBOURS,
+            "mocov2": BANK,
+            "mocov3": set(),
+        }[method]
+    )
     state = torch.load(tmp_path / "checkpoint_last.pth.tar", weights_only=True)["state_dict"]
     parts = {name.split(".")[1] for name in state}
-    absent = {"snclr": set(), "mocov3": {"memory_bank"}, "nnclr": {"momentum_encoder"}, "mocov2": {"predictor"}}[method]
+    absent = {
+        "snclr": set(),
+        "mocov3": {"memory_bank"},
+        "nnclr": {"momentum_encoder"},
+        "mocov2": {"predictor"},
+    }[method]
     assert parts == {"base_encoder", "momentum_encoder", "predictor", "memory_bank"} - absent
     assert any(name.startswith("events.out") for name in os.listdir(tmp_path / "tensorboard"))
 
@@ -69,7 +94,10 @@ def test_every_option_trains(images, tmp_path, flags):
     assert all(line["feature_std"] > 0.1 for line in steps)
     if "--save-freq" in flags:
         assert {"checkpoint_0001.pth.tar", "checkpoint_0002.pth.tar"} <= set(os.listdir(tmp_path))
-        assert steps[-1]["momentum"] > steps[0]["momentum"] and evaluations[-1]["encoder"] == "momentum"
+        assert (
+            steps[-1]["momentum"] > steps[0]["momentum"]
+            and evaluations[-1]["encoder"] == "momentum"
+        )
     if "--nn-warmup" in flags:
         assert ["neighbour_purity" in line for line in steps] == [False] * 5 + [True] * 5
 
@@ -84,15 +112,37 @@ def test_topk_zero_is_mocov3_to_the_last_digit(images, tmp_path):
 
 @pytest.mark.parametrize("form", objectives.FORMS)
 def test_the_layers_of_the_projected_attention_train(images, tmp_path, form):
-    train(images, tmp_path, "--weights", "projected", "--form", form, "--wd", "0", "--nn-warmup-epochs", "1")
+    train(
+        images,
+        tmp_path,
+        "--weights",
+        "projected",
+        "--form",
+        form,
+        "--wd",
+        "0",
+        "--nn-warmup-epochs",
+        "1",
+    )
     state = torch.load(tmp_path / "checkpoint_last.pth.tar", weights_only=True)["state_dict"]
     for name in ("f1", "f2"):
         assert (state[f"module.attention.{name}.weight"] - torch.eye(16)).abs().max() > 1e-4
 
 
 def test_gamma_divides_the_neighbours_weights(images, tmp_path):
-    flags = ["--weights", "uniform", "--bank-size", "40", "--stop-after-steps", "2", "--eval-freq", "0"]
-    (_, one), (_, two) = (train(images, tmp_path / gamma, *flags, "--gamma", gamma) for gamma in ("1", "2"))
+    flags = [
+        "--weights",
+        "uniform",
+        "--bank-size",
+        "40",
+        "--stop-after-steps",
+        "2",
+        "--eval-freq",
+        "0",
+    ]
+    (_, one), (_, two) = (
+        train(images, tmp_path / gamma, *flags, "--gamma", gamma) for gamma in ("1", "2")
+    )
     assert one[0]["loss"] == two[0]["loss"]  # nobody has a neighbour yet
     # at step 2 all weigh W = 1 + 1 / gamma: the ratio to chance hides it, the loss does not
     assert one[1]["loss"] > 1.2 * two[1]["loss"]
@@ -104,7 +154,11 @@ def test_frozen_patch_embedding_stays(images, tmp_path):
     weights = []
     for steps in ("1", "4"):
         train(images, tmp_path / steps, *flags, "--stop-after-steps", steps)
-        weights.append(torch.load(tmp_path / steps / "checkpoint_last.pth.tar", weights_only=True)["state_dict"])
+        weights.append(
+            torch.load(tmp_path / steps / "checkpoint_last.pth.tar", weights_only=True)[
+                "state_dict"
+            ]
+        )
     assert torch.equal(weights[0][name], weights[1][name])
     other = "module.base_encoder.blocks.0.attn.qkv.weight"
     assert not torch.equal(weights[0][other], weights[1][other])
@@ -119,7 +173,9 @@ def poison(monkeypatch):
 
         def poisoned(ctx, *arguments):
             calls.append(1)
-            return original(ctx, *arguments) * (math.nan if (len(calls) + 1) // 2 in steps else 1)  # two calls a step
+            return original(ctx, *arguments) * (
+                math.nan if (len(calls) + 1) // 2 in steps else 1
+            )  # two calls a step
 
         monkeypatch.setattr(objectives._LogSumExp, "forward", poisoned)
 
@@ -130,11 +186,15 @@ def state_of(workdir):
     return torch.load(workdir / "checkpoint_last.pth.tar", weights_only=True)
 
 
-def test_steps_that_stay_non_finite_stop_the_run_naming_step_and_images_and_keep_the_checkpoint(images, tmp_path, poison):
+def test_steps_that_stay_non_finite_stop_the_run_naming_step_and_images_and_keep_the_checkpoint(
+    images, tmp_path, poison
+):
     train(images, tmp_path, "--stop-after-steps", "5")
     kept = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
     poison(3, 4, 5)  # of those from here on
-    with pytest.raises(RunError, match=r"step 8: the loss is not finite \(on rank 0\); 3 .*non_finite.json"):
+    with pytest.raises(
+        RunError, match=r"step 8: the loss is not finite \(on rank 0\); 3 .*non_finite.json"
+    ):
         train(images, tmp_path, "--resume", "auto", "--print-freq", "10", "--skip-non-finite", "2")
     assert (tmp_path / "checkpoint_last.pth.tar").read_bytes() == kept
     told = json.loads((tmp_path / "non_finite.json").read_text())
@@ -144,25 +204,38 @@ def test_steps_that_stay_non_finite_stop_the_run_naming_step_and_images_and_keep
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars"])
 @pytest.mark.parametrize("amp", ["off", "fp16"])
-def test_a_non_finite_step_is_skipped_and_leaves_no_trace_in_the_state(images, tmp_path, poison, capsys, optimizer, amp):
+def test_a_non_finite_step_is_skipped_and_leaves_no_trace_in_the_state(
+    images, tmp_path, poison, capsys, optimizer, amp
+):
     flags = ["--optimizer", optimizer, "--amp", amp, "--eval-freq", "0", "--print-freq", "2"]
     train(images, tmp_path / "before", *flags, "--stop-after-steps", "3")
     poison(4)
     train(images, tmp_path / "after", *flags, "--stop-after-steps", "4")
-    assert "step 4: the loss is not finite (on rank 0); 1 such steps were skipped" in capsys.readouterr().out
+    assert (
+        "step 4: the loss is not finite (on rank 0); 1 such steps were skipped"
+        in capsys.readouterr().out
+    )
     before, after = (state_of(tmp_path / name) for name in ("before", "after"))
-    online = [name for name in before["state_dict"] if "base_encoder" in name or "predictor" in name]
+    online = [
+        name for name in before["state_dict"] if "base_encoder" in name or "predictor" in name
+    ]
     for name in online:
         if "running" not in name and "num_batches" not in name:
             assert torch.equal(before["state_dict"][name], after["state_dict"][name])
-    moments = zip(before["optimizer"]["state"].values(), after["optimizer"]["state"].values(), strict=True)
+    moments = zip(
+        before["optimizer"]["state"].values(), after["optimizer"]["state"].values(), strict=True
+    )
     assert all(torch.equal(a[name], b[name]) for a, b in moments for name in a)
     assert all(tensor.isfinite().all() for tensor in after["state_dict"].values())
-    lines = [json.loads(line) for line in (tmp_path / "after/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "after/metrics.jsonl").read_text().splitlines()
+    ]
     assert lines[-1]["step"] == 4 and lines[-1]["loss"] is None
 
 
-def test_a_network_that_gives_nan_poisons_neither_bank_nor_running_statistics(images, tmp_path, monkeypatch):
+def test_a_network_that_gives_nan_poisons_neither_bank_nor_running_statistics(
+    images, tmp_path, monkeypatch
+):
     """The worst case: the encoders themselves give nan in one forward."""
     steps, step, embed = [], builder.SNCLR.forward, backbones.ResNet.embed
 
@@ -171,7 +244,11 @@ def test_a_network_that_gives_nan_poisons_neither_bank_nor_running_statistics(im
         return step(self, *arguments)
 
     monkeypatch.setattr(builder.SNCLR, "forward", counted)
-    monkeypatch.setattr(backbones.ResNet, "embed", lambda self, x: embed(self, x * (math.nan if len(steps) == 4 else 1)))
+    monkeypatch.setattr(
+        backbones.ResNet,
+        "embed",
+        lambda self, x: embed(self, x * (math.nan if len(steps) == 4 else 1)),
+    )
     _, lines = train(images, tmp_path, "--eval-freq", "0", "--print-freq", "1")
     assert [line["step"] for line in lines if line["loss"] is None] == [4]
     state = state_of(tmp_path)["state_dict"]
@@ -181,13 +258,17 @@ def test_a_network_that_gives_nan_poisons_neither_bank_nor_running_statistics(im
 
 def test_collapse_is_told_once(images, tmp_path, monkeypatch, capsys):
     project = builder.SNCLR._project
-    monkeypatch.setattr(builder.SNCLR, "_project", lambda *arguments: [y * 1e-9 + 1 for y in project(*arguments)])
+    monkeypatch.setattr(
+        builder.SNCLR, "_project", lambda *arguments: [y * 1e-9 + 1 for y in project(*arguments)]
+    )
     train(images, tmp_path, "--eval-freq", "0", "--epochs", "5")
     assert capsys.readouterr().out.count("note: collapse: feature_std is below") == 1
 
 
-def test_an_image_that_cannot_be_read_ends_a_run_in_one_line_naming_it(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("snclr.data.RESIDENT_LIMIT", 0)
+def test_an_image_that_cannot_be_read_ends_a_run_in_one_line_naming_it(
+    images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("snclr.loader.RESIDENT_LIMIT", 0)
     root = write_images(tmp_path / "images")
     (root / "train/a/07.png").write_bytes(b"no image")
     with pytest.raises(RunError, match=r"cannot read image .*07\.png"):

@@ -16,9 +16,11 @@ from test_data import picture, rgb, save_folder
 from test_ranks import SMALL, start_ranks, write_images
 
 import main_snclr
-from snclr import data, embedded, mean_std, options, shards, sources
-from snclr.data import ImageFiles, ResidentImages
-from snclr.errors import RunError, UsageError
+from snclr import loader as data
+from snclr import mean_std, options
+from snclr.datasets import embedded, shards, sources
+from snclr.loader import ImageFiles, ResidentImages
+from snclr.running.errors import RunError, UsageError
 
 
 def open_data(*flags):
@@ -46,7 +48,12 @@ def content(images):
 
 
 def test_a_folder_gets_its_classes_labels_and_paths_in_sorted_order(tmp_path):
-    for name in ("train/bee/2.png", "train/bee/deep/er/1.PNG", "train/ant/10.png", "train/ant/9.png"):
+    for name in (
+        "train/bee/2.png",
+        "train/bee/deep/er/1.PNG",
+        "train/ant/10.png",
+        "train/ant/9.png",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         picture(8 + len(name), 8).save(tmp_path / name)
     (tmp_path / "train/ant/notes.txt").write_text("no image")
@@ -71,7 +78,9 @@ def test_images_of_mixed_sizes_stay_files(tmp_path, sizes):
     assert isinstance(images, ImageFiles) and len(images) == len(sizes)
 
 
-@pytest.mark.parametrize("limit, kind", [(5 * 12 * 10 * 3, ResidentImages), (5 * 12 * 10 * 3 - 1, ImageFiles)])
+@pytest.mark.parametrize(
+    "limit, kind", [(5 * 12 * 10 * 3, ResidentImages), (5 * 12 * 10 * 3 - 1, ImageFiles)]
+)
 def test_equal_images_beyond_the_limit_stay_files(tmp_path, monkeypatch, limit, kind):
     monkeypatch.setattr(data, "RESIDENT_LIMIT", limit)
     images, _, _ = open_data(save_folder(tmp_path, [(12, 10)] * 5))
@@ -139,23 +148,44 @@ def save_cifar10(root, images_per_file=4):
     rng = np.random.default_rng(0)
     content = {}
     for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]:
-        rows, labels = rng.integers(0, 256, (images_per_file, 3072), dtype=np.uint8), rng.integers(0, 10, images_per_file)
+        rows, labels = (
+            rng.integers(0, 256, (images_per_file, 3072), dtype=np.uint8),
+            rng.integers(0, 10, images_per_file),
+        )
         content[name] = rows, labels
         (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": labels.tolist()}))
-    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    classes = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": classes}))
     return content, classes
 
 
 def test_cifar10_is_read_from_torchvisions_files(tmp_path, monkeypatch):
     content, classes = save_cifar10(tmp_path)
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: os.path.exists(path))
+    monkeypatch.setattr(
+        torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: os.path.exists(path)
+    )
     train, val, _ = open_data(tmp_path, "--dataset", "cifar10")
-    for images, names in ((train, [f"data_batch_{number}" for number in range(1, 6)]), (val, ["test_batch"])):
+    for images, names in (
+        (train, [f"data_batch_{number}" for number in range(1, 6)]),
+        (val, ["test_batch"]),
+    ):
         rows = np.concatenate([content[name][0] for name in names])
         assert isinstance(images, ResidentImages) and images.classes == classes
         assert np.array_equal(images.images.numpy(), rows.reshape(-1, 3, 32, 32))
-        assert images.labels.tolist() == np.concatenate([content[name][1] for name in names]).tolist()
+        assert (
+            images.labels.tolist() == np.concatenate([content[name][1] for name in names]).tolist()
+        )
 
 
 @pytest.mark.parametrize("state", ["absent", "damaged"])
@@ -169,7 +199,9 @@ def test_the_embedded_set_opens_without_a_folder():
     train, val, _ = open_data()
     assert isinstance(train, ResidentImages) and len(train) == 5000 and len(val) == 1000
     assert train.classes == val.classes == list(embedded.CLASSES)
-    torch.testing.assert_close((train.mean, train.std), tuple(map(torch.tensor, options.MEAN_STD["embedded"])))
+    torch.testing.assert_close(
+        (train.mean, train.std), tuple(map(torch.tensor, options.MEAN_STD["embedded"]))
+    )
 
 
 # -- trees without labels ------------------------------------------------------------------------------------------------
@@ -198,7 +230,9 @@ def test_a_tree_is_read_recursively_in_sorted_order_and_other_files_are_counted(
     ]
     assert set(names) == {os.path.relpath(path, tmp_path) for path in images.paths}
     assert images.labels is None and val is None
-    assert f"3 files in {tmp_path} are no images and were left out" in notes and any("no labels" in note for note in notes)
+    assert f"3 files in {tmp_path} are no images and were left out" in notes and any(
+        "no labels" in note for note in notes
+    )
 
 
 def test_a_train_folder_without_classes_is_a_tree(tmp_path):
@@ -214,7 +248,14 @@ def test_a_tree_takes_labels_from_a_file_in_the_order_of_its_paths(tmp_path):
     save_tree(tmp_path / "test")
     (tmp_path / "labels.txt").write_text("10\n9\n-1\n10\n\n")
     (tmp_path / "test_labels.txt").write_text("9\n9\n9\n10\n9")
-    flags = ["--labels", tmp_path / "labels.txt", "--val", tmp_path / "test", "--val-labels", tmp_path / "test_labels.txt"]
+    flags = [
+        "--labels",
+        tmp_path / "labels.txt",
+        "--val",
+        tmp_path / "test",
+        "--val-labels",
+        tmp_path / "test_labels.txt",
+    ]
     train, val, _ = open_data(tmp_path / "images", *flags)
     assert train.classes == val.classes == ["9", "10"]  # numbers in the order of numbers
     assert train.labels.tolist() == [1, 0, -1, 1, -1] and val.labels.tolist() == [0, 0, 0, 1, 0]
@@ -233,7 +274,12 @@ def test_a_labels_file_of_the_wrong_length_is_refused(tmp_path, count):
 def test_labels_can_be_left_aside(tmp_path):
     save_folder(save_folder(tmp_path, [(12, 10)] * 5), [(12, 10)] * 3, split="val")
     train, val, notes = open_data(tmp_path, "--labels", "none")
-    assert len(train) == 5 and train.labels is None and val is None and any("no labels" in note for note in notes)
+    assert (
+        len(train) == 5
+        and train.labels is None
+        and val is None
+        and any("no labels" in note for note in notes)
+    )
 
 
 # -- lists -----------------------------------------------------------------------------------------------------------------
@@ -241,26 +287,42 @@ def test_labels_can_be_left_aside(tmp_path):
 
 def test_a_list_names_paths_relative_to_itself_or_absolute_in_its_own_order(tmp_path):
     save_tree(tmp_path / "deep/images")
-    (tmp_path / "deep/list.txt").write_text(f"images/c/3.webp\n\nimages/a/b/2.jpg\n{tmp_path}/deep/images/z.png\n")
+    (tmp_path / "deep/list.txt").write_text(
+        f"images/c/3.webp\n\nimages/a/b/2.jpg\n{tmp_path}/deep/images/z.png\n"
+    )
     images, _, _ = open_data(tmp_path / "deep/list.txt")
-    assert [os.path.basename(path) for path in images.paths] == ["3.webp", "2.jpg", "z.png"] and images.labels is None
+    assert [os.path.basename(path) for path in images.paths] == [
+        "3.webp",
+        "2.jpg",
+        "z.png",
+    ] and images.labels is None
     assert torch.equal(images.image(2).int(), rgb(picture(10, 9, seed=0)))
 
 
 def test_lists_with_labels_and_validation(tmp_path):
     save_tree(tmp_path)
-    for name, lines in {"train": "z.png\na/1.PNG\na/b/2.jpg", "val": "c/3.webp\na/b/10.png"}.items():
+    for name, lines in {
+        "train": "z.png\na/1.PNG\na/b/2.jpg",
+        "val": "c/3.webp\na/b/10.png",
+    }.items():
         (tmp_path / f"{name}.txt").write_text(lines)
     (tmp_path / "train_labels.txt").write_text("dog\ncat\ndog")
     (tmp_path / "val_labels.txt").write_text("cat\ndog\n")
     flags = ["--val", tmp_path / "val.txt", "--val-labels", tmp_path / "val_labels.txt"]
-    train, val, notes = open_data(tmp_path / "train.txt", "--labels", tmp_path / "train_labels.txt", *flags)
-    assert train.classes == ["cat", "dog"] and train.labels.tolist() == [1, 0, 1] and val.labels.tolist() == [0, 1]
+    train, val, notes = open_data(
+        tmp_path / "train.txt", "--labels", tmp_path / "train_labels.txt", *flags
+    )
+    assert (
+        train.classes == ["cat", "dog"]
+        and train.labels.tolist() == [1, 0, 1]
+        and val.labels.tolist() == [0, 1]
+    )
     assert notes == []
 
 
 @pytest.mark.parametrize(
-    "lines, named", [("", "lists no image"), ("z.png\nnowhere.png\n", "nowhere.png, which does not exist")]
+    "lines, named",
+    [("", "lists no image"), ("z.png\nnowhere.png\n", "nowhere.png, which does not exist")],
 )
 def test_a_list_that_leads_nowhere_is_refused(tmp_path, lines, named):
     save_tree(tmp_path)
@@ -290,11 +352,18 @@ def save_tar(path, members):
 
 def save_webdataset(folder, labels, first=0):
     """Two shards of samples with an image, a class and a text each."""
-    samples = [(f"{first + n:06}.png", encoded(first + n), f"{first + n:06}.cls", str(label)) for n, label in enumerate(labels)]
+    samples = [
+        (f"{first + n:06}.png", encoded(first + n), f"{first + n:06}.cls", str(label))
+        for n, label in enumerate(labels)
+    ]
     for number, part in enumerate((samples[:2], samples[2:])):
         members = []
         for image, content, cls, label in part:
-            members += [(cls, label.encode()), (image, content), (image.replace(".png", ".txt"), b"a caption")]
+            members += [
+                (cls, label.encode()),
+                (image, content),
+                (image.replace(".png", ".txt"), b"a caption"),
+            ]
         save_tar(folder / f"shard-{number:06}.tar", members)
 
 
@@ -313,26 +382,41 @@ def test_webdataset_shards_give_images_and_labels_and_count_the_rest(tmp_path):
 def test_one_tar_a_class_as_imagenet_ships_also_inside_one_tar(tmp_path):
     names = {"n02": [0, 1], "n01": [2]}
     for stem, numbers in names.items():
-        save_tar(tmp_path / f"a/{stem}.tar", [(f"{stem}_{number}.JPEG", encoded(number, "jpeg")) for number in numbers])
+        save_tar(
+            tmp_path / f"a/{stem}.tar",
+            [(f"{stem}_{number}.JPEG", encoded(number, "jpeg")) for number in numbers],
+        )
     inner = [(f"{stem}.tar", (tmp_path / f"a/{stem}.tar").read_bytes()) for stem in names]
     save_tar(tmp_path / "b/ILSVRC2012_img_train.tar", [("LICENSE", b"terms"), *inner])
     outside, _, _ = open_data(tmp_path / "a")
     inside, _, notes = open_data(tmp_path / "b/ILSVRC2012_img_train.tar")
     assert outside.classes == inside.classes == ["n01", "n02"]
-    assert outside.labels.tolist() == [0, 1, 1] and inside.labels.tolist() == [1, 1, 0]  # n02 comes first in the tar
-    assert all(torch.equal(a, content(outside)[index]) for a, index in zip(content(inside), (1, 2, 0), strict=True))
+    assert outside.labels.tolist() == [0, 1, 1] and inside.labels.tolist() == [
+        1,
+        1,
+        0,
+    ]  # n02 comes first in the tar
+    assert all(
+        torch.equal(a, content(outside)[index])
+        for a, index in zip(content(inside), (1, 2, 0), strict=True)
+    )
     assert any(note.startswith("1 files") for note in notes)
 
 
 def test_numbered_shards_without_classes_have_no_labels_and_take_a_file(tmp_path):
     for number in range(2):
-        save_tar(tmp_path / f"part-{number}.tar", [(f"image{number}{n}.png", encoded(n)) for n in range(2)])
+        save_tar(
+            tmp_path / f"part-{number}.tar",
+            [(f"image{number}{n}.png", encoded(n)) for n in range(2)],
+        )
     (tmp_path / "labels.txt").write_text("a\nb\nb\na\n")
     images, _, _ = open_data(tmp_path)
     assert len(images) == 4 and images.labels is None
     images, _, _ = open_data(tmp_path, "--labels", tmp_path / "labels.txt")
     assert images.labels.tolist() == [0, 1, 1, 0]
-    assert "labels for the 4 images" in refused(tmp_path, "--labels", save_lines(tmp_path / "short.txt", 3))
+    assert "labels for the 4 images" in refused(
+        tmp_path, "--labels", save_lines(tmp_path / "short.txt", 3)
+    )
 
 
 def save_lines(path, count):
@@ -359,7 +443,9 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeyp
         assert again.labels.tolist() == [1, 1, 1, 0, 1]
 
 
-def test_the_index_goes_to_the_workdir_where_the_shards_may_not_be_written_beside(tmp_path, monkeypatch):
+def test_the_index_goes_to_the_workdir_where_the_shards_may_not_be_written_beside(
+    tmp_path, monkeypatch
+):
     save_webdataset(tmp_path / "data", [0, 1, 0, 1])
     replace = os.replace
 
@@ -415,7 +501,9 @@ def test_a_damaged_image_in_a_shard_is_named_by_shard_and_offset(tmp_path):
     with open(path, "r+b") as file:
         file.seek(offset)
         file.write(bytes(60))
-    with pytest.raises(RunError, match=rf"cannot read image of \d+ bytes at offset {offset} in .*shard-000001\.tar"):
+    with pytest.raises(
+        RunError, match=rf"cannot read image of \d+ bytes at offset {offset} in .*shard-000001\.tar"
+    ):
         images.image(3)
 
 
@@ -427,9 +515,14 @@ def save_cifar100(root):
     folder.mkdir()
     rng = np.random.default_rng(0)
     for name, count in (("train", 6), ("test", 4)):
-        rows = {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), "fine_labels": list(range(count))}
+        rows = {
+            "data": rng.integers(0, 256, (count, 3072), dtype=np.uint8),
+            "fine_labels": list(range(count)),
+        }
         (folder / name).write_bytes(pickle.dumps(rows))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {n}" for n in range(100)]}))
+    (folder / "meta").write_bytes(
+        pickle.dumps({"fine_label_names": [f"class {n}" for n in range(100)]})
+    )
     return dict(train=[0, 1, 2, 3, 4, 5], val=[0, 1, 2, 3], classes=100, size=(3, 32, 32))
 
 
@@ -482,14 +575,19 @@ def save_food101(root):
     folder = root / "food-101"
     save_pictures(folder / "images", ["pie/1.jpg", "pie/2.jpg", "soup/3.jpg"])
     (folder / "meta").mkdir()
-    for name, content in {"train": {"pie": ["pie/1"], "soup": ["soup/3"]}, "test": {"pie": ["pie/2"], "soup": []}}.items():
+    for name, content in {
+        "train": {"pie": ["pie/1"], "soup": ["soup/3"]},
+        "test": {"pie": ["pie/2"], "soup": []},
+    }.items():
         (folder / f"meta/{name}.json").write_text(json.dumps(content))
     return dict(train=[0, 1], val=[0], classes=2, size=(3, 20, 24))
 
 
 def save_dtd(root):
     folder = root / "dtd/dtd"
-    save_pictures(folder / "images", ["banded/1.jpg", "zigzag/2.jpg", "banded/3.jpg", "zigzag/4.jpg"])
+    save_pictures(
+        folder / "images", ["banded/1.jpg", "zigzag/2.jpg", "banded/3.jpg", "zigzag/4.jpg"]
+    )
     (folder / "labels").mkdir()
     lines = {
         "train": "banded/1.jpg\nzigzag/2.jpg\n",
@@ -526,16 +624,24 @@ TORCHVISION_SETS = {
 def test_torchvision_sets_open_from_files_in_their_own_layout(tmp_path, monkeypatch, name):
     for module in ("cifar", "stl10", "svhn", "flowers102"):  # checksums of the real files
         monkeypatch.setattr(
-            getattr(torchvision.datasets, module), "check_integrity", lambda path, md5=None: os.path.exists(path)
+            getattr(torchvision.datasets, module),
+            "check_integrity",
+            lambda path, md5=None: os.path.exists(path),
         )
     expected = TORCHVISION_SETS[name](tmp_path)
     train, val, notes = open_data(tmp_path, "--dataset", name)
-    assert train.labels.tolist() == expected["train"] and val.labels.tolist() == expected["val"] and notes == []
+    assert (
+        train.labels.tolist() == expected["train"]
+        and val.labels.tolist() == expected["val"]
+        and notes == []
+    )
     assert expected["classes"] is None or len(train.classes) == expected["classes"]
     assert content(train)[0].shape == expected["size"] and content(train)[0].double().std() > 10
     assert len(content(train)) == len(train) and len(content(val)) == len(val)
     half, _, _ = open_data(tmp_path, "--dataset", name, "--subset", 0.5)
-    assert all(any(torch.equal(image, other) for other in content(train)) for image in content(half))
+    assert all(
+        any(torch.equal(image, other) for other in content(train)) for image in content(half)
+    )
 
 
 def test_options_and_sources_know_the_same_sets():
@@ -568,11 +674,17 @@ def test_subsets_are_keyed_nested_and_keep_images_with_their_labels(tmp_path):
     for amount in ("0.25", "20", "30"):
         images, _, _ = open_data(tmp_path, "--subset", amount)
         found[amount] = {
-            next(number for number in range(40) if torch.equal(full.images[number], image)) for image in images.images
+            next(number for number in range(40) if torch.equal(full.images[number], image))
+            for image in images.images
         }
         assert len(found[amount]) == len(images) == {"0.25": 10}.get(amount) or int(float(amount))
         for image, label in zip(images.images, images.labels, strict=True):
-            assert label == full.labels[next(number for number in range(40) if torch.equal(full.images[number], image))]
+            assert (
+                label
+                == full.labels[
+                    next(number for number in range(40) if torch.equal(full.images[number], image))
+                ]
+            )
     assert found["0.25"] < found["20"] < found["30"]
     other, _, _ = open_data(tmp_path, "--subset", "20", "--subset-seed", 1)
     assert not torch.equal(other.images, open_data(tmp_path, "--subset", "20")[0].images)
@@ -585,8 +697,13 @@ def test_a_subset_of_files_and_shards_reads_the_chosen_ones(tmp_path):
         full, _, _ = open_data(root)
         half, _, _ = open_data(root, "--subset", 0.5)
         assert len(half) == len(full) // 2
-        position = [next(i for i in range(len(full)) if torch.equal(full.image(i), image.byte())) for image in content(half)]
-        assert position == sorted(position) and full.labels[position].tolist() == half.labels.tolist()
+        position = [
+            next(i for i in range(len(full)) if torch.equal(full.image(i), image.byte()))
+            for image in content(half)
+        ]
+        assert (
+            position == sorted(position) and full.labels[position].tolist() == half.labels.tolist()
+        )
 
 
 @pytest.mark.parametrize(
@@ -619,7 +736,9 @@ def test_given_moments_are_used_and_the_command_measures_them(tmp_path, capsys):
     images, _, _ = open_data(tmp_path)
     assert images.mean.tolist() == pytest.approx(options.IMAGENET[0])
     measured = mean_std.mean_std(images, 16, workers=0)
-    np.testing.assert_allclose(measured, (pixels.mean(axis=(0, 1, 2)), pixels.std(axis=(0, 1, 2))), atol=1e-6)
+    np.testing.assert_allclose(
+        measured, (pixels.mean(axis=(0, 1, 2)), pixels.std(axis=(0, 1, 2))), atol=1e-6
+    )
     command = [sys.executable, "-m", "snclr.mean_std", str(tmp_path), "--img-size", "16"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     again, _, _ = open_data(tmp_path, *printed)
@@ -646,9 +765,15 @@ def test_folder_tree_list_and_shards_of_the_same_images_train_alike(tmp_path):
             members = []
             for path in files[start : start + 15]:
                 key = f"{path.parent.name}{path.stem}"
-                members += [(f"{key}.png", path.read_bytes()), (f"{key}.cls", path.parent.name.encode())]
+                members += [
+                    (f"{key}.png", path.read_bytes()),
+                    (f"{key}.cls", path.parent.name.encode()),
+                ]
             save_tar(tmp_path / f"shards/{split}/{start:03}.tar", members)
-        flags += [f"--{'' if split == 'train' else 'val-'}labels", str(tmp_path / f"{split}_labels.txt")]
+        flags += [
+            f"--{'' if split == 'train' else 'val-'}labels",
+            str(tmp_path / f"{split}_labels.txt"),
+        ]
     cases = {
         "folder": [folder],
         "tree": [folder / "train", "--val", folder / "val", *flags],
@@ -658,10 +783,18 @@ def test_folder_tree_list_and_shards_of_the_same_images_train_alike(tmp_path):
     for name, case in cases.items():
         main_snclr.main([*map(str, case), *SMALL.split(), "--workdir", str(tmp_path / name)])
         assert json.loads((tmp_path / name / "args.json").read_text())["dataset"] == name
-    assert losses(tmp_path / "folder") == losses(tmp_path / "tree") == losses(tmp_path / "list") == losses(tmp_path / "shards")
+    assert (
+        losses(tmp_path / "folder")
+        == losses(tmp_path / "tree")
+        == losses(tmp_path / "list")
+        == losses(tmp_path / "shards")
+    )
     for index in tmp_path.glob("shards/*/*.npz"):
         index.unlink()
-    jobs = [f"float64:{data} {SMALL} --workdir {tmp_path}/{{}} --stop-after-steps 2" for data in cases["shards"]]
+    jobs = [
+        f"float64:{data} {SMALL} --workdir {tmp_path}/{{}} --stop-after-steps 2"
+        for data in cases["shards"]
+    ]
     for world_size in (1, 2):
         start_ranks(world_size, tmp_path, [job.format(f"ranks{world_size}") for job in jobs])
     assert losses(tmp_path / "ranks2") == pytest.approx(losses(tmp_path / "ranks1"), rel=1e-5)
@@ -669,11 +802,25 @@ def test_folder_tree_list_and_shards_of_the_same_images_train_alike(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--subset 0.5", "--subset 24 --subset-seed 3", "--mean 0.4 0.4 0.4 --std 0.2 0.2 0.2", "--labels none"]
+    "flags",
+    [
+        "--subset 0.5",
+        "--subset 24 --subset-seed 3",
+        "--mean 0.4 0.4 0.4 --std 0.2 0.2 0.2",
+        "--labels none",
+    ],
 )
 def test_data_options_train(tmp_path, flags):
     write_images(tmp_path / "images")
-    main_snclr.main([str(tmp_path / "images"), *SMALL.split(), "--workdir", str(tmp_path / "run"), *flags.split()])
+    main_snclr.main(
+        [
+            str(tmp_path / "images"),
+            *SMALL.split(),
+            "--workdir",
+            str(tmp_path / "run"),
+            *flags.split(),
+        ]
+    )
     expected = {"--subset 0.5": 20, "--subset 24 --subset-seed 3": 24}.get(flags, 40)
     state = torch.load(tmp_path / "run/checkpoint_last.pth.tar", weights_only=True)
     assert state["images"] == expected and state["step"] == expected // 8 * 2

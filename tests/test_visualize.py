@@ -12,11 +12,13 @@ from test_backbones import build
 from test_ranks import CLOCK, SMALL, read_lines, write_images
 
 import main_snclr
-from snclr import augment, canvas, monitor, visualize
+from snclr import augment, visualize
 from snclr.builder import StepView
-from snclr.data import Batch, ResidentImages
-from snclr.errors import RunError, UsageError
+from snclr.loader import Batch, ResidentImages
 from snclr.memory_bank import MemoryBank
+from snclr.pictures import canvas
+from snclr.running import monitor
+from snclr.running.errors import RunError, UsageError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 LEVELS = np.arange(10, 250, 24)  # of ten plain images
@@ -31,15 +33,29 @@ def plain_images(labels=None):
 def step_view(neighbour_ids, weights):
     number = len(weights)
     ids, weights, none = torch.tensor(neighbour_ids), torch.tensor(weights), torch.zeros(number, 4)
-    return StepView(none, torch.full(ids.shape, 0.5), ids, weights, torch.zeros(7), torch.tensor(9), torch.tensor(1.0))
+    return StepView(
+        none,
+        torch.full(ids.shape, 0.5),
+        ids,
+        weights,
+        torch.zeros(7),
+        torch.tensor(9),
+        torch.tensor(1.0),
+    )
 
 
 def tiles_of(picture, rows, columns, words, lines, key=True, side=96):
     """The grey level in the middle of each place of a sheet, and the colour of its frame."""
     pixels = np.asarray(picture)
     top = canvas.MARGIN + 26 + 19 * lines + 19 * key + canvas.GAP + 22
-    pitch, pace = side + 2 * canvas.FRAME + canvas.GAP, side + 2 * canvas.FRAME + canvas.LINE * words + canvas.GAP
-    places = [[(top + row * pace, canvas.MARGIN + column * pitch) for column in range(columns)] for row in range(rows)]
+    pitch, pace = (
+        side + 2 * canvas.FRAME + canvas.GAP,
+        side + 2 * canvas.FRAME + canvas.LINE * words + canvas.GAP,
+    )
+    places = [
+        [(top + row * pace, canvas.MARGIN + column * pitch) for column in range(columns)]
+        for row in range(rows)
+    ]
     middle = canvas.FRAME + side // 2
     levels = [[int(pixels[y + middle, x + middle, 0]) for y, x in row] for row in places]
     return levels, [[tuple(map(int, pixels[y + 1, x + 1])) for y, x in row] for row in places]
@@ -50,12 +66,25 @@ def tiles_of(picture, rows, columns, words, lines, key=True, side=96):
 
 def test_neighbours_stand_by_falling_weight_and_their_frames_tell_the_class():
     labels = np.array([0, 1, 0, 1, 0, 1, 0, 1, -1, 0])
-    shown = step_view([[3, 4, 5], [8, -1, 2], [-1, -1, -1]], [[0.1, 0.7, 0.2], [0.6, 0.0, 0.4], [0.0, 0.0, 0.0]])
-    picture = visualize.neighbour_picture(torch.tensor([6, 7, 0]), shown, plain_images(labels), 8, "a title")
+    shown = step_view(
+        [[3, 4, 5], [8, -1, 2], [-1, -1, -1]], [[0.1, 0.7, 0.2], [0.6, 0.0, 0.4], [0.0, 0.0, 0.0]]
+    )
+    picture = visualize.neighbour_picture(
+        torch.tensor([6, 7, 0]), shown, plain_images(labels), 8, "a title"
+    )
     levels, frames = tiles_of(picture, 3, 4, words=3, lines=2)
     white, level = (255, 255, 255), LEVELS.tolist()
-    assert levels == [[level[6], level[4], level[5], level[3]], [level[7], level[8], level[2], 255], [level[0], 255, 255, 255]]
-    assert frames[0] == [white, canvas.BLUE, canvas.ORANGE, canvas.ORANGE]  # image 6 is a cat, so is 4
+    assert levels == [
+        [level[6], level[4], level[5], level[3]],
+        [level[7], level[8], level[2], 255],
+        [level[0], 255, 255, 255],
+    ]
+    assert frames[0] == [
+        white,
+        canvas.BLUE,
+        canvas.ORANGE,
+        canvas.ORANGE,
+    ]  # image 6 is a cat, so is 4
     assert frames[1] == [white, canvas.GREY, canvas.ORANGE, white]  # image 8 has no label
 
 
@@ -66,13 +95,21 @@ def test_without_labels_all_frames_are_neutral():
 
 
 def test_views_are_shown_in_their_own_colours():
-    pixels = torch.randint(256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = torch.randint(
+        256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     x = augment.normalize_(pixels.float() / 255, torch.tensor(MEAN), torch.tensor(STD))
     shown = visualize.denormalize(x, torch.tensor(MEAN), torch.tensor(STD))
     assert np.array_equal(shown, pixels.permute(0, 2, 3, 1).numpy())
-    picture = visualize.view_picture(Batch(torch.arange(2), x, x.flip(3)), plain_images(), "a title")
-    area = np.asarray(picture)[canvas.MARGIN + 26 + 19 + canvas.GAP + canvas.FRAME :, canvas.MARGIN + canvas.FRAME :]
-    assert np.array_equal(area[8:128:16, 8:128:16], shown[0])  # enlarged 16 times, pixels stay pixels
+    picture = visualize.view_picture(
+        Batch(torch.arange(2), x, x.flip(3)), plain_images(), "a title"
+    )
+    area = np.asarray(picture)[
+        canvas.MARGIN + 26 + 19 + canvas.GAP + canvas.FRAME :, canvas.MARGIN + canvas.FRAME :
+    ]
+    assert np.array_equal(
+        area[8:128:16, 8:128:16], shown[0]
+    )  # enlarged 16 times, pixels stay pixels
     below = area[128 + 2 * canvas.FRAME + canvas.GAP :]
     assert np.array_equal(below[8:128:16, 8:128:16], shown[0][:, ::-1])
 
@@ -91,7 +128,9 @@ def test_a_step_without_neighbours_shows_its_views_alone():
     shown = step_view([[-1, -1]], [[0.0, 0.0]])
     x = torch.zeros(1, 3, 8, 8)
     args = Namespace(img_size=8, batch_size=1)
-    pictures, histograms = visualize.of_step(Batch(torch.tensor([0]), x, x), shown, plain_images(), args, 3)
+    pictures, histograms = visualize.of_step(
+        Batch(torch.tensor([0]), x, x), shown, plain_images(), args, 3
+    )
     assert list(pictures) == ["views"] and histograms == {}
 
 
@@ -101,7 +140,9 @@ def test_a_step_without_neighbours_shows_its_views_alone():
 def attention_by_hand(model, x):
     """The last block's attention from its queries and keys, head by head and image by image."""
     kept = []
-    hook = model.blocks[-1].attn.register_forward_hook(lambda module, inputs, output: kept.append(inputs[0]))
+    hook = model.blocks[-1].attn.register_forward_hook(
+        lambda module, inputs, output: kept.append(inputs[0])
+    )
     model.forward_features(x)
     hook.remove()
     attention, tokens = model.blocks[-1].attn, kept[0]
@@ -111,7 +152,9 @@ def attention_by_hand(model, x):
     for image in range(len(x)):
         for head in range(attention.num_heads):
             part = slice(head * width, (head + 1) * width)
-            maps[image, head] = torch.softmax(queries[image, :, part] @ keys[image, :, part].T / width**0.5, dim=1)
+            maps[image, head] = torch.softmax(
+                queries[image, :, part] @ keys[image, :, part].T / width**0.5, dim=1
+            )
     return maps
 
 
@@ -130,25 +173,41 @@ def test_attention_maps_are_the_last_blocks_own():
 def test_attention_without_a_class_token_is_the_patches_mean():
     torch.manual_seed(0)
     settings = dict(img_size=32, class_token=False, global_pool="avg", num_classes=0)
-    model, x = timm.create_model("vit_tiny_patch16_224", **settings).eval(), torch.randn(2, 3, 32, 32)
+    model, x = (
+        timm.create_model("vit_tiny_patch16_224", **settings).eval(),
+        torch.randn(2, 3, 32, 32),
+    )
     expected = attention_by_hand(model, x).mean(dim=2).unflatten(2, (2, 2))
     torch.testing.assert_close(visualize.attention_maps(model, x), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_pca_keeps_what_varies_most_whatever_the_signs_of_the_axes():
-    features = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 9, 1, 4, 1, 1.0])
+    features = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [1, 9, 1, 4, 1, 1.0]
+    )
     found = visualize.pca(features)
     _, vectors = np.linalg.eigh(np.cov(features.double().numpy().T))
-    expected = (features.double().numpy() - features.double().numpy().mean(axis=0)) @ vectors[:, [-1, -2]]
+    expected = (features.double().numpy() - features.double().numpy().mean(axis=0)) @ vectors[
+        :, [-1, -2]
+    ]
     np.testing.assert_allclose(abs(found), abs(expected), atol=1e-5)
-    np.testing.assert_allclose(visualize.pca(-features), -found, atol=1e-9)  # an axis points where its largest entry does
+    np.testing.assert_allclose(
+        visualize.pca(-features), -found, atol=1e-9
+    )  # an axis points where its largest entry does
 
 
 def test_retrieval_shows_the_nearest_and_never_the_image_itself():
     images = plain_images(np.arange(10) % 2)
     angles = torch.tensor([0, 50, 10, 60, 25, 75, 45, 90, 70, 99.0]).deg2rad()
-    features, offered, asked = torch.stack([angles.cos(), angles.sin()], dim=1), np.array([0, 2, 3, 4, 6, 7]), np.array([2, 9])
-    by = {"A: one": (features[asked], features[offered]), "B: other": (features[asked], -features[offered])}
+    features, offered, asked = (
+        torch.stack([angles.cos(), angles.sin()], dim=1),
+        np.array([0, 2, 3, 4, 6, 7]),
+        np.array([2, 9]),
+    )
+    by = {
+        "A: one": (features[asked], features[offered]),
+        "B: other": (features[asked], -features[offered]),
+    }
     picture = visualize.retrieval_picture(images, asked, images, offered, by, 2, 8, "a title")
     levels, frames = tiles_of(picture, 2, 6, words=2, lines=2)
     wanted = [[2, 0, 4, 2, 7, 3], [9, 7, 3, 9, 0, 2]]
@@ -165,7 +224,9 @@ def images(tmp_path_factory):
 
 
 def train(images, workdir, *flags):
-    main_snclr.main([str(images), *SMALL.split(), "--eval-freq", "0", "--workdir", str(workdir), *flags])
+    main_snclr.main(
+        [str(images), *SMALL.split(), "--eval-freq", "0", "--workdir", str(workdir), *flags]
+    )
     return read_lines(workdir, CLOCK)
 
 
@@ -183,17 +244,25 @@ def test_a_run_shows_its_pictures_and_they_change_nothing(images, tmp_path):
     assert not (tmp_path / "never/pictures").exists()
     names = [f"{name}_{step:07d}.png" for name in ("neighbours", "views") for step in (5, 10)]
     assert sorted(os.listdir(tmp_path / "shown/pictures")) == names
-    events = EventAccumulator(str(tmp_path / "shown/tensorboard"), size_guidance={"images": 0}).Reload()
+    events = EventAccumulator(
+        str(tmp_path / "shown/tensorboard"), size_guidance={"images": 0}
+    ).Reload()
     assert set(events.Tags()["images"]) == {"views", "neighbours"}
     assert [event.step for event in events.Images("neighbours")] == [5, 10]
-    assert set(events.Tags()["histograms"]) == {"neighbours/positiveness", "neighbours/bank_age_steps"}
+    assert set(events.Tags()["histograms"]) == {
+        "neighbours/positiveness",
+        "neighbours/bank_age_steps",
+    }
     ages = events.Histograms("neighbours/bank_age_steps")[-1].histogram_value
     assert ages.num == 8 * 3 and ages.min >= 1 and ages.max <= 1 + 30 / 8
 
 
 def test_the_last_epoch_is_shown_whatever_the_rhythm(images, tmp_path):
     train(images, tmp_path, "--viz-freq", "7")
-    assert sorted(os.listdir(tmp_path / "pictures")) == ["neighbours_0000010.png", "views_0000010.png"]
+    assert sorted(os.listdir(tmp_path / "pictures")) == [
+        "neighbours_0000010.png",
+        "views_0000010.png",
+    ]
 
 
 def test_pictures_that_cannot_be_written_do_not_stop_a_run(tmp_path, capsys):
@@ -205,18 +274,29 @@ def test_pictures_that_cannot_be_written_do_not_stop_a_run(tmp_path, capsys):
 
 
 def draw(trained, images, out, *flags):
-    visualize.main([str(trained), str(images), "--out", str(out), "--workers", "0", "--count", "3", *flags])
+    visualize.main(
+        [str(trained), str(images), "--out", str(out), "--workers", "0", "--count", "3", *flags]
+    )
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 def test_the_command_draws_all_that_there_is_the_same_each_time(trained, images, tmp_path):
     flags = ["--against", "untrained", "--image", str(images / "val/a/00.png"), "--seed", "3"]
     first = draw(trained, images, tmp_path / "1", *flags)
-    expected = {"neighbours.png", "retrieval.png", "map.png", "attention.png", "attention_against.png"}
+    expected = {
+        "neighbours.png",
+        "retrieval.png",
+        "map.png",
+        "attention.png",
+        "attention_against.png",
+    }
     assert set(first) == expected
     assert draw(trained, images, tmp_path / "2", *flags) == first
     other = draw(trained, images, tmp_path / "3", "--seed", "4")
-    assert set(other) == {"neighbours.png", "map.png", "attention.png"} and other["neighbours.png"] != first["neighbours.png"]
+    assert (
+        set(other) == {"neighbours.png", "map.png", "attention.png"}
+        and other["neighbours.png"] != first["neighbours.png"]
+    )
 
 
 def test_pictures_wait_for_no_other_rank(trained, images, tmp_path, monkeypatch):
@@ -233,7 +313,9 @@ def test_images_without_labels_are_drawn_too(trained, images, tmp_path):
         tree.rename(images / "val/a")
 
 
-def test_images_that_cannot_be_read_are_left_out_where_that_is_allowed(trained, images, tmp_path, monkeypatch):
+def test_images_that_cannot_be_read_are_left_out_where_that_is_allowed(
+    trained, images, tmp_path, monkeypatch
+):
     tree = tmp_path / "tree"
     tree.mkdir()
     for number in range(4):
@@ -242,7 +324,9 @@ def test_images_that_cannot_be_read_are_left_out_where_that_is_allowed(trained, 
     (tree / "9.png").write_text("no image")
     with pytest.raises(UsageError, match=r"9\.png"):
         draw(trained, tree, tmp_path / "refused")
-    monkeypatch.setattr(visualize.augment, "epoch_order", lambda seed, epoch, count: np.arange(count)[::-1])
+    monkeypatch.setattr(
+        visualize.augment, "epoch_order", lambda seed, epoch, count: np.arange(count)[::-1]
+    )
     drawn = draw(trained, tree, tmp_path / "out", "--on-bad-image", "skip")
     (tree / "9.png").unlink()
     assert drawn == draw(trained, tree, tmp_path / "again") and set(drawn) == set(clean)
@@ -251,7 +335,9 @@ def test_images_that_cannot_be_read_are_left_out_where_that_is_allowed(trained, 
 def test_a_map_of_collapsed_features_is_drawn():
     points = visualize.pca(torch.ones(9, 4))
     picture = visualize.map_picture({"PCA": points}, np.arange(9) % 2, ["cat", "dog"])
-    assert {canvas.COLOURS[0], canvas.COLOURS[1]} & {colour for _, colour in picture.getcolors(10**6)}
+    assert {canvas.COLOURS[0], canvas.COLOURS[1]} & {
+        colour for _, colour in picture.getcolors(10**6)
+    }
 
 
 def test_map_by_tsne_where_scikit_learn_is_installed():
@@ -266,7 +352,9 @@ def test_without_scikit_learn_there_is_pca_alone(monkeypatch):
     assert list(visualize.projections(torch.randn(9, 5), seed=0)) == ["PCA"]
 
 
-@pytest.mark.parametrize("order", ["{file} {data} --count 3", "{file} --count 3 {data}", "--count 3 {file} {data}"])
+@pytest.mark.parametrize(
+    "order", ["{file} {data} --count 3", "{file} --count 3 {data}", "--count 3 {file} {data}"]
+)
 def test_flags_and_places_come_in_any_order(order, tmp_path):
     args = visualize.parse(order.format(file="file.pth", data=tmp_path).split())
     assert (args.file, args.data, args.count) == ("file.pth", str(tmp_path), 3)

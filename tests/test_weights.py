@@ -12,8 +12,8 @@ from test_backbones import build
 from test_ranks import SMALL, write_images
 
 import main_snclr
-from snclr import weights
-from snclr.errors import UsageError
+from snclr.running.errors import UsageError
+from snclr.weights import reading as weights
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,11 @@ def tiny(seed=0, **settings):
 
 
 def backbone(encoder, head="fc"):
-    return {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(f"{head}.")}
+    return {
+        name: tensor
+        for name, tensor in encoder.state_dict().items()
+        if not name.startswith(f"{head}.")
+    }
 
 
 def assert_equal(found, expected):
@@ -50,8 +54,14 @@ def refused(encoder, path, *which):
 def moco_v3_file(online, momentum, path):
     """A file as MoCo v3 and the released SNCLR leave it."""
     state = {f"module.base_encoder.{name}": tensor for name, tensor in online.state_dict().items()}
-    state |= {f"module.momentum_encoder.{name}": tensor for name, tensor in momentum.state_dict().items()}
-    state |= {"module.predictor.0.weight": torch.zeros(3), "module.queue": torch.zeros(4), "module.queue_ptr": torch.zeros(1)}
+    state |= {
+        f"module.momentum_encoder.{name}": tensor for name, tensor in momentum.state_dict().items()
+    }
+    state |= {
+        "module.predictor.0.weight": torch.zeros(3),
+        "module.queue": torch.zeros(4),
+        "module.queue_ptr": torch.zeros(1),
+    }
     torch.save({"epoch": 300, "arch": "resnet18", "state_dict": state, "optimizer": {}}, path)
     return path
 
@@ -79,39 +89,86 @@ def published_names(arch):
             inner = 64 * 2**stage
             for block in range(blocks):
                 name = f"layer{stage + 1}.{block}"
-                convolutions = {"conv1": (inner, width, 1, 1), "conv2": (inner, inner, 3, 3), "conv3": (4 * inner, inner, 1, 1)}
+                convolutions = {
+                    "conv1": (inner, width, 1, 1),
+                    "conv2": (inner, inner, 3, 3),
+                    "conv3": (4 * inner, inner, 1, 1),
+                }
                 shapes |= {f"{name}.{conv}.weight": shape for conv, shape in convolutions.items()}
-                norms |= {f"{name}.bn{number}": inner * (4 if number == 3 else 1) for number in (1, 2, 3)}
+                norms |= {
+                    f"{name}.bn{number}": inner * (4 if number == 3 else 1) for number in (1, 2, 3)
+                }
                 if not block:
                     shapes[f"{name}.downsample.0.weight"] = (4 * inner, width, 1, 1)
                     norms[f"{name}.downsample.1"] = 4 * inner
                 width = 4 * inner
         for norm, width in norms.items():
-            shapes |= {f"{norm}.{part}": (width,) for part in ("weight", "bias", "running_mean", "running_var")}
+            shapes |= {
+                f"{norm}.{part}": (width,)
+                for part in ("weight", "bias", "running_mean", "running_var")
+            }
             shapes[f"{norm}.num_batches_tracked"] = ()
-        return shapes | {"fc.0.weight": (4096, 2048), "fc.1.weight": (4096,), "fc.3.weight": (256, 4096)}
+        return shapes | {
+            "fc.0.weight": (4096, 2048),
+            "fc.1.weight": (4096,),
+            "fc.3.weight": (256, 4096),
+        }
     width, depth = 384, 12
-    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 197, width), "norm.weight": (width,), "norm.bias": (width,)}
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 197, width),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
     shapes |= {"patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,)}
     for block in range(depth):
         layers = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
         layers |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
         for layer, shape in layers.items():
-            shapes |= {f"blocks.{block}.{layer}.weight": shape, f"blocks.{block}.{layer}.bias": shape[:1]}
-        shapes |= {f"blocks.{block}.{norm}.{part}": (width,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
-    return shapes | {"head.0.weight": (4096, width), "head.1.weight": (4096,), "head.6.weight": (256, 4096)}
+            shapes |= {
+                f"blocks.{block}.{layer}.weight": shape,
+                f"blocks.{block}.{layer}.bias": shape[:1],
+            }
+        shapes |= {
+            f"blocks.{block}.{norm}.{part}": (width,)
+            for norm in ("norm1", "norm2")
+            for part in ("weight", "bias")
+        }
+    return shapes | {
+        "head.0.weight": (4096, width),
+        "head.1.weight": (4096,),
+        "head.6.weight": (256, 4096),
+    }
 
 
 @pytest.mark.parametrize("arch, width", [("vit_small", 384), ("resnet50", 2048)])
 def test_moco_v3s_published_files_open_whole_without_a_flag(tmp_path, arch, width):
-    names = {name: torch.rand(shape) if shape else torch.tensor(7) for name, shape in published_names(arch).items()}
-    state = {f"module.{which}_encoder.{name}": x for which in ("base", "momentum") for name, x in names.items()}
+    names = {
+        name: torch.rand(shape) if shape else torch.tensor(7)
+        for name, shape in published_names(arch).items()
+    }
+    state = {
+        f"module.{which}_encoder.{name}": x
+        for which in ("base", "momentum")
+        for name, x in names.items()
+    }
     state["module.predictor.0.weight"] = torch.zeros(2, 2)
-    torch.save({"epoch": 300, "arch": arch, "state_dict": state, "optimizer": {"state": {}}, "scaler": {}}, tmp_path / "m.pth")
+    torch.save(
+        {"epoch": 300, "arch": arch, "state_dict": state, "optimizer": {"state": {}}, "scaler": {}},
+        tmp_path / "m.pth",
+    )
     encoder, info = weights.open_encoder(str(tmp_path / "m.pth"))
     head = "head." if arch == "vit_small" else "fc."
-    assert_equal(dict(encoder.state_dict()), {name: x for name, x in names.items() if not name.startswith(head)})
-    assert (info["arch"], info["img_size"], info["epoch"], info["num_features"]) == (arch, 224, 300, width)
+    assert_equal(
+        dict(encoder.state_dict()),
+        {name: x for name, x in names.items() if not name.startswith(head)},
+    )
+    assert (info["arch"], info["img_size"], info["epoch"], info["num_features"]) == (
+        arch,
+        224,
+        300,
+        width,
+    )
     assert encoder.embed(torch.randn(1, 3, 224, 224)).shape == (1, width)
     assert f"left out: 3 tensors of its head ({head}*)" in info["notes"]
 
@@ -123,7 +180,12 @@ def test_everything_else_in_the_file_is_counted_as_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": {f"module.{n}": t for n, t in s.items()}}]
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"model": s},
+        lambda s: {"state_dict": {f"module.{n}": t for n, t in s.items()}},
+    ],
 )
 def test_torchvisions_state_dict_wrapped_or_not(tmp_path, wrap):
     torch.manual_seed(1)
@@ -137,7 +199,9 @@ def test_torchvisions_state_dict_wrapped_or_not(tmp_path, wrap):
 
 
 def test_timms_vit_as_safetensors_keeps_its_learned_position_embedding(tmp_path):
-    save_file = pytest.importorskip("safetensors.torch", reason="safetensors is not installed").save_file
+    save_file = pytest.importorskip(
+        "safetensors.torch", reason="safetensors is not installed"
+    ).save_file
     twin = timm.create_model("vit_tiny_patch16_224", img_size=32)
     save_file(twin.state_dict(), tmp_path / "vit.safetensors")
     encoder = build("vit_tiny")
@@ -148,18 +212,24 @@ def test_timms_vit_as_safetensors_keeps_its_learned_position_embedding(tmp_path)
     torch.testing.assert_close(encoder.eval().embed(x), twin.eval()(x))
 
 
-def test_another_image_size_recomputes_a_fixed_and_interpolates_a_learned_position_embedding(tmp_path):
+def test_another_image_size_recomputes_a_fixed_and_interpolates_a_learned_position_embedding(
+    tmp_path,
+):
     torch.save(build("vit_tiny", img_size=64).state_dict(), tmp_path / "fixed.pth")
     encoder = build("vit_tiny", img_size=32)
     expected = encoder.pos_embed.clone()
-    assert "pos_embed: sin-cos, computed for this image size" in load(encoder, tmp_path / "fixed.pth")
+    assert "pos_embed: sin-cos, computed for this image size" in load(
+        encoder, tmp_path / "fixed.pth"
+    )
     assert torch.equal(encoder.pos_embed, expected)
 
     twin = timm.create_model("test_vit", img_size=64)
     torch.save(twin.state_dict(), tmp_path / "learned.pth")
     encoder = build("timm:test_vit", img_size=32)
     old, new = twin.pos_embed.shape[1], encoder.pos_embed.shape[1]
-    assert f"pos_embed: interpolated from {old} to {new} positions" in load(encoder, tmp_path / "learned.pth")
+    assert f"pos_embed: interpolated from {old} to {new} positions" in load(
+        encoder, tmp_path / "learned.pth"
+    )
     expected = timm.layers.resample_abs_pos_embed(twin.pos_embed, [2, 2], num_prefix_tokens=1)
     torch.testing.assert_close(encoder.pos_embed, expected)
 
@@ -169,8 +239,13 @@ def moco_v3_position_embedding(grid, width):
     lines = [[0.0] * width]
     for row in range(grid):
         for column in range(grid):
-            angles = [[position / 10000 ** (i / (width // 4)) for i in range(width // 4)] for position in (row, column)]
-            lines.append([f(angle) for each in angles for f in (math.sin, math.cos) for angle in each])
+            angles = [
+                [position / 10000 ** (i / (width // 4)) for i in range(width // 4)]
+                for position in (row, column)
+            ]
+            lines.append(
+                [f(angle) for each in angles for f in (math.sin, math.cos) for angle in each]
+            )
     return torch.tensor([lines])
 
 
@@ -197,14 +272,21 @@ def test_averaged_weights_are_read_alone_and_left_out_by_name_beside_others(tmp_
     encoder = tiny(3)
     assert "a plain state dict, 'model_ema'" in load(encoder, tmp_path / "alone.pth")
     assert_equal(backbone(encoder), backbone(tiny(1)))
-    torch.save({"model_ema": tiny(1).state_dict(), "model": tiny(2).state_dict()}, tmp_path / "both.pth")
+    torch.save(
+        {"model_ema": tiny(1).state_dict(), "model": tiny(2).state_dict()}, tmp_path / "both.pth"
+    )
     told = load(encoder, tmp_path / "both.pth")
     assert_equal(backbone(encoder), backbone(tiny(2)))
-    assert "'model'" in told and f"left out: {len(tiny().state_dict())} others: model_ema.conv1.weight, " in told
+    assert (
+        "'model'" in told
+        and f"left out: {len(tiny().state_dict())} others: model_ema.conv1.weight, " in told
+    )
 
 
 def test_missing_counters_of_batch_norms_are_said(tmp_path):
-    state = {name: tensor for name, tensor in tiny(1).state_dict().items() if "num_batches" not in name}
+    state = {
+        name: tensor for name, tensor in tiny(1).state_dict().items() if "num_batches" not in name
+    }
     torch.save(state, tmp_path / "old.pth")
     assert "counters of batch norms are not in the file" in load(tiny(2), tmp_path / "old.pth")
 
@@ -218,10 +300,15 @@ def test_what_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path):
     encoder = tiny(5)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     torch.save(build("resnet18", width=8).state_dict(), tmp_path / "wider.pth")
-    assert "have another shape: conv1.weight (8, 3, 7, 7) instead of (4, 3, 7, 7)" in refused(encoder, tmp_path / "wider.pth")
+    assert "have another shape: conv1.weight (8, 3, 7, 7) instead of (4, 3, 7, 7)" in refused(
+        encoder, tmp_path / "wider.pth"
+    )
     torch.save(build("vit_tiny").state_dict(), tmp_path / "vit.pth")
     message = refused(encoder, tmp_path / "vit.pth")
-    assert "of 120 tensors are missing: conv1.weight, " in message and "is --arch the right one?" in message
+    assert (
+        "of 120 tensors are missing: conv1.weight, " in message
+        and "is --arch the right one?" in message
+    )
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     assert "no tensors by name" in refused(encoder, tmp_path / "empty.pth")
     torch.save([torch.zeros(3)], tmp_path / "list.pth")
@@ -236,7 +323,9 @@ def test_what_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path):
     (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "no whole safetensors file" in refused(encoder, tmp_path / "half.safetensors")
     assert "does not exist" in refused(encoder, tmp_path / "nowhere.pth")
-    online = {f"module.base_encoder.{name}": tensor for name, tensor in tiny(1).state_dict().items()}
+    online = {
+        f"module.base_encoder.{name}": tensor for name, tensor in tiny(1).state_dict().items()
+    }
     torch.save({"state_dict": online}, tmp_path / "online.pth")
     assert "holds no momentum encoder" in refused(encoder, tmp_path / "online.pth", "momentum")
     assert_equal(encoder.state_dict(), before)
@@ -246,7 +335,17 @@ def test_what_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path):
 
 
 def run(images, workdir, *flags):
-    main_snclr.main([str(images), *SMALL.split(), "--eval-freq", "0", "--workdir", str(workdir), *map(str, flags)])
+    main_snclr.main(
+        [
+            str(images),
+            *SMALL.split(),
+            "--eval-freq",
+            "0",
+            "--workdir",
+            str(workdir),
+            *map(str, flags),
+        ]
+    )
     return torch.load(workdir / "checkpoint_last.pth.tar", weights_only=True)["state_dict"]
 
 
@@ -264,8 +363,12 @@ def test_a_run_starts_from_given_weights_in_both_encoders_and_says_so(images, tm
             source = name.replace("momentum_encoder", "base_encoder")
             if not name.endswith("num_batches_tracked"):
                 assert torch.equal(tensor, first[source]), name
-    assert not torch.equal(second["module.base_encoder.fc.0.weight"], first["module.base_encoder.fc.0.weight"])
-    assert re.search(r"note: (\d+) of \1 backbone tensors from .*first/checkpoint_last", capsys.readouterr().out)
+    assert not torch.equal(
+        second["module.base_encoder.fc.0.weight"], first["module.base_encoder.fc.0.weight"]
+    )
+    assert re.search(
+        r"note: (\d+) of \1 backbone tensors from .*first/checkpoint_last", capsys.readouterr().out
+    )
     # a resumed run has its own weights
     run(images, tmp_path / "second", *flags, "--resume", "auto", "--stop-after-steps", 3)
     out = capsys.readouterr().out
@@ -285,7 +388,17 @@ def test_a_run_starts_from_given_weights_in_both_encoders_and_says_so(images, tm
 def test_every_kind_of_backbone_trains_and_resumes_bit_for_bit(images, tmp_path, flags):
     whole = run(images, tmp_path / "whole", *flags.split(), "--epochs", 1, "--stop-after-steps", 3)
     run(images, tmp_path / "parts", *flags.split(), "--epochs", 1, "--stop-after-steps", 2)
-    parts = run(images, tmp_path / "parts", *flags.split(), "--epochs", 1, "--stop-after-steps", 3, "--resume", "auto")
+    parts = run(
+        images,
+        tmp_path / "parts",
+        *flags.split(),
+        "--epochs",
+        1,
+        "--stop-after-steps",
+        3,
+        "--resume",
+        "auto",
+    )
     assert_equal(parts, whole)
     settings = json.loads((tmp_path / "whole/args.json").read_text())
     if "kwargs" in flags:

@@ -12,7 +12,10 @@ import subprocess
 import sys
 import time
 
-USAGE, SAVED = 2, 75  # exit codes of ours after which starting again would be of no use, or not what was asked for
+USAGE, SAVED = (
+    2,
+    75,
+)  # exit codes of ours after which starting again would be of no use, or not what was asked for
 GRACE = 120  # seconds for the processes to save after a signal
 
 
@@ -40,15 +43,21 @@ class Process(subprocess.Popen):
 
 def launch(arguments: list[str]) -> int:
     """Run torchrun; the exit code."""
-    os.environ["SNCLR_LAUNCHER"] = str(os.getpid())  # so that a rank knows whether it is still there
+    os.environ["SNCLR_LAUNCHER"] = str(
+        os.getpid()
+    )  # so that a rank knows whether it is still there
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every lost connection would be told with a C++ stack
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # every lost connection would be told with a C++ stack
     subprocess.Popen = Process
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import SignalException, api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    stop = api._terminate_process_handler  # raises SignalException, upon which the processes get the signal and time to save
+    stop = (
+        api._terminate_process_handler
+    )  # raises SignalException, upon which the processes get the signal and time to save
 
     interrupts = []
 
@@ -70,14 +79,22 @@ def launch(arguments: list[str]) -> int:
         if failure.exitcode < 0:  # who ends by an exit code has told why
             name = signal.Signals(-failure.exitcode).name
             told = f"rank {number} (process {failure.pid} on {socket.gethostname()}) was ended by {name}"
-            print(f"start.sh: {told}" + ": out of memory?" * (name == "SIGKILL"), file=sys.stderr, flush=True)
+            print(
+                f"start.sh: {told}" + ": out of memory?" * (name == "SIGKILL"),
+                file=sys.stderr,
+                flush=True,
+            )
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException as error:
         codes = {process.wait(GRACE) for process in started if "-u" in process.args}
         return SAVED if codes == {SAVED} else 128 + error.sigval
     except (DistError, RuntimeError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
-        print(f"start.sh: error: the machines did not meet in time: {reason}", file=sys.stderr, flush=True)
+        print(
+            f"start.sh: error: the machines did not meet in time: {reason}",
+            file=sys.stderr,
+            flush=True,
+        )
         return 1
     finally:
         for process in started:
@@ -90,12 +107,16 @@ def main(arguments: list[str]) -> int:
     if "--nnodes" in arguments:
         arguments = ["--rdzv_conf", f"timeout={os.environ.get('JOIN_SECONDS', 600)}", *arguments]
     code = launch(arguments)
-    count, allowed = (int(os.environ.get(name, 0)) for name in ("SNCLR_RESTART_COUNT", "MAX_RESTARTS"))
+    count, allowed = (
+        int(os.environ.get(name, 0)) for name in ("SNCLR_RESTART_COUNT", "MAX_RESTARTS")
+    )
     if code in (0, USAGE, SAVED) or code > 128 or count == allowed:
         return code
     print(f"start.sh: starting again, {count + 1} of {allowed} times", file=sys.stderr, flush=True)
     if "--node_rank" in arguments and arguments[arguments.index("--node_rank") + 1] != "0":
-        time.sleep(10)  # else it might meet what is left of this start on the machine where all meet
+        time.sleep(
+            10
+        )  # else it might meet what is left of this start on the machine where all meet
     os.environ["SNCLR_RESTART_COUNT"] = str(count + 1)
     os.execv(sys.executable, [sys.executable, *sys.argv])
 

@@ -23,7 +23,9 @@ FOREIGN = ("SLURM", "NNODES", "NODE_RANK", "MASTER", "WORLD", "TORCHELASTIC", "S
 
 def numbers(description, defaults):
     """Whole numbers from the command line, by flag, with these defaults."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for flag, default in defaults.items():
         parser.add_argument(flag, type=int, default=default, help=f"default: {default}")
     return parser.parse_args()
@@ -33,10 +35,23 @@ def start(*flags, ranks=2, before=(), path=(), output=subprocess.PIPE, **environ
     """A run through start.sh, as a user starts it; its output is one text. before: what to run it with; path: folders of
     commands that stand in for others."""
     keep = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    keep["PATH"] = os.pathsep.join([*map(str, path), str(Path(sys.executable).parent), os.environ["PATH"]])
-    keep |= {"OMP_NUM_THREADS": "1", "NPROC_PER_NODE": str(ranks), "CUDA_VISIBLE_DEVICES": ""} | environment
+    keep["PATH"] = os.pathsep.join(
+        [*map(str, path), str(Path(sys.executable).parent), os.environ["PATH"]]
+    )
+    keep |= {
+        "OMP_NUM_THREADS": "1",
+        "NPROC_PER_NODE": str(ranks),
+        "CUDA_VISIBLE_DEVICES": "",
+    } | environment
     command = [*before, "bash", str(ROOT / "start.sh"), *map(str, flags)]
-    return subprocess.Popen(command, env=keep, text=True, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        env=keep,
+        text=True,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def ended(process, within=180):
@@ -51,7 +66,10 @@ def ranks_of(process):
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            is_rank = b"RANK=" in (folder / "environ").read_bytes() and b"main_snclr" in (folder / "cmdline").read_bytes()
+            is_rank = (
+                b"RANK=" in (folder / "environ").read_bytes()
+                and b"main_snclr" in (folder / "cmdline").read_bytes()
+            )
         except OSError:
             continue
         if parent == process.pid and is_rank:
@@ -62,7 +80,11 @@ def ranks_of(process):
 def rank_pid(process, rank):
     """The process id of a rank."""
     wanted = f"RANK={rank}".encode()
-    return next(pid for pid in ranks_of(process) if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    return next(
+        pid
+        for pid in ranks_of(process)
+        if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    )
 
 
 def lives(pid):
@@ -76,7 +98,9 @@ def lives(pid):
 def lines_of(workdir):
     """The lines of metrics.jsonl, a torn last one left out."""
     path = Path(workdir) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    )
 
 
 def wait_for(condition, process, within=120):
@@ -90,7 +114,9 @@ def wait_for(condition, process, within=120):
 
 def wait_for_step(workdir, step, process):
     """Until a training line of this step or a later one is there."""
-    wait_for(lambda: any(line["step"] >= step for line in lines_of(workdir) if "loss" in line), process)
+    wait_for(
+        lambda: any(line["step"] >= step for line in lines_of(workdir) if "loss" in line), process
+    )
 
 
 def differences(one, other):
@@ -99,9 +125,14 @@ def differences(one, other):
     for name in (LAST, "encoder_last.pth.tar"):
         a, b = (torch.load(Path(workdir) / name, weights_only=True) for workdir in (one, other))
         found += [
-            f"{name} {key}" for key in ("epoch", "step", "state_dict", "optimizer") if key in a and not same(a[key], b[key])
+            f"{name} {key}"
+            for key in ("epoch", "step", "state_dict", "optimizer")
+            if key in a and not same(a[key], b[key])
         ]
-    logs = [[{k: v for k, v in line.items() if k not in CLOCK} for line in lines_of(workdir)] for workdir in (one, other)]
+    logs = [
+        [{k: v for k, v in line.items() if k not in CLOCK} for line in lines_of(workdir)]
+        for workdir in (one, other)
+    ]
     return found + ([] if logs[0] == logs[1] else ["metrics.jsonl"])
 
 

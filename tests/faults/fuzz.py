@@ -26,14 +26,47 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import main_lincls  # noqa: E402
-from snclr import builder, checkpoint, data, lincls_options, linear, monitor, optim, options, shards, sources, weights  # noqa: E402
-from snclr.errors import RunError, UsageError  # noqa: E402
+from snclr import builder, optim, options  # noqa: E402
+from snclr import loader as data
+from snclr.datasets import shards, sources  # noqa: E402
+from snclr.evaluation import linear
+from snclr.evaluation import options as lincls_options  # noqa: E402
+from snclr.running import checkpoint, monitor  # noqa: E402
+from snclr.running.errors import RunError, UsageError  # noqa: E402
+from snclr.weights import reading as weights  # noqa: E402
 
 LIMIT = 20  # seconds
 FLAGS = "--arch resnet8 --width 8 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 6 --topk 2 --batch-size 4 --img-size 32"
 FLAGS += " --subset 10 --epochs 4 --eval-freq 0"  # 8 steps
-ODD = (None, True, -1, 0, 3, 2**70, 1e308, float("nan"), float("inf"), "", "x", "../../etc/passwd", "%s%n", "\x00", "é" * 50)
-ODD += ([], {}, [[]], {"": {}}, b"\x80\x04.", (1, "a"), {1: 2}, [None] * 5, [["pretrained", True]], [["checkpoint_path", "x"]])
+ODD = (
+    None,
+    True,
+    -1,
+    0,
+    3,
+    2**70,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "../../etc/passwd",
+    "%s%n",
+    "\x00",
+    "é" * 50,
+)
+ODD += (
+    [],
+    {},
+    [[]],
+    {"": {}},
+    b"\x80\x04.",
+    (1, "a"),
+    {1: 2},
+    [None] * 5,
+    [["pretrained", True]],
+    [["checkpoint_path", "x"]],
+)
 
 
 def bend(random, content: bytes) -> bytes:
@@ -42,12 +75,17 @@ def bend(random, content: bytes) -> bytes:
     for _ in range(random.integers(1, 5)):
         if not content:
             break
-        place, length = int(random.integers(len(content))), int(random.integers(1, 1 + min(64, len(content))))
+        place, length = (
+            int(random.integers(len(content))),
+            int(random.integers(1, 1 + min(64, len(content)))),
+        )
         kind = random.integers(7)
         if kind == 0:
             content[place] ^= 1 << int(random.integers(8))
         elif kind == 1:
-            content[place : place + length] = random.integers(256, size=length, dtype=np.uint8).tobytes()
+            content[place : place + length] = random.integers(
+                256, size=length, dtype=np.uint8
+            ).tobytes()
         elif kind == 2:
             del content[place:]
         elif kind == 3:
@@ -82,7 +120,14 @@ def bend_value(random, value):
         changed[place] = bend_value(random, value[place])
         return changed
     if isinstance(value, torch.Tensor) and random.random() < 0.8:
-        kinds = (value.flatten(), value[None], value.double(), value.to(torch.int8), value * float("nan"), value.bool())
+        kinds = (
+            value.flatten(),
+            value[None],
+            value.double(),
+            value.to(torch.int8),
+            value * float("nan"),
+            value.bool(),
+        )
         kinds += (
             torch.zeros(1).expand(1 << 40),
             value.to_sparse(),
@@ -106,27 +151,52 @@ class Seeds:
         loss, _ = self.model(*torch.randn(2, 4, 3, 32, 32), torch.arange(4), 0.9)
         loss.backward()
         self.optimizer.step()
-        self.state = checkpoint.pack(self.model, self.optimizer, self.scaler, args=self.args, epoch=1, step=7, images=10)
+        self.state = checkpoint.pack(
+            self.model, self.optimizer, self.scaler, args=self.args, epoch=1, step=7, images=10
+        )
         self.checkpoint = self.saved(self.state)
-        self.encoder = checkpoint.pack_encoder(self.model.base_encoder, "online", args=self.args, epoch=1)
-        self.images = {kind: self.picture(kind) for kind in ("jpeg", "png", "gif", "bmp", "tiff", "webp", "ppm")}
+        self.encoder = checkpoint.pack_encoder(
+            self.model.base_encoder, "online", args=self.args, epoch=1
+        )
+        self.images = {
+            kind: self.picture(kind)
+            for kind in ("jpeg", "png", "gif", "bmp", "tiff", "webp", "ppm")
+        }
         self.tar = io.BytesIO()
         with tarfile.open(fileobj=self.tar, mode="w") as archive:
-            for name, content in (("a/0.jpg", self.images["jpeg"]), ("a/0.cls", b"3"), ("b/1.png", self.images["png"])):
+            for name, content in (
+                ("a/0.jpg", self.images["jpeg"]),
+                ("a/0.cls", b"3"),
+                ("b/1.png", self.images["png"]),
+            ):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
         self.tar = self.tar.getvalue()
-        self.recipes = [path.read_bytes() for path in sorted((attack.ROOT / "configs").glob("*.args"))]
-        self.names = [name for action in options.build_parser()._actions for name in action.option_strings]
-        self.lines = b"".join(b'{"epoch": 1, "step": %d, "loss": 0.5}\n' % step for step in range(5))
+        self.recipes = [
+            path.read_bytes() for path in sorted((attack.ROOT / "configs").glob("*.args"))
+        ]
+        self.names = [
+            name for action in options.build_parser()._actions for name in action.option_strings
+        ]
+        self.lines = b"".join(
+            b'{"epoch": 1, "step": %d, "loss": 0.5}\n' % step for step in range(5)
+        )
         self.grid, self.sgd = self.fresh_probe()
-        self.probe = {"epoch": 1, "model": self.grid.state_dict(), "optimizer": self.sgd.state_dict()}
+        self.probe = {
+            "epoch": 1,
+            "model": self.grid.state_dict(),
+            "optimizer": self.sgd.state_dict(),
+        }
         self.probe |= {"args": {"epochs": 3, "seed": 0, "lrs": [0.1, 1.0]}, "encoder_digest": "x"}
 
     def fresh(self):
         model = builder.build_model(self.args)
-        return model, optim.build_optimizer("adamw", model, 0.1), torch.amp.GradScaler("cpu", enabled=False)
+        return (
+            model,
+            optim.build_optimizer("adamw", model, 0.1),
+            torch.amp.GradScaler("cpu", enabled=False),
+        )
 
     def fresh_probe(self):
         grid = linear.LinearGrid({"pooled": 4}, 3, [0.1, 1.0], 0)
@@ -217,7 +287,9 @@ def command_line(seeds, random):
     for place in range(len(words), 0, -1):
         words.insert(place, str(ODD[random.integers(len(ODD))]))
     if random.random() < 0.5:
-        words = [bend(random, word.encode()).decode(errors="replace").replace("\0", "") for word in words]
+        words = [
+            bend(random, word.encode()).decode(errors="replace").replace("\0", "") for word in words
+        ]
     parse = options.parse if random.random() < 0.7 else lincls_options.parse
     parse(words if random.random() < 0.5 else [*FLAGS.split(), *words])
 
@@ -225,8 +297,20 @@ def command_line(seeds, random):
 def lists(seeds, random):
     seeds.write("0.jpg", seeds.images["jpeg"])
     seeds.write("1.jpg", seeds.images["png"])
-    args = ["-a", "resnet8", "--img-size", "24", seeds.write("list.txt", bend(random, b"0.jpg\n1.jpg\n0.jpg\n")), "-b", "2"]
-    args += ["--labels", seeds.write("labels.txt", bend(random, b"3\n4\n-1\n"))] if random.random() < 0.7 else []
+    args = [
+        "-a",
+        "resnet8",
+        "--img-size",
+        "24",
+        seeds.write("list.txt", bend(random, b"0.jpg\n1.jpg\n0.jpg\n")),
+        "-b",
+        "2",
+    ]
+    args += (
+        ["--labels", seeds.write("labels.txt", bend(random, b"3\n4\n-1\n"))]
+        if random.random() < 0.7
+        else []
+    )
     sources.open_data(options.parse(args))
 
 
@@ -249,7 +333,10 @@ KINDS = (
 )
 
 
-ECHO = (recipe, command_line)  # messages repeat what was typed; one_clear_line prints that on one line
+ECHO = (
+    recipe,
+    command_line,
+)  # messages repeat what was typed; one_clear_line prints that on one line
 
 
 def late(number, frame):
@@ -266,7 +353,10 @@ def run(cases, seed, folder):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         signal.alarm(LIMIT)
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
                 kind(seeds, random)
             end = "worked"
         except (UsageError, RunError) as error:
@@ -320,7 +410,9 @@ def resumed(seeds, random, folder, other):
     (folder / attack.LAST).write_bytes(one_of(random, seeds.checkpoint, *bent))
     (folder / "checkpoint_last-1.pth.tar").write_bytes(seeds.checkpoint)
     (folder / "metrics.jsonl").write_bytes(bend(random, seeds.lines))
-    place = one_of(random, ["--workdir", folder, "--resume", "auto"], ["--resume", folder / attack.LAST])
+    place = one_of(
+        random, ["--workdir", folder, "--resume", "auto"], ["--resume", folder / attack.LAST]
+    )
     return [*FLAGS.split(), *place]
 
 
@@ -333,7 +425,13 @@ def started(seeds, random, folder, other):
 
 def evaluated(seeds, random, folder, other):
     """The same, to be evaluated."""
-    command = ["main_lincls.py", "--pretrained", started(seeds, random, folder, other)[-3], "--workdir", folder]
+    command = [
+        "main_lincls.py",
+        "--pretrained",
+        started(seeds, random, folder, other)[-3],
+        "--workdir",
+        folder,
+    ]
     return [*command, "--subset", "200", "-b", "50", "--epochs", "1", "--heldout", "0.2"]
 
 
@@ -344,15 +442,28 @@ def pictures(seeds, random, folder, other):
     for number in range(12):
         content = seeds.images[one_of(random, *seeds.images)]
         (place / "train" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
-        (place / f"train/{'ab'[number % 2]}/{number}.jpg").write_bytes(one_of(random, content, content, bend(random, content)))
+        (place / f"train/{'ab'[number % 2]}/{number}.jpg").write_bytes(
+            one_of(random, content, content, bend(random, content))
+        )
     if random.random() < 0.3:
         with tarfile.open(place / "x.tar", "w") as archive:
             archive.add(place / "train", "train")
         (place / "x.tar").write_bytes(
-            one_of(random, bend(random, (place / "x.tar").read_bytes()), (place / "x.tar").read_bytes())
+            one_of(
+                random, bend(random, (place / "x.tar").read_bytes()), (place / "x.tar").read_bytes()
+            )
         )
         place /= "x.tar"
-    return [place, *FLAGS.split(), "--on-bad-image", one_of(random, "skip", "skip", "fail"), "-j", "1", "--workdir", folder]
+    return [
+        place,
+        *FLAGS.split(),
+        "--on-bad-image",
+        one_of(random, "skip", "skip", "fail"),
+        "-j",
+        "1",
+        "--workdir",
+        folder,
+    ]
 
 
 PROCESSES = (settings, resumed, started, evaluated, pictures)
@@ -369,13 +480,29 @@ def whole_processes(cases, seed, folder):
     (other / "metrics.jsonl").write_bytes(seeds.lines)
     before = {path: path.read_bytes() for path in other.iterdir()}
     for case in range(cases):
-        kind, random, workdir = PROCESSES[case % len(PROCESSES)], np.random.default_rng([seed, case]), folder / f"run{case}"
-        code, output = attack.ended(attack.start(*kind(seeds, random, workdir, other), ranks=1), within=200)
+        kind, random, workdir = (
+            PROCESSES[case % len(PROCESSES)],
+            np.random.default_rng([seed, case]),
+            folder / f"run{case}",
+        )
+        code, output = attack.ended(
+            attack.start(*kind(seeds, random, workdir, other), ranks=1), within=200
+        )
         left = (workdir / ("results.json" if kind is evaluated else attack.LAST)).exists()
-        told = [line for line in output.splitlines() if " error: " in line or " stopped on rank " in line]
+        told = [
+            line
+            for line in output.splitlines()
+            if " error: " in line or " stopped on rank " in line
+        ]
         sound = left and not told if code == 0 else code in (1, 2) and len(told) == 1
-        if not sound or "Traceback" in output or {path: path.read_bytes() for path in other.iterdir()} != before:
-            raise SystemExit(f"whole process {case} ({kind.__name__}) of seed {seed}: code {code}\n{output}")
+        if (
+            not sound
+            or "Traceback" in output
+            or {path: path.read_bytes() for path in other.iterdir()} != before
+        ):
+            raise SystemExit(
+                f"whole process {case} ({kind.__name__}) of seed {seed}: code {code}\n{output}"
+            )
         codes[kind.__name__, code] += 1
     return codes
 
@@ -389,7 +516,9 @@ if __name__ == "__main__":
         ends, wrong = run(args.cases, args.seed, Path(temporary) / "cases")
         for case, kind, error in wrong:
             frames = traceback.extract_tb(error.__traceback__)[-4:]
-            where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
+            where = " < ".join(
+                f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames)
+            )
             print(f"case {case} ({kind}): {error!r} at {where}"[:400])
         for kind in KINDS:
             print(
@@ -397,6 +526,8 @@ if __name__ == "__main__":
             )
         codes = whole_processes(args.processes, args.seed, Path(temporary) / "whole")
         for kind in PROCESSES:
-            told = ", ".join(f"{codes[kind.__name__, code]} ended with code {code}" for code in (0, 1, 2))
+            told = ", ".join(
+                f"{codes[kind.__name__, code]} ended with code {code}" for code in (0, 1, 2)
+            )
             print(f"whole processes, {kind.__name__}: {told}")
     sys.exit(bool(wrong))

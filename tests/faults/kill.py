@@ -32,8 +32,15 @@ def reached(moment, workdir, begun, process, chance):
     lines = attack.lines_of(workdir)
     if moment == "starting":
         return time.monotonic() - begun > chance.delay
-    if moment == "evaluating":  # the last step of an epoch is logged and saved, its evaluation is not there yet
-        return lines and "loss" in lines[-1] and lines[-1]["step"] % 5 == 0 and lines[-1]["step"] > chance.step
+    if (
+        moment == "evaluating"
+    ):  # the last step of an epoch is logged and saved, its evaluation is not there yet
+        return (
+            lines
+            and "loss" in lines[-1]
+            and lines[-1]["step"] % 5 == 0
+            and lines[-1]["step"] > chance.step
+        )
     if moment == "writing":
         return any(workdir.glob("*.tmp")) and lines and lines[-1]["step"] > chance.step
     return lines and lines[-1]["step"] > chance.step and time.monotonic() > chance.at
@@ -67,7 +74,9 @@ def attack_run(images, flags, workdir, kills, generator, report):
     while True:
         before = attack.lines_of(workdir)
         log = Path(f"{workdir}.{done}.log")
-        process = attack.start(images, *flags, "--workdir", workdir, "--resume", "auto", output=log.open("w"))
+        process = attack.start(
+            images, *flags, "--workdir", workdir, "--resume", "auto", output=log.open("w")
+        )
         if done == kills:
             if process.wait(600) != 0:
                 raise SystemExit(log.read_text())
@@ -88,21 +97,33 @@ def attack_run(images, flags, workdir, kills, generator, report):
         seconds = kill(process, victim)
         done += 1
         report.append((victim, moment, step, seconds, log.read_text()))
-        print(f"kill {len(report)}: {victim} while {moment}, step {step}; the others ended after {seconds:.1f} s", flush=True)
+        print(
+            f"kill {len(report)}: {victim} while {moment}, step {step}; the others ended after {seconds:.1f} s",
+            flush=True,
+        )
 
 
 def repeated(report):
     """The steps that each kill let be taken twice, by what the next start that got so far says."""
     starts = [re.search(r"resumed from .* after step (\d+) of", output) for *_, output in report]
     steps = [int(found[1]) if found else None for found in starts]
-    known = [next((s for s in steps[number + 1 :] if s is not None), None) for number in range(len(steps))]
-    return [max(0, entry[2] - step) for entry, step in zip(report, known, strict=True) if step is not None]
+    known = [
+        next((s for s in steps[number + 1 :] if s is not None), None)
+        for number in range(len(steps))
+    ]
+    return [
+        max(0, entry[2] - step)
+        for entry, step in zip(report, known, strict=True)
+        if step is not None
+    ]
 
 
 def main(kills, epochs, seed, folder):
     images = write_images(folder / "images")
     flags = [*attack.FLAGS, "--epochs", str(epochs), "--save-freq", "50"]
-    code, output = attack.ended(attack.start(images, *flags, "--workdir", folder / "undisturbed"), within=1200)
+    code, output = attack.ended(
+        attack.start(images, *flags, "--workdir", folder / "undisturbed"), within=1200
+    )
     if code != 0:
         raise SystemExit(output)
     generator, report, runs = random.Random(seed), [], 0
@@ -110,15 +131,28 @@ def main(kills, epochs, seed, folder):
         workdir = folder / f"run{runs}"
         attack_run(images, flags, workdir, kills - len(report), generator, report)
         if wrong := attack.differences(folder / "undisturbed", workdir):
-            raise SystemExit(f"run {runs} of seed {seed} ended otherwise than the undisturbed one: {', '.join(wrong)}")
+            raise SystemExit(
+                f"run {runs} of seed {seed} ended otherwise than the undisturbed one: {', '.join(wrong)}"
+            )
         runs += 1
-        print(f"run {runs}: {len(report)} kills so far, its end is that of the undisturbed run bit for bit", flush=True)
+        print(
+            f"run {runs}: {len(report)} kills so far, its end is that of the undisturbed run bit for bit",
+            flush=True,
+        )
     for number, kinds in enumerate((VICTIMS, MOMENTS)):
-        print(", ".join(f"{sum(entry[number] == kind for entry in report)} x {kind}" for kind in kinds))
+        print(
+            ", ".join(
+                f"{sum(entry[number] == kind for entry in report)} x {kind}" for kind in kinds
+            )
+        )
     lost, seconds = repeated(report) or [0], sorted(entry[3] for entry in report)
-    print(f"{len(report)} kills in {runs} runs of {5 * epochs} steps, each of which ended as the undisturbed one, bit for bit;")
+    print(
+        f"{len(report)} kills in {runs} runs of {5 * epochs} steps, each of which ended as the undisturbed one, bit for bit;"
+    )
     print(f"steps to repeat: {sum(lost) / len(lost):.1f} on average, {max(lost)} at most;")
-    print(f"the other processes ended after {seconds[len(seconds) // 2]:.1f} s (median), {seconds[-1]:.1f} s at most;")
+    print(
+        f"the other processes ended after {seconds[len(seconds) // 2]:.1f} s (median), {seconds[-1]:.1f} s at most;"
+    )
     print(f"tracebacks: {sum('Traceback' in entry[4] for entry in report)}")
     return report
 

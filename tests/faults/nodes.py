@@ -32,7 +32,9 @@ def sh(command):
 @contextlib.contextmanager
 def network(count):
     """`count` namespaces that reach each other, and nothing else, as node0 .. by name."""
-    hosts = "127.0.0.1 localhost\n" + "".join(f"{NET}.{number + 1} node{number}\n" for number in range(count))
+    hosts = "127.0.0.1 localhost\n" + "".join(
+        f"{NET}.{number + 1} node{number}\n" for number in range(count)
+    )
     with contextlib.ExitStack() as cleaning:
         sh(f"ip link add {BRIDGE} type bridge")
         cleaning.callback(sh, f"ip link del {BRIDGE}")
@@ -46,7 +48,11 @@ def network(count):
             (folder / "hosts").write_text(hosts)  # ip netns exec puts it in the place of /etc/hosts
             sh(f"ip link add {name} type veth peer name eth0 netns {name}")
             sh(f"ip link set {name} master {BRIDGE} up")
-            for command in ("link set lo up", "link set eth0 up", f"addr add {NET}.{number + 1}/24 dev eth0"):
+            for command in (
+                "link set lo up",
+                "link set eth0 up",
+                f"addr add {NET}.{number + 1}/24 dev eth0",
+            ):
                 sh(f"ip -n {name} {command}")
         yield
 
@@ -65,7 +71,12 @@ def start(number, count, *flags, ranks=1, **environment):
         f'hostname node{number}; exec "$@"',
         "-",
     ]
-    settings = {"NNODES": str(count), "NODE_RANK": str(number), "MASTER_ADDR": "node0", "JOIN_SECONDS": "120"}
+    settings = {
+        "NNODES": str(count),
+        "NODE_RANK": str(number),
+        "MASTER_ADDR": "node0",
+        "JOIN_SECONDS": "120",
+    }
     return attack.start(*flags, ranks=ranks, before=before, **{**settings, **environment})
 
 
@@ -77,12 +88,15 @@ def expect(condition, output):
 def agreement(count, images, folder, undisturbed):
     """All nodes agree, and with one machine."""
     nodes = [
-        start(number, count, images, *attack.FLAGS, "--workdir", folder / "agreement") for number in reversed(range(count))
+        start(number, count, images, *attack.FLAGS, "--workdir", folder / "agreement")
+        for number in reversed(range(count))
     ]
     ends = [attack.ended(node, 300) for node in nodes][::-1]
     expect(all(code == 0 for code, _ in ends), ends)
     expect(
-        "weights and bank of the ranks: the same, " in ends[0][1] and not any("step 1/" in text for _, text in ends[1:]), ends
+        "weights and bank of the ranks: the same, " in ends[0][1]
+        and not any("step 1/" in text for _, text in ends[1:]),
+        ends,
     )
     if count == 2:
         expect(attack.differences(undisturbed, folder / "agreement") == [], ends)
@@ -93,7 +107,9 @@ def unreachable(count, images, folder):
     for number, address in ((1, f"{NET}.99"), (0, "node0")):
         begun = time.monotonic()
         flags = [images, *attack.FLAGS, "--workdir", folder / "unreachable"]
-        code, output = attack.ended(start(number, count, *flags, MASTER_ADDR=address, JOIN_SECONDS="5"), 100)
+        code, output = attack.ended(
+            start(number, count, *flags, MASTER_ADDR=address, JOIN_SECONDS="5"), 100
+        )
         lines = [line for line in output.splitlines() if line.startswith("start.sh: error: ")]
         expect(code == 1 and len(lines) == 1 and "Traceback" not in output, output)
         print(f"  node {number}: {time.monotonic() - begun:.0f} s: {lines[0]}", flush=True)
@@ -102,11 +118,22 @@ def unreachable(count, images, folder):
 def power_cut(count, images, folder, undisturbed):
     """The last node loses its network and dies; the others end by the time-out, and wait for it to come back."""
     last = count - 1
-    flags = [images, *attack.FLAGS, "--workdir", folder / "cut", "--timeout-minutes", "0.2", "--resume", "auto"]
+    flags = [
+        images,
+        *attack.FLAGS,
+        "--workdir",
+        folder / "cut",
+        "--timeout-minutes",
+        "0.2",
+        "--resume",
+        "auto",
+    ]
     nodes = [start(number, count, *flags, MAX_RESTARTS="1") for number in range(count)]
     attack.wait_for_step(folder / "cut", 2, nodes[0])
     sh(f"ip link set {NODE}{last} down")
-    pids = subprocess.run(["ip", "netns", "pids", f"{NODE}{last}"], capture_output=True, text=True, check=True).stdout.split()
+    pids = subprocess.run(
+        ["ip", "netns", "pids", f"{NODE}{last}"], capture_output=True, text=True, check=True
+    ).stdout.split()
     sh(f"kill -9 {' '.join(pids)}")
     nodes[last].wait()
     begun = time.monotonic()
@@ -116,8 +143,15 @@ def power_cut(count, images, folder, undisturbed):
     ends = [attack.ended(node, 300) for node in nodes]
     expect(all(code == 0 for code, _ in ends), ends)
     lost = [line for line in ends[0][1].splitlines() if "lost contact" in line]
-    expect(f"lost contact with rank {last} on node{last}" in " ".join(lost) and "starting again, 1 of 1" in ends[0][1], ends)
-    print(f"  node 0: {lost[0]}\n  came back and done {time.monotonic() - begun:.0f} s after the cut", flush=True)
+    expect(
+        f"lost contact with rank {last} on node{last}" in " ".join(lost)
+        and "starting again, 1 of 1" in ends[0][1],
+        ends,
+    )
+    print(
+        f"  node 0: {lost[0]}\n  came back and done {time.monotonic() - begun:.0f} s after the cut",
+        flush=True,
+    )
     if count == 2:
         expect(attack.differences(undisturbed, folder / "cut") == [], ends)
 
@@ -128,14 +162,27 @@ def main(count, folder):
     code, output = attack.ended(attack.start(*flags))
     expect(code == 0, output)
     with network(count):
-        for name, rehearsal in (("agreement", agreement), ("unreachable", unreachable), ("power cut", power_cut)):
+        for name, rehearsal in (
+            ("agreement", agreement),
+            ("unreachable", unreachable),
+            ("power cut", power_cut),
+        ):
             print(f"{name}: {rehearsal.__doc__}", flush=True)
-            rehearsal(count, images, folder, *([folder / "undisturbed"] if rehearsal is not unreachable else []))
+            rehearsal(
+                count,
+                images,
+                folder,
+                *([folder / "undisturbed"] if rehearsal is not unreachable else []),
+            )
     print(f"{count} nodes: all as expected")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, default=2, choices=(2, 4), help="whose number divides the batch of 8")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--nodes", type=int, default=2, choices=(2, 4), help="whose number divides the batch of 8"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         main(parser.parse_args().nodes, Path(temporary))

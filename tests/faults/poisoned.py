@@ -6,14 +6,16 @@ import sys
 
 import main_snclr
 from snclr import objectives
-from snclr.errors import one_clear_line
+from snclr.running.errors import one_clear_line
 
 calls, original = [], objectives._LogSumExp.forward
 
 
 def poisoned(ctx, *arguments):
     calls.append(1)  # two a step
-    is_poisoned = os.environ["RANK"] == "1" and int(sys.argv[1]) <= (len(calls) + 1) // 2 <= int(sys.argv[2])
+    is_poisoned = os.environ["RANK"] == "1" and int(sys.argv[1]) <= (len(calls) + 1) // 2 <= int(
+        sys.argv[2]
+    )
     return original(ctx, *arguments) * (math.nan if is_poisoned else 1)
 
 

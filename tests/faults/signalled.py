@@ -5,8 +5,8 @@ import signal
 import sys
 
 import main_snclr
-from snclr import knn
-from snclr.errors import one_clear_line
+from snclr.evaluation import knn
+from snclr.running.errors import one_clear_line
 
 calls, original = [], knn.accuracy
 

@@ -19,8 +19,11 @@ from PIL import Image
 
 import main_lincls
 import main_snclr
-from snclr import augment, checkpoint, data, lock, options, sources
-from snclr.errors import RunError, UsageError, one_clear_line
+from snclr import augment, options
+from snclr import loader as data
+from snclr.datasets import sources
+from snclr.running import checkpoint, lock
+from snclr.running.errors import RunError, UsageError, one_clear_line
 
 RECIPE = augment.Recipe(0, 0.2, 32, False)
 
@@ -37,9 +40,9 @@ def encoded(monkeypatch):
 
 def jpeg(width, height, quality=75):
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)).save(
-        file, "jpeg", quality=quality
-    )
+    Image.fromarray(
+        np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
+    ).save(file, "jpeg", quality=quality)
     return file.getvalue()
 
 
@@ -48,9 +51,19 @@ def huge_png():
     head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
 
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def huge_jpeg():
@@ -110,7 +123,9 @@ def spoilt(images, tmp_path):
 
 
 def test_substitutes_are_drawn_alike_by_every_number_of_ranks_and_workers(spoilt):
-    files = data.ImageFiles(sorted(map(str, spoilt.glob("train/*/*.png"))), None, [], sources.IMAGENET)
+    files = data.ImageFiles(
+        sorted(map(str, spoilt.glob("train/*/*.png"))), None, [], sources.IMAGENET
+    )
     files.skip_bad = True
     device, order = torch.device("cpu"), augment.epoch_order(0, 0, 40)[:16]
     one = [files.views(RECIPE, 0, order)]
@@ -125,14 +140,21 @@ def test_substitutes_are_drawn_alike_by_every_number_of_ranks_and_workers(spoilt
     assert all(torch.equal(ids, torch.cat(found)) for found in loaded)
     assert torch.equal(one[0].crops[:16], torch.cat([part.crops[:4] for part in parts]))
     replaced = ids.numpy() != order
-    assert np.array_equal(replaced, np.isin(order, [0, 3, 8, 11, 17, 25])) and not np.isin(ids, [0, 3, 8, 11, 17, 25]).any()
+    assert (
+        np.array_equal(replaced, np.isin(order, [0, 3, 8, 11, 17, 25]))
+        and not np.isin(ids, [0, 3, 8, 11, 17, 25]).any()
+    )
 
 
-def test_a_run_skips_what_cannot_be_read_lists_it_and_goes_on_exactly_after_a_stop(spoilt, tmp_path, capsys):
+def test_a_run_skips_what_cannot_be_read_lists_it_and_goes_on_exactly_after_a_stop(
+    spoilt, tmp_path, capsys
+):
     flags = ["--on-bad-image", "skip", "-j", "2"]
     train(spoilt, tmp_path / "whole", *flags)
     out = capsys.readouterr().out
-    told = [int(line.split()[1]) for line in out.splitlines() if "more images cannot be read" in line]
+    told = [
+        int(line.split()[1]) for line in out.splitlines() if "more images cannot be read" in line
+    ]
     assert sum(told) == 6
     listed = (tmp_path / "whole/bad_images.txt").read_text().splitlines()
     assert [line.split("train/")[1].split(":")[0] for line in listed] == [
@@ -144,7 +166,9 @@ def test_a_run_skips_what_cannot_be_read_lists_it_and_goes_on_exactly_after_a_st
 
 
 def test_by_default_a_bad_image_ends_the_run_naming_it(spoilt, tmp_path):
-    with pytest.raises((RunError, UsageError), match=r"cannot read image .*train/a/\d\d\.png|b/05.png"):
+    with pytest.raises(
+        (RunError, UsageError), match=r"cannot read image .*train/a/\d\d\.png|b/05.png"
+    ):
         train(spoilt, tmp_path / "run", "-j", "2")
 
 
@@ -157,21 +181,30 @@ def test_where_nothing_can_be_read_the_search_for_a_substitute_ends(tmp_path):
         files.views(RECIPE, 0, np.arange(4))
 
 
-def test_a_small_set_is_held_in_memory_although_some_of_it_cannot_be_read(spoilt, tmp_path, monkeypatch, capsys):
+def test_a_small_set_is_held_in_memory_although_some_of_it_cannot_be_read(
+    spoilt, tmp_path, monkeypatch, capsys
+):
     monkeypatch.undo()  # the limit
     args = options.parse([str(spoilt), *attack.FLAGS, "--on-bad-image", "skip"])
     train_set, val, _ = sources.open_data(args)
     assert isinstance(train_set, data.ResidentImages) and isinstance(val, data.ResidentImages)
-    files = data.ImageFiles(sorted(map(str, spoilt.glob("train/*/*.png"))), None, [], sources.IMAGENET)
+    files = data.ImageFiles(
+        sorted(map(str, spoilt.glob("train/*/*.png"))), None, [], sources.IMAGENET
+    )
     files.skip_bad, order = True, np.arange(40)
     views = train_set.views(RECIPE, 0, order)
     assert torch.equal(views.ids, files.views(RECIPE, 0, order).ids)  # the same substitutes
     part = train_set.select(np.array([0, 1, 25]))  # 0 and 25 cannot be read
     assert part.views(RECIPE, 0, np.arange(3)).ids.tolist() == [1, 1, 1]
-    assert (val.whole(np.array([2]), 32) == 127).all() and (val.whole(np.array([1]), 32) != 127).any()
+    assert (val.whole(np.array([2]), 32) == 127).all() and (
+        val.whole(np.array([1]), 32) != 127
+    ).any()
     train(spoilt, tmp_path / "run", "--on-bad-image", "skip")
     out = capsys.readouterr().out
-    assert f"note: 6 images in {spoilt}/train are replaced in training" in out and "note: 1 images in" in out
+    assert (
+        f"note: 6 images in {spoilt}/train are replaced in training" in out
+        and "note: 1 images in" in out
+    )
     assert "6 more images cannot be read and are replaced" in out
     listed = (tmp_path / "run/bad_images.txt").read_text().splitlines()
     assert len(listed) == 6 and "train/a/00.png: it is no image" in listed[0]
@@ -180,15 +213,46 @@ def test_a_small_set_is_held_in_memory_although_some_of_it_cannot_be_read(spoilt
 
 
 def test_a_probe_skips_and_lists_what_cannot_be_read_as_well(spoilt, tmp_path, capsys):
-    train(spoilt, tmp_path, "--on-bad-image", "skip", "-j", "1", "--stop-after-steps", "1", "--eval-freq", "0")
-    flags = ["--on-bad-image", "skip", "-j", "1", "--epochs", "1", "-b", "4", "--heldout", "0.2", "--crop-min", "0.5"]
-    flags += ["--pretrained", str(tmp_path / "encoder_last.pth.tar"), "--workdir", str(tmp_path / "probe")]
+    train(
+        spoilt,
+        tmp_path,
+        "--on-bad-image",
+        "skip",
+        "-j",
+        "1",
+        "--stop-after-steps",
+        "1",
+        "--eval-freq",
+        "0",
+    )
+    flags = [
+        "--on-bad-image",
+        "skip",
+        "-j",
+        "1",
+        "--epochs",
+        "1",
+        "-b",
+        "4",
+        "--heldout",
+        "0.2",
+        "--crop-min",
+        "0.5",
+    ]
+    flags += [
+        "--pretrained",
+        str(tmp_path / "encoder_last.pth.tar"),
+        "--workdir",
+        str(tmp_path / "probe"),
+    ]
     main_lincls.main([str(spoilt), *flags])
     assert "images cannot be read and are replaced" in capsys.readouterr().out
     assert len((tmp_path / "probe/bad_images.txt").read_text().splitlines()) > 2
 
 
-def test_names_that_are_no_text_and_a_list_that_cannot_be_written_end_no_run(spoilt, tmp_path, capsys):
+def test_names_that_are_no_text_and_a_list_that_cannot_be_written_end_no_run(
+    spoilt, tmp_path, capsys
+):
     os.rename(spoilt / "train/a/00.png", os.fsencode(spoilt / "train/a") + b"/\xff\n.png")
     (tmp_path / "run/bad_images.txt.tmp").mkdir(parents=True)
     train(spoilt, tmp_path / "run", "--on-bad-image", "skip")
@@ -211,7 +275,9 @@ def test_a_folder_without_permission_is_one_clear_line(images, tmp_path):
     root = Path(shutil.copytree(images, tmp_path / "images"))
     (root / "train/a").chmod(0)
     with pytest.raises(UsageError, match=r"cannot read the folder .*train/a: Permission denied"):
-        sources.open_data(options.parse([str(root), *attack.FLAGS, "--workdir", str(tmp_path / "run")]))
+        sources.open_data(
+            options.parse([str(root), *attack.FLAGS, "--workdir", str(tmp_path / "run")])
+        )
 
 
 def test_images_that_were_exchanged_or_renamed_between_two_starts_are_noticed(images, tmp_path):
@@ -233,13 +299,17 @@ def small_disk(tmp_path):
     """A disk of 4 MB."""
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=False
+    ).returncode:
         pytest.skip("mounting a small disk needs root")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, which starts anew
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # TensorBoard's, which starts anew
 def test_on_a_full_disk_the_old_checkpoint_stays_the_run_goes_on_and_tries_again(
     images, small_disk, tmp_path, monkeypatch, capsys
 ):
@@ -258,13 +328,17 @@ def test_on_a_full_disk_the_old_checkpoint_stays_the_run_goes_on_and_tries_again
         try:
             original(workdir, state, *rest)
         finally:
-            seen.append(torch.load(small_disk / "run/checkpoint_last.pth.tar", weights_only=True)["step"])
+            seen.append(
+                torch.load(small_disk / "run/checkpoint_last.pth.tar", weights_only=True)["step"]
+            )
 
     monkeypatch.setattr(main_snclr, "save", save)
     train(images, small_disk / "run", "--epochs", "6")
     assert saves == [5, 10, 15, 20, 25, 30] and seen == [5, 5, 5, 5, 25, 30]
     out = capsys.readouterr().out
-    assert out.count("No space left on device") == 3 and out.count("tries again at the next save") == 3
+    assert (
+        out.count("No space left on device") == 3 and out.count("tries again at the next save") == 3
+    )
     assert attack.differences(tmp_path / "alone", small_disk / "run") == []
 
 
@@ -274,7 +348,9 @@ def test_a_disk_that_is_full_at_the_start_is_one_clear_line(images, small_disk, 
     with contextlib.suppress(OSError), open(small_disk / "ballast", "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    os.truncate(small_disk / "ballast", os.path.getsize(small_disk / "ballast") // 4096 * 4096 - room * 4096)
+    os.truncate(
+        small_disk / "ballast", os.path.getsize(small_disk / "ballast") // 4096 * 4096 - room * 4096
+    )
     with pytest.raises(RunError, match=r"cannot write .*: No space left on device"):
         train(images, small_disk / "run", "--stop-after-steps", "5", "--eval-freq", "0")
 
@@ -306,16 +382,27 @@ class Killed(data.EncodedImages):
 def test_a_worker_that_dies_is_one_line(capsys):
     images = Killed(None, [], sources.IMAGENET)
     with pytest.raises(SystemExit) as caught, one_clear_line("main_snclr.py"):
-        list(data.ViewLoader(images, RECIPE, torch.device("cpu"), 2).load([(0, np.arange(4)), (0, np.arange(4, 8))]))
+        list(
+            data.ViewLoader(images, RECIPE, torch.device("cpu"), 2).load(
+                [(0, np.arange(4)), (0, np.arange(4, 8))]
+            )
+        )
     told = capsys.readouterr().err
-    assert caught.value.code == 1 and "DataLoader worker" in told and "out of memory?" in told and told.count("\n") == 1
+    assert (
+        caught.value.code == 1
+        and "DataLoader worker" in told
+        and "out of memory?" in told
+        and told.count("\n") == 1
+    )
 
 
 HOLD = "import sys, time; from snclr import lock; lock.hold(sys.argv[1], 'x'); print('held', flush=True); time.sleep(60)"
 
 
 def test_a_second_run_in_a_workdir_is_refused_and_a_dead_one_leaves_no_lock(tmp_path):
-    first = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True
+    )
     assert first.stdout.readline() == "held\n"
     with pytest.raises(UsageError, match=rf"in use by pid {first.pid} on ") as caught:
         lock.hold(str(tmp_path), "x")
@@ -328,12 +415,23 @@ def test_a_second_run_in_a_workdir_is_refused_and_a_dead_one_leaves_no_lock(tmp_
 
 def test_the_second_run_is_refused_before_it_touches_anything(images, tmp_path):
     train(images, tmp_path, "--stop-after-steps", "5")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
-    holder = subprocess.Popen([sys.executable, "-c", HOLD.replace("'x'", "'main_snclr'"), tmp_path], stdout=subprocess.PIPE)
+    before = {
+        path: path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD.replace("'x'", "'main_snclr'"), tmp_path],
+        stdout=subprocess.PIPE,
+    )
     lock.held.clear()  # this process's own run is over
     holder.stdout.readline()
     with pytest.raises(UsageError, match="in use by pid"):
         train(images, tmp_path, "--resume", "auto")
     holder.kill()
     holder.wait()
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"} == before
+    assert {
+        path: path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    } == before

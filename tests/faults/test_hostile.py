@@ -14,8 +14,9 @@ import torch
 import main_lincls
 import main_snclr
 import snclr
-from snclr import export, shards, sources
-from snclr.errors import UsageError
+from snclr import export
+from snclr.datasets import shards, sources
+from snclr.running.errors import UsageError
 
 
 class Malicious:
@@ -30,13 +31,26 @@ class Malicious:
 def finished(images, tmp_path_factory):
     """A short run, and a linear probe of it with its resumable state."""
     workdir = tmp_path_factory.mktemp("finished")
-    main_snclr.main([str(images), *attack.FLAGS, "--workdir", str(workdir), "--stop-after-steps", "1", "--eval-freq", "0"])
+    main_snclr.main(
+        [
+            str(images),
+            *attack.FLAGS,
+            "--workdir",
+            str(workdir),
+            "--stop-after-steps",
+            "1",
+            "--eval-freq",
+            "0",
+        ]
+    )
     return workdir
 
 
 def lincls(images, pretrained, workdir, *flags):
     flags = ["--epochs", "1", "-b", "8", "--crop-min", "0.5", "--heldout", "0.2", *flags]
-    main_lincls.main([str(images), "--pretrained", str(pretrained), "--workdir", str(workdir), *map(str, flags)])
+    main_lincls.main(
+        [str(images), "--pretrained", str(pretrained), "--workdir", str(workdir), *map(str, flags)]
+    )
 
 
 READERS = {
@@ -51,7 +65,9 @@ READERS = {
     ),
     "--pretrained": lambda path, images, out: lincls(images, path, out),
     "load_encoder": lambda path, images, out: snclr.load_encoder(path),
-    "export": lambda path, images, out: export.main([path, "--format", "timm", "--out", str(out / "x.pth")]),
+    "export": lambda path, images, out: export.main(
+        [path, "--format", "timm", "--out", str(out / "x.pth")]
+    ),
 }
 
 
@@ -75,7 +91,9 @@ def test_no_file_runs_code(reader, kind, images, finished, tmp_path):
     assert target.is_dir()  # what an unguarded load would have done
 
 
-def test_neither_the_state_of_a_probe_nor_a_feature_cache_nor_an_index_runs_code(images, finished, tmp_path):
+def test_neither_the_state_of_a_probe_nor_a_feature_cache_nor_an_index_runs_code(
+    images, finished, tmp_path
+):
     target = tmp_path / "executed"
     work = tmp_path / "probe"
     work.mkdir()
@@ -83,15 +101,28 @@ def test_neither_the_state_of_a_probe_nor_a_feature_cache_nor_an_index_runs_code
     with pytest.raises(UsageError, match="nothing else is loaded"):
         lincls(images, finished / "encoder_last.pth.tar", work, "--resume", "auto")
     # a cache is raw numbers, whatever its bytes are: it is mapped, never parsed
-    lincls(images, finished / "encoder_last.pth.tar", tmp_path / "cached", "--cache-features", "--cache-limit-gb", "0")
+    lincls(
+        images,
+        finished / "encoder_last.pth.tar",
+        tmp_path / "cached",
+        "--cache-features",
+        "--cache-limit-gb",
+        "0",
+    )
     (cache,) = (tmp_path / "cached").glob("features_*.f32")
     assert cache.stat().st_size % 4 == 0 and not zipfile.is_zipfile(cache)
     (tmp_path / "shards").mkdir()
     fuzz.Seeds(tmp_path).write("shards/a.tar", fuzz.Seeds(tmp_path).tar)
     good = shards.open_index(str(tmp_path / "shards"), sources.EXTENSIONS, None)
-    np.savez(tmp_path / "shards/snclr_index.npz", key=np.array([Malicious(target)], dtype=object), allow_pickle=True)
+    np.savez(
+        tmp_path / "shards/snclr_index.npz",
+        key=np.array([Malicious(target)], dtype=object),
+        allow_pickle=True,
+    )
     again = shards.open_index(str(tmp_path / "shards"), sources.EXTENSIONS, None)
-    assert all(np.array_equal(a, b) for a, b in zip(good, again, strict=True)) and not target.exists()
+    assert (
+        all(np.array_equal(a, b) for a, b in zip(good, again, strict=True)) and not target.exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,7 +131,10 @@ def test_neither_the_state_of_a_probe_nor_a_feature_cache_nor_an_index_runs_code
         {"arch": "timm:hf-hub:evil/model"},
         {"arch": "timm:test_vit", "args": {"timm_kwargs": [["checkpoint_path", "evil.pth"]]}},
         {"arch": "timm:test_vit", "args": {"timm_kwargs": [["pretrained", True]]}},
-        {"arch": "timm:test_vit", "args": {"timm_kwargs": [["pretrained_cfg", {"url": "http://localhost"}]]}},
+        {
+            "arch": "timm:test_vit",
+            "args": {"timm_kwargs": [["pretrained_cfg", {"url": "http://localhost"}]]},
+        },
         {"arch": "../../etc/passwd"},
         {"arch": "vit_small", "args": {"img_size": 2**70}},
         {"arch": "resnet8", "args": {"width": "wide"}},
@@ -116,11 +150,25 @@ def test_a_file_cannot_name_other_files_to_load_nor_the_network(changed, tmp_pat
 def test_paths_that_a_file_says_are_not_followed(images, finished, tmp_path):
     state = torch.load(finished / "checkpoint_last.pth.tar", weights_only=True)
     outside = tmp_path / "outside"
-    elsewhere = {"workdir": str(outside), "resume": str(outside), "data": str(outside), "init_from": str(outside / "x")}
+    elsewhere = {
+        "workdir": str(outside),
+        "resume": str(outside),
+        "data": str(outside),
+        "init_from": str(outside / "x"),
+    }
     (tmp_path / "run").mkdir()
     path = tmp_path / "run/checkpoint_last.pth.tar"
     torch.save({**state, "args": {**state["args"], **elsewhere, "../../escaped": "x"}}, path)
-    flags = ["--workdir", str(tmp_path / "run"), "--resume", "auto", "--stop-after-steps", "2", "--eval-freq", "0"]
+    flags = [
+        "--workdir",
+        str(tmp_path / "run"),
+        "--resume",
+        "auto",
+        "--stop-after-steps",
+        "2",
+        "--eval-freq",
+        "0",
+    ]
     main_snclr.main([str(images), *attack.FLAGS, *flags])
     assert not outside.exists() and sorted(os.listdir(tmp_path)) == ["run"]
 
@@ -133,7 +181,14 @@ def test_an_index_that_points_elsewhere_is_made_anew(tmp_path):
     path = tmp_path / "shards/snclr_index.npz"
     with np.load(path) as file:
         kept = dict(file)
-    for name, value in (("shard", 7), ("shard", -1), ("offset", -5), ("size", 2**60), ("label", 9), ("size", -2)):
+    for name, value in (
+        ("shard", 7),
+        ("shard", -1),
+        ("offset", -5),
+        ("size", 2**60),
+        ("label", 9),
+        ("size", -2),
+    ):
         np.savez(path, **{**kept, name: np.full_like(kept[name], value)})
         again = shards.open_index(str(tmp_path / "shards"), sources.EXTENSIONS, None)
         assert all(np.array_equal(a, b) for a, b in zip(good, again, strict=True)), name
@@ -142,7 +197,9 @@ def test_an_index_that_points_elsewhere_is_made_anew(tmp_path):
 def test_a_selection_of_mutated_inputs(tmp_path):
     ends, wrong = fuzz.run(440, seed=12345, folder=tmp_path)
     assert wrong == [] and sum(ends.values()) == 440
-    assert all(ends[kind.__name__, "worked"] + ends[kind.__name__, "refused"] == 40 for kind in fuzz.KINDS)
+    assert all(
+        ends[kind.__name__, "worked"] + ends[kind.__name__, "refused"] == 40 for kind in fuzz.KINDS
+    )
 
 
 @pytest.mark.slow

@@ -6,7 +6,10 @@ import subprocess
 import nodes
 import pytest
 
-ALLOWED = os.geteuid() == 0 and subprocess.run(["ip", "netns", "list"], capture_output=True, check=False).returncode == 0
+ALLOWED = (
+    os.geteuid() == 0
+    and subprocess.run(["ip", "netns", "list"], capture_output=True, check=False).returncode == 0
+)
 
 
 @pytest.mark.skipif(not ALLOWED, reason="network namespaces need root and iproute2")

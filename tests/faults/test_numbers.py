@@ -12,18 +12,43 @@ from snclr import augment
 
 
 def poisoned(images, workdir, first, last, *flags):
-    command = [sys.executable, attack.ROOT / "tools/torchrun.py", "--standalone", "--nproc_per_node", "2"]
-    command += [attack.ROOT / "tests/faults/poisoned.py", first, last, images, *attack.FLAGS, "--workdir", workdir, *flags]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=200)
+    command = [
+        sys.executable,
+        attack.ROOT / "tools/torchrun.py",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    command += [
+        attack.ROOT / "tests/faults/poisoned.py",
+        first,
+        last,
+        images,
+        *attack.FLAGS,
+        "--workdir",
+        workdir,
+        *flags,
+    ]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, timeout=200
+    )
     return done.returncode, done.stdout + done.stderr
 
 
-def test_a_rank_that_goes_wrong_is_named_the_step_skipped_by_all_and_then_the_run_stopped(images, tmp_path):
+def test_a_rank_that_goes_wrong_is_named_the_step_skipped_by_all_and_then_the_run_stopped(
+    images, tmp_path
+):
     code, output = poisoned(images, tmp_path, 7, 9, "--skip-non-finite", "2", "--eval-freq", "0")
     assert code == 1 and "Traceback" not in output
     assert "note: step 7: the loss is not finite (on rank 1); 1 such steps were skipped" in output
     assert (
-        len(re.findall(r"stopped on rank [01] \(.*\): step 7: the loss is not finite \(on rank 1\); 3 such steps", output)) == 2
+        len(
+            re.findall(
+                r"stopped on rank [01] \(.*\): step 7: the loss is not finite \(on rank 1\); 3 such steps",
+                output,
+            )
+        )
+        == 2
     )
     told = json.loads((tmp_path / "non_finite.json").read_text())
     assert told["ranks"] == [1] and told["images"] == augment.epoch_order(0, 1, 40)[8:16].tolist()

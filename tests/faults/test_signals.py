@@ -16,8 +16,11 @@ from torchvision.io import write_png
 
 import main_lincls
 import main_snclr
-from snclr import checkpoint, data, knn, monitor, sources
-from snclr.errors import Interrupted, RunError
+from snclr import loader as data
+from snclr.datasets import sources
+from snclr.evaluation import knn
+from snclr.running import checkpoint, monitor
+from snclr.running.errors import Interrupted, RunError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -54,7 +57,9 @@ def alone(images, tmp_path_factory):
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_the_step_is_finished_and_saved_and_the_run_goes_on_exactly(images, alone, tmp_path, monkeypatch, number, step):
+def test_the_step_is_finished_and_saved_and_the_run_goes_on_exactly(
+    images, alone, tmp_path, monkeypatch, number, step
+):
     with monkeypatch.context() as patch:
         signal_in_step(patch, step, number)
         with pytest.raises(Interrupted, match=f"{number.name}: saved"):
@@ -64,23 +69,36 @@ def test_the_step_is_finished_and_saved_and_the_run_goes_on_exactly(images, alon
     assert attack.differences(alone, tmp_path) == []
 
 
-def test_a_signal_during_an_evaluation_ends_it_at_once_and_it_is_made_up_for(images, alone, tmp_path, monkeypatch):
+def test_a_signal_during_an_evaluation_ends_it_at_once_and_it_is_made_up_for(
+    images, alone, tmp_path, monkeypatch
+):
     third = signalled(knn.accuracy, 3, signal.SIGTERM)  # raw pixels, untrained, epoch 1
     with monkeypatch.context() as patch:
         patch.setattr(knn, "accuracy", third)
         with pytest.raises(Interrupted):
             train(images, tmp_path)
-    assert [line["step"] for line in attack.lines_of(tmp_path)] == [0, 1, 2, 3, 4, 5]  # no evaluation of epoch 1
+    assert [line["step"] for line in attack.lines_of(tmp_path)] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]  # no evaluation of epoch 1
     train(images, tmp_path, "--resume", "auto")
     assert attack.differences(alone, tmp_path) == []
 
 
-def test_a_signal_while_an_image_is_decoded_is_not_taken_for_one_that_cannot_be_read(images, tmp_path, monkeypatch):
+def test_a_signal_while_an_image_is_decoded_is_not_taken_for_one_that_cannot_be_read(
+    images, tmp_path, monkeypatch
+):
     monkeypatch.setattr(data, "RESIDENT_LIMIT", 0)
     original = data.to_rgb
 
     def interrupted(picture):
-        if (tmp_path / "checkpoint_last.pth.tar").exists():  # from the first evaluation after a save on
+        if (
+            tmp_path / "checkpoint_last.pth.tar"
+        ).exists():  # from the first evaluation after a save on
             os.kill(os.getpid(), signal.SIGTERM)
         return original(picture)
 
@@ -91,37 +109,70 @@ def test_a_signal_while_an_image_is_decoded_is_not_taken_for_one_that_cannot_be_
 
 
 def test_a_signal_to_one_rank_during_an_evaluation_ends_both(images, tmp_path):
-    command = [sys.executable, attack.ROOT / "tools/torchrun.py", "--standalone", "--nproc_per_node", "2"]
-    command += [attack.ROOT / "tests/faults/signalled.py", images, *attack.FLAGS, "--workdir", tmp_path]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=200)
+    command = [
+        sys.executable,
+        attack.ROOT / "tools/torchrun.py",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    command += [
+        attack.ROOT / "tests/faults/signalled.py",
+        images,
+        *attack.FLAGS,
+        "--workdir",
+        tmp_path,
+    ]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, timeout=200
+    )
     output = done.stdout + done.stderr
     assert done.returncode == 75 and "Traceback" not in output, output
 
 
-def test_a_signal_during_the_start_ends_it_and_what_a_process_did_at_signals_it_does_again(images, tmp_path, monkeypatch):
+def test_a_signal_during_the_start_ends_it_and_what_a_process_did_at_signals_it_does_again(
+    images, tmp_path, monkeypatch
+):
     before = [signal.getsignal(number) for number in SIGNALS]
     train(images, tmp_path / "whole", "--stop-after-steps", "1", "--eval-freq", "0")
     assert [signal.getsignal(number) for number in SIGNALS] == before
     monkeypatch.setattr(sources, "open_data", lambda args: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Interrupted, match="SIGTERM: ended; the same command with --resume auto goes on"):
+    with pytest.raises(
+        Interrupted, match="SIGTERM: ended; the same command with --resume auto goes on"
+    ):
         train(images, tmp_path / "run")
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def probe(images, run, workdir, *flags):
     """What the heads of a linear probe of three epochs reach."""
-    command = [str(images), "--pretrained", str(run / "encoder_last.pth.tar"), "--workdir", str(workdir), *flags]
-    main_lincls.main([*command, "--epochs", "3", "-b", "8", "--crop-min", "0.5", "--heldout", "0.2"])
+    command = [
+        str(images),
+        "--pretrained",
+        str(run / "encoder_last.pth.tar"),
+        "--workdir",
+        str(workdir),
+        *flags,
+    ]
+    main_lincls.main(
+        [*command, "--epochs", "3", "-b", "8", "--crop-min", "0.5", "--heldout", "0.2"]
+    )
     return json.loads((workdir / "results.json").read_text())["heads"]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_probe_ends_at_a_signal_and_goes_on_from_its_last_whole_epoch(images, alone, tmp_path, monkeypatch, number):
+def test_a_probe_ends_at_a_signal_and_goes_on_from_its_last_whole_epoch(
+    images, alone, tmp_path, monkeypatch, number
+):
     whole = probe(images, alone, tmp_path / "whole")
-    third = signalled(main_lincls.accuracies, 3, number)  # before the first, after it, after the second epoch
+    third = signalled(
+        main_lincls.accuracies, 3, number
+    )  # before the first, after it, after the second epoch
     with monkeypatch.context() as patch:
         patch.setattr(main_lincls, "accuracies", third)
-        with pytest.raises(Interrupted, match=f"{number.name}: ended; the same command with --resume auto goes on"):
+        with pytest.raises(
+            Interrupted, match=f"{number.name}: ended; the same command with --resume auto goes on"
+        ):
             probe(images, alone, tmp_path / "parts")
     assert torch.load(tmp_path / "parts" / main_lincls.LAST, weights_only=True)["epoch"] == 1
     assert not (tmp_path / "parts/results.json").exists()
@@ -129,7 +180,16 @@ def test_a_probe_ends_at_a_signal_and_goes_on_from_its_last_whole_epoch(images, 
 
 
 def test_a_probe_of_two_ranks_ends_at_a_signal_to_the_launcher(images, undisturbed, tmp_path):
-    flags = ["--pretrained", undisturbed / "encoder_last.pth.tar", "--workdir", tmp_path, "--epochs", "100000", "-b", "8"]
+    flags = [
+        "--pretrained",
+        undisturbed / "encoder_last.pth.tar",
+        "--workdir",
+        tmp_path,
+        "--epochs",
+        "100000",
+        "-b",
+        "8",
+    ]
     run = attack.start("main_lincls.py", images, *flags, "--heldout", "0.2", "--crop-min", "0.5")
     attack.wait_for((tmp_path / main_lincls.LAST).exists, run)
     run.send_signal(signal.SIGTERM)
@@ -138,9 +198,13 @@ def test_a_probe_of_two_ranks_ends_at_a_signal_to_the_launcher(images, undisturb
     assert torch.load(tmp_path / main_lincls.LAST, weights_only=True)["epoch"] > 0
 
 
-def test_a_probe_finishes_the_file_that_it_writes_before_it_heeds_a_signal(images, alone, tmp_path, monkeypatch):
+def test_a_probe_finishes_the_file_that_it_writes_before_it_heeds_a_signal(
+    images, alone, tmp_path, monkeypatch
+):
     original = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: (os.kill(os.getpid(), signal.SIGTERM), original(number)))
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (os.kill(os.getpid(), signal.SIGTERM), original(number))
+    )
     with pytest.raises(Interrupted):
         probe(images, alone, tmp_path)
     assert torch.load(tmp_path / main_lincls.LAST, weights_only=True)["epoch"] == 1
@@ -153,35 +217,54 @@ def test_a_save_that_failed_is_not_called_saved(images, tmp_path, monkeypatch):
     monkeypatch.setattr(main_snclr, "save", full)
     third = signalled(knn.accuracy, 3, signal.SIGTERM)  # raw pixels, untrained, epoch 1
     monkeypatch.setattr(knn, "accuracy", third)
-    with pytest.raises(Interrupted, match="SIGTERM: not saved, the checkpoint before is whole; the same command"):
+    with pytest.raises(
+        Interrupted, match="SIGTERM: not saved, the checkpoint before is whole; the same command"
+    ):
         train(images, tmp_path)
 
 
-def test_without_scontrol_the_job_is_not_put_in_line_again_and_that_is_said(images, tmp_path, monkeypatch):
+def test_without_scontrol_the_job_is_not_put_in_line_again_and_that_is_said(
+    images, tmp_path, monkeypatch
+):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("PATH", "")  # nor is there git
     monkeypatch.setattr(checkpoint, "provenance", checkpoint.provenance.__wrapped__)
     signal_in_step(monkeypatch, 1, signal.SIGUSR1)
-    with pytest.raises(Interrupted, match=r"SIGUSR1: saved; .* \(requeue of job 77 failed: .*scontrol.*\)"):
+    with pytest.raises(
+        Interrupted, match=r"SIGUSR1: saved; .* \(requeue of job 77 failed: .*scontrol.*\)"
+    ):
         train(images, tmp_path)
     for name in (attack.LAST, "encoder_last.pth.tar"):
         found = torch.load(tmp_path / name, weights_only=True)
-        assert found["provenance"]["git"] is None and found["provenance"]["versions"]["torch"] and found["args"]
+        assert (
+            found["provenance"]["git"] is None
+            and found["provenance"]["versions"]["torch"]
+            and found["args"]
+        )
 
 
 def test_every_so_many_minutes_it_saves_within_an_epoch(images, alone, tmp_path, monkeypatch):
     saved, original = [], main_snclr.save
-    monkeypatch.setattr(main_snclr, "save", lambda *args: (saved.append(args[1]["step"]), original(*args)))
+    monkeypatch.setattr(
+        main_snclr, "save", lambda *args: (saved.append(args[1]["step"]), original(*args))
+    )
     train(images, tmp_path, "--save-every-minutes", "1e-9")
     assert saved == list(range(1, 11))
     assert attack.differences(alone, tmp_path) == []
 
 
 SCONTROL = '#!/usr/bin/env bash\necho "$*" >> "$STUB_LOG"\n'
-STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0"}
+STEP = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_NODEID": "0",
+}
 
 
-def test_one_rank_gets_the_signal_and_all_leave_and_slurm_is_asked_to_start_the_job_again(images, undisturbed, tmp_path):
+def test_one_rank_gets_the_signal_and_all_leave_and_slurm_is_asked_to_start_the_job_again(
+    images, undisturbed, tmp_path
+):
     (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
     slurm = {**STEP, "STUB_LOG": str(tmp_path / "log"), "path": [tmp_path]}
@@ -191,7 +274,12 @@ def test_one_rank_gets_the_signal_and_all_leave_and_slurm_is_asked_to_start_the_
     os.kill(attack.rank_pid(run, 1), signal.SIGUSR1)
     sent = time.monotonic()
     code, output = attack.ended(run, within=60)
-    assert code == 75 and "SIGUSR1: saved" in output and "as job 77 will" in output and "Traceback" not in output
+    assert (
+        code == 75
+        and "SIGUSR1: saved" in output
+        and "as job 77 will" in output
+        and "Traceback" not in output
+    )
     assert time.monotonic() - sent < 30 and (tmp_path / "log").read_text() == "requeue 77\n"
     code, output = attack.ended(attack.start(*flags, **slurm, SLURM_RESTART_COUNT="1"))
     assert code == 0 and "resumed from" in output
@@ -199,7 +287,16 @@ def test_one_rank_gets_the_signal_and_all_leave_and_slurm_is_asked_to_start_the_
 
 
 def test_launcher_passes_a_signal_on_waits_and_a_second_interrupt_ends_it_at_once(images, tmp_path):
-    flags = [images, *attack.FLAGS, "--workdir", tmp_path / "run", "--epochs", "100000", "--eval-freq", "0"]
+    flags = [
+        images,
+        *attack.FLAGS,
+        "--workdir",
+        tmp_path / "run",
+        "--epochs",
+        "100000",
+        "--eval-freq",
+        "0",
+    ]
     run = attack.start(*flags)
     attack.wait_for_step(tmp_path / "run", 2, run)
     run.send_signal(signal.SIGTERM)
@@ -221,10 +318,14 @@ def test_launcher_passes_a_signal_on_waits_and_a_second_interrupt_ends_it_at_onc
     assert not any(map(attack.lives, ranks))
 
 
-def test_a_signal_to_the_whole_group_takes_no_images_from_the_step_that_is_finished(images, tmp_path):
+def test_a_signal_to_the_whole_group_takes_no_images_from_the_step_that_is_finished(
+    images, tmp_path
+):
     """As SLURM signals every process of a step, and a terminal those in front: the workers that load images, too."""
     root = Path(shutil.copytree(images, tmp_path / "images"))
-    write_png(torch.zeros(3, 40, 40, dtype=torch.uint8), str(root / "train/a/00.png"))  # of another size: not held in memory
+    write_png(
+        torch.zeros(3, 40, 40, dtype=torch.uint8), str(root / "train/a/00.png")
+    )  # of another size: not held in memory
     flags = ["-j", "2", "--epochs", "100000", "--eval-freq", "0", "--workdir", tmp_path / "run"]
     run = attack.start(root, *attack.FLAGS, *flags, ranks=1)
     attack.wait_for_step(tmp_path / "run", 2, run)

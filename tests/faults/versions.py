@@ -20,14 +20,26 @@ from test_ranks import write_images  # noqa: E402
 def main(other, folder):
     images, workdir = write_images(folder / "images"), folder / "run"
     for python, steps in ((other, 3), (sys.executable, 6), (other, 10)):
-        command = [python, attack.ROOT / "main_snclr.py", images, *attack.FLAGS, "--workdir", workdir]
+        command = [
+            python,
+            attack.ROOT / "main_snclr.py",
+            images,
+            *attack.FLAGS,
+            "--workdir",
+            workdir,
+        ]
         command += ["--resume", "auto", "--stop-after-steps", steps]
         environment = os.environ | {"PYTHONPATH": str(attack.ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            list(map(str, command)), env=environment, capture_output=True, text=True, check=False
+        )
         if done.returncode != 0:
             raise SystemExit(done.stderr)
         state = torch.load(workdir / attack.LAST, weights_only=True)
-        print(f"step {state['step']}: written by torch {state['provenance']['versions']['torch']}", flush=True)
+        print(
+            f"step {state['step']}: written by torch {state['provenance']['versions']['torch']}",
+            flush=True,
+        )
     steps = [line["step"] for line in attack.lines_of(workdir) if "loss" in line]
     print("each step once" if steps == list(range(1, 11)) else f"steps {steps}")
 

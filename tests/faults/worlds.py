@@ -18,16 +18,28 @@ from test_ranks import write_images  # noqa: E402
 
 
 def run(images, workdir, ranks, *flags):
-    code, output = attack.ended(attack.start(images, *attack.FLAGS, "--workdir", workdir, *flags, ranks=ranks), within=400)
+    code, output = attack.ended(
+        attack.start(images, *attack.FLAGS, "--workdir", workdir, *flags, ranks=ranks), within=400
+    )
     if code != 0:
         raise SystemExit(output)
 
 
 def difference(one, other):
     """Largest difference of the losses, and of the weights relative to the largest weight; whether the bank's ids are equal."""
-    losses = [[line["loss"] for line in attack.lines_of(workdir) if "loss" in line] for workdir in (one, other)]
-    a, b = (torch.load(workdir / attack.LAST, weights_only=True)["state_dict"] for workdir in (one, other))
-    weights = max(((a[name] - b[name]).abs().max() / a[name].abs().max()).item() for name in a if "weight" in name)
+    losses = [
+        [line["loss"] for line in attack.lines_of(workdir) if "loss" in line]
+        for workdir in (one, other)
+    ]
+    a, b = (
+        torch.load(workdir / attack.LAST, weights_only=True)["state_dict"]
+        for workdir in (one, other)
+    )
+    weights = max(
+        ((a[name] - b[name]).abs().max() / a[name].abs().max()).item()
+        for name in a
+        if "weight" in name
+    )
     loss = max(abs(x - y) / x for x, y in zip(*losses, strict=True))
     ids = torch.equal(a["module.memory_bank.ids"], b["module.memory_bank.ids"])
     return f"loss {loss:.1e}, weights {weights:.1e} (relative), ids in the bank {'equal' if ids else 'DIFFERENT'}"
@@ -41,10 +53,16 @@ def main(folder):
     print(f"1 rank, other number of workers: {', '.join(found) or 'nothing differs'}")
     for ranks in (2, 4):
         run(images, folder / f"{ranks}", ranks)
-        print(f"{ranks} ranks throughout against 1: {difference(folder / 'one', folder / f'{ranks}')}")
+        print(
+            f"{ranks} ranks throughout against 1: {difference(folder / 'one', folder / f'{ranks}')}"
+        )
     for ranks, steps in ((4, 3), (2, 7), (1, 10)):
-        run(images, folder / "changing", ranks, "--resume", "auto", "--stop-after-steps", str(steps))
-    print(f"4 ranks for 3 steps, 2 for 4, 1 for 3, against 1: {difference(folder / 'one', folder / 'changing')}")
+        run(
+            images, folder / "changing", ranks, "--resume", "auto", "--stop-after-steps", str(steps)
+        )
+    print(
+        f"4 ranks for 3 steps, 2 for 4, 1 for 3, against 1: {difference(folder / 'one', folder / 'changing')}"
+    )
 
 
 if __name__ == "__main__":

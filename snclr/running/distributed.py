@@ -29,7 +29,9 @@ GRACE = 5  # seconds in which every rank that still lives has noticed that anoth
 def own_device() -> torch.device:
     """The GPU of this process, if the machine has one, else the CPU."""
     cuda = torch.cuda.is_available()
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    )
 
 
 def start(timeout_minutes: float = 30) -> torch.device:
@@ -42,19 +44,29 @@ def start(timeout_minutes: float = 30) -> torch.device:
     if cuda:
         torch.cuda.set_device(here)
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a rank does not outlive a launcher that was killed
-        if os.environ.get("SNCLR_LAUNCHER", parent := str(os.getppid())) != parent:  # before this line
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGTERM
+        )  # PR_SET_PDEATHSIG: a rank does not outlive a launcher that was killed
+        if (
+            os.environ.get("SNCLR_LAUNCHER", parent := str(os.getppid())) != parent
+        ):  # before this line
             raise RunError(f"the launcher has ended (process {os.environ['SNCLR_LAUNCHER']})")
     if "WORLD_SIZE" in os.environ:
         timeout = datetime.timedelta(minutes=timeout_minutes)
         try:
             store, number, count = next(dist.rendezvous("env://", timeout=timeout))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's restarts leave the addresses of dead ranks in its store
+            if (
+                os.environ.get("GROUP_WORLD_SIZE") == "1"
+            ):  # torchrun's restarts leave the addresses of dead ranks in its store
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             which = dict(store=store, rank=number, world_size=count, timeout=timeout)
-            dist.init_process_group("nccl" if cuda else "gloo", device_id=here if cuda else None, **which)
+            dist.init_process_group(
+                "nccl" if cuda else "gloo", device_id=here if cuda else None, **which
+            )
         except (RuntimeError, ValueError) as error:
-            raise RunError(f"the ranks did not meet within {timeout_minutes:g} minutes: {_sentence(error)}") from error
+            raise RunError(
+                f"the ranks did not meet within {timeout_minutes:g} minutes: {_sentence(error)}"
+            ) from error
         _store().set(f"host/{rank()}", socket.gethostname())
     return here
 
@@ -112,7 +124,9 @@ def _silent_ranks() -> str:
         dist.destroy_process_group()  # closes our connections, by which those who wait for us notice, too
         time.sleep(GRACE)
         silent = [other for other in range(count) if not store.check([f"lost/{other}"])]
-        told = ", ".join(f"rank {other} on {store.get(f'host/{other}').decode()}" for other in silent[:8])
+        told = ", ".join(
+            f"rank {other} on {store.get(f'host/{other}').decode()}" for other in silent[:8]
+        )
         return f"lost contact with {told}" if told else "lost contact for a while with another rank"
     except RuntimeError:
         return f"lost contact with the launcher on {os.environ.get('MASTER_ADDR')}, where the ranks meet"
@@ -253,7 +267,9 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
                 factor = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
                 self.running_mean += factor * (mean.to(self.running_mean.dtype) - self.running_mean)
                 unbiased = variance * (count / max(count - 1, 1))
-                self.running_var += factor * (unbiased.to(self.running_var.dtype) - self.running_var)
+                self.running_var += factor * (
+                    unbiased.to(self.running_var.dtype) - self.running_var
+                )
         out = (wide - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
@@ -274,10 +290,14 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return module
-    with warnings.catch_warnings():  # torch 2.14 announces another name, which does not mean the same yet
+    with (
+        warnings.catch_warnings()
+    ):  # torch 2.14 announces another name, which does not mean the same yet
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         where = [device] if device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=where, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(
+            module, device_ids=where, broadcast_buffers=False
+        )
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
@@ -289,10 +309,16 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
         return module
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, GlobalBatchNorm) or not isinstance(child, nn.modules.batchnorm._BatchNorm):
+            if isinstance(child, GlobalBatchNorm) or not isinstance(
+                child, nn.modules.batchnorm._BatchNorm
+            ):
                 continue
             if device.type == "cuda":
-                setattr(parent, name, convert_sync_batchnorm(child))  # timm's: torch's own drops a BatchNormAct2d's activation
+                setattr(
+                    parent, name, convert_sync_batchnorm(child)
+                )  # timm's: torch's own drops a BatchNormAct2d's activation
             else:  # same parameters, buffers and settings; only forward differs
-                child.__class__ = GlobalBatchNormAct if isinstance(child, BatchNormAct2d) else GlobalBatchNorm
+                child.__class__ = (
+                    GlobalBatchNormAct if isinstance(child, BatchNormAct2d) else GlobalBatchNorm
+                )
     return module

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .data import TwoViewLoader
-from .distributed import all_gather
-from .precision import full_precision, unit, widen
+from ..loader import TwoViewLoader
+from ..running.distributed import all_gather
+from ..running.precision import full_precision, unit, widen
 
 SAMPLE = 2048  # images
 NEIGHBOURS = 10
@@ -22,7 +22,10 @@ def signals(embed: Callable[[Tensor], Tensor], loader: TwoViewLoader) -> dict[st
     batches = loader.sample(SAMPLE)
     pairs = [(embed(batch.view1), embed(batch.view2)) for batch in batches]
     first, second = (all_gather(widen(torch.cat(views))) for views in zip(*pairs, strict=True))
-    return {"effective_rank": effective_rank(first), "view_agreement": view_agreement(first, second, NEIGHBOURS)}
+    return {
+        "effective_rank": effective_rank(first),
+        "view_agreement": view_agreement(first, second, NEIGHBOURS),
+    }
 
 
 @full_precision

@@ -10,11 +10,12 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from . import augment, embedded, shards
-from .data import EncodedImages, ImageFiles, ImageSet, ResidentImages, to_rgb, unreadable
-from .distributed import local_rank_zero_first
-from .errors import RunError, UsageError
-from .options import IMAGENET
+from .. import augment
+from ..loader import EncodedImages, ImageFiles, ImageSet, ResidentImages, to_rgb, unreadable
+from ..options import IMAGENET
+from ..running.distributed import local_rank_zero_first
+from ..running.errors import RunError, UsageError
+from . import embedded, shards
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
 
@@ -39,10 +40,16 @@ def open_data(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
     """
     notes = []
     if args.dataset == "embedded":
-        train, val = (ResidentImages(*embedded.draw(split), list(embedded.CLASSES), IMAGENET) for split in ("train", "val"))
+        train, val = (
+            ResidentImages(*embedded.draw(split), list(embedded.CLASSES), IMAGENET)
+            for split in ("train", "val")
+        )
     elif args.dataset in TORCHVISION:
         name, train_parts, test_part = TORCHVISION[args.dataset]
-        train, val = _open_torchvision(name, train_parts, args), _open_torchvision(name, [test_part], args)
+        train, val = (
+            _open_torchvision(name, train_parts, args),
+            _open_torchvision(name, [test_part], args),
+        )
     else:
         train, val, notes = _open_files(args)
     if args.labels == "none":
@@ -71,7 +78,9 @@ class TorchvisionImages(EncodedImages):
 
     per_image = ("labels", "numbers")
 
-    def __init__(self, dataset: ConcatDataset, labels: np.ndarray, classes: list[str], mean_std: tuple):
+    def __init__(
+        self, dataset: ConcatDataset, labels: np.ndarray, classes: list[str], mean_std: tuple
+    ):
         super().__init__(labels, classes, mean_std)
         self.dataset, self.numbers = dataset, np.arange(len(dataset))
 
@@ -82,7 +91,9 @@ class TorchvisionImages(EncodedImages):
         try:
             return to_rgb(self.dataset[int(self.numbers[index])][0])
         except (OSError, SyntaxError, ValueError) as error:
-            raise unreadable(f"{self.numbers[index]} of {type(self.dataset.datasets[0]).__name__}", error) from error
+            raise unreadable(
+                f"{self.numbers[index]} of {type(self.dataset.datasets[0]).__name__}", error
+            ) from error
 
 
 def _open_torchvision(name, parts, args) -> ImageSet:
@@ -91,15 +102,25 @@ def _open_torchvision(name, parts, args) -> ImageSet:
         with local_rank_zero_first():  # it downloads what the others of this machine then find
             datasets = [kind(args.data, download=args.download, **part) for part in parts]
     except ImportError as error:
-        raise UsageError(f"--dataset {args.dataset} needs scipy to read its labels: pip install scipy") from error
+        raise UsageError(
+            f"--dataset {args.dataset} needs scipy to read its labels: pip install scipy"
+        ) from error
     except (RuntimeError, OSError) as error:
         if args.download:
-            raise UsageError(f"{name} cannot be downloaded to {args.data}: {str(error).splitlines()[0]}") from error
-        raise UsageError(f"no whole {name} in {args.data}: put torchvision's files there, or add --download") from error
+            raise UsageError(
+                f"{name} cannot be downloaded to {args.data}: {str(error).splitlines()[0]}"
+            ) from error
+        raise UsageError(
+            f"no whole {name} in {args.data}: put torchvision's files there, or add --download"
+        ) from error
     labels = np.concatenate([_labels(dataset) for dataset in datasets]).astype(np.int64)
     classes = list(getattr(datasets[0], "classes", range(labels.max() + 1)))
     if hasattr(datasets[0], "data"):
-        images = np.concatenate([dataset.data for dataset in datasets]) if len(datasets) > 1 else datasets[0].data
+        images = (
+            np.concatenate([dataset.data for dataset in datasets])
+            if len(datasets) > 1
+            else datasets[0].data
+        )
         if images.shape[-1] == 3:  # CIFAR's; STL-10 and SVHN have the channels first
             images = images.transpose(0, 3, 1, 2).copy()
         return ResidentImages(images, labels, classes, IMAGENET)
@@ -107,7 +128,11 @@ def _open_torchvision(name, parts, args) -> ImageSet:
 
 
 def _labels(dataset) -> Sequence[int]:
-    for name in ("targets", "labels", "_labels"):  # torchvision has no common name; _labels where it has no public one
+    for name in (
+        "targets",
+        "labels",
+        "_labels",
+    ):  # torchvision has no common name; _labels where it has no public one
         if hasattr(dataset, name):
             return getattr(dataset, name)
     return [label for _, label in dataset]  # decodes every image, but is right
@@ -130,16 +155,22 @@ def _open_files(args) -> tuple[ImageSet, ImageSet | None, list[str]]:
     train, names, notes = _open_part(train_path, args.labels, args)
     if names is None:
         return train, None, [*notes, "the images have no labels: no kNN, no neighbour purity"]
-    train.classes = sorted({*names} - {None}, key=lambda name: (int(name), "") if name.isdecimal() else (-1, name))
+    train.classes = sorted(
+        {*names} - {None}, key=lambda name: (int(name), "") if name.isdecimal() else (-1, name)
+    )
     train.labels = _numbers(names, train.classes)
-    val, val_names, more = _open_part(val_path, args.val_labels, args) if val_path else (None, None, [])
+    val, val_names, more = (
+        _open_part(val_path, args.val_labels, args) if val_path else (None, None, [])
+    )
     notes += more
     if val_names is None:
         return train, None, [*notes, "there are no validation images with labels: no kNN"]
     odd = sorted(({*val_names} ^ {*names}) - {None})
     if odd:
         told = ", ".join(odd[:5]) + (" ..." if len(odd) > 5 else "")
-        raise UsageError(f"training and validation images must hold the same classes; only one of them has {told}")
+        raise UsageError(
+            f"training and validation images must hold the same classes; only one of them has {told}"
+        )
     val.classes, val.labels = train.classes, _numbers(val_names, train.classes)
     return train, val, notes
 
@@ -155,7 +186,9 @@ def _open_part(path, labels, args) -> tuple[ImageSet, list[str | None] | None, l
     if args.dataset == "list":
         images = ImageFiles(_read_list(path), None, [], IMAGENET)
     elif args.dataset == "shards":
-        with local_rank_zero_first():  # it writes the index that the others of this machine then find
+        with (
+            local_rank_zero_first()
+        ):  # it writes the index that the others of this machine then find
             index = shards.open_index(path, EXTENSIONS, fallback=args.workdir)
         images, ignored = shards.ShardImages(index, None, [], IMAGENET), int(index.ignored)
         if len(index.classes):
@@ -167,8 +200,14 @@ def _open_part(path, labels, args) -> tuple[ImageSet, list[str | None] | None, l
             paths = [file for file in paths if os.path.dirname(file) != path]
             names = [os.path.relpath(file, path).split(os.sep)[0] for file in paths]
         if not paths:
-            form = f"{path}/<class>/<image>" if args.dataset == "folder" else "image files in it or its subfolders"
-            raise UsageError(f"no image in {path}; expected {form} with one of {' '.join(EXTENSIONS)}")
+            form = (
+                f"{path}/<class>/<image>"
+                if args.dataset == "folder"
+                else "image files in it or its subfolders"
+            )
+            raise UsageError(
+                f"no image in {path}; expected {form} with one of {' '.join(EXTENSIONS)}"
+            )
         images = ImageFiles(paths, None, [], IMAGENET)
     if labels not in (None, "none"):
         names = _read_labels(labels, path, len(images))
@@ -181,7 +220,9 @@ def _open_part(path, labels, args) -> tuple[ImageSet, list[str | None] | None, l
     notes = [f"{ignored} files in {path} are no images and were left out"] if ignored else []
     if isinstance(images, ResidentImages) and images.errors is not None:
         bad = list(filter(None, images.errors))
-        notes += [f"{len(bad)} images in {path} are replaced in training and grey in evaluation; the first: {bad[0]}"]
+        notes += [
+            f"{len(bad)} images in {path} are replaced in training and grey in evaluation; the first: {bad[0]}"
+        ]
     return images, None if labels == "none" else names, notes
 
 
@@ -213,9 +254,13 @@ def _read_list(path):
         paths = [os.path.join(folder, line.rstrip("\n")) for line in file if line.strip()]
     if not paths:
         raise UsageError(f"{path} lists no image: one path a line is expected")
-    for number in range(0, len(paths), -(-len(paths) // 100)):  # not all: a million looks at a network disk take minutes
+    for number in range(
+        0, len(paths), -(-len(paths) // 100)
+    ):  # not all: a million looks at a network disk take minutes
         if not os.path.isfile(paths[number]):
-            raise UsageError(f"{path} names {paths[number]}, which does not exist; relative paths start at the list's folder")
+            raise UsageError(
+                f"{path} names {paths[number]}, which does not exist; relative paths start at the list's folder"
+            )
     return paths
 
 
@@ -224,5 +269,7 @@ def _read_labels(path, source, count):
     with open(path, encoding="utf-8", errors="replace") as file:
         names = [name if name not in ("", "-1") else None for name in map(str.strip, file)]
     if len(names) != count:
-        raise UsageError(f"{path} has {len(names)} labels for the {count} images of {source}: one a line is needed, in order")
+        raise UsageError(
+            f"{path} has {len(names)} labels for the {count} images of {source}: one a line is needed, in order"
+        )
     return names

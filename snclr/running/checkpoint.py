@@ -20,7 +20,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from . import __version__
+from .. import __version__
 from .errors import RunError, UsageError, first_line
 
 FORMAT = 1
@@ -29,7 +29,18 @@ PREFIX = "module."
 
 # A resumed run is the same run: these decide which images it sees and what its state means.
 # Others may change on purpose (a longer schedule, another temperature); that is said. RUNNING ones are of no account.
-FIXED = ("arch", "method", "optimizer", "batch_size", "seed", "dataset", "img_size", "crop_min", "blur", "small_stem")
+FIXED = (
+    "arch",
+    "method",
+    "optimizer",
+    "batch_size",
+    "seed",
+    "dataset",
+    "img_size",
+    "crop_min",
+    "blur",
+    "small_stem",
+)
 FIXED += ("timm_kwargs", "subset", "subset_seed")
 RUNNING = {
     "data",
@@ -43,7 +54,15 @@ RUNNING = {
     "stop_after_epochs",
     "stop_after_steps",
 }
-RUNNING |= {"save_freq", "save_every_minutes", "keep", "print_freq", "eval_freq", "eval_encoder", "viz_freq"}
+RUNNING |= {
+    "save_freq",
+    "save_every_minutes",
+    "keep",
+    "print_freq",
+    "eval_freq",
+    "eval_encoder",
+    "viz_freq",
+}
 RUNNING |= {"compile", "grad_checkpointing", "on_bad_image", "skip_non_finite", "timeout_minutes"}
 
 
@@ -66,10 +85,15 @@ def save(path: str, state: dict, keep: int = 1) -> None:
         folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
         os.fsync(folder)  # makes the new name durable, not only the bytes
         os.close(folder)
-    except (OSError, RuntimeError) as error:  # a full disk reaches us as torch's RuntimeError, the cause behind it
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # a full disk reaches us as torch's RuntimeError, the cause behind it
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, "strerror", None) or first_line(error)
-        raise RunError(f"cannot write {path}: {reason}; the checkpoint before it is untouched") from error
+        raise RunError(
+            f"cannot write {path}: {reason}; the checkpoint before it is untouched"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)  # there after an error or a signal alone
@@ -85,7 +109,9 @@ def read(path: str) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises whatever the bytes lead to
-        raise UsageError(f"checkpoint {path} is no dictionary of tensors and plain values; nothing else is loaded") from error
+        raise UsageError(
+            f"checkpoint {path} is no dictionary of tensors and plain values; nothing else is loaded"
+        ) from error
 
 
 def verify(path: str) -> None:
@@ -94,36 +120,56 @@ def verify(path: str) -> None:
         raise UsageError(f"checkpoint {path} does not exist")
     try:
         with open(path, "rb") as file:
-            if file.read(2) == b"\x80\x02":  # torch before 1.6: a plain pickle, which has no checksums
+            if (
+                file.read(2) == b"\x80\x02"
+            ):  # torch before 1.6: a plain pickle, which has no checksums
                 return
         with zipfile.ZipFile(path) as archive:
             # attributes: torch writes none, and takes a record with the directory bit for one without content;
             # nor does it compress: a few bytes that unfold to terabytes are nobody's checkpoint
-            odd = [record.filename for record in archive.infolist() if record.external_attr or record.compress_type]
+            odd = [
+                record.filename
+                for record in archive.infolist()
+                if record.external_attr or record.compress_type
+            ]
             damaged = next(iter(odd), None) or archive.testzip()
     except Exception as error:  # a damaged directory of the zip leads to anything
-        raise UsageError(f"checkpoint {path} is truncated or no checkpoint ({first_line(error)}); take another one") from error
+        raise UsageError(
+            f"checkpoint {path} is truncated or no checkpoint ({first_line(error)}); take another one"
+        ) from error
     if damaged:
-        raise UsageError(f"checkpoint {path} is damaged (wrong checksum in {damaged}); take another one")
+        raise UsageError(
+            f"checkpoint {path} is damaged (wrong checksum in {damaged}); take another one"
+        )
 
 
 def load(path: str) -> dict:
     """Read a checkpoint of this project, as `read` does. Raises UsageError, too, where it is something else."""
     state = read(path)
-    kinds = dict(epoch=int, step=int, arch=str, state_dict=dict, optimizer=dict, args=dict, images=int)
+    kinds = dict(
+        epoch=int, step=int, arch=str, state_dict=dict, optimizer=dict, args=dict, images=int
+    )
     missing = [key for key in kinds if not isinstance(state, dict) or key not in state]
     if missing:
         raise UsageError(f"checkpoint {path} cannot be resumed: it has no {', '.join(missing)}")
     if state.get("format", 1) not in range(1, FORMAT + 1):
-        raise UsageError(f"checkpoint {path} has format {state['format']}; this version reads up to {FORMAT}")
+        raise UsageError(
+            f"checkpoint {path} has format {state['format']}; this version reads up to {FORMAT}"
+        )
     odd = [key for key, kind in kinds.items() if type(state[key]) is not kind]
     odd += (
-        [str(name) for name, value in state["state_dict"].items() if not (isinstance(name, str) and is_plain(value))]
+        [
+            str(name)
+            for name, value in state["state_dict"].items()
+            if not (isinstance(name, str) and is_plain(value))
+        ]
         if not odd
         else []
     )
     if odd or state["step"] < 0:
-        raise UsageError(f"checkpoint {path} cannot be resumed: no sensible {first_few(odd or ['step'])} in it")
+        raise UsageError(
+            f"checkpoint {path} cannot be resumed: no sensible {first_few(odd or ['step'])} in it"
+        )
     return state
 
 
@@ -158,7 +204,10 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
             continue
         for other, _ in damaged:
             os.replace(other, f"{other}.damaged")
-        return path, [f"{str(error).partition('; take')[0]}: renamed to .damaged, {path} is taken" for _, error in damaged]
+        return path, [
+            f"{str(error).partition('; take')[0]}: renamed to .damaged, {path} is taken"
+            for _, error in damaged
+        ]
     if damaged:
         raise UsageError(f"no whole checkpoint in {workdir}: {damaged[0][1]}")
     return None, []
@@ -202,9 +251,20 @@ def pack(
 
 def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int) -> dict:
     """The backbone alone, under its own names, with what is needed to rebuild it: small, and read by snclr.load_encoder."""
-    head = next(name for name, module in encoder.named_modules() if module is encoder.projector) + "."
-    backbone = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)}
-    state = {"format": FORMAT, "epoch": epoch, "arch": args.arch, "args": vars(args), "encoder": which, "state_dict": backbone}
+    head = (
+        next(name for name, module in encoder.named_modules() if module is encoder.projector) + "."
+    )
+    backbone = {
+        name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)
+    }
+    state = {
+        "format": FORMAT,
+        "epoch": epoch,
+        "arch": args.arch,
+        "args": vars(args),
+        "encoder": which,
+        "state_dict": backbone,
+    }
     return state | {"provenance": provenance()}
 
 
@@ -229,10 +289,16 @@ def resume(
     refused = [change for name, change in changes.items() if name in FIXED]
     if state["images"] != images:
         refused.append(f"training images {state['images']} -> {images}")
-    elif None not in (fingerprint, state.get("fingerprint")) and state["fingerprint"] != fingerprint:
-        refused.append("training images of the same number, but with other names or in another order")
+    elif (
+        None not in (fingerprint, state.get("fingerprint")) and state["fingerprint"] != fingerprint
+    ):
+        refused.append(
+            "training images of the same number, but with other names or in another order"
+        )
     if refused:
-        raise UsageError(f"{path} is of another run: {', '.join(refused)}; repeat its settings or choose a new --workdir")
+        raise UsageError(
+            f"{path} is of another run: {', '.join(refused)}; repeat its settings or choose a new --workdir"
+        )
     load_strictly(path, state["state_dict"], model)
     load_optimizer(path, state["optimizer"], optimizer)
     if state.get("scaler") and scaler.is_enabled():
@@ -244,10 +310,17 @@ def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
     """Load an optimiser's state; its settings stay those of this start. UsageError where it is not that of these parameters."""
     now = optimizer.state_dict()["param_groups"]
     try:
-        groups = [saved | {**group, "params": saved["params"]} for saved, group in zip(state["param_groups"], now, strict=True)]
+        groups = [
+            saved | {**group, "params": saved["params"]}
+            for saved, group in zip(state["param_groups"], now, strict=True)
+        ]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
         states = list(optimizer.state.items())
-        if not all(is_plain(x) and tuple(x.shape) in (tuple(p.shape), ()) for p, values in states for x in values.values()):
+        if not all(
+            is_plain(x) and tuple(x.shape) in (tuple(p.shape), ())
+            for p, values in states
+            for x in values.values()
+        ):
             raise ValueError("no tensors, or of another shape")
         if any(values.keys() != states[0][1].keys() for _, values in states):
             raise ValueError("parameters with less state than others")
@@ -260,10 +333,20 @@ def provenance() -> dict:
     """Where a result comes from: versions of python, torch, torchvision, timm and this package, and the git commit or None."""
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     versions |= {"python": platform.python_version(), "snclr": __version__}
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    command = [
+        "git",
+        "-C",
+        os.path.dirname(os.path.abspath(__file__)),
+        "describe",
+        "--always",
+        "--dirty",
+    ]
     git = None
     with contextlib.suppress(OSError):  # a container may have no git
-        git = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+        git = (
+            subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+            or None
+        )
     return {"versions": versions, "git": git}
 
 
@@ -275,10 +358,14 @@ def load_strictly(path: str, tensors: dict, model: nn.Module) -> None:
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
         "of another shape": [
-            f"{name} {found[name]} instead of {shape}" for name, shape in expected.items() if found.get(name, shape) != shape
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
         ],
     }
-    told = [f"{len(names)} keys {kind}: {first_few(names)}" for kind, names in problems.items() if names]
+    told = [
+        f"{len(names)} keys {kind}: {first_few(names)}" for kind, names in problems.items() if names
+    ]
     if told:
         raise UsageError(f"{path} does not fit this model: {'; '.join(told)}")
     model.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})

@@ -10,7 +10,15 @@ Colour = tuple[int, int, int]
 INK, FAINT = (0, 0, 0), (90, 90, 90)
 # colour-blind people tell these apart, too: the first from Okabe and Ito, the others Paul Tol's 'muted'
 BLUE, ORANGE, GREY = (0, 114, 178), (230, 120, 0), (170, 170, 170)
-COLOURS = ((51, 34, 136), (136, 204, 238), (17, 119, 51), (221, 204, 119), (204, 102, 119), (68, 170, 153), (136, 34, 85))
+COLOURS = (
+    (51, 34, 136),
+    (136, 204, 238),
+    (17, 119, 51),
+    (221, 204, 119),
+    (204, 102, 119),
+    (68, 170, 153),
+    (136, 34, 85),
+)
 COLOURS += ((153, 153, 51), (170, 68, 153), (120, 120, 120))
 MARGIN, GAP, FRAME, LINE = 24, 10, 4, 16  # pixels
 
@@ -36,7 +44,13 @@ def page(
     Returns the page, what draws on it, and where the room begins; left of the room is MARGIN.
     """
     lines = told.splitlines()
-    width = max(width, *(int(font(size).getlength(line)) for size, line in [(17, title), *((13, line) for line in lines)]))
+    width = max(
+        width,
+        *(
+            int(font(size).getlength(line))
+            for size, line in [(17, title), *((13, line) for line in lines)]
+        ),
+    )
     places, x, y = [], 0, MARGIN + 26 + 19 * len(lines)
     for _, name in key:  # from left to right, as words of a text
         taken = 20 + int(font().getlength(name)) + 20
@@ -74,12 +88,21 @@ def sheet(
         for column, tile in enumerate(tiles):
             x, y = MARGIN + column * pitch, top + head + row * pace
             if tile.frame is not None:
-                draw.rectangle((x, y, x + side + 2 * FRAME - 1, y + side + 2 * FRAME - 1), fill=tile.frame)
+                draw.rectangle(
+                    (x, y, x + side + 2 * FRAME - 1, y + side + 2 * FRAME - 1), fill=tile.frame
+                )
             enlarged = tile.image.shape[0] < side  # pixels stay pixels
             how = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-            image.paste(Image.fromarray(tile.image).resize((side, side), how), (x + FRAME, y + FRAME))
+            image.paste(
+                Image.fromarray(tile.image).resize((side, side), how), (x + FRAME, y + FRAME)
+            )
             for number, line in enumerate(tile.words):
-                draw.text((x + FRAME, y + side + 2 * FRAME + 1 + LINE * number), fitting(line, pitch), fill=INK, font=font())
+                draw.text(
+                    (x + FRAME, y + side + 2 * FRAME + 1 + LINE * number),
+                    fitting(line, pitch),
+                    fill=INK,
+                    font=font(),
+                )
     return image
 
 

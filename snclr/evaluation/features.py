@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import EVALUATION_BATCH, ImageSet, ViewLoader, whole_images
-from .distributed import all_gather, barrier, local_rank_zero, rank, world_size
-from .errors import RunError
+from ..loader import EVALUATION_BATCH, ImageSet, ViewLoader, whole_images
+from ..running.distributed import all_gather, barrier, local_rank_zero, rank, world_size
+from ..running.errors import RunError
 
 
 def digest(module: nn.Module) -> str:
@@ -28,7 +28,12 @@ def digest(module: nn.Module) -> str:
 
 @torch.no_grad()
 def encode_share(
-    embed: Callable[[Tensor], Tensor], images: ImageSet, *, size: int, device: torch.device, workers: int
+    embed: Callable[[Tensor], Tensor],
+    images: ImageSet,
+    *,
+    size: int,
+    device: torch.device,
+    workers: int,
 ) -> tuple[Tensor, Tensor]:
     """Features (n_r, F) and labels (n_r,), on the CPU, of this rank's share (every world_size-th image) of a labelled set."""
     indices = np.arange(rank(), len(images), world_size())
@@ -76,7 +81,9 @@ def cache(
             for _ in encoded:
                 pass  # this rank's part goes to the one that writes
         barrier()
-    return torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
+    return torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.float32).view(
+        shape
+    )
 
 
 def _write(path: str, chunks: Iterable[Tensor]) -> None:
@@ -89,7 +96,9 @@ def _write(path: str, chunks: Iterable[Tensor]) -> None:
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except OSError as error:
-        raise RunError(f"cannot write the features to {path}: {error.strerror}; choose another --workdir") from error
+        raise RunError(
+            f"cannot write the features to {path}: {error.strerror}; choose another --workdir"
+        ) from error
 
 
 def _in_order(embed, loader, copy, workers) -> Iterable[Tensor]:
@@ -101,7 +110,9 @@ def _in_order(embed, loader, copy, workers) -> Iterable[Tensor]:
     parts = [np.where(part < len(images), part, 0) for part in parts]
     if copy is None:
         every = np.concatenate(parts)
-        batches = whole_images(images, every, size=loader.recipe.size, device=loader.device, workers=workers)
+        batches = whole_images(
+            images, every, size=loader.recipe.size, device=loader.device, workers=workers
+        )
     else:
         batches = (x for _, x in loader.load([(copy, part, (0,)) for part in parts]))
     for start, batch in zip(starts, batches, strict=True):

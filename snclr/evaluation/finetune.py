@@ -4,12 +4,15 @@ import timm.optim
 import torch
 from torch import Tensor, nn
 
-from .errors import UsageError
-from .optim import parameter_groups
+from ..optim import parameter_groups
+from ..running.errors import UsageError
 
 # optimiser: peak rates of encoder and head for a batch of 256, weight decay
 DEFAULTS = {"sgd": (0.02, 0.2, 0.0), "adamw": (5e-4, 5e-3, 0.05)}
-FROM_SCRATCH = {"sgd": (0.1, 0.1, 5e-4), "adamw": (5e-4, 5e-4, 0.05)}  # where the encoder has learned nothing yet
+FROM_SCRATCH = {
+    "sgd": (0.1, 0.1, 5e-4),
+    "adamw": (5e-4, 5e-4, 0.05),
+}  # where the encoder has learned nothing yet
 
 
 class Classifier(nn.Module):
@@ -48,7 +51,9 @@ def build_optimizer(
     if layer_decay == 1:
         groups = parameter_groups(model.encoder, weight_decay)
     elif hasattr(model.encoder, "group_matcher"):
-        groups = timm.optim.param_groups_layer_decay(model.encoder, weight_decay, layer_decay=layer_decay)
+        groups = timm.optim.param_groups_layer_decay(
+            model.encoder, weight_decay, layer_decay=layer_decay
+        )
     else:
         raise UsageError(f"--layer-decay {layer_decay} is for ViTs and timm's models: leave it out")
     groups = [{**group, "peak": lr * group.pop("lr_scale", 1.0)} for group in groups]

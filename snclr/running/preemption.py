@@ -62,7 +62,9 @@ class Interruptions:
 
     def due(self) -> bool:
         """Whether all ranks save after this step. To be called once a step by each; no GPU waits for it."""
-        self.agreed = self.maximum(self.signal or int(time.monotonic() - self.since > self.interval))
+        self.agreed = self.maximum(
+            self.signal or int(time.monotonic() - self.since > self.interval)
+        )
         return self.agreed > 0
 
     def saved(self, told: str = "saved") -> None:
@@ -103,7 +105,9 @@ def interrupt(number: int, told: str) -> None:
     job = os.environ.get("SLURM_JOB_ID")
     if number == signal.SIGUSR1 and job and os.environ.get("RANK", "0") == "0":
         try:
-            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True, timeout=60)
+            subprocess.run(
+                ["scontrol", "requeue", job], capture_output=True, text=True, check=True, timeout=60
+            )
             told += f", as job {job} will"
         except (OSError, subprocess.SubprocessError) as error:  # a container may have no scontrol
             told += f" (requeue of job {job} failed: {(getattr(error, 'stderr', None) or first_line(error)).strip()})"

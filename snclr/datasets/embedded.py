@@ -10,7 +10,10 @@ import numpy as np
 CLASSES = ("disc", "ring", "square", "frame", "triangle", "plus", "bar", "star", "ell", "stripes")
 SIZE = 32
 SPLITS = {"train": (5000, 0), "val": (1000, 1)}  # images, seed
-WINDOW, MARGIN = 14, 24  # pixels: side of the square that a glyph fits in; canvas around the picture
+WINDOW, MARGIN = (
+    14,
+    24,
+)  # pixels: side of the square that a glyph fits in; canvas around the picture
 
 
 def _box(x, y, half_width, half_height):
@@ -23,7 +26,9 @@ def _triangle(x, y):
 
 def _star(x, y):
     """Five points: a radius that swings with the angle."""
-    angle = np.abs(np.mod(np.arctan2(x, y), 2 * np.pi / 5) - np.pi / 5) / (np.pi / 5)  # 0 between points, 1 at them
+    angle = np.abs(np.mod(np.arctan2(x, y), 2 * np.pi / 5) - np.pi / 5) / (
+        np.pi / 5
+    )  # 0 between points, 1 at them
     return np.hypot(x, y) - (0.28 + 0.85 * angle**2)
 
 
@@ -53,7 +58,11 @@ def draw(split: str) -> tuple[np.ndarray, np.ndarray]:
     offset = rng.uniform(-0.5, 0.5, (count, 2)) * pitch[:, None]
     background = rng.uniform(0.47, 0.53, (count, 1, 1, 1))
     foreground = rng.uniform(0.85, 1.0, (count, 1, 1, 1))
-    clutter = rng.uniform(-1, 1, (count, 2, 2)), rng.uniform(0.06, 0.12, (count, 2)), rng.uniform(-0.05, 0.05, (count, 2))
+    clutter = (
+        rng.uniform(-1, 1, (count, 2, 2)),
+        rng.uniform(0.06, 0.12, (count, 2)),
+        rng.uniform(-0.05, 0.05, (count, 2)),
+    )
 
     cover = np.zeros((count, SIZE + 2 * MARGIN, SIZE + 2 * MARGIN), np.float32)
     window = np.arange(-WINDOW // 2, WINDOW // 2)
@@ -62,18 +71,36 @@ def draw(split: str) -> tuple[np.ndarray, np.ndarray]:
         for column in (-1, 0, 1):
             jitter = rng.normal(0, 0.04, (count, 2)) * pitch[:, None]
             turn = rng.uniform(0, 2 * np.pi, count).astype(np.float32)
-            across, along = column * pitch + offset[:, 0] + jitter[:, 0], row * pitch + offset[:, 1] + jitter[:, 1]
+            across, along = (
+                column * pitch + offset[:, 0] + jitter[:, 0],
+                row * pitch + offset[:, 1] + jitter[:, 1],
+            )
             centre_x, centre_y = cosine * across - sine * along, sine * across + cosine * along
             for label, name in enumerate(CLASSES):
                 image = np.flatnonzero(labels == label)
-                _add_glyph(cover, GLYPHS[name], image, centre_x[image], centre_y[image], radius[image], turn[image], window)
+                _add_glyph(
+                    cover,
+                    GLYPHS[name],
+                    image,
+                    centre_x[image],
+                    centre_y[image],
+                    radius[image],
+                    turn[image],
+                    window,
+                )
     cover = cover[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
-    images = (background + (foreground - background) * cover[:, None]).astype(np.float32).repeat(3, axis=1)
+    images = (
+        (background + (foreground - background) * cover[:, None])
+        .astype(np.float32)
+        .repeat(3, axis=1)
+    )
     axis = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE * 2 - 1
     y, x = axis[None, :, None], axis[None, None, :]
     for mark in range(2):
         position, size, strength = clutter[0][:, mark], clutter[1][:, mark], clutter[2][:, mark]
-        blob = (x - position[:, :1, None]) ** 2 + (y - position[:, 1:, None]) ** 2 < size[:, None, None] ** 2
+        blob = (x - position[:, :1, None]) ** 2 + (y - position[:, 1:, None]) ** 2 < size[
+            :, None, None
+        ] ** 2
         images += (blob * strength[:, None, None].astype(np.float32))[:, None]
     images += 0.08 * rng.standard_normal(images.shape, dtype=np.float32)
     return (np.clip(images, 0, 1) * 255).round().astype(np.uint8), labels

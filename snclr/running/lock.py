@@ -23,9 +23,13 @@ def hold(workdir: str, name: str) -> None:
     except OSError as error:
         file.seek(0)
         owner = file.read().strip() or "another process"
-        if not isinstance(error, BlockingIOError | PermissionError):  # a file system without locks: better than no run
+        if not isinstance(
+            error, BlockingIOError | PermissionError
+        ):  # a file system without locks: better than no run
             return
-        raise UsageError(f"{workdir} is in use by {owner}: choose another --workdir, or end that run first") from error
+        raise UsageError(
+            f"{workdir} is in use by {owner}: choose another --workdir, or end that run first"
+        ) from error
     held.append(file)
     with writing(path):
         file.truncate(0)

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .builder import StepView
+from ..builder import StepView
+from ..loader import ViewLoader
+from ..objectives import loss_at_chance
 from .checkpoint import LAST, provenance
-from .data import ViewLoader
 from .distributed import all_sum, rank, union, world_size
 from .errors import RunError, one_line, save_text, writing
-from .objectives import loss_at_chance
 from .precision import unit
 
 # TensorBoard group of each metric of a training or evaluation line
@@ -37,7 +37,14 @@ GROUPS = {
 
 @torch.no_grad()
 def step_metrics(
-    loss: Tensor, shown: StepView, ids: Tensor, labels: Tensor | None, *, method: str, form: str, temperature: float
+    loss: Tensor,
+    shown: StepView,
+    ids: Tensor,
+    labels: Tensor | None,
+    *,
+    method: str,
+    form: str,
+    temperature: float,
 ) -> dict:
     """Metrics of one step over the global batch, from every rank's share: one all-reduce, the same on every rank.
 
@@ -50,7 +57,9 @@ def step_metrics(
     valid = shown.neighbour_ids >= 0
     number = valid.sum(dim=1)
     weights = shown.weights.double()
-    shares = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-12)  # a threshold leaves sums below 1
+    shares = weights / weights.sum(dim=1, keepdim=True).clamp(
+        min=1e-12
+    )  # a threshold leaves sums below 1
     several = number > 1
     entropy = torch.special.entr(shares).sum(dim=1)[several] / number[several].log()
     known = same = valid.new_zeros(())
@@ -69,11 +78,23 @@ def step_metrics(
         known.sum(),
         same.sum(),
     )
-    mine = torch.cat([torch.stack([x.double() for x in sums]), projection.sum(dim=0), projection.square().sum(dim=0)])
-    total, first, second = all_sum(mine).split([len(sums), projection.shape[1], projection.shape[1]])
-    loss_sum, images, weight_sum, picks, score_sum, entropy_sum, entropies, known_sum, same_sum = total.tolist()
+    mine = torch.cat(
+        [
+            torch.stack([x.double() for x in sums]),
+            projection.sum(dim=0),
+            projection.square().sum(dim=0),
+        ]
+    )
+    total, first, second = all_sum(mine).split(
+        [len(sums), projection.shape[1], projection.shape[1]]
+    )
+    loss_sum, images, weight_sum, picks, score_sum, entropy_sum, entropies, known_sum, same_sum = (
+        total.tolist()
+    )
     mean_loss = loss_sum / world_size()
-    chance = loss_at_chance(method, form, temperature, int(shown.num_candidates), 1 + weight_sum / images)
+    chance = loss_at_chance(
+        method, form, temperature, int(shown.num_candidates), 1 + weight_sum / images
+    )
     variance = second / images - (first / images).square()
     metrics = {
         "loss": mean_loss,
@@ -131,18 +152,26 @@ class Log:
             return
         self.path, self.pending = os.path.join(workdir, "metrics.jsonl"), b""
         with writing(workdir):
-            cut_back(self.path, step if step else -1)  # a run that starts anew says its beginning anew
+            cut_back(
+                self.path, step if step else -1
+            )  # a run that starts anew says its beginning anew
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
-            self.events = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1 if step else None)
+            self.events = SummaryWriter(
+                os.path.join(workdir, "tensorboard"), purge_step=step + 1 if step else None
+            )
 
     def line(self, metrics: dict) -> None:
         """Append one line with 'step' to metrics.jsonl and its numbers to TensorBoard."""
         if not self.enabled:
             return
-        self.pending += json.dumps({name: _rounded(value) for name, value in metrics.items()}).encode() + b"\n"
+        self.pending += (
+            json.dumps({name: _rounded(value) for name, value in metrics.items()}).encode() + b"\n"
+        )
         self.flush()
         try:
-            self.events = self.events or SummaryWriter(os.path.join(os.path.dirname(self.path), "tensorboard"))
+            self.events = self.events or SummaryWriter(
+                os.path.join(os.path.dirname(self.path), "tensorboard")
+            )
             for group, names in GROUPS.items():
                 for name in names:
                     if metrics.get(name) is not None:
@@ -166,7 +195,9 @@ class Log:
     def last_evaluation(self) -> int | None:
         """The step of the last evaluation in metrics.jsonl."""
         with open(self.path) as file:
-            return max((line["step"] for line in map(json.loads, file) if "loss" not in line), default=None)
+            return max(
+                (line["step"] for line in map(json.loads, file) if "loss" not in line), default=None
+            )
 
     def pictures(self, step: int, pictures: dict, histograms: dict[str, Tensor]) -> None:
         """PIL images and values (n,) by name to TensorBoard; the images also to pictures/, as NAME_STEP.png."""
@@ -179,20 +210,26 @@ class Log:
                 picture.save(os.path.join(folder, f"{name}_{step:07d}.png"))
                 self.events.add_image(name, np.asarray(picture), step, dataformats="HWC")
             for name, values in histograms.items():
-                self.events.add_histogram(f"neighbours/{name}", values.float().cpu().numpy(), step, bins=60)
+                self.events.add_histogram(
+                    f"neighbours/{name}", values.float().cpu().numpy(), step, bins=60
+                )
         except OSError as error:  # no reason to stop a run
             self.say(f"note: no pictures of step {step}: {error}")
 
     def say(self, text: str) -> None:
         """One line on the console, above the progress bar if there is one."""
         if self.enabled:
-            tqdm.write(text.encode(errors="replace").decode(), file=sys.stdout)  # names of files may hold anything
+            tqdm.write(
+                text.encode(errors="replace").decode(), file=sys.stdout
+            )  # names of files may hold anything
             sys.stdout.flush()
 
     def progress(self, total: int, done: int, label: str) -> None:
         """Start a progress bar, on a terminal; elsewhere the lines of `say` have to do."""
         if self.enabled and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, desc=label, unit="step", leave=False, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total, initial=done, desc=label, unit="step", leave=False, dynamic_ncols=True
+            )
 
     def advance(self) -> None:
         """One step further on the progress bar."""
@@ -218,7 +255,10 @@ def save_settings(workdir: str, args: Namespace, more: dict) -> None:
     """Leave args.json in workdir: every setting by its name, and the command, versions and git commit of this start."""
     os.makedirs(workdir, exist_ok=True)
     command = shlex.join([sys.executable, *sys.argv])
-    save_json(os.path.join(workdir, "args.json"), {**vars(args), **more, "command": command, **provenance()})
+    save_json(
+        os.path.join(workdir, "args.json"),
+        {**vars(args), **more, "command": command, **provenance()},
+    )
 
 
 def save_json(path: str, content: dict) -> None:
@@ -249,7 +289,11 @@ def bad_images(loader: ViewLoader, workdir: str) -> str | None:
     except RunError as error:  # a full disk: no reason to stop a run
         path = str(error)
     new = sorted(told - known)
-    return f"{len(new)} more images cannot be read and are replaced, see {path}: {new[0]}" if new else None
+    return (
+        f"{len(new)} more images cannot be read and are replaced, see {path}: {new[0]}"
+        if new
+        else None
+    )
 
 
 def farewell(workdir: str, done: bool) -> str:
@@ -257,19 +301,34 @@ def farewell(workdir: str, done: bool) -> str:
     with open(os.path.join(workdir, "metrics.jsonl")) as file:
         found = [line for line in map(json.loads, file) if "loss" not in line]  # evaluations
     lines = []
-    for name, title, unit_of in (("knn_top1", "kNN top-1", " %"), ("effective_rank", "effective rank", "")):
+    for name, title, unit_of in (
+        ("knn_top1", "kNN top-1", " %"),
+        ("effective_rank", "effective rank", ""),
+    ):
         told = []
         for line in found[:1] if found and found[0]["epoch"] == 0 else []:
             first = {"raw pixels": line.get(f"raw_pixels_{name}"), "untrained": line.get(name)}
-            told += [f"{what} {value:.1f}{unit_of}" for what, value in first.items() if value is not None]
-        told += [f"epoch {line['epoch']}: {line[name]:.1f}{unit_of}" for line in found[-1:] if line["epoch"] and name in line]
+            told += [
+                f"{what} {value:.1f}{unit_of}" for what, value in first.items() if value is not None
+            ]
+        told += [
+            f"epoch {line['epoch']}: {line[name]:.1f}{unit_of}"
+            for line in found[-1:]
+            if line["epoch"] and name in line
+        ]
         lines += [f"{title}: {', '.join(told)}"] if told else []
     lines.append(f"checkpoint: {os.path.join(workdir, LAST)}")
-    lines.append(f"curves: tensorboard --logdir {workdir}   (numbers: {os.path.join(workdir, 'metrics.jsonl')})")
+    lines.append(
+        f"curves: tensorboard --logdir {workdir}   (numbers: {os.path.join(workdir, 'metrics.jsonl')})"
+    )
     if done:
-        lines.append("next: your own images, with labels or without: bash start.sh @configs/vit_small_imagenet.args DATA")
+        lines.append(
+            "next: your own images, with labels or without: bash start.sh @configs/vit_small_imagenet.args DATA"
+        )
     else:
-        lines.append("stopped early; the same command with --resume auto and without the stop goes on")
+        lines.append(
+            "stopped early; the same command with --resume auto and without the stop goes on"
+        )
     return "\n".join(lines)
 
 

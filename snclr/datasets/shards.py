@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .data import EncodedImages, decode, unreadable
-from .errors import UsageError
+from ..loader import EncodedImages, decode, unreadable
+from ..running.errors import UsageError
 
 
 class Index(NamedTuple):
@@ -32,15 +32,26 @@ class ShardImages(EncodedImages):
 
     per_image = ("labels", "shard", "offset", "size")
 
-    def __init__(self, index: Index, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
+    def __init__(
+        self, index: Index, labels: np.ndarray | None, classes: list[str], mean_std: tuple
+    ):
         super().__init__(labels, classes, mean_std)
-        self.files, self.shard, self.offset, self.size = index.files, index.shard, index.offset, index.size
+        self.files, self.shard, self.offset, self.size = (
+            index.files,
+            index.shard,
+            index.offset,
+            index.size,
+        )
 
     def __len__(self) -> int:
         return len(self.offset)
 
     def image(self, index: int) -> Tensor:
-        path, offset, size = str(self.files[self.shard[index]]), int(self.offset[index]), int(self.size[index])
+        path, offset, size = (
+            str(self.files[self.shard[index]]),
+            int(self.offset[index]),
+            int(self.size[index]),
+        )
         name = f"of {size} bytes at offset {offset} in {path}"
         try:
             encoded = np.fromfile(path, np.uint8, count=size, offset=offset)
@@ -58,9 +69,13 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
     files = [source] if os.path.isfile(source) else _tars_below(source)
     state = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
     key = json.dumps([[os.path.relpath(path, source), *rest] for path, *rest in state])
-    kept = [f"{source}.index.npz" if os.path.isfile(source) else os.path.join(source, "snclr_index.npz")]
+    kept = [
+        f"{source}.index.npz" if os.path.isfile(source) else os.path.join(source, "snclr_index.npz")
+    ]
     if fallback is not None:
-        kept.append(os.path.join(fallback, f"index_{os.path.basename(os.path.abspath(source))}.npz"))
+        kept.append(
+            os.path.join(fallback, f"index_{os.path.basename(os.path.abspath(source))}.npz")
+        )
     for path in kept:
         index = _load(path, key)
         if index is not None and _fits(index, np.array([size for _, size, _ in state])):
@@ -79,27 +94,41 @@ def _tars_below(folder):
         files += [os.path.join(parent, name) for name in sorted(names) if name.endswith(".tar")]
         compressed += [name for name in names if re.search(r"\.(tgz|tar\.\w+)$", name)]
     if not files:
-        told = f"; {compressed[0]} is compressed and cannot be read at an offset: unpack it to .tar" if compressed else ""
+        told = (
+            f"; {compressed[0]} is compressed and cannot be read at an offset: unpack it to .tar"
+            if compressed
+            else ""
+        )
         raise UsageError(f"no .tar file in {folder}{told}")
     return files
 
 
 def _scan(files, extensions) -> Index:
-    images, given, ignored = [], {}, 0  # (shard, offset, size, sample, stem) of each; labels of (shard, sample)
+    images, given, ignored = (
+        [],
+        {},
+        0,
+    )  # (shard, offset, size, sample, stem) of each; labels of (shard, sample)
     for shard, path in enumerate(files):
         try:
             with open(path, "rb") as file:
                 for name, offset, size, stem in _members(file, path):
                     folder, base = os.path.split(name)
-                    sample = os.path.join(folder, base.split(".")[0])  # whose members share the name up to its first dot
+                    sample = os.path.join(
+                        folder, base.split(".")[0]
+                    )  # whose members share the name up to its first dot
                     if base.lower().endswith(".cls"):
-                        given[shard, sample] = os.pread(file.fileno(), size, offset).decode().strip()
+                        given[shard, sample] = (
+                            os.pread(file.fileno(), size, offset).decode().strip()
+                        )
                     elif base.lower().endswith(extensions) and not base.startswith("."):
                         images.append((shard, offset, size, sample, stem))
                     else:
                         ignored += 1
         except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"shard {path} cannot be read: {error}; it must be a whole, uncompressed tar file") from error
+            raise UsageError(
+                f"shard {path} cannot be read: {error}; it must be a whole, uncompressed tar file"
+            ) from error
     if not images:
         raise UsageError(f"no image in the {len(files)} tar files of {os.path.dirname(files[0])}")
     shards, offsets, sizes, samples, stems = zip(*images, strict=True)
@@ -121,7 +150,9 @@ def _members(file, path, start=0):
         while (member := archive.next()) is not None:
             archive.members.clear()  # a million of them would fill the memory
             if member.isfile() and member.name.endswith(".tar"):
-                yield from _members(archive.extractfile(member), member.name, start + member.offset_data)
+                yield from _members(
+                    archive.extractfile(member), member.name, start + member.offset_data
+                )
             elif member.isfile():
                 yield member.name, start + member.offset_data, member.size, stem
 
@@ -129,14 +160,21 @@ def _members(file, path, start=0):
 def _name_classes(samples, stems):
     """Whether the tars are one a class: several, and not merely numbered - or their images repeat the number (n01440764)."""
     numbered = any(re.search(r"\d$", stem) for stem in stems)
-    repeated = all(os.path.basename(sample).startswith(stem) for sample, stem in zip(samples, stems, strict=True))
+    repeated = all(
+        os.path.basename(sample).startswith(stem)
+        for sample, stem in zip(samples, stems, strict=True)
+    )
     return len(set(stems)) > 1 and (repeated or not numbered)
 
 
 def _load(path, key) -> Index | None:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return Index(np.empty(0), *(file[name] for name in Index._fields[1:])) if file["key"].item() == key else None
+            return (
+                Index(np.empty(0), *(file[name] for name in Index._fields[1:]))
+                if file["key"].item() == key
+                else None
+            )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # absent, of another version or damaged: it is made again
 
@@ -144,9 +182,17 @@ def _load(path, key) -> Index | None:
 def _fits(index, sizes) -> bool:
     """Whether all images of a kept index lie inside the files, whose sizes in bytes these are."""
     rows = (index.shard, index.offset, index.size, index.label)
-    if any(row.ndim != 1 or row.dtype != np.int64 or not 0 < len(row) == len(index.shard) for row in rows):
+    if any(
+        row.ndim != 1 or row.dtype != np.int64 or not 0 < len(row) == len(index.shard)
+        for row in rows
+    ):
         return False
-    named = (index.shard >= 0) & (index.shard < len(sizes)) & (index.label >= -1) & (index.label < index.classes.size)
+    named = (
+        (index.shard >= 0)
+        & (index.shard < len(sizes))
+        & (index.label >= -1)
+        & (index.label < index.classes.size)
+    )
     room = sizes[index.shard % len(sizes)] - index.offset
     return bool((named & (index.offset >= 0) & (index.size >= 0) & (index.size <= room)).all())
 
@@ -156,7 +202,11 @@ def _save(path, key, index) -> bool:
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with open(temporary, "wb") as file:
-            np.savez(file, key=np.array(key), **{name: getattr(index, name) for name in Index._fields[1:]})
+            np.savez(
+                file,
+                key=np.array(key),
+                **{name: getattr(index, name) for name in Index._fields[1:]},
+            )
         os.replace(temporary, path)
         return True
     except OSError:

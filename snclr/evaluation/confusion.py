@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .canvas import INK, MARGIN, font, page
+from ..pictures.canvas import INK, MARGIN, font, page
 
 CELL, LEGIBLE = 44, 25  # pixels of a cell, and up to how many classes cells have names and numbers
 LOW, HIGH = np.array([247, 249, 252]), np.array([16, 78, 139])  # colours of 0 and 100 %
@@ -19,7 +19,9 @@ def picture(counts: np.ndarray, classes: list[str], title: str) -> Image.Image:
     told = "rows: true class, columns: answer; percent of the row"
     image, draw, top = page(names + side, side + names, title, told)
     colours = (LOW + (HIGH - LOW) * shares[..., None]).round().astype(np.uint8)
-    image.paste(Image.fromarray(colours).resize((side, side), Image.Resampling.NEAREST), (left, top))
+    image.paste(
+        Image.fromarray(colours).resize((side, side), Image.Resampling.NEAREST), (left, top)
+    )
     if not legible:
         return image
     for row, name in enumerate(classes):
@@ -28,7 +30,13 @@ def picture(counts: np.ndarray, classes: list[str], title: str) -> Image.Image:
             share = 100 * shares[row, column]
             if share >= 0.5:
                 place = (left + (column + 0.5) * cell, top + (row + 0.5) * cell)
-                draw.text(place, f"{share:.0f}", fill="white" if share > 50 else INK, font=font(), anchor="mm")
+                draw.text(
+                    place,
+                    f"{share:.0f}",
+                    fill="white" if share > 50 else INK,
+                    font=font(),
+                    anchor="mm",
+                )
         label = Image.new("RGB", (names, 18), "white")
         ImageDraw.Draw(label).text((names - 6, 9), name, fill=INK, font=font(), anchor="rm")
         turned = label.rotate(90, expand=True)

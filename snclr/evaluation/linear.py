@@ -6,9 +6,9 @@ import timm.models.vision_transformer as timm_vit
 import torch
 from torch import Tensor, nn
 
-from .distributed import GlobalBatchNorm, all_sum, world_size
-from .errors import UsageError
-from .precision import full_precision, widen
+from ..running.distributed import GlobalBatchNorm, all_sum, world_size
+from ..running.errors import UsageError
+from ..running.precision import full_precision, widen
 
 NORMS = ("plain", "batchnorm")
 
@@ -41,15 +41,24 @@ class LinearGrid(nn.Module):
     does not depend on which others stand beside it.
     """
 
-    def __init__(self, dims: dict[str, int], num_classes: int, rates: Sequence[float], seed: int = 0):
+    def __init__(
+        self, dims: dict[str, int], num_classes: int, rates: Sequence[float], seed: int = 0
+    ):
         """dims: how many of the feature columns each kind takes; rates: base_h of the H heads of each input."""
         super().__init__()
         self.dims = dims
-        self.register_buffer("rates", torch.tensor(rates, dtype=torch.get_default_dtype()), persistent=False)
-        self.norms = nn.ModuleDict({name: GlobalBatchNorm(width, affine=False) for name, width in dims.items()})
+        self.register_buffer(
+            "rates", torch.tensor(rates, dtype=torch.get_default_dtype()), persistent=False
+        )
+        self.norms = nn.ModuleDict(
+            {name: GlobalBatchNorm(width, affine=False) for name, width in dims.items()}
+        )
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
         for name, width in dims.items():
-            start = torch.randn(num_classes, width, generator=torch.Generator().manual_seed(seed)) * 0.01
+            start = (
+                torch.randn(num_classes, width, generator=torch.Generator().manual_seed(seed))
+                * 0.01
+            )
             for norm in NORMS:
                 weight = start.to(self.rates.dtype).repeat(len(rates), 1, 1)
                 self.weights[f"{name}/{norm}"] = nn.Parameter(weight)
@@ -67,16 +76,22 @@ class LinearGrid(nn.Module):
             name, norm = key.split("/")
             x = widen(features)[:, : self.dims[name]]
             x = self.norms[name](x) if norm == "batchnorm" else x
-            found.append((x @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2]) + self.biases[key])
+            found.append(
+                (x @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2]) + self.biases[key]
+            )
         return torch.cat(found, dim=1)
 
     def losses(self, features: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy (heads,) of each head, the mean over this rank's batch."""
         logits = self.logits(features)
         targets = labels[:, None].expand(logits.shape[:2])
-        return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(dim=0)
+        return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(
+            dim=0
+        )
 
-    def train_step(self, optimizer: torch.optim.Optimizer, features: Tensor, labels: Tensor) -> Tensor:
+    def train_step(
+        self, optimizer: torch.optim.Optimizer, features: Tensor, labels: Tensor
+    ) -> Tensor:
         """One step of all heads on this rank's part of the batch; returns the losses (heads,) before it, detached.
 
         optimizer: torch.optim.SGD over these parameters, without decay, its lr the schedule's factor s(t).
@@ -103,7 +118,9 @@ class LinearGrid(nn.Module):
         classes = next(iter(self.biases.values())).shape[1]
         counts = torch.zeros(classes * classes, dtype=torch.long, device=self.rates.device)
         for logits, y in self._answers(features, labels, chunk):
-            counts += torch.bincount(y * classes + logits[:, head].argmax(dim=1), minlength=classes * classes)
+            counts += torch.bincount(
+                y * classes + logits[:, head].argmax(dim=1), minlength=classes * classes
+            )
         return counts.view(classes, classes)
 
     def _answers(self, features, labels, chunk):
@@ -116,7 +133,9 @@ class LinearGrid(nn.Module):
         self.train()
 
 
-def class_share(labels: Tensor, classes: list, share: float, keys: Tensor, both_sides: bool = False) -> Tensor:
+def class_share(
+    labels: Tensor, classes: list, share: float, keys: Tensor, both_sides: bool = False
+) -> Tensor:
     """(n,) bool: of each class the same share of its images, those with the smallest keys, so that a smaller share is part
     of a larger one; both_sides: at least one image of a class inside, and one outside.
 

@@ -9,7 +9,10 @@ from .distributed import all_gather, rank
 from .errors import RunError
 from .monitor import save_json
 
-COLLAPSED, PATIENCE = 0.05, 10  # feature_std below this in so many logged steps; 1 is spread over the sphere
+COLLAPSED, PATIENCE = (
+    0.05,
+    10,
+)  # feature_std below this in so many logged steps; 1 is spread over the sphere
 
 
 class Guard:
@@ -20,9 +23,21 @@ class Guard:
     those of the last logged step. With a scaler (fp16) a gradient that overflows is ordinary, and only the loss counts.
     """
 
-    def __init__(self, model: nn.Module, optimizer, loader, workdir: str, *, limit: int, scaled: bool):
-        self.optimizer, self.loader, self.workdir, self.limit, self.scaled = optimizer, loader, workdir, limit, scaled
-        norms = [module for module in model.modules() if getattr(module, "running_mean", None) is not None]
+    def __init__(
+        self, model: nn.Module, optimizer, loader, workdir: str, *, limit: int, scaled: bool
+    ):
+        self.optimizer, self.loader, self.workdir, self.limit, self.scaled = (
+            optimizer,
+            loader,
+            workdir,
+            limit,
+            scaled,
+        )
+        norms = [
+            module
+            for module in model.modules()
+            if getattr(module, "running_mean", None) is not None
+        ]
         self.statistics = [x for norm in norms for x in (norm.running_mean, norm.running_var)]
         self.kept = [x.clone() for x in self.statistics]
         self.seen = torch.tensor(
@@ -54,7 +69,11 @@ class Guard:
         self.told = count
         step = min(number for number in losses + gradients if number > 0)
         ranks = [number for number, found in enumerate(losses) if found == step]
-        where = f"loss is not finite (on rank {', '.join(map(str, ranks))})" if ranks else "gradient is not finite"
+        where = (
+            f"loss is not finite (on rank {', '.join(map(str, ranks))})"
+            if ranks
+            else "gradient is not finite"
+        )
         told = f"step {step}: the {where}; {count} such steps were skipped"
         if count <= self.limit:
             return told

@@ -28,18 +28,22 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import augment
 from .augment import Recipe, ViewParameters
-from .distributed import rank, world_size
-from .errors import RunError, first_line
+from .running.distributed import rank, world_size
+from .running.errors import RunError, first_line
 
 try:  # torchvision 0.29 announces that its decoders will go; PIL takes half as long again
     from torchvision.io import ImageReadMode, decode_image
 except ImportError:
     decode_image = None
-warnings.filterwarnings("ignore", message=".*capabilities of TorchVision are deprecated", category=DeprecationWarning)
+warnings.filterwarnings(
+    "ignore", message=".*capabilities of TorchVision are deprecated", category=DeprecationWarning
+)
 
 EVALUATION_BATCH = 256  # images a rank
 SAMPLE_EPOCH = -1  # keys the views of TwoViewLoader.sample
-RESIDENT_LIMIT = 2**30  # bytes of decoded pixels up to which a set of equal-sized images is held in memory
+RESIDENT_LIMIT = (
+    2**30
+)  # bytes of decoded pixels up to which a set of equal-sized images is held in memory
 
 
 class Views(NamedTuple):
@@ -87,7 +91,11 @@ class ImageSet:
 
     def labelled(self) -> "ImageSet":
         """The images that have a label."""
-        return self if (self.labels >= 0).all() else self.select(np.flatnonzero(self.labels.numpy() >= 0))
+        return (
+            self
+            if (self.labels >= 0).all()
+            else self.select(np.flatnonzero(self.labels.numpy() >= 0))
+        )
 
     def to(self, device: torch.device) -> "ImageSet":
         """Bring what is held in memory to the device that trains."""
@@ -108,7 +116,9 @@ class ImageSet:
                     raise
                 index = int(augment.keyed_bits(seed, index, attempt) % np.uint64(len(self)))
 
-    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
+    def views(
+        self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)
+    ) -> Views:
         """Crops and parameters of views of images `indices` (B,), keyed by (recipe.seed, epoch, index, view)."""
         raise NotImplementedError
 
@@ -124,7 +134,13 @@ class ResidentImages(ImageSet):
     per_image = ("labels", "names", "images", "errors")
     errors: np.ndarray | None = None
 
-    def __init__(self, images: np.ndarray | Tensor, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
+    def __init__(
+        self,
+        images: np.ndarray | Tensor,
+        labels: np.ndarray | None,
+        classes: list[str],
+        mean_std: tuple,
+    ):
         super().__init__(labels, classes, mean_std)
         self.images = torch.as_tensor(images)
 
@@ -140,7 +156,9 @@ class ResidentImages(ImageSet):
             raise RunError(self.errors[index])
         return self.images[index]
 
-    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
+    def views(
+        self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)
+    ) -> Views:
         if self.errors is not None:
             indices = np.array([self.readable(int(index), recipe.seed)[0] for index in indices])
         images = augment.select(self.images, indices)
@@ -152,24 +170,42 @@ class ResidentImages(ImageSet):
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
         images = augment.select(self.images, indices)
         box = torch.tensor(_evaluation_box(*images.shape[2:], size))
-        return images if images.shape[2:] == (size, size) else augment.crop_and_resize(images, box.expand(len(images), 4), size)
+        return (
+            images
+            if images.shape[2:] == (size, size)
+            else augment.crop_and_resize(images, box.expand(len(images), 4), size)
+        )
 
 
 class EncodedImages(ImageSet):
     """Images that are decoded whenever they are needed: a subclass says how one of them is read."""
 
-    def views(self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)) -> Views:
-        numbers, images = zip(*(self.readable(int(index), recipe.seed) for index in indices), strict=True)
+    def views(
+        self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)
+    ) -> Views:
+        numbers, images = zip(
+            *(self.readable(int(index), recipe.seed) for index in indices), strict=True
+        )
         indices = np.array(numbers)
         heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
         boxes, parameters = _draw(recipe, epoch, indices, which, heights, widths)
-        crops = torch.cat([_cut(image, box, recipe.size) for image, box in zip(images * len(which), boxes, strict=True)])
+        crops = torch.cat(
+            [
+                _cut(image, box, recipe.size)
+                for image, box in zip(images * len(which), boxes, strict=True)
+            ]
+        )
         return Views(torch.from_numpy(indices), crops, parameters)
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
         images = [self._image_or_grey(index, (3, size, size))[0] for index in indices]
         none = torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return torch.cat([none, *(_cut(image, _evaluation_box(*image.shape[1:], size), size) for image in images)])
+        return torch.cat(
+            [
+                none,
+                *(_cut(image, _evaluation_box(*image.shape[1:], size), size) for image in images),
+            ]
+        )
 
     def _image_or_grey(self, index, shape):
         try:
@@ -186,13 +222,17 @@ class EncodedImages(ImageSet):
             return self
         images, errors = torch.empty(len(self), *shape, dtype=torch.uint8), np.full(len(self), None)
         with ThreadPool() as threads:
-            read = threads.imap(lambda index: self._image_or_grey(index, shape), range(len(self)), chunksize=16)
+            read = threads.imap(
+                lambda index: self._image_or_grey(index, shape), range(len(self)), chunksize=16
+            )
             for index, (image, errors[index]) in enumerate(read):
                 if image.shape != shape:
                     return self
                 images[index] = image
         labels = None if self.labels is None else self.labels.numpy()
-        resident = ResidentImages(images, labels, self.classes, (self.mean.tolist(), self.std.tolist()))
+        resident = ResidentImages(
+            images, labels, self.classes, (self.mean.tolist(), self.std.tolist())
+        )
         resident.names, resident.skip_bad = self.names, self.skip_bad
         resident.errors = errors if any(errors) else None
         return resident
@@ -203,9 +243,13 @@ class ImageFiles(EncodedImages):
 
     per_image = ("labels", "paths")
 
-    def __init__(self, paths: list[str], labels: np.ndarray | None, classes: list[str], mean_std: tuple):
+    def __init__(
+        self, paths: list[str], labels: np.ndarray | None, classes: list[str], mean_std: tuple
+    ):
         super().__init__(labels, classes, mean_std)
-        self.paths = np.array(paths)  # one block of memory: a list would be copied page by page into every worker
+        self.paths = np.array(
+            paths
+        )  # one block of memory: a list would be copied page by page into every worker
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -228,10 +272,16 @@ class ImageFiles(EncodedImages):
 def decode(encoded: np.ndarray, name: str) -> Tensor:
     """The bytes (n,) uint8 of an image file as (3, H, W) uint8, upright. Raises RunError with the name of a damaged one."""
     try:
-        with Image.open(io.BytesIO(encoded)) as picture:  # reads the head alone, and refuses what would fill the memory
-            if encoded[:3].tobytes() == b"\xff\xd8\xff" and decode_image:  # JPEG only: its PNG decoder crashes on damaged files
+        with Image.open(
+            io.BytesIO(encoded)
+        ) as picture:  # reads the head alone, and refuses what would fill the memory
+            if (
+                encoded[:3].tobytes() == b"\xff\xd8\xff" and decode_image
+            ):  # JPEG only: its PNG decoder crashes on damaged files
                 with contextlib.suppress(RuntimeError):  # PIL reads it, or names the reason
-                    return decode_image(torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=True)
+                    return decode_image(
+                        torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=True
+                    )
             return to_rgb(picture)
     except UnidentifiedImageError as error:
         raise unreadable(name, "it is no image of a known format") from error
@@ -254,7 +304,14 @@ def unreadable(name: str, reason: object) -> RunError:
 
 def _draw(recipe, epoch, indices, which, heights, widths):
     times, views = len(which), np.repeat(which, len(indices))
-    return augment.draw(recipe, epoch, np.tile(indices, times), views, np.tile(heights, times), np.tile(widths, times))
+    return augment.draw(
+        recipe,
+        epoch,
+        np.tile(indices, times),
+        views,
+        np.tile(heights, times),
+        np.tile(widths, times),
+    )
 
 
 def _cut(image, box, size):
@@ -293,7 +350,9 @@ class ViewLoader:
             keep_freed_memory()
         if isinstance(images, EncodedImages):
             stays = dict(persistent_workers=workers > 0, pin_memory=device.type == "cuda")
-            self.loader = _by_workers(_ViewsOnRequest(images, recipe), self.requests, workers, **stays)
+            self.loader = _by_workers(
+                _ViewsOnRequest(images, recipe), self.requests, workers, **stays
+            )
 
     def load(self, requests: list[tuple]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each request the ids (B,) and the augmented, normalised views (B or 2B, 3, S, S) on the device."""
@@ -312,7 +371,9 @@ class ViewLoader:
             if self.stream is not None:
                 training = torch.cuda.current_stream(self.device)
                 training.wait_stream(self.stream)
-                ids.record_stream(training)  # so that their memory is not used again before the step has read it
+                ids.record_stream(
+                    training
+                )  # so that their memory is not used again before the step has read it
                 x.record_stream(training)
             yield ids, x
 
@@ -321,7 +382,9 @@ def _by_workers(dataset, requests, workers, **more):
     """What dataset answers to each of the requests, in order."""
     # since Python 3.14 Linux, too, would start each worker from nothing: seconds, and another parent than the rank
     start = "fork" if workers and sys.platform == "linux" else None
-    how = dict(num_workers=workers, worker_init_fn=leave_signals_to_the_rank, multiprocessing_context=start)
+    how = dict(
+        num_workers=workers, worker_init_fn=leave_signals_to_the_rank, multiprocessing_context=start
+    )
     return DataLoader(dataset, batch_size=None, sampler=requests, **how, **more)
 
 
@@ -362,7 +425,14 @@ class TwoViewLoader(ViewLoader):
     """Epochs of two-view batches. Global batch b is the b-th slice of the epoch's permutation (the incomplete last one is
     left out); this rank's part is the rank-th contiguous share of it, so that gathering in rank order restores the batch."""
 
-    def __init__(self, images: ImageSet, recipe: Recipe, global_batch_size: int, device: torch.device, workers: int):
+    def __init__(
+        self,
+        images: ImageSet,
+        recipe: Recipe,
+        global_batch_size: int,
+        device: torch.device,
+        workers: int,
+    ):
         super().__init__(images, recipe, device, workers)
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = len(images) // global_batch_size
@@ -371,7 +441,9 @@ class TwoViewLoader(ViewLoader):
         """This rank's batches first .. steps_per_epoch - 1 of an epoch."""
         order = augment.epoch_order(self.recipe.seed, epoch, len(self.images))
         starts = [step * self.global_batch_size for step in range(first, self.steps_per_epoch)]
-        return self._pairs(epoch, [share(order[start : start + self.global_batch_size]) for start in starts])
+        return self._pairs(
+            epoch, [share(order[start : start + self.global_batch_size]) for start in starts]
+        )
 
     def indices(self, step: int) -> np.ndarray:
         """The images of the global batch that step `step` (from 1) trained on, in rank order."""
@@ -383,7 +455,9 @@ class TwoViewLoader(ViewLoader):
         """This rank's part of `count` images (rounded down to the ranks) in views that no epoch shows; the same each time."""
         order = augment.epoch_order(self.recipe.seed, SAMPLE_EPOCH, len(self.images))
         mine = share(order[: min(count, len(order)) // world_size() * world_size()])
-        return self._pairs(SAMPLE_EPOCH, np.split(mine, range(EVALUATION_BATCH, len(mine), EVALUATION_BATCH)))
+        return self._pairs(
+            SAMPLE_EPOCH, np.split(mine, range(EVALUATION_BATCH, len(mine), EVALUATION_BATCH))
+        )
 
     def _pairs(self, epoch, parts):
         for ids, x in self.load([(epoch, part) for part in parts]):

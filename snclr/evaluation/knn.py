@@ -7,15 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import EVALUATION_BATCH, ImageSet, whole_images
-from .distributed import all_gather, rank, world_size
+from ..loader import EVALUATION_BATCH, ImageSet, whole_images
+from ..running.distributed import all_gather, rank, world_size
+from ..running.precision import full_precision, unit
 from .features import encode_share
-from .precision import full_precision, unit
 
 
 @torch.no_grad()
 @full_precision
-def nearest(queries: Tensor, features: Tensor, labels: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+def nearest(
+    queries: Tensor, features: Tensor, labels: Tensor, k: int, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
     """Cosines (n, k), best first, and labels (n, k) of the nearest of ALL ranks' features; alike on every rank.
 
     queries (n, F), the same on every rank; features (m, F) and labels (m,) are this rank's share: each rank finds its own k
@@ -87,7 +89,9 @@ def accuracy(
     train, val = train.labelled(), val.labelled()
     where = dict(size=size, device=device, workers=workers)
     shares = [encode_share(embed, images, **where) for images in (train, val)]
-    return table(*shares, len(val), len(train.classes), (k,), temperature, device)[f"k={k} weighted"]
+    return table(*shares, len(val), len(train.classes), (k,), temperature, device)[
+        f"k={k} weighted"
+    ]
 
 
 def join_shares(x: Tensor, total: int) -> Tensor:
@@ -95,12 +99,20 @@ def join_shares(x: Tensor, total: int) -> Tensor:
     longest = -(-total // world_size())
     padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
     shares = all_gather(padded).chunk(world_size())
-    return torch.cat([share[: len(range(number, total, world_size()))] for number, share in enumerate(shares)])
+    return torch.cat(
+        [share[: len(range(number, total, world_size()))] for number, share in enumerate(shares)]
+    )
 
 
 @torch.no_grad()
 def calibrated_copy(
-    encoder: nn.Module, images: ImageSet, *, size: int, device: torch.device, workers: int, count: int = 1024
+    encoder: nn.Module,
+    images: ImageSet,
+    *,
+    size: int,
+    device: torch.device,
+    workers: int,
+    count: int = 1024,
 ) -> nn.Module:
     """A copy of an untrained encoder, in eval mode, whose batch norms hold the statistics of `count` images.
 
@@ -108,12 +120,18 @@ def calibrated_copy(
     'untrained' accuracy would measure the missing statistics.
     """
     encoder = copy.deepcopy(encoder).train()
-    norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        module
+        for module in encoder.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
     share = min(count, len(images)) // world_size()  # synchronised norms need equal batches
-    share = share // EVALUATION_BATCH * EVALUATION_BATCH or share  # and an average over batches, full ones
+    share = (
+        share // EVALUATION_BATCH * EVALUATION_BATCH or share
+    )  # and an average over batches, full ones
     indices = np.arange(share) * world_size() + rank()
     if norms:
         for batch in whole_images(images, indices, size=size, device=device, workers=workers):

@@ -24,7 +24,9 @@ class Interrupted(BaseException):
 
 def one_line(error: Exception) -> str:
     """Its message without what a terminal would not print as it stands: names of files and flags may hold anything."""
-    return "".join(c if c.isprintable() else "?" for c in str(error).encode(errors="replace").decode())
+    return "".join(
+        c if c.isprintable() else "?" for c in str(error).encode(errors="replace").decode()
+    )
 
 
 def first_line(error: Exception) -> str:
@@ -83,7 +85,9 @@ def one_clear_line(program: str) -> Iterator[None]:
         end_process(75)
     except RuntimeError as error:
         told = one_line(error)
-        if told.startswith("DataLoader worker"):  # torch's words for it, which its signal handler raises anywhere
+        if told.startswith(
+            "DataLoader worker"
+        ):  # torch's words for it, which its signal handler raises anywhere
             told = f"{told.partition('.')[0]}: out of memory? fewer --workers need less of it"
         elif not isinstance(error, RunError):
             raise

@@ -1,0 +1,1 @@
+"""Where images come from: sets, their sources, decoding."""
