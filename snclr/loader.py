@@ -4,6 +4,7 @@ A request names an epoch and image numbers. The image sets (snclr/datasets/image
 crops; this file moves them to the device, augments them there, and deals out an epoch to the ranks.
 """
 
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from .augment import Recipe
 from .datasets.images import EncodedImages, ImageSet
 from .running.distributed import rank, world_size
 from .running.errors import RunError
-from .running.workers import keep_freed_memory, load_by_workers
+from .running.workers import WorkerBatches, check_shared_memory, keep_freed_memory
 
 EVALUATION_BATCH = 256  # images per rank
 SAMPLE_EPOCH = -1  # keys the views of TwoViewLoader.sample
@@ -41,7 +42,7 @@ class ViewLoader:
         if device.type == "cpu":
             keep_freed_memory()
         if isinstance(images, EncodedImages):
-            self.loader = load_by_workers(
+            self.loader = WorkerBatches(
                 _RequestedViews(images, recipe),
                 self.requests,
                 workers,
@@ -104,6 +105,11 @@ class TwoViewLoader(ViewLoader):
         device: torch.device,
         workers: int,
     ):
+        if isinstance(images, EncodedImages):
+            largest = max(2 * global_batch_size // world_size(), 2 * EVALUATION_BATCH)
+            pixels = 3 * recipe.size**2
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            check_shared_memory(largest * pixels, workers, ranks)
         super().__init__(images, recipe, device, workers)
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = len(images) // global_batch_size
@@ -199,7 +205,7 @@ def whole_images(
     """
     chunks = np.split(indices, range(chunk, len(indices), chunk))
     if isinstance(images, EncodedImages):
-        batches = load_by_workers(_RequestedWholeImages(images, size), chunks, workers)
+        batches = WorkerBatches(_RequestedWholeImages(images, size), chunks, workers)
     else:
         batches = (images.whole(part, size) for part in chunks)
     for batch in batches:

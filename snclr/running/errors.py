@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
+
+from .worker_failures import reason
 
 
 class UsageError(ValueError):
@@ -84,12 +87,10 @@ def one_clear_line(program: str) -> Iterator[None]:
             _tell(f"{program}: {error}")
         end_process(75)
     except RuntimeError as error:
-        told = one_line(error)
-        if told.startswith(
-            "DataLoader worker"
-        ):  # torch's words for it, which its signal handler raises anywhere
-            told = f"{told.partition('.')[0]}: out of memory? fewer --workers need less of it"
-        elif not isinstance(error, RunError):
+        # torch's signal handler raises a worker's end anywhere, but no longer from here on
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        told = one_line(error) if isinstance(error, RunError) else reason(error)
+        if told is None:
             raise
         _tell(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {told}")
         end_process(1)

@@ -4,6 +4,7 @@ Each case is a process with its own arguments, environment, folder, console and 
 that exit codes and last lines are those of a user's process. `Programs` is the client.
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -51,7 +52,8 @@ class Case:
 
     def kill(self) -> None:
         """With all that it started."""
-        os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
     def wait_for(self, text: str, within: float = 60) -> None:
         """Until it has printed this, or ended."""
@@ -77,8 +79,13 @@ class Programs:
         self.folder, self.count = folder, 0
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, env=environment, text=True
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
         )
+        self.server.stdout.readline()  # it has imported everything
 
     def start(
         self,
@@ -130,6 +137,7 @@ def _path_or_text(flag):
 def serve() -> dict:
     """Fork a process for each job on stdin; returns only in those."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    print("ready", flush=True)
     for line in sys.stdin:
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
