@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .distributed import all_gather, rank
 from .errors import RunError
-from .monitor import save_json
+from .safe_files import save_json
 
 COLLAPSED, PATIENCE = (
     0.05,
