@@ -23,11 +23,11 @@ if __name__ == "__main__":
 import torch
 
 from snclr import augment, optim
-from snclr import loader as data
 from snclr.builder import build_model
 from snclr.datasets import sources
 from snclr.evaluation import knn, label_free
 from snclr.evaluation.features import digest
+from snclr.loader import TwoViewLoader
 from snclr.pictures import report, steps
 from snclr.running import checkpoint, distributed, process_group, summary, tensor_files
 from snclr.running.bad_images import record_bad_images
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images")
     train = train.to(device)
     recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, args.blur)
-    loader = data.TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
+    loader = TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
     steps_per_epoch = loader.steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
 

@@ -17,8 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from . import augment, options
 from .datasets import sources
+from .datasets.images import ImageFiles
 from .evaluation import knn
-from .loader import ImageFiles
 from .pictures.encoders import (
     Encoder,
     attention_maps,

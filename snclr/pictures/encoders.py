@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from .. import augment
-from ..loader import ImageSet, whole_images
+from ..datasets.images import ImageSet
+from ..loader import whole_images
 from ..running.precision import unit
 from .canvas import BLUE, COLOURS, GREY, INK, MARGIN, Tile, fitting, font, page, sheet
 from .tiles import key_of, row_of

@@ -7,7 +7,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..builder import StepView
-from ..loader import Batch, ImageSet
+from ..datasets.images import ImageSet
+from ..loader import Batch
 from .canvas import Tile, sheet
 from .tiles import key_of, row_of
 

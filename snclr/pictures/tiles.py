@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..loader import ImageSet
+from ..datasets.images import ImageSet
 from .canvas import BLUE, GREY, ORANGE, Colour, Tile
 
 SAME_OR_OTHER = ((BLUE, "same class"), (ORANGE, "another class"), (GREY, "no label"))
