@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     # -- epochs ----------------------------------------------------------------------------------------------------------
     network = distributed.replicate(model, device)
     guard = Guard(
-        model, optimizer, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled()
+        model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled()
     )
     interruptions = Interruptions(args.save_every_minutes, args.timeout_minutes)
     evaluated = distributed.on_rank_zero(log.last_evaluation)
@@ -273,7 +273,7 @@ def train_epoch(
         scaler.unscale_(optimizer)
         grad_norm = optim.gradient_norm(optimizer)
         guard.watch(loss, grad_norm, step)
-        scaler.step(optimizer)
+        optim.step_if_finite(optimizer, scaler, grad_norm)
         scaler.update()
         slowest = max(slowest, time.perf_counter() - step_start)
 

@@ -63,7 +63,6 @@ class Ours:
         scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         guard = Guard(
             model,
-            optimizer,
             loader,
             os.curdir,
             limit=args.skip_non_finite,

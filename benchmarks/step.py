@@ -81,7 +81,7 @@ class Optimiser:
 
     def __init__(self, device, **implementation):
         model = build_model(parse(VIT)).to(device)
-        groups = optim.parameter_groups(model, 0.1)
+        groups = optim.parameter_groups(model.named_parameters(), 0.1)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, **implementation)
         for group in groups:
             for parameter in group["params"]:
