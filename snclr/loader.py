@@ -10,6 +10,7 @@ import copy
 import ctypes
 import hashlib
 import io
+import itertools
 import os
 import signal
 import sys
@@ -47,12 +48,15 @@ RESIDENT_LIMIT = (
 
 
 class Views(NamedTuple):
-    """Views of B images before the device's half of the augmentation: ids (B,); crops (2B, 3, S, S) uint8, view 1 first, or
-    (B, 3, S, S) where one view was asked for."""
+    """Views of B images before the device's half of the augmentation.
+
+    ids (B,). The views come in groups of one size (augment.by_size): crops holds for each group of V
+    views (V * B, 3, S, S) uint8, all images' first view first; parameters what was drawn for them.
+    """
 
     ids: Tensor
-    crops: Tensor
-    parameters: ViewParameters
+    crops: list[Tensor]
+    parameters: list[ViewParameters]
 
 
 class ImageSet:
@@ -117,9 +121,10 @@ class ImageSet:
                 index = int(augment.keyed_bits(seed, index, attempt) % np.uint64(len(self)))
 
     def views(
-        self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)
+        self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] | None = None
     ) -> Views:
-        """Crops and parameters of views of images `indices` (B,), keyed by (recipe.seed, epoch, index, view)."""
+        """Crops and parameters of the views `which` (numbers in recipe.views; None: all of them) of
+        images `indices` (B,), keyed by (recipe.seed, epoch, index, view)."""
         raise NotImplementedError
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
@@ -157,15 +162,17 @@ class ResidentImages(ImageSet):
         return self.images[index]
 
     def views(
-        self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)
+        self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] | None = None
     ) -> Views:
         if self.errors is not None:
             indices = np.array([self.readable(int(index), recipe.seed)[0] for index in indices])
         images = augment.select(self.images, indices)
         heights, widths = (np.full(len(indices), side) for side in images.shape[2:])
-        boxes, parameters = _draw(recipe, epoch, indices, which, heights, widths)
-        crops = augment.crop_and_resize(images, torch.from_numpy(boxes), recipe.size)
-        return Views(torch.from_numpy(indices), crops, parameters)
+
+        def cut(boxes, size):
+            return augment.crop_and_resize(images, torch.from_numpy(boxes), size)
+
+        return _views(recipe, epoch, indices, which, heights, widths, cut)
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
         images = augment.select(self.images, indices)
@@ -181,21 +188,19 @@ class EncodedImages(ImageSet):
     """Images that are decoded whenever they are needed: a subclass says how one of them is read."""
 
     def views(
-        self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] = (0, 1)
+        self, recipe: Recipe, epoch: int, indices: np.ndarray, which: tuple[int, ...] | None = None
     ) -> Views:
         numbers, images = zip(
             *(self.readable(int(index), recipe.seed) for index in indices), strict=True
         )
         indices = np.array(numbers)
         heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
-        boxes, parameters = _draw(recipe, epoch, indices, which, heights, widths)
-        crops = torch.cat(
-            [
-                _cut(image, box, recipe.size)
-                for image, box in zip(images * len(which), boxes, strict=True)
-            ]
-        )
-        return Views(torch.from_numpy(indices), crops, parameters)
+
+        def cut(boxes, size):
+            again = itertools.cycle(images)  # the boxes of view after view
+            return torch.cat([_cut(image, box, size) for box, image in zip(boxes, again)])  # noqa: B905
+
+        return _views(recipe, epoch, indices, which, heights, widths, cut)
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
         images = [self._image_or_grey(index, (3, size, size))[0] for index in indices]
@@ -302,16 +307,21 @@ def unreadable(name: str, reason: object) -> RunError:
     return RunError(f"cannot read image {name}: {first_line(reason)}; remove or replace the file")
 
 
-def _draw(recipe, epoch, indices, which, heights, widths):
-    times, views = len(which), np.repeat(which, len(indices))
-    return augment.draw(
-        recipe,
-        epoch,
-        np.tile(indices, times),
-        views,
-        np.tile(heights, times),
-        np.tile(widths, times),
-    )
+def _views(recipe, epoch, indices, which, heights, widths, cut):
+    """The Views `which` of images `indices`; cut(boxes, size) cuts the boxes of view after view."""
+    crops, parameters = [], []
+    for size, numbers in augment.by_size(recipe, which or range(len(recipe.views))):
+        boxes, drawn = augment.draw(
+            recipe,
+            epoch,
+            np.tile(indices, len(numbers)),
+            np.repeat(numbers, len(indices)),
+            np.tile(heights, len(numbers)),
+            np.tile(widths, len(numbers)),
+        )
+        crops.append(cut(boxes, size))
+        parameters.append(drawn)
+    return Views(torch.from_numpy(indices), crops, parameters)
 
 
 def _cut(image, box, size):
@@ -354,8 +364,9 @@ class ViewLoader:
                 _ViewsOnRequest(images, recipe), self.requests, workers, **stays
             )
 
-    def load(self, requests: list[tuple]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each request the ids (B,) and the augmented, normalised views (B or 2B, 3, S, S) on the device."""
+    def load(self, requests: list[tuple]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """For each request the ids (B,) and the augmented, normalised views, (B, 3, S, S) each, on
+        the device."""
         self.requests.list = requests
         direct = (self.images.views(self.recipe, *request) for request in requests)
         batches = iter(direct if self.loader is None else self.loader)
@@ -365,17 +376,20 @@ class ViewLoader:
                 if isinstance(views, Exception):
                     raise views
                 self.replaced.update(request[1][request[1] != views.ids.numpy()].tolist())
-                crops = views.crops.to(self.device, non_blocking=True)
-                x = augment.apply(crops, views.parameters, self.images.mean, self.images.std)
+                groups = []
+                for crops, parameters in zip(views.crops, views.parameters, strict=True):
+                    crops = crops.to(self.device, non_blocking=True)
+                    groups.append(
+                        augment.apply(crops, parameters, self.images.mean, self.images.std)
+                    )
                 ids = views.ids.to(self.device, non_blocking=True)
             if self.stream is not None:
                 training = torch.cuda.current_stream(self.device)
                 training.wait_stream(self.stream)
-                ids.record_stream(
-                    training
-                )  # so that their memory is not used again before the step has read it
-                x.record_stream(training)
-            yield ids, x
+                for tensor in (ids, *groups):
+                    # so that its memory is not used again before the step has read it
+                    tensor.record_stream(training)
+            yield ids, [view for group in groups for view in group.split(len(ids))]
 
 
 def _by_workers(dataset, requests, workers, **more):
@@ -414,11 +428,11 @@ def _end_with_the_rank():
 
 
 class Batch(NamedTuple):
-    """This rank's part of a global batch, on the device: ids (B,) data-set indices; view1, view2 (B, 3, S, S) normalised."""
+    """This rank's part of a global batch, on the device: ids (B,) data-set indices; views, in the
+    order of the table of views, (B, 3, S, S) each, normalised."""
 
     ids: Tensor
-    view1: Tensor
-    view2: Tensor
+    views: list[Tensor]
 
 
 class TwoViewLoader(ViewLoader):
@@ -441,9 +455,8 @@ class TwoViewLoader(ViewLoader):
         """This rank's batches first .. steps_per_epoch - 1 of an epoch."""
         order = augment.epoch_order(self.recipe.seed, epoch, len(self.images))
         starts = [step * self.global_batch_size for step in range(first, self.steps_per_epoch)]
-        return self._pairs(
-            epoch, [share(order[start : start + self.global_batch_size]) for start in starts]
-        )
+        parts = [share(order[start : start + self.global_batch_size]) for start in starts]
+        return self._batches([(epoch, part) for part in parts])
 
     def indices(self, step: int) -> np.ndarray:
         """The images of the global batch that step `step` (from 1) trained on, in rank order."""
@@ -452,16 +465,16 @@ class TwoViewLoader(ViewLoader):
         return order[inside * self.global_batch_size :][: self.global_batch_size]
 
     def sample(self, count: int) -> Iterator[Batch]:
-        """This rank's part of `count` images (rounded down to the ranks) in views that no epoch shows; the same each time."""
+        """This rank's part of `count` images (rounded down to the ranks) in two views that no epoch
+        shows; the same each time."""
         order = augment.epoch_order(self.recipe.seed, SAMPLE_EPOCH, len(self.images))
         mine = share(order[: min(count, len(order)) // world_size() * world_size()])
-        return self._pairs(
-            SAMPLE_EPOCH, np.split(mine, range(EVALUATION_BATCH, len(mine), EVALUATION_BATCH))
-        )
+        parts = np.split(mine, range(EVALUATION_BATCH, len(mine), EVALUATION_BATCH))
+        return self._batches([(SAMPLE_EPOCH, part, (0, 1)) for part in parts])
 
-    def _pairs(self, epoch, parts):
-        for ids, x in self.load([(epoch, part) for part in parts]):
-            yield Batch(ids, *x.chunk(2))
+    def _batches(self, requests):
+        for ids, views in self.load(requests):
+            yield Batch(ids, views)
 
 
 def share(indices: np.ndarray) -> np.ndarray:
