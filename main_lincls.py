@@ -30,8 +30,9 @@ from torch.nn.functional import cross_entropy
 
 from snclr import augment, optim
 from snclr.datasets import sources
+from snclr.datasets.images import ImageSet
 from snclr.evaluation import confusion, features, finetune, knn, linear
-from snclr.loader import ImageSet, ViewLoader, share, whole_images
+from snclr.loader import ViewLoader, share, whole_images
 from snclr.running import checkpoint, distributed, monitor
 from snclr.running.lock import hold
 from snclr.running.precision import autocast, resolve_amp, widen

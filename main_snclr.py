@@ -23,11 +23,11 @@ if __name__ == "__main__":
 import torch
 
 from snclr import augment, optim, report, visualize
-from snclr import loader as data
 from snclr.builder import build_model
 from snclr.datasets import sources
 from snclr.evaluation import knn, label_free
 from snclr.evaluation.features import digest
+from snclr.loader import TwoViewLoader
 from snclr.running import checkpoint, distributed, monitor
 from snclr.running.guard import Guard
 from snclr.running.lock import hold
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images")
     train = train.to(device)
     recipe = augment.Recipe(args.seed, augment.build_views(args))
-    loader = data.TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
+    loader = TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
     steps_per_epoch = loader.steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
 
@@ -253,9 +253,7 @@ def train_epoch(
         # stochastic layers too draw from a key, so that a resumed run has no generator to restore
         torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank())) >> 1)
         with autocast(amp, loader.device):
-            loss, shown = network(
-                batch.views, batch.ids, momentum, step >= neighbours_from
-            )
+            loss, shown = network(batch.views, batch.ids, momentum, step >= neighbours_from)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         step += 1

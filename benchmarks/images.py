@@ -22,7 +22,8 @@ from torchvision import transforms
 from benchmarks import measure
 from snclr import augment, options
 from snclr.datasets import sources
-from snclr.loader import ImageFiles, ViewLoader
+from snclr.datasets.images import ImageFiles
+from snclr.loader import ViewLoader
 from snclr.running import distributed
 
 

@@ -24,9 +24,10 @@ from lightly.transforms import SimCLRTransform
 import main_snclr
 from benchmarks import measure
 from snclr import augment, optim, options
-from snclr import loader as data
 from snclr.builder import build_model
 from snclr.datasets import sources
+from snclr.datasets.images import ImageSet
+from snclr.loader import TwoViewLoader
 from snclr.running import distributed, monitor
 from snclr.running.guard import Guard
 from snclr.running.precision import autocast, resolve_amp
@@ -40,7 +41,7 @@ RECIPE = os.path.join(
 class Ours:
     """Steps of main_snclr.py. flags: beside the recipe's."""
 
-    def __init__(self, flags: list[str], train: data.ImageSet, device: torch.device, turn: int):
+    def __init__(self, flags: list[str], train: ImageSet, device: torch.device, turn: int):
         self.args = args = options.parse([f"@{RECIPE}", *flags])
         torch.manual_seed(0)
         self.amp, self.turn, self.step = resolve_amp(args.amp, device), turn, 0
@@ -56,7 +57,7 @@ class Ours:
             torch.full((len(bank),), -1, device=device),
         )
         recipe = augment.Recipe(args.seed, augment.build_views(args))
-        loader = data.TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
+        loader = TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
         optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
         scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         guard = Guard(

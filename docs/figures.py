@@ -23,7 +23,7 @@ FINE = 2  # drawn larger and reduced: smooth lines
 LEARNED, FIXED, MEMORY = (222, 235, 247), (240, 240, 240), (253, 235, 208)
 # centre, what it is, where it is, and its ground
 BOXES = {
-    "images": ((70, 190), "images", "snclr/data.py", FIXED),
+    "images": ((70, 190), "images", "snclr/loader.py", FIXED),
     "view 1": ((210, 80), "view 1", "snclr/augment.py", FIXED),
     "view 2": ((210, 300), "view 2", "snclr/augment.py", FIXED),
     "online": ((375, 80), "online encoder", "snclr/backbones.py", LEARNED),

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from . import augment, options
 from .builder import StepView
 from .datasets import sources
+from .datasets.images import ImageFiles, ImageSet
 from .evaluation import knn
-from .loader import Batch, ImageFiles, ImageSet, whole_images
+from .loader import Batch, whole_images
 from .pictures.canvas import (
     BLUE,
     COLOURS,

@@ -12,7 +12,7 @@ import test_benchmarks
 import torch
 from accelerator import DEVICE, Accelerator, Remote, to_host
 from PIL import Image
-from test_data import save_folder
+from sample_images import save_folder
 from test_ranks import CLOCK, read_lines
 
 import main_lincls

@@ -14,7 +14,8 @@ from test_ranks import CLOCK, SMALL, read_lines, write_images
 import main_snclr
 from snclr import augment, visualize
 from snclr.builder import StepView
-from snclr.loader import Batch, ResidentImages
+from snclr.datasets.images import ResidentImages
+from snclr.loader import Batch
 from snclr.memory_bank import MemoryBank
 from snclr.pictures import canvas
 from snclr.running import monitor
