@@ -39,6 +39,7 @@ from snclr.running.metrics import Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
 from snclr.running.preemption import Interruptions, handlers_given_back, interrupt, leave_at_once
 from snclr.running.provenance import save_settings
+from snclr.running.workers import Stalled
 from snclr.weights import reading as weights
 
 
@@ -112,6 +113,7 @@ def main(argv: list[str]) -> None:
         model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled()
     )
     interruptions = Interruptions(args.save_every_minutes, args.timeout_minutes)
+    loader.stop_waiting_if(lambda: interruptions.signal > 0)
     evaluated = distributed.on_rank_zero(log.last_evaluation)
     last_step = min(
         total_steps,
@@ -242,8 +244,13 @@ def train_epoch(
 
     while step < end:
         step_start = time.perf_counter()
-        with waits:
-            batch = next(batches)
+        try:
+            with waits:
+                batch = next(batches)
+        except Stalled:
+            if interruptions.end_here():
+                break
+            raise
 
         lr = optim.learning_rate(
             step,

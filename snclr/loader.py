@@ -5,7 +5,7 @@ crops; this file moves them to the device, augments them there, and deals out an
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +49,11 @@ class ViewLoader:
                 persistent=True,
                 pin_memory=device.type == "cuda",
             )
+
+    def stop_waiting_if(self, condition: Callable[[], bool]) -> None:
+        """Raise Stalled if no batch comes for a few seconds and the condition holds."""
+        if self.loader is not None:
+            self.loader.stop_waiting = condition
 
     def load(self, requests: list[tuple]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """For each request the ids (B,) and the normalised views, (B, 3, S, S) each, on the device.
@@ -112,10 +117,9 @@ class TwoViewLoader(ViewLoader):
         workers: int,
     ):
         if isinstance(images, EncodedImages):
-            largest = max(2 * global_batch_size // world_size(), 2 * EVALUATION_BATCH)
-            pixels = 3 * recipe.size**2
+            image_bytes = sum(3 * view.size**2 for view in recipe.views)
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            check_shared_memory(largest * pixels, workers, ranks)
+            check_shared_memory(global_batch_size // world_size() * image_bytes, workers, ranks)
         super().__init__(images, recipe, device, workers)
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = len(images) // global_batch_size

@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from .distributed import LaggedMaximum
+from .distributed import LaggedMaximum, world_size
 from .errors import Interrupted, first_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -70,6 +70,12 @@ class Interruptions:
     def saved(self, told: str = "saved") -> None:
         """The minutes begin anew. told: what to say of it, on rank 0, when a signal ends the run."""
         self.since, self.told = time.monotonic(), told
+
+    def end_here(self) -> bool:
+        """End the run before the next step, if a signal asks for it and no other rank needs to
+        agree."""
+        self.agreed = self.signal if world_size() == 1 else 0
+        return self.agreed > 0
 
     @property
     def ending(self) -> int:

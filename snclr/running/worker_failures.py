@@ -38,11 +38,23 @@ def reason(error: Exception, exit_codes: Sequence[int | None] = ()) -> str | Non
         sentence = f"a DataLoader worker was lost ({sentence})"
     codes = [*map(int, re.findall(r"exit code (\d+)", text)), *filter(None, exit_codes)]
     numbers = [code - SENDING_FAILED for code in codes] + [getattr(error, "errno", None)]
-    if errno.ENOSPC in numbers or "Bus error" in text:
-        return f"{sentence}: {MORE_SHARED_MEMORY}"
-    if errno.EMFILE in numbers or "Too many open files" in text or not _descriptors_left():
-        return f"{sentence}: {MORE_FILES}"
-    return f"{sentence}: {MORE_MEMORY}"
+    if "Bus error" in text:
+        numbers.append(errno.ENOSPC)
+    return f"{sentence}: {_advice(numbers)}"
+
+
+def not_started(error: OSError) -> str:
+    """The line for the user if the workers cannot be started."""
+    return f"cannot start the DataLoader workers ({error.strerror}): {_advice([error.errno])}"
+
+
+def _advice(numbers):
+    """What helps against errors of these numbers."""
+    if errno.ENOSPC in numbers:  # semaphores, too, lie in shared memory
+        return MORE_SHARED_MEMORY
+    if errno.EMFILE in numbers or not _descriptors_left():
+        return MORE_FILES
+    return MORE_MEMORY
 
 
 def _descriptors_left(wanted: int = 10) -> bool:

@@ -19,10 +19,11 @@ from multiprocessing.queues import Queue
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import RunError, UsageError
-from .worker_failures import SENDING_FAILED, reason
+from .worker_failures import SENDING_FAILED, not_started, reason
 
 PREFETCH = 2  # batches that a worker loads ahead
 LIMIT = 30 * 60  # seconds without a batch after which a rank gives up
+PATIENCE = 10  # the same, if a signal asks for the end of the run
 POLL = 2  # seconds between two looks at whether to go on waiting
 SHARED_MEMORY = "/dev/shm"
 
@@ -35,7 +36,8 @@ class WorkerBatches:
     """dataset[request] for each of the requests, in order, by worker processes (0: by this one).
 
     persistent: keep the processes for the next iteration. A rank that waits for a batch raises
-    RunError if the workers can send none, and Stalled if `stop_waiting` returns true or after LIMIT.
+    RunError if the workers can send none. It raises Stalled after LIMIT, and if `stop_waiting`
+    returns true already after PATIENCE.
     """
 
     def __init__(
@@ -68,8 +70,8 @@ class WorkerBatches:
     def __iter__(self) -> Iterator:
         try:
             batches = iter(self.loader)
-        except OSError as error:  # the limit of descriptors or processes, or no memory
-            raise RunError(f"cannot start the DataLoader workers: {error.strerror}") from error
+        except OSError as error:
+            raise RunError(not_started(error)) from error
         for _ in range(len(self.requests)):
             yield self._next(batches)
 
@@ -88,8 +90,15 @@ class WorkerBatches:
                         raise
                     raise RunError(text) from error
                 seconds = time.monotonic() - start
-                if seconds > LIMIT or self.stop_waiting():
+                if seconds > LIMIT or (seconds > PATIENCE and self.stop_waiting()):
+                    self._kill(batches)
                     raise Stalled(f"no batch of images for {seconds:.0f} s") from error
+
+    def _kill(self, batches):
+        """End the workers, for which this process would wait when it ends."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise RuntimeError
+        for worker in getattr(batches, "_workers", []):
+            worker.kill()
 
 
 def check_shared_memory(batch_bytes: int, workers: int, ranks: int) -> None:
@@ -115,8 +124,12 @@ def _start_worker(worker: int) -> None:
 
 
 def _end_without_sending(error: Exception, batch: object) -> None:
-    """Multiprocessing only prints an error of the thread that sends batches: the rank would wait."""
-    number = errno.ENOSPC if "shared memory" in str(error) else getattr(error, "errno", None)
+    """In place of printing an error of the thread that sends batches: the rank would wait on."""
+    number = getattr(error, "errno", None)
+    if "Too many open files" in str(error):
+        number = errno.EMFILE
+    elif "shared memory" in str(error):
+        number = errno.ENOSPC
     os._exit(SENDING_FAILED + (number or 0) % 64)
 
 

@@ -123,7 +123,7 @@ class Programs:
         return self.start(program, *flags, **how).ended(within)
 
     def close(self) -> None:
-        self.server.stdin.close()
+        self.server.kill()
         self.server.wait()
 
 
