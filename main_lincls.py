@@ -38,7 +38,7 @@ from snclr.running.bad_images import record_bad_images
 from snclr.running.batch_norm import synchronise_batch_norm
 from snclr.running.lock import hold
 from snclr.running.precision import autocast, resolve_amp, widen
-from snclr.running.preemption import handlers_given_back, leave_at_once, signals_wait
+from snclr.running.preemption import handlers_given_back, end_at_once, signals_wait
 from snclr.running.provenance import save_settings, versions_and_commit
 from snclr.running.safe_files import save_json, writing
 from snclr.weights import reading as weights
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
 
     # -- encoder and data ------------------------------------------------------------------------------------------------
     device = process_group.start()
-    leave_at_once()
+    end_at_once()
     torch.manual_seed(args.seed)
     encoder, info = open_encoder(args)
     args.img_size, args.mean, args.std = info["img_size"], info["mean"], info["std"]
@@ -486,7 +486,7 @@ def percent_right(counts: np.ndarray) -> list[float | None]:
 
 def tell(task, loader, epoch, text, start) -> None:
     """A line on the console, ten times in all or so, and images that could not be read. Collective."""
-    if note := record_bad_images(loader, task.args.workdir):
+    if note := record_bad_images(loader.images, loader.replaced, task.args.workdir):
         task.say(f"note: {note}")
     if epoch % max(1, task.args.epochs // 10) == 0 or epoch == task.args.epochs:
         task.say(f"epoch {epoch}/{task.args.epochs}  {text}  {time.perf_counter() - start:.0f} s")

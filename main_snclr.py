@@ -37,7 +37,7 @@ from snclr.running.lock import hold
 from snclr.running.log import Log
 from snclr.running.metrics import Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
-from snclr.running.preemption import Interruptions, handlers_given_back, interrupt, leave_at_once
+from snclr.running.preemption import Interruptions, handlers_given_back, interrupt, end_at_once
 from snclr.running.provenance import save_settings
 from snclr.weights import reading as weights
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 
     # -- devices and data ------------------------------------------------------------------------------------------------
     device = process_group.start(args.timeout_minutes)
-    leave_at_once()
+    end_at_once()
     train, val, data_notes = sources.open_data(args)
     if args.batch_size > len(train):
         raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images")
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
         step = train_epoch(
             network, loader, optimizer, scaler, guard, interruptions, log, args, **schedule
         )
-        if note := record_bad_images(loader, workdir):
+        if note := record_bad_images(train, loader.replaced, workdir):
             log.say(f"note: {note}")
         told = "saved"
         if speaks:
