@@ -7,6 +7,7 @@ module.momentum_encoder.*, module.predictor.*, and module.memory_bank.*), 'optim
 checkpoint_last.pth.tar is the newest; older ones are checkpoint_last-1.pth.tar, -2 and so on.
 """
 
+import copy
 import os
 from argparse import Namespace
 
@@ -117,8 +118,7 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
 
 
 def _step(path: str) -> float:
-    """The step of a checkpoint; infinity if it cannot be read, since it may have been the newest.
-    """
+    """The step of a checkpoint; infinity if it cannot be read, since it may have been the newest."""
     if not os.path.isfile(path):  # opening a fifo would block
         return float("inf")
     try:
@@ -222,27 +222,43 @@ def resume(
 
 
 def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
-    """Load an optimiser's state; its settings stay those of this start. UsageError where it is not
-    that of these parameters.
+    """Load an optimiser's state; its settings stay those of this start.
+
+    Raises UsageError where the state is not one that this optimiser keeps for these parameters.
     """
-    now = optimizer.state_dict()["param_groups"]
+    expected, groups = _state_after_a_step(optimizer), optimizer.state_dict()["param_groups"]
     try:
+        for number, values in state["state"].items():
+            if values.keys() != expected[number].keys():
+                raise ValueError(f"parameter {number} has another state")
+            for name, value in values.items():
+                if not _is_alike(value, expected[number][name]):
+                    raise ValueError(f"{name} of parameter {number} has another shape or type")
         groups = [
             saved | {**group, "params": saved["params"]}
-            for saved, group in zip(state["param_groups"], now, strict=True)
+            for saved, group in zip(state["param_groups"], groups, strict=True)
         ]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-        states = list(optimizer.state.items())
-        if not all(
-            tensor_files.is_plain(x) and tuple(x.shape) in (tuple(p.shape), ())
-            for p, values in states
-            for x in values.values()
-        ):
-            raise ValueError("no tensors, or of another shape")
-        if any(values.keys() != states[0][1].keys() for _, values in states):
-            raise ValueError("parameters with less state than others")
-    except Exception as error:  # torch checks little, so that odd content leads to anything
+    except Exception as error:  # torch checks little: odd content raises anything
         raise UsageError(f"{path} does not fit the optimiser: {first_line(error)}") from error
+
+
+def _state_after_a_step(optimizer):
+    """What the optimiser keeps for each parameter, by its number in the state_dict: from a step of a
+    copy.
+    """
+    trial = copy.deepcopy(optimizer)
+    for group in trial.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    trial.step()
+    return trial.state_dict()["state"]
+
+
+def _is_alike(value, expected):
+    if isinstance(expected, torch.Tensor):
+        return tensor_files.is_plain(value) and value.shape == expected.shape
+    return type(value) is type(expected)
 
 
 def load_strictly(path: str, tensors: dict, model: nn.Module) -> None:

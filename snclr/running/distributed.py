@@ -95,8 +95,7 @@ def union(items: set) -> set:
 
 @contextlib.contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """Let one process of each machine run the block before the others: it may write what they read.
-    """
+    """Let one process of each machine run the block before the others: it may write what they read."""
     first = local_rank_zero()
     if not first:
         barrier()
