@@ -37,8 +37,8 @@ from snclr.running.lock import hold
 from snclr.running.log import Log
 from snclr.running.metrics import Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
-from snclr.running.preemption import Interruptions, handlers_given_back, interrupt, end_at_once
-from snclr.running.provenance import save_settings
+from snclr.running.preemption import Interruptions, end_at_once, handlers_given_back, interrupt
+from snclr.running.settings import save_settings
 from snclr.weights import reading as weights
 
 
@@ -108,9 +108,7 @@ def main(argv: list[str]) -> None:
 
     # -- epochs ----------------------------------------------------------------------------------------------------------
     network = distributed.replicate(model, device)
-    guard = Guard(
-        model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled()
-    )
+    guard = Guard(model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled())
     interruptions = Interruptions(args.save_every_minutes, args.timeout_minutes)
     evaluated = distributed.on_rank_zero(log.last_evaluation)
     last_step = min(

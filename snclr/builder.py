@@ -5,7 +5,6 @@ algorithm.
 import copy
 import itertools
 from argparse import Namespace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,28 +23,9 @@ from .objectives import (
     snclr_loss,
 )
 from .running.distributed import all_gather, world_size
+from .running.metrics import StepView
 from .running.precision import unit
 from .running.recompute import recomputed
-
-
-class StepView(NamedTuple):
-    """What a step shows to the monitor, detached; of this rank unless said otherwise, and of the
-    first direction.
-
-    projection (B, D) online projection of view 1; scores (B, K) cosines of the searched vectors
-    with their neighbours; neighbour_ids (B, K) data-set indices, -1 for none; weights (B, K)
-    positiveness; counts (M,) picks of each bank row by the global batch; num_candidates () of one
-    sample; bank_fill () share of the bank's rows that were written before this step, None without a
-    bank. K and M are 0 for the methods without neighbours.
-    """
-
-    projection: Tensor
-    scores: Tensor
-    neighbour_ids: Tensor
-    weights: Tensor
-    counts: Tensor
-    num_candidates: Tensor
-    bank_fill: Tensor | None
 
 
 def pairs(num_views: int) -> list[tuple[int, int]]:

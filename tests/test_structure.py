@@ -46,4 +46,8 @@ def longest_chain(name: str, above: tuple = ()) -> tuple:
 if __name__ == "__main__":
     for name in FILES:
         chain = longest_chain(name)
-        print(len(chain), ' <- '.join(c.removeprefix("snclr.") for c in chain), "COMMAND" if name in COMMANDS else "")
+        print(
+            len(chain),
+            " <- ".join(c.removeprefix("snclr.") for c in chain),
+            "COMMAND" if name in COMMANDS else "",
+        )

@@ -16,51 +16,12 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from . import provenance, tensor_files
+from . import provenance, settings, tensor_files
 from .errors import UsageError, first_few, first_line
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
 PREFIX = "module."
-
-# A resumed run is the same run. The settings in FIXED decide which images it sees and what its
-# state means: they must not change. Changes of those in RUNNING are not reported; changes of all
-# others (a longer schedule, another temperature) are.
-FIXED = (
-    "arch",
-    "method",
-    "optimizer",
-    "batch_size",
-    "seed",
-    "dataset",
-    "img_size",
-    "crop_min",
-    "blur",
-    "small_stem",
-)
-FIXED += ("timm_kwargs", "subset", "subset_seed")
-RUNNING = {
-    "data",
-    "val",
-    "labels",
-    "val_labels",
-    "download",
-    "workers",
-    "workdir",
-    "resume",
-    "stop_after_epochs",
-    "stop_after_steps",
-}
-RUNNING |= {
-    "save_freq",
-    "save_every_minutes",
-    "keep",
-    "print_freq",
-    "eval_freq",
-    "eval_encoder",
-    "viz_freq",
-}
-RUNNING |= {"compile", "grad_checkpointing", "on_bad_image", "skip_non_finite", "timeout_minutes"}
 
 
 def load(path: str) -> dict:
@@ -195,12 +156,7 @@ def resume(
     differs.
     """
     state = load(path)
-    now, saved = vars(args), state["args"]
-    changed = [
-        name for name in now if name in saved and tensor_files.differ(saved[name], now[name])
-    ]
-    changes = {name: f"{name} {saved[name]!r} -> {now[name]!r}" for name in changed}
-    refused = [change for name, change in changes.items() if name in FIXED]
+    refused, changes = settings.changes(state["args"], args)
     if state["images"] != images:
         refused.append(f"training images {state['images']} -> {images}")
     elif (
@@ -218,7 +174,7 @@ def resume(
     load_optimizer(path, state["optimizer"], optimizer)
     if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-    return state["step"], [change for name, change in changes.items() if name not in RUNNING]
+    return state["step"], changes
 
 
 def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:

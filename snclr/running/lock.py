@@ -24,9 +24,11 @@ def hold(workdir: str, name: str) -> None:
         os.makedirs(workdir, exist_ok=True)
         # a link is not followed: the file behind it would be overwritten
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        file = open(os.open(path, flags, 0o666), "r+")  # noqa: SIM115 - kept open
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise UsageError(f"{path} is no regular file: remove it, or choose another --workdir")
+    file = open(descriptor, "r+")  # noqa: SIM115 - kept open
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -1,14 +1,34 @@
 """What a training step is measured by: metrics over the global batch, and the time spent waiting."""
 
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..builder import StepView
 from ..objectives import loss_at_chance
 from .distributed import all_sum, world_size
 from .precision import unit
+
+
+class StepView(NamedTuple):
+    """What a step shows to the monitor, detached; of this rank unless said otherwise, and of the
+    first direction.
+
+    projection (B, D) online projection of view 1; scores (B, K) cosines of the searched vectors
+    with their neighbours; neighbour_ids (B, K) data-set indices, -1 for none; weights (B, K)
+    positiveness; counts (M,) picks of each bank row by the global batch; num_candidates () of one
+    sample; bank_fill () share of the bank's rows that were written before this step, None without a
+    bank. K and M are 0 for the methods without neighbours.
+    """
+
+    projection: Tensor
+    scores: Tensor
+    neighbour_ids: Tensor
+    weights: Tensor
+    counts: Tensor
+    num_candidates: Tensor
+    bank_fill: Tensor | None
 
 
 @torch.no_grad()
