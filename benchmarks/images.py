@@ -24,7 +24,7 @@ from snclr import augment, options
 from snclr.datasets import sources
 from snclr.datasets.images import ImageFiles
 from snclr.loader import ViewLoader
-from snclr.running import distributed
+from snclr.running import process_group
 
 
 def main():
@@ -39,7 +39,7 @@ def main():
         "--steps", type=int, default=9, help="turns of each side, alternating; the fastest counts"
     )
     args = parser.parse_args()
-    device = distributed.own_device()
+    device = process_group.own_device()
     images, *_ = sources.open_data(options.parse_data([args.data, "--dataset", "folder"]))
     resident = None if isinstance(images, ImageFiles) else images.images
     size, blur = (224, True) if resident is None else (resident.shape[-1], False)

@@ -28,8 +28,9 @@ from snclr.builder import build_model
 from snclr.datasets import sources
 from snclr.datasets.images import ImageSet
 from snclr.loader import TwoViewLoader
-from snclr.running import distributed, monitor
+from snclr.running import process_group
 from snclr.running.guard import Guard
+from snclr.running.log import Log
 from snclr.running.precision import autocast, resolve_amp
 from snclr.running.preemption import Interruptions
 
@@ -62,13 +63,12 @@ class Ours:
         scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         guard = Guard(
             model,
-            optimizer,
             loader,
             os.curdir,
             limit=args.skip_non_finite,
             scaled=scaler.is_enabled(),
         )
-        log = monitor.Log(os.curdir, step=0, enabled=False)
+        log = Log(os.curdir, step=0, enabled=False)
         self.parts = (
             model,
             loader,
@@ -157,7 +157,7 @@ def main():
         "--steps", type=int, default=3, help="turns of each side; the fastest counts"
     )
     args = parser.parse_args()
-    device = distributed.own_device()
+    device = process_group.own_device()
     common = [
         args.data,
         "--dataset",

@@ -19,7 +19,7 @@ import torch
 from benchmarks import measure
 from snclr import augment, optim, options
 from snclr.builder import build_model
-from snclr.running import distributed
+from snclr.running import process_group
 from snclr.running.precision import autocast, resolve_amp
 
 VIT = "@configs/vit_small_imagenet.args DATA --dataset tree --amp off"
@@ -84,7 +84,7 @@ class Optimiser:
 
     def __init__(self, device, **implementation):
         model = build_model(parse(VIT)).to(device)
-        groups = optim.parameter_groups(model, 0.1)
+        groups = optim.parameter_groups(model.named_parameters(), 0.1)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, **implementation)
         for group in groups:
             for parameter in group["params"]:
@@ -144,7 +144,7 @@ def main():
     )
     parser.add_argument("--only", nargs="+", metavar="TABLE", help="method, vit, resnet, optimiser")
     args = parser.parse_args()
-    device = distributed.own_device()
+    device = process_group.own_device()
     print(
         f"batch {args.batch} (ResNet {args.cifar_batch}); {measure.hardware(device)}; fastest of {args.steps}"
     )

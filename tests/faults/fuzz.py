@@ -30,7 +30,7 @@ from snclr import builder, optim, options  # noqa: E402
 from snclr.datasets import decoding, shards, sources  # noqa: E402
 from snclr.evaluation import linear
 from snclr.evaluation import options as lincls_options  # noqa: E402
-from snclr.running import checkpoint, monitor  # noqa: E402
+from snclr.running import checkpoint, log  # noqa: E402
 from snclr.running.errors import RunError, UsageError  # noqa: E402
 from snclr.weights import reading as weights  # noqa: E402
 
@@ -314,7 +314,7 @@ def lists(seeds, random):
 
 
 def metrics(seeds, random):
-    monitor.cut_back(seeds.write("metrics.jsonl", bend(random, seeds.lines)), 3)
+    log.cut_back(seeds.write("metrics.jsonl", bend(random, seeds.lines)), 3)
 
 
 KINDS = (
