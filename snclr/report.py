@@ -17,8 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .options import new_parser
-from .running.checkpoint import RUNNING
+from .options import ON_RESUME, new_parser
 from .running.errors import UsageError, one_clear_line, save_text
 
 ABOUT = (
@@ -426,7 +425,7 @@ def _kind(run: Run) -> dict:
     return {
         name: found
         for name, found in run.settings.items()
-        if name not in {*RUNNING, *ABOUT, "seed"}
+        if ON_RESUME.get(name) != "free" and name not in (*ABOUT, "seed")
     }
 
 

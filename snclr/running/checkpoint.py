@@ -22,49 +22,12 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from .. import __version__
+from ..options import ON_RESUME
 from .errors import RunError, UsageError, first_line
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
 PREFIX = "module."
-
-# A resumed run is the same run: these decide which images it sees and what its state means.
-# Others may change on purpose (a longer schedule, another temperature); that is said. RUNNING ones are of no account.
-FIXED = (
-    "arch",
-    "method",
-    "optimizer",
-    "batch_size",
-    "seed",
-    "dataset",
-    "img_size",
-    "crop_min",
-    "blur",
-    "small_stem",
-)
-FIXED += ("timm_kwargs", "subset", "subset_seed")
-RUNNING = {
-    "data",
-    "val",
-    "labels",
-    "val_labels",
-    "download",
-    "workers",
-    "workdir",
-    "resume",
-    "stop_after_epochs",
-    "stop_after_steps",
-}
-RUNNING |= {
-    "save_freq",
-    "save_every_minutes",
-    "keep",
-    "print_freq",
-    "eval_freq",
-    "eval_encoder",
-    "viz_freq",
-}
-RUNNING |= {"compile", "grad_checkpointing", "on_bad_image", "skip_non_finite", "timeout_minutes"}
 
 
 def save(path: str, state: dict, keep: int = 1) -> None:
@@ -287,7 +250,7 @@ def resume(
     now, saved = vars(args), state["args"]
     changed = [name for name in now if name in saved and differ(saved[name], now[name])]
     changes = {name: f"{name} {saved[name]!r} -> {now[name]!r}" for name in changed}
-    refused = [change for name, change in changes.items() if name in FIXED]
+    refused = [change for name, change in changes.items() if ON_RESUME.get(name) == "fixed"]
     if state["images"] != images:
         refused.append(f"training images {state['images']} -> {images}")
     elif (
@@ -304,7 +267,9 @@ def resume(
     load_optimizer(path, state["optimizer"], optimizer)
     if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-    return state["step"], [change for name, change in changes.items() if name not in RUNNING]
+    return state["step"], [
+        change for name, change in changes.items() if ON_RESUME.get(name) != "free"
+    ]
 
 
 def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
