@@ -22,8 +22,9 @@ from torchvision import transforms
 from benchmarks import measure
 from snclr import augment, options
 from snclr.datasets import sources
-from snclr.loader import ImageFiles, ViewLoader
-from snclr.running import distributed
+from snclr.datasets.images import ImageFiles
+from snclr.loader import ViewLoader
+from snclr.running import process_group
 
 
 def main():
@@ -38,7 +39,7 @@ def main():
         "--steps", type=int, default=9, help="turns of each side, alternating; the fastest counts"
     )
     args = parser.parse_args()
-    device = distributed.own_device()
+    device = process_group.own_device()
     images, *_ = sources.open_data(options.parse_data([args.data, "--dataset", "folder"]))
     resident = None if isinstance(images, ImageFiles) else images.images
     recipe = augment.Recipe(

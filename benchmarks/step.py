@@ -19,7 +19,7 @@ import torch
 from benchmarks import measure
 from snclr import optim, options
 from snclr.builder import build_model
-from snclr.running import distributed
+from snclr.running import process_group
 from snclr.running.precision import autocast, resolve_amp
 
 VIT = "@configs/vit_small_imagenet.args DATA --dataset tree --amp off"
@@ -141,7 +141,7 @@ def main():
     )
     parser.add_argument("--only", nargs="+", metavar="TABLE", help="method, vit, resnet, optimiser")
     args = parser.parse_args()
-    device = distributed.own_device()
+    device = process_group.own_device()
     print(
         f"batch {args.batch} (ResNet {args.cifar_batch}); {measure.hardware(device)}; fastest of {args.steps}"
     )

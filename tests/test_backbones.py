@@ -11,8 +11,8 @@ from snclr import backbones, heads, options
 from snclr.backbones import build_encoder, sincos_position_embedding
 from snclr.builder import SNCLR
 from snclr.memory_bank import MemoryBank
-from snclr.running import distributed
-from snclr.running.distributed import GlobalBatchNorm
+from snclr.running import batch_norm
+from snclr.running.batch_norm import GlobalBatchNorm, synchronise_batch_norm
 from snclr.running.errors import UsageError
 
 VITS, RESNETS = tuple(backbones.VITS), tuple(backbones.RESNETS)
@@ -460,13 +460,13 @@ def test_head_is_bias_free_layers_with_norm_and_relu_between(head, layers, last_
 def test_synchronised_norms_on_gpus_keep_timms_activations(monkeypatch):
     torch.manual_seed(0)
     encoder = build("timm:test_efficientnet").eval()
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(batch_norm, "world_size", lambda: 2)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():  # in evaluation torch's layer runs on a CPU, too
         expected = encoder(x)
         keys = list(encoder.state_dict())
         # timm before 1.0.15 or so leaves what it converts in training mode
-        synchronised = distributed.synchronise_batch_norm(encoder, torch.device("cuda")).eval()
+        synchronised = synchronise_batch_norm(encoder, torch.device("cuda")).eval()
         kinds = {
             type(module).__name__
             for module in synchronised.modules()

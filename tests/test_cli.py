@@ -197,7 +197,7 @@ def test_parsing_does_not_import_what_is_slow(process):
     assert (result.stdout, result.stderr) == ("set()\n", "")
 
 
-DATA_FLAGS_ARE_READ_IN = ["snclr/datasets/sources.py", "snclr/loader.py"]
+DATA_FLAGS_ARE_READ_IN = ["snclr/datasets/sources.py"]
 PROGRAMS = {
     options.parse: [
         "main_snclr.py",

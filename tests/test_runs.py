@@ -270,7 +270,7 @@ def test_collapse_is_told_once(images, tmp_path, monkeypatch, capsys):
 def test_an_image_that_cannot_be_read_ends_a_run_in_one_line_naming_it(
     images, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("snclr.loader.RESIDENT_LIMIT", 0)
+    monkeypatch.setattr("snclr.datasets.images.RESIDENT_LIMIT", 0)
     root = write_images(tmp_path / "images")
     (root / "train/a/07.png").write_bytes(b"no image")
     with pytest.raises(RunError, match=r"cannot read image .*07\.png"):

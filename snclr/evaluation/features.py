@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..loader import EVALUATION_BATCH, ImageSet, ViewLoader, whole_images
+from ..datasets.images import ImageSet
+from ..loader import EVALUATION_BATCH, ViewLoader, whole_images
 from ..running.distributed import all_gather, barrier, local_rank_zero, rank, world_size
 from ..running.errors import RunError
 

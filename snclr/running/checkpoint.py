@@ -6,110 +6,27 @@ module.memory_bank.*), 'optimizer', 'scaler', 'args', 'images' and 'fingerprint'
 'provenance'. checkpoint_last.pth.tar is the newest; the ones before it are checkpoint_last-1.pth.tar, -2 and so on.
 """
 
-import contextlib
 import copy
-import functools
 import os
-import platform
-import subprocess
-import zipfile
 from argparse import Namespace
-from importlib import metadata
 
 import torch
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .. import __version__
 from ..options import ON_RESUME
-from .errors import RunError, UsageError, first_line
+from . import provenance, tensor_files
+from .errors import UsageError, first_few, first_line
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
 PREFIX = "module."
 
 
-def save(path: str, state: dict, keep: int = 1) -> None:
-    """Write beside the target, flush to the disk, then rename: a crash at any moment leaves the old file or the new one.
-
-    keep: how many of this name stay, itself included: NAME-1.pth.tar is the one before it.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        ages = [path] + [path.replace(".pth.tar", f"-{age}.pth.tar") for age in range(1, keep)]
-        for age in range(keep - 1, 0, -1):
-            if os.path.exists(ages[age - 1]):
-                os.replace(ages[age - 1], ages[age])
-        os.replace(temporary, path)
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        os.fsync(folder)  # makes the new name durable, not only the bytes
-        os.close(folder)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # a full disk reaches us as torch's RuntimeError, the cause behind it
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", None) or first_line(error)
-        raise RunError(
-            f"cannot write {path}: {reason}; the checkpoint before it is untouched"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)  # there after an error or a signal alone
-
-
-def read(path: str) -> object:
-    """What torch.load finds in a file, onto the CPU. Its checksums are verified first: torch.load accepts flipped bytes in
-    silence.
-
-    Raises UsageError for a file that is missing, damaged, or holds anything but tensors and plain values.
-    """
-    verify(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises whatever the bytes lead to
-        raise UsageError(
-            f"checkpoint {path} is no dictionary of tensors and plain values; nothing else is loaded"
-        ) from error
-
-
-def verify(path: str) -> None:
-    """Compare every record of a file with the zip's own checksum. Raises UsageError, as `read` does."""
-    if not os.path.isfile(path):
-        raise UsageError(f"checkpoint {path} does not exist")
-    try:
-        with open(path, "rb") as file:
-            if (
-                file.read(2) == b"\x80\x02"
-            ):  # torch before 1.6: a plain pickle, which has no checksums
-                return
-        with zipfile.ZipFile(path) as archive:
-            # attributes: torch writes none, and takes a record with the directory bit for one without content;
-            # nor does it compress: a few bytes that unfold to terabytes are nobody's checkpoint
-            odd = [
-                record.filename
-                for record in archive.infolist()
-                if record.external_attr or record.compress_type
-            ]
-            damaged = next(iter(odd), None) or archive.testzip()
-    except Exception as error:  # a damaged directory of the zip leads to anything
-        raise UsageError(
-            f"checkpoint {path} is truncated or no checkpoint ({first_line(error)}); take another one"
-        ) from error
-    if damaged:
-        raise UsageError(
-            f"checkpoint {path} is damaged (wrong checksum in {damaged}); take another one"
-        )
-
-
 def load(path: str) -> dict:
     """Read a checkpoint of this project, as `read` does. Raises UsageError, too, where it is something else."""
-    state = read(path)
+    state = tensor_files.read(path)
     kinds = dict(
         epoch=int, step=int, arch=str, state_dict=dict, optimizer=dict, args=dict, images=int
     )
@@ -125,7 +42,7 @@ def load(path: str) -> dict:
         [
             str(name)
             for name, value in state["state_dict"].items()
-            if not (isinstance(name, str) and is_plain(value))
+            if not (isinstance(name, str) and tensor_files.is_plain(value))
         ]
         if not odd
         else []
@@ -135,19 +52,6 @@ def load(path: str) -> dict:
             f"checkpoint {path} cannot be resumed: no sensible {first_few(odd or ['step'])} in it"
         )
     return state
-
-
-def is_plain(value: object) -> bool:
-    """Whether a value of a file is a tensor with content, as every weight is."""
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
-
-
-def differ(saved: object, now: object) -> bool:
-    """Whether a setting is another one than a file says, which may say anything."""
-    try:
-        return bool(saved != now)
-    except Exception:  # of a tensor
-        return True
 
 
 def newest(workdir: str) -> tuple[str | None, list[str]]:
@@ -162,7 +66,7 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
     damaged = []
     for path in sorted((os.path.join(workdir, name) for name in names), key=_step, reverse=True):
         try:
-            verify(path)
+            tensor_files.verify(path)
         except UsageError as error:
             damaged.append((path, error))
             continue
@@ -209,7 +113,7 @@ def pack(
         "args": vars(args),
         "images": images,
         "fingerprint": fingerprint,
-        "provenance": provenance(),
+        "provenance": provenance.versions_and_commit(),
     }
 
 
@@ -229,7 +133,7 @@ def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int)
         "encoder": which,
         "state_dict": backbone,
     }
-    return state | {"provenance": provenance()}
+    return state | {"provenance": provenance.versions_and_commit()}
 
 
 def resume(
@@ -248,7 +152,9 @@ def resume(
     """
     state = load(path)
     now, saved = vars(args), state["args"]
-    changed = [name for name in now if name in saved and differ(saved[name], now[name])]
+    changed = [
+        name for name in now if name in saved and tensor_files.differ(saved[name], now[name])
+    ]
     changes = {name: f"{name} {saved[name]!r} -> {now[name]!r}" for name in changed}
     refused = [change for name, change in changes.items() if ON_RESUME.get(name) == "fixed"]
     if state["images"] != images:
@@ -306,30 +212,8 @@ def _state_after_a_step(optimizer):
 
 def _is_alike(value, expected):
     if isinstance(expected, torch.Tensor):
-        return is_plain(value) and value.shape == expected.shape
+        return tensor_files.is_plain(value) and value.shape == expected.shape
     return type(value) is type(expected)
-
-
-@functools.cache  # of the code that was loaded, which may change on the disk while it runs
-def provenance() -> dict:
-    """Where a result comes from: versions of python, torch, torchvision, timm and this package, and the git commit or None."""
-    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
-    versions |= {"python": platform.python_version(), "snclr": __version__}
-    command = [
-        "git",
-        "-C",
-        os.path.dirname(os.path.abspath(__file__)),
-        "describe",
-        "--always",
-        "--dirty",
-    ]
-    git = None
-    with contextlib.suppress(OSError):  # a container may have no git
-        git = (
-            subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-            or None
-        )
-    return {"versions": versions, "git": git}
 
 
 def load_strictly(path: str, tensors: dict, model: nn.Module) -> None:
@@ -351,8 +235,3 @@ def load_strictly(path: str, tensors: dict, model: nn.Module) -> None:
     if told:
         raise UsageError(f"{path} does not fit this model: {'; '.join(told)}")
     model.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
-
-
-def first_few(names: list[str], limit: int = 3) -> str:
-    """The first names, for a message."""
-    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..loader import TwoViewLoader
 from .distributed import all_gather, rank
 from .errors import RunError
-from .monitor import save_json
+from .safe_files import save_json
 
 COLLAPSED = 0.05  # a feature_std below this is a collapse; 1 is spread over the sphere
 PATIENCE = 10  # logged steps in a row
