@@ -268,7 +268,7 @@ def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
     grid = linear.LinearGrid(kinds, len(train.classes), rates, args.seed).to(device)
     optimizer = torch.optim.SGD(grid.parameters(), lr=1.0, momentum=0.9)
     epoch = resume(task, grid, optimizer) if args.resume else 0
-    recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, blur=False, colour=False)
+    recipe = augment.Recipe(args.seed, (augment.View(args.img_size, args.crop_min),))
     loader, cached = ViewLoader(fit, recipe, device, args.workers), None
     if args.cache_features:
         settings = (
@@ -352,7 +352,7 @@ def batches(task, fit, loader, epoch, steps, cached):
             yield ids.to(task.device, non_blocking=True), x.to(task.device, non_blocking=True)
     else:
         embed = embedder(task)
-        for ids, x in loader.load([(epoch, part, (0,)) for part in parts]):
+        for ids, (x,) in loader.load([(epoch, part, (0,)) for part in parts]):
             yield ids, embed(x)
 
 
@@ -394,14 +394,14 @@ def tune(task) -> tuple[dict, np.ndarray]:
     scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
     epoch = resume(task, model, optimizer) if args.resume else 0
     network = distributed.replicate(model, device)
-    recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, blur=False, colour=False)
+    recipe = augment.Recipe(args.seed, (augment.View(args.img_size, args.crop_min),))
     loader, labels = ViewLoader(train, recipe, device, args.workers), train.labels.to(device)
     start = time.perf_counter()
     schedule = dict(steps_per_epoch=steps, warmup_epochs=args.warmup_epochs, epochs=args.epochs)
     while epoch < args.epochs:
         network.train()
         requests = [(epoch, part, (0,)) for part in parts_of(train, args, epoch, steps)]
-        for step, (ids, x) in enumerate(loader.load(requests)):
+        for step, (ids, (x,)) in enumerate(loader.load(requests)):
             for group in optimizer.param_groups:
                 group["lr"] = optim.learning_rate(
                     epoch * steps + step, peak=group["peak"], **schedule

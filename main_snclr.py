@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     if args.batch_size > len(train):
         raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images")
     train = train.to(device)
-    recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, args.blur)
+    recipe = augment.Recipe(args.seed, augment.build_views(args))
     loader = TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
     steps_per_epoch = loader.steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
@@ -259,9 +259,7 @@ def train_epoch(
         # stochastic layers too draw from a key, so that a resumed run has no generator to restore
         torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank())) >> 1)
         with autocast(amp, loader.device):
-            loss, shown = network(
-                batch.view1, batch.view2, batch.ids, momentum, step >= neighbours_from
-            )
+            loss, shown = network(batch.views, batch.ids, momentum, step >= neighbours_from)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         step += 1

@@ -57,7 +57,7 @@ class Ours:
             torch.randn(len(bank), args.snclr_dim, device=device),
             torch.full((len(bank),), -1, device=device),
         )
-        recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, args.blur)
+        recipe = augment.Recipe(args.seed, augment.build_views(args))
         loader = TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
         optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
         scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")

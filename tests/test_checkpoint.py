@@ -34,7 +34,7 @@ class Run:
         optim.set_learning_rate(self.optimizer, 0.01)
         for step in range(steps):
             views = torch.randn(2, 4, 3, 16, 16)
-            loss, _ = self.model(*views, torch.arange(4) + 4 * step, 0.9)
+            loss, _ = self.model(list(views), torch.arange(4) + 4 * step, 0.9)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

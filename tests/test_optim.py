@@ -402,7 +402,7 @@ def pair():
     """A model whose encoders differ in every parameter."""
     torch.manual_seed(0)
     encoder = Encoder(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
-    model = SNCLR(encoder, None, None, method="mocov3")
+    model = SNCLR(encoder, None, None, options.parse(["--method", "mocov3"]))
     for parameter in model.base_encoder.parameters():
         nn.init.normal_(parameter)
     return model
@@ -412,7 +412,7 @@ def pair():
 def test_momentum_encoder_is_the_average_of_old_and_new(pair, momentum):
     old = [p.clone() for p in pair.momentum_encoder.parameters()]
     new = [p.detach().clone() for p in pair.base_encoder.parameters()]
-    pair._momentum_projections(momentum, torch.randn(3, 6, dtype=torch.float64))
+    pair._momentum_projections(momentum, [torch.randn(3, 6, dtype=torch.float64)])
     for before, online, p, found in zip(
         old, new, pair.base_encoder.parameters(), pair.momentum_encoder.parameters(), strict=True
     ):
@@ -426,13 +426,13 @@ def test_momentum_encoder_is_the_average_of_old_and_new(pair, momentum):
 
 def test_momentum_encoder_moves_before_it_projects(pair):
     view = torch.randn(3, 6, dtype=torch.float64)
-    (found,) = pair._momentum_projections(0.0, view)
+    (found,) = pair._momentum_projections(0.0, [view])
     torch.testing.assert_close(found, pair.base_encoder(view).detach())
 
 
 def test_momentum_encoder_moves_once_a_step_for_both_views(pair):
     old = [p.clone() for p in pair.momentum_encoder.parameters()]
-    pair._momentum_projections(0.5, *torch.randn(2, 3, 6, dtype=torch.float64))
+    pair._momentum_projections(0.5, list(torch.randn(2, 3, 6, dtype=torch.float64)))
     triples = zip(
         old, pair.base_encoder.parameters(), pair.momentum_encoder.parameters(), strict=True
     )
@@ -443,7 +443,7 @@ def test_momentum_encoder_moves_once_a_step_for_both_views(pair):
 def test_momentum_norms_see_their_own_batches_in_training(pair):
     view = torch.randn(64, 6, dtype=torch.float64) * 5 + 2
     pair.train()
-    pair._momentum_projections(1.0, view)
+    pair._momentum_projections(1.0, [view])
     norm = pair.momentum_encoder[1]
     expected = 0.1 * pair.momentum_encoder[0](view).mean(dim=0)
     torch.testing.assert_close(norm.running_mean, expected.detach())

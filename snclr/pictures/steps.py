@@ -63,9 +63,7 @@ def neighbour_picture(
 
 def view_picture(batch: Batch, images: ImageSet, title: str) -> Image.Image:
     """The two views of images of a batch as they entered the network, in the images' own colours again."""
-    views = [
-        denormalize(view[:QUERIES], images.mean, images.std) for view in (batch.view1, batch.view2)
-    ]
+    views = [denormalize(view[:QUERIES], images.mean, images.std) for view in batch.views[:2]]
     rows = [[Tile(image) for image in view] for view in views]
     return sheet(
         rows,

@@ -147,7 +147,7 @@ class Seeds:
         self.args = options.parse(FLAGS.split())
         self.model, self.optimizer, self.scaler = self.fresh()
         optim.set_learning_rate(self.optimizer, 0.01)
-        loss, _ = self.model(*torch.randn(2, 4, 3, 32, 32), torch.arange(4), 0.9)
+        loss, _ = self.model(list(torch.randn(2, 4, 3, 32, 32)), torch.arange(4), 0.9)
         loss.backward()
         self.optimizer.step()
         self.state = checkpoint.pack(
@@ -231,7 +231,7 @@ def checkpoint_content(seeds, random):
     path = seeds.write("content.pth.tar", seeds.saved(bend_value(random, seeds.state)))
     model, optimizer, scaler = seeds.fresh()
     checkpoint.resume(path, model, optimizer, scaler, args=seeds.args, images=10)
-    loss, _ = model(*torch.randn(2, 4, 3, 32, 32), torch.arange(4), 0.9)
+    loss, _ = model(list(torch.randn(2, 4, 3, 32, 32)), torch.arange(4), 0.9)
     loss.backward()
     optimizer.step()  # what was accepted can be worked with
 

@@ -26,7 +26,7 @@ from snclr.loader import ViewLoader
 from snclr.running import lock, tensor_files
 from snclr.running.errors import RunError, UsageError, one_clear_line
 
-RECIPE = augment.Recipe(0, 0.2, 32, False)
+RECIPE = augment.Recipe(0, augment.moco_v3_views(32, 0.2, False))
 
 
 def train(images, workdir, *flags):
