@@ -5,6 +5,8 @@ algorithm.
 import copy
 import itertools
 from argparse import Namespace
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -36,7 +38,8 @@ class StepView(NamedTuple):
     with their neighbours; neighbour_ids (B, K) data-set indices, -1 for none; weights (B, K)
     positiveness; counts (M,) picks of each bank row by the global batch; num_candidates () of one
     sample; bank_fill () share of the bank's rows that were written before this step, None without a
-    bank. K and M are 0 for the methods without neighbours.
+    bank. K and M are 0 for the methods without neighbours. terms: further terms of the loss by name,
+    scalars (), this rank's mean; forward adds them to the loss, and they are logged as term_NAME.
     """
 
     projection: Tensor
@@ -46,6 +49,7 @@ class StepView(NamedTuple):
     counts: Tensor
     num_candidates: Tensor
     bank_fill: Tensor | None
+    terms: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def pairs(num_views: int) -> list[tuple[int, int]]:
@@ -119,7 +123,8 @@ class SNCLR(nn.Module):
         loss, keys, shown = step(views, ids, momentum, use_neighbours)
         if self.memory_bank is not None:
             self.memory_bank.enqueue(keys, all_gather(ids))
-        return loss, shown
+        loss = loss + sum(shown.terms.values())
+        return loss, shown._replace(terms={name: x.detach() for name, x in shown.terms.items()})
 
     def _snclr(self, views, ids, momentum, use_neighbours):
         args, bank = self.args, self.memory_bank
@@ -255,6 +260,7 @@ class SNCLR(nn.Module):
             counts,
             num_candidates + torch.zeros((), dtype=torch.long, device=device),
             None if bank is None else bank.filled / len(bank),
+            {},
         )
 
 

@@ -111,13 +111,14 @@ def value(run: Run, metric: str, which: str) -> float | None:
             ),
             None,
         )
-    told = [
-        (line["epoch"], found)
-        for line in run.lines
-        if (found := number_of(line, metric)) is not None
-    ]
-    told = told[:1] if which == "first" else told
-    if not told or (which == "first" and told[0][0] != 0):
+    lines = run.lines
+    if which in ("first", "untrained", "start"):
+        lines = [line for line in lines if line["epoch"] == 0]
+    if which in ("untrained", "start"):  # 'start (from FILE)': weights of --init-from
+        is_start = which == "start"
+        lines = [x for x in lines if str(x.get("encoder")).startswith("start") == is_start]
+    told = [(x["epoch"], found) for x in lines if (found := number_of(x, metric)) is not None]
+    if not told:
         return None
     if which == "median":
         return statistics.median(found for _, found in told)

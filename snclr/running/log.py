@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .errors import RunError
 from .safe_files import writing
 
-# TensorBoard group of each metric of a training or evaluation line
+# TensorBoard group of each metric of a training or evaluation line; all others: loss
 GROUPS = {
     "loss": ("loss", "loss_ratio"),
     "optim": ("lr", "momentum", "grad_norm"),
@@ -22,7 +22,7 @@ GROUPS = {
     "neighbours": ("neighbour_similarity", "positiveness_entropy", "neighbour_purity"),
     "features": ("feature_std", "effective_rank", "view_agreement"),
     "speed": ("images_per_s", "data_wait", "slowest_step_s"),
-    "eval": ("knn_top1",),
+    "eval": ("knn_top1", "raw_pixels_knn_top1"),
 }
 
 
@@ -60,10 +60,10 @@ class Log:
             self.events = self.events or SummaryWriter(
                 os.path.join(os.path.dirname(self.path), "tensorboard")
             )
-            for group, names in GROUPS.items():
-                for name in names:
-                    if metrics.get(name) is not None:
-                        self.events.add_scalar(f"{group}/{name}", metrics[name], metrics["step"])
+            for name, value in metrics.items():
+                if name not in ("epoch", "step") and isinstance(value, (int, float)):
+                    group = next((g for g, names in GROUPS.items() if name in names), "loss")
+                    self.events.add_scalar(f"{group}/{name}", value, metrics["step"])
         except OSError:  # a full disk ends its thread: another one at the next line
             self.events = None
 

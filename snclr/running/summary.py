@@ -24,36 +24,34 @@ def describe(metrics: dict, epochs: int, total_steps: int) -> str:
 
 
 def final_lines(workdir: str, done: bool) -> str:
-    """What came out, where it lies, and what to do next."""
-    with open(os.path.join(workdir, "metrics.jsonl")) as file:
-        found = [line for line in map(json.loads, file) if "loss" not in line]  # evaluations
+    """The results of a run, where its files are, and what to do next. done: the schedule has ended."""
+    metrics_path = os.path.join(workdir, "metrics.jsonl")
+    with open(metrics_path) as file:
+        evaluations = [line for line in map(json.loads, file) if "loss" not in line]
     lines = []
-    for name, title, unit_of in (
+    for name, title, unit in (
         ("knn_top1", "kNN top-1", " %"),
         ("effective_rank", "effective rank", ""),
     ):
-        told = []
-        for line in found[:1] if found and found[0]["epoch"] == 0 else []:
-            first = {"raw pixels": line.get(f"raw_pixels_{name}"), "untrained": line.get(name)}
-            told += [
-                f"{what} {value:.1f}{unit_of}" for what, value in first.items() if value is not None
-            ]
-        told += [
-            f"epoch {line['epoch']}: {line[name]:.1f}{unit_of}"
-            for line in found[-1:]
-            if line["epoch"] and name in line
-        ]
-        lines += [f"{title}: {', '.join(told)}"] if told else []
+        values = {}
+        if evaluations and evaluations[0]["epoch"] == 0:
+            first = evaluations[0]
+            values["raw pixels"] = first.get(f"raw_pixels_{name}")
+            values[first.get("encoder", "untrained")] = first.get(name)
+        if evaluations and evaluations[-1]["epoch"]:
+            values[f"epoch {evaluations[-1]['epoch']}:"] = evaluations[-1].get(name)
+        parts = [f"{k} {value:.1f}{unit}" for k, value in values.items() if value is not None]
+        lines += [f"{title}: {', '.join(parts)}"] if parts else []
     lines.append(f"checkpoint: {os.path.join(workdir, LAST)}")
-    lines.append(
-        f"curves: tensorboard --logdir {workdir}   (numbers: {os.path.join(workdir, 'metrics.jsonl')})"
-    )
+    lines.append(f"curves: tensorboard --logdir {workdir}   (numbers: {metrics_path})")
     if done:
         lines.append(
-            "next: your own images, with labels or without: bash start.sh @configs/vit_small_imagenet.args DATA"
+            "next: train on your own images, with or without labels: "
+            "bash start.sh @configs/vit_small_imagenet.args DATA"
         )
     else:
         lines.append(
-            "stopped early; the same command with --resume auto and without the stop goes on"
+            "stopped early; to continue, run the same command with --resume auto and without the "
+            "flag that stopped it"
         )
     return "\n".join(lines)
