@@ -42,8 +42,8 @@ from snclr.running.lock import hold
 from snclr.running.log import Log
 from snclr.running.metrics import Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
-from snclr.running.preemption import Interruptions, handlers_given_back, interrupt, leave_at_once
-from snclr.running.provenance import save_settings
+from snclr.running.preemption import Interruptions, end_at_once, handlers_given_back, interrupt
+from snclr.running.settings import save_settings
 from snclr.weights import reading as weights
 
 
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
 
     # -- devices and data --------------------------------------------------------------------------
     device = process_group.start(args.timeout_minutes)
-    leave_at_once()
+    end_at_once()
     train, val, data_notes = sources.open_data(args)
     if args.batch_size > len(train):
         raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images")
@@ -333,7 +333,7 @@ def train_epoch(run: Run, step: int) -> int:
     is_shown = args.viz_freq and (epoch % args.viz_freq == 0 or epoch == args.epochs)
     if is_shown and not inside and log.enabled:
         log.pictures(step, *steps.of_step(batch, shown, loader.images, args, step))
-    if note := record_bad_images(loader, run.workdir):
+    if note := record_bad_images(loader.images, loader.replaced, run.workdir):
         log.say(f"note: {note}")
     return step
 

@@ -223,12 +223,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_flags(parser)
 
     g = parser.add_argument_group("views")
-    text = "smallest area of a random crop, as a share of the image"
+    text = (
+        "smallest area of a random crop, as a share of the image "
+        "(default: 0.08; 0.2 with --method mocov2)"
+    )
     flag(
         g,
         "--crop-min",
         type=number(float, above_zero=True, most=1),
-        default=0.08,
         metavar="SHARE",
         help=text,
         on_resume="fixed",
@@ -406,6 +408,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.width = None
     if args.warmup_epochs is None:
         args.warmup_epochs = min(40, args.epochs / 5)
+    if args.crop_min is None:
+        args.crop_min = 0.2 if args.method == "mocov2" else 0.08
     if args.blur is None:
         args.blur = args.img_size > 32
     check(args, world_size=int(os.environ.get("WORLD_SIZE", 1)))

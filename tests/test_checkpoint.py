@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from snclr import backbones, builder, optim, options
-from snclr.running import checkpoint, tensor_files
+from snclr.running import checkpoint, safe_files, tensor_files
 from snclr.running.errors import RunError, UsageError
 
 TINY = (
@@ -174,9 +174,7 @@ def fails_to_save(path, state, reason):
 @pytest.mark.parametrize("room", [0, 1000, 50_000])
 def test_full_disk_leaves_the_old_file_and_nothing_beside_it(room, state, path, monkeypatch):
     tensor_files.save(str(path), small())
-    monkeypatch.setattr(
-        tensor_files, "open", lambda name, mode: FullDisk(name, room), raising=False
-    )
+    monkeypatch.setattr(safe_files, "open", lambda name, mode: FullDisk(name, room), raising=False)
     fails_to_save(path, state, "No space left on device")
 
 

@@ -1,14 +1,39 @@
 """What a training step is measured by: metrics over the global batch, and the time spent waiting."""
 
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..builder import StepView
 from ..objectives import loss_at_chance
 from .distributed import all_sum, world_size
 from .precision import unit
+
+
+class StepView(NamedTuple):
+    """What a step shows to the monitor, detached; of this rank unless said otherwise, and of the
+    first direction.
+
+    projection (B, D) online projection of view 1; scores (B, K) cosines of the searched vectors
+    with their neighbours; neighbour_ids (B, K) data-set indices, -1 for none; weights (B, K)
+    positiveness; counts (M,) picks of each bank row by the global batch; num_candidates () of one
+    sample; bank_fill () share of the bank's rows that were written before this step, None without a
+    bank. K and M are 0 for the methods without neighbours. terms: further terms of the loss by
+    name, scalars (), this rank's mean; the model adds them to the loss, the log has them as
+    term_NAME.
+    """
+
+    projection: Tensor
+    scores: Tensor
+    neighbour_ids: Tensor
+    weights: Tensor
+    counts: Tensor
+    num_candidates: Tensor
+    bank_fill: Tensor | None
+    terms: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @torch.no_grad()
@@ -89,25 +114,30 @@ def step_metrics(
 
 
 class Waits:
-    """How long training waits for what happens in `with` blocks. On a GPU by its own clock: the host runs ahead, and while it
-    is busy in a block the GPU still has work; between the two marks that the host leaves there it can but wait."""
+    """The time for which training waits for what happens in `with` blocks.
+
+    On a GPU it is measured by the GPU's clock: the host runs ahead, and while it is busy in a block
+    the GPU still has work. Between the two events that the host records there, the GPU has to wait.
+    """
 
     def __init__(self, device: torch.device):
-        self.on_gpu, self.marks = device.type == "cuda", []
+        self.on_gpu, self.times = device.type == "cuda", []
 
     def _mark(self, *_):
         if self.on_gpu:
-            mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
         else:
-            mark = time.perf_counter()
-        self.marks.append(mark)
+            now = time.perf_counter()
+        self.times.append(now)
 
     __enter__ = __exit__ = _mark
 
     def seconds(self) -> float:
-        """Of all blocks since the last call. A GPU must have passed them, as it has where a value was read."""
-        pairs, self.marks = list(zip(self.marks[::2], self.marks[1::2], strict=True)), []
+        """Of all blocks since the last call. A GPU must have passed them, as it has once a value
+        was read.
+        """
+        pairs, self.times = list(zip(self.times[::2], self.times[1::2], strict=True)), []
         if self.on_gpu:
             return sum(start.elapsed_time(end) for start, end in pairs) / 1000
         return sum(end - start for start, end in pairs)
