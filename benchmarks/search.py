@@ -21,7 +21,7 @@ from snclr.running import distributed
 
 
 def filled_bank(rows: int, dim: int, bfloat16: bool, device: torch.device) -> MemoryBank:
-    """A full bank of random unit features, written 2**16 rows at a time; every row has its own image."""
+    """A full bank of random unit features, each of an image of its own."""
     bank = MemoryBank(rows, dim, bfloat16).to(device)
     for ids in torch.arange(rows, device=device).split(2**16):
         bank.enqueue(torch.randn(len(ids), dim, device=device), ids)
@@ -49,12 +49,12 @@ def main():
             memory = bank.features.nbytes + bank.ids.nbytes + copy
             search = {"search": lambda bank=bank: bank.search(queries, args.topk)}
             seconds = measure.fastest(search, args.steps, device)["search"]
-            products = "bfloat16" if bfloat16 else "float32"
-            lines.append([f"{rows:,}", products, f"{memory / 1e6:.0f}", f"{1000 * seconds:.0f}"])
+            name = f"{rows:,} rows, {'bfloat16' if bfloat16 else 'float32'}"
+            lines.append([name, f"{memory / 1e6:.1f}", f"{1000 * seconds:.1f}"])
             del bank, search  # the next one may need the memory
     sizes = f"{args.queries} queries, K {args.topk}, D {args.dim}"
     print(f"{sizes}; {measure.hardware(device)}; fastest of {args.steps}")
-    print(measure.table(["rows", "products", "MB of the bank", "ms a search"], lines))
+    print(measure.table(["products", "MB of the bank", "ms a search"], lines))
 
 
 if __name__ == "__main__":
