@@ -16,8 +16,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from PIL import Image, ImageDraw
 
-from snclr import report
+from snclr.pictures import runs as records
 from snclr.pictures.canvas import BLUE, FAINT, GREY, INK, MARGIN, ORANGE, font, page
+from snclr.pictures.report import COLUMNS
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCALE = 2  # drawn larger and reduced, for smooth lines
@@ -122,23 +123,23 @@ def draw_tip(draw: ImageDraw.ImageDraw, a: tuple, b: tuple) -> None:
     draw.polygon([scaled(point) for point in (b, *corners)], fill=FAINT)
 
 
-def load_by_name(workdirs: list[str]) -> dict[str, list[report.Run]]:
+def load_by_name(workdirs: list[str]) -> dict[str, list[records.Run]]:
     """Runs by the name of their folder without -seedN, 'base' first."""
 
     def base_first(workdir):
         return not os.path.basename(workdir).startswith("base"), workdir
 
-    runs: dict[str, list[report.Run]] = {}
+    runs: dict[str, list[records.Run]] = {}
     for workdir in sorted(workdirs, key=base_first):
         name = re.sub(r"-seed\d+$", "", os.path.basename(workdir))
-        runs.setdefault(name, []).append(report.load(workdir))
+        runs.setdefault(name, []).append(records.load(workdir))
     return runs
 
 
-def draw_ablations(runs: dict[str, list[report.Run]]) -> Image.Image:
+def draw_ablations(runs: dict[str, list[records.Run]]) -> Image.Image:
     """kNN top-1 of each run as a dot, the mean over seeds as a bar."""
     values = {
-        name: [report.value(run, "knn_top1", "last") for run in members]
+        name: [records.value(run, "knn_top1", "last") for run in members]
         for name, members in runs.items()
     }
     low = math.floor(min(map(min, values.values()))) - 1
@@ -167,17 +168,17 @@ def draw_ablations(runs: dict[str, list[report.Run]]) -> Image.Image:
     return image
 
 
-def table(runs: dict[str, list[report.Run]]) -> str:
+def table(runs: dict[str, list[records.Run]]) -> str:
     """kNN, purity and entropy in Markdown: mean and sample standard deviation over the seeds."""
     wanted = ("knn_top1", "neighbour_purity", "positiveness_entropy")
-    columns = [c for c in report.COLUMNS if c[1] in wanted and c[2] != "first"]
+    columns = [c for c in COLUMNS if c[1] in wanted and c[2] != "first"]
     lines = [
         "| ablation | seeds | " + " | ".join(name for name, *_ in columns) + " |",
         "|---" * (2 + len(columns)) + "|",
     ]
     for name, members in runs.items():
         cells = [
-            report.mean_and_deviation([report.value(run, *column[1:]) for run in members])
+            records.mean_and_deviation([records.value(run, *column[1:]) for run in members])
             for column in columns
         ]
         lines.append(f"| `{name}` | {len(members)} | " + " | ".join(cells) + " |")

@@ -151,7 +151,7 @@ ADD = re.compile(
 )
 COMMAND = re.compile(r"^python main_snclr.py(.*)$", re.MULTILINE)
 FLAGS = ["--stop-after-steps=2", "--print-freq=1", "--eval-freq=0", "--amp=off", "--workers=0"]
-EXAMPLES = ("objective", "backbone", "data set")
+EXAMPLES = ("objective", "augmentation", "optimiser", "backbone", "data set")
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +195,37 @@ def test_the_example_of_an_objective_trains(extended):
     names = checkpoint(extended, "objective")["state_dict"]
     assert any("predictor" in name for name in names)
     assert not any("memory_bank" in name for name in names)
-    printed = extended[1].split("objective:")[1].split("backbone:")[0]
+    printed = extended[1].split("objective:")[1].split("augmentation:")[0]
     losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+)  lr", printed)]
     assert len(losses) == 2 and all(0 < loss < 8 for loss in losses)
+
+
+DRAW = """
+import numpy as np, torch
+from snclr import augment
+recipe = augment.Recipe(0, augment.moco_v3_views(32, 0.2, True))
+sides = np.full(2000, 32)
+boxes, drawn = augment.draw(recipe, 3, np.arange(2000), np.arange(2000) % 2, sides, sides)
+torch.save([torch.from_numpy(boxes), *drawn], "draws.pt")
+"""
+
+
+def test_the_example_of_an_augmentation_changes_no_other_draw(extended, tmp_path):
+    """It is drawn for a fifth of the second views, after all that was drawn before."""
+    draws = []
+    for root in (ROOT, extended[0]):
+        environment = os.environ | {"PYTHONPATH": str(root)}
+        subprocess.run([sys.executable, "-c", DRAW], cwd=tmp_path, env=environment, check=True)
+        draws.append(torch.load(tmp_path / "draws.pt"))
+    before, (*after, posterized) = draws
+    assert all(map(torch.equal, before, after)) and len(before) == len(after)
+    first, second = posterized.view(-1, 2).float().mean(dim=0)
+    assert first == 0 and abs(second - 0.2) < 0.04
+
+
+def test_the_example_of_an_optimiser_trains(extended):
+    (state, *_) = checkpoint(extended, "optimiser")["optimizer"]["state"].values()
+    assert set(state) == {"exp_avg"}  # Lion's only one
 
 
 def test_the_example_of_a_backbone_trains(extended):
