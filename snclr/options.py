@@ -186,6 +186,14 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PX",
         help="side of a view (default: 224; 32 or 96 for sets of that size)",
     )
+    g.add_argument(
+        "--grey-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values that become black and white in images of more than 8 bits, alike for all "
+        "(default: the range of the pixel format, 0 65535 or for floating point 0 1)",
+    )
     bad = "at an image that cannot be read: end the run, or let others take its place and list it in bad_images.txt"
     g.add_argument("--on-bad-image", choices=("fail", "skip"), default="fail", help=bad)
     g.add_argument(
@@ -588,6 +596,9 @@ def check_data(args: argparse.Namespace, positive: tuple[str, ...] = ()) -> None
             least = "above 0" if name in positive else "0 or more"
             if not (math.isfinite(value) and value >= 0) or (value == 0 and name in positive):
                 raise UsageError(f"--{name.replace('_', '-')} must be {least}, found {value}")
+    low, high = args.grey_range or (0, 1)
+    if not -math.inf < low < high < math.inf:
+        raise UsageError(f"--grey-range needs LOW below HIGH, both finite, found {low:g} {high:g}")
     if args.subset is not None and args.subset > 1 and args.subset % 1:
         raise UsageError(
             f"--subset must be a whole number of images or a share below 1, found {args.subset}"

@@ -411,12 +411,13 @@ def main(argv: list[str]) -> None:
     for letter, path, which in wanted:
         said = {
             name: getattr(args, name)
-            for name in ("arch", "img_size", "mean", "std")
+            for name in ("arch", "img_size", "mean", "std", "grey_range")
             if letter == "A"
         }
         module, info = weights.open_encoder(path, which, **said)
         if letter == "A":
             args.mean, args.std = info["mean"], info["std"]
+            args.grey_range = info["grey_range"]
             train, val, _ = sources.open_data(args)
         module = module.to(device)
         if which == "untrained":
@@ -451,6 +452,7 @@ def main(argv: list[str]) -> None:
     }
     if args.image is not None:
         photo = ImageFiles([args.image], None, [], (args.mean, args.std))
+        photo.grey_range = args.grey_range
         pictures["retrieval"] = retrieval(
             photo, np.array([0]), f"Nearest to {os.path.basename(args.image)}"
         )

@@ -197,7 +197,9 @@ def test_parsing_does_not_import_what_is_slow(process):
     assert (result.stdout, result.stderr) == ("set()\n", "")
 
 
-DATA_FLAGS_ARE_READ_IN = ["snclr/datasets/sources.py"]
+DATA_FLAGS_ARE_READ_IN = [
+    f"snclr/datasets/{name}.py" for name in ("sources", "files", "torchvision_sets")
+]
 PROGRAMS = {
     options.parse: [
         "main_snclr.py",

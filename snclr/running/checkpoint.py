@@ -41,7 +41,7 @@ FIXED = (
     "blur",
     "small_stem",
 )
-FIXED += ("timm_kwargs", "subset", "subset_seed")
+FIXED += ("timm_kwargs", "subset", "subset_seed", "grey_range")
 RUNNING = {
     "data",
     "val",

@@ -205,7 +205,7 @@ def test_a_small_set_is_held_in_memory_although_some_of_it_cannot_be_read(
     assert "6 more images cannot be read and are replaced" in out
     listed = (tmp_path / "run/bad_images.txt").read_text().splitlines()
     assert len(listed) == 6 and "train/a/00.png: it is no image" in listed[0]
-    with pytest.raises(UsageError, match="or say --on-bad-image skip"):
+    with pytest.raises(UsageError, match="or add --on-bad-image skip"):
         train(spoilt, tmp_path / "fail")
 
 
