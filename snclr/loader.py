@@ -26,7 +26,7 @@ SAMPLE_EPOCH = -1  # keys the views of TwoViewLoader.sample
 class ViewLoader:
     """Loads the views of requested images, in the order of the requests.
 
-    A request is (epoch, indices) or (epoch, indices, view numbers). Worker processes decode and
+    A request is (epoch, indices), for all views, or (epoch, indices, view numbers). Worker processes decode and
     crop encoded images; they stay alive between calls. On a GPU everything else runs in a stream of
     its own: the host runs ahead of the GPU, so that a batch is copied and augmented while the
     previous one trains.
@@ -49,8 +49,8 @@ class ViewLoader:
                 pin_memory=device.type == "cuda",
             )
 
-    def load(self, requests: list[tuple]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each request the ids (B,) and the normalised views (B or 2B, 3, S, S), on the device.
+    def load(self, requests: list[tuple]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """For each request the ids (B,) and the normalised views, (B, 3, S, S) each, on the device.
 
         Raises RunError if an image cannot be read and may not be replaced.
         """
@@ -65,32 +65,38 @@ class ViewLoader:
                 if isinstance(views, Exception):
                     raise views
                 self.replaced.update(request[1][request[1] != views.ids.numpy()].tolist())
-                crops = views.crops.to(self.device, non_blocking=True)
-                x = augment.apply(crops, views.parameters, self.images.mean, self.images.std)
+                groups = [
+                    augment.apply(
+                        crops.to(self.device, non_blocking=True),
+                        parameters,
+                        self.images.mean,
+                        self.images.std,
+                    )
+                    for crops, parameters in zip(views.crops, views.parameters, strict=True)
+                ]
                 ids = views.ids.to(self.device, non_blocking=True)
             if self.stream is not None:
                 training = torch.cuda.current_stream(self.device)
                 training.wait_stream(self.stream)
                 # their memory must not be reused before the step has read it
-                ids.record_stream(training)
-                x.record_stream(training)
-            yield ids, x
+                for tensor in (ids, *groups):
+                    tensor.record_stream(training)
+            yield ids, [view for group in groups for view in group.split(len(ids))]
 
 
 class Batch(NamedTuple):
     """This rank's part of a global batch, on the device.
 
-    ids             (B,) numbers of the images in the data set
-    view1, view2    (B, 3, S, S) normalised
+    ids     (B,) numbers of the images in the data set
+    views   (B, 3, S, S) each, normalised, in the order of the table of views
     """
 
     ids: Tensor
-    view1: Tensor
-    view2: Tensor
+    views: list[Tensor]
 
 
 class TwoViewLoader(ViewLoader):
-    """Epochs of two-view batches.
+    """Epochs of batches with all views of each image.
 
     Global batch b is the b-th slice of the epoch's permutation; an incomplete last one is left out.
     This rank gets the rank-th contiguous part of it: gathering in rank order restores the batch.
@@ -113,7 +119,7 @@ class TwoViewLoader(ViewLoader):
         order = augment.epoch_order(self.recipe.seed, epoch, len(self.images))
         starts = [step * self.global_batch_size for step in range(first, self.steps_per_epoch)]
         parts = [share(order[start : start + self.global_batch_size]) for start in starts]
-        return self._batches(epoch, parts)
+        return self._batches([(epoch, part) for part in parts])
 
     def indices(self, step: int) -> np.ndarray:
         """Numbers of the images in the global batch of step `step` (from 1), in rank order."""
@@ -122,18 +128,18 @@ class TwoViewLoader(ViewLoader):
         return order[step_in_epoch * self.global_batch_size :][: self.global_batch_size]
 
     def sample(self, count: int) -> Iterator[Batch]:
-        """This rank's part of `count` images, in views that no epoch shows; always the same ones.
+        """This rank's part of `count` images, in two views that no epoch shows; always the same.
 
         `count` is rounded down to a multiple of the number of ranks.
         """
         order = augment.epoch_order(self.recipe.seed, SAMPLE_EPOCH, len(self.images))
         own = share(order[: min(count, len(order)) // world_size() * world_size()])
         parts = np.split(own, range(EVALUATION_BATCH, len(own), EVALUATION_BATCH))
-        return self._batches(SAMPLE_EPOCH, parts)
+        return self._batches([(SAMPLE_EPOCH, part, (0, 1)) for part in parts])
 
-    def _batches(self, epoch, parts):
-        for ids, x in self.load([(epoch, part) for part in parts]):
-            yield Batch(ids, *x.chunk(2))
+    def _batches(self, requests):
+        for ids, views in self.load(requests):
+            yield Batch(ids, views)
 
 
 def share(indices: np.ndarray) -> np.ndarray:

@@ -100,7 +100,7 @@ def content(folder):
         ("-a timm:resnet18 --timm-kwargs drop_path_rate", "expected KEY=VALUE"),
         ("-a vit_conv_small --patch-size 8", "--patch-size 16, found 8"),
         ("--init-from nowhere.pth", "--init-from nowhere.pth: there is no such file"),
-        ("--optimizer sgd", "lars"),
+        ("--optimizer adam", "lars"),
         ("--method simclr", "snclr"),
         ("--form product", "log_of_sum"),
         ("--topk", "--topk"),

@@ -19,14 +19,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from snclr import augment, options
-from snclr.augment import Recipe
+from snclr.augment import Recipe, View, moco_v3_views
 from snclr.datasets import sources
 from snclr.datasets.images import ImageFiles, ResidentImages
 from snclr.loader import TwoViewLoader, whole_images
 from snclr.running.errors import RunError
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(seed=5, crop_min=0.2, size=16, blur=True)
+RECIPE = Recipe(5, moco_v3_views(size=16, crop_min=0.2, blur=True))
 MOMENTS = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
@@ -69,7 +69,10 @@ def load(monkeypatch):
                 )
             )
         return [
-            tuple(torch.cat(field) for field in zip(*parts, strict=True))
+            tuple(
+                torch.cat(field)
+                for field in zip(*((part.ids, *part.views) for part in parts), strict=True)
+            )
             for parts in zip(*shares, strict=True)
         ]
 
@@ -108,9 +111,26 @@ def test_a_batch_has_two_different_views_of_each_image_normalised_by_the_sets_mo
             and view1.dtype == view2.dtype == torch.float32
         )
         assert not torch.equal(view1, view2)
-        _, crops, parameters = images.views(RECIPE, 4, ids.numpy())
+        _, (crops,), (parameters,) = images.views(RECIPE, 4, ids.numpy())
         expected = augment.apply(crops, parameters, *map(torch.tensor, options.IMAGENET))
         assert torch.equal(torch.cat([view1, view2]), expected)
+
+
+@pytest.mark.parametrize("kind", ["resident", "files"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_longer_table_gives_more_views_of_other_sizes_and_leaves_the_first_as_they_were(
+    image_sets, kind, workers
+):
+    small = View(8, 0.05, 0.25, jitter_p=0.8, blur_p=0.5)
+    more = RECIPE._replace(views=(*RECIPE.views, small, small, View(24, 0.5)))
+    loaders = [TwoViewLoader(image_sets[kind], r, 8, CPU, workers) for r in (RECIPE, more)]
+    for two, five in zip(*(loader.epoch(3) for loader in loaders), strict=True):
+        assert [tuple(view.shape) for view in five.views] == [
+            (8, 3, side, side) for side in (16, 16, 8, 8, 24)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(two.views, five.views, strict=False))
+        assert not torch.equal(*five.views[2:4])
+    assert [len(batch.views) for batch in loaders[1].sample(8)] == [2]
 
 
 def test_with_a_stream_of_its_own_each_batch_is_made_in_it_and_kept_for_the_step(
@@ -178,7 +198,8 @@ def test_an_epoch_after_an_abandoned_one_is_unaffected(image_sets, load, workers
     loader = TwoViewLoader(image_sets["files"], RECIPE, 8, CPU, workers)
     next(loader.epoch(0))
     next(loader.epoch(0, first=2))
-    assert_same_batches(load(image_sets["files"], epoch=1), list(loader.epoch(1)))
+    batches = [(batch.ids, *batch.views) for batch in loader.epoch(1)]
+    assert_same_batches(load(image_sets["files"], epoch=1), batches)
 
 
 @pytest.mark.parametrize("kind", ["resident", "files"])
@@ -211,7 +232,7 @@ def test_views_are_torchvisions_crops_of_the_drawn_boxes(image_sets, kind):
     heights, widths = (np.array([image.shape[axis] for image in originals]) for axis in (1, 2))
     views = images.views(RECIPE, 3, indices)
     assert views.ids.tolist() == indices.tolist()
-    for view, crops in enumerate(views.crops.chunk(2)):
+    for view, crops in enumerate(views.crops[0].chunk(2)):
         boxes, parameters = augment.draw(RECIPE, 3, indices, view, heights, widths)
         for image, box, crop in zip(originals, boxes.tolist(), crops, strict=True):
             expected = F.resized_crop(
@@ -221,7 +242,7 @@ def test_views_are_torchvisions_crops_of_the_drawn_boxes(image_sets, kind):
         half = slice(3 * view, 3 * view + 3)
         assert all(
             torch.equal(field[half], drawn)
-            for field, drawn in zip(views.parameters, parameters, strict=True)
+            for field, drawn in zip(views.parameters[0], parameters, strict=True)
         )
 
 
@@ -230,16 +251,16 @@ def test_resident_images_and_files_give_the_same_crops_to_one_level(tmp_path):
     paths = sorted(str(path) for path in tmp_path.rglob("*.png"))
     files = ImageFiles(paths, resident.labels.numpy(), resident.classes, MOMENTS)
     ours, theirs = (images.views(RECIPE, 0, np.arange(30)) for images in (resident, files))
-    assert levels_apart(ours.crops, theirs.crops) <= 1
+    assert levels_apart(ours.crops[0], theirs.crops[0]) <= 1
     assert all(
         torch.equal(one, other)
-        for one, other in zip(ours.parameters, theirs.parameters, strict=True)
+        for one, other in zip(ours.parameters[0], theirs.parameters[0], strict=True)
     )
 
 
 def test_photographs_give_the_same_two_views_for_any_number_of_ranks(photographs, load):
     images = ImageFiles([str(path) for path in photographs], None, [], options.IMAGENET)
-    recipe = RECIPE._replace(size=64)
+    recipe = Recipe(5, moco_v3_views(size=64, crop_min=0.2, blur=True))
     assert_same_batches(load(images, recipe=recipe), load(images, recipe=recipe, ranks=2))
     (_, view1, view2), *_ = load(images, recipe=recipe)
     assert 0.5 < view1.std() < 2 and 0.5 < view2.std() < 2

@@ -29,13 +29,16 @@ RESIDENT_LIMIT = 2**30
 class Views(NamedTuple):
     """Views of B images before the part of the augmentation that runs on the device.
 
-    ids     (B,)
-    crops   (2B, 3, S, S) uint8, view 1 of all images first; (B, 3, S, S) for a single view
+    They come in groups of one size (augment.by_size), one entry of crops and parameters each.
+
+    ids         (B,)
+    crops       (V * B, 3, S, S) uint8, V views of size S, the first view of all images first
+    parameters  what was drawn for these V * B views
     """
 
     ids: Tensor
-    crops: Tensor
-    parameters: ViewParameters
+    crops: list[Tensor]
+    parameters: list[ViewParameters]
 
 
 class ImageSet:
@@ -108,9 +111,12 @@ class ImageSet:
         recipe: Recipe,
         epoch: int,
         indices: np.ndarray,
-        view_numbers: tuple[int, ...] = (0, 1),
+        view_numbers: tuple[int, ...] | None = None,
     ) -> Views:
-        """Views of the images `indices` (B,), keyed by (recipe.seed, epoch, index, view number)."""
+        """Views of the images `indices` (B,), keyed by (recipe.seed, epoch, index, view number).
+
+        view_numbers: lines of recipe.views; None: all of them.
+        """
         raise NotImplementedError
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
@@ -158,15 +164,17 @@ class ResidentImages(ImageSet):
         recipe: Recipe,
         epoch: int,
         indices: np.ndarray,
-        view_numbers: tuple[int, ...] = (0, 1),
+        view_numbers: tuple[int, ...] | None = None,
     ) -> Views:
         if self.errors is not None:
             indices = np.array([self.readable(int(index), recipe.seed)[0] for index in indices])
         images = augment.select(self.images, indices)
         heights, widths = (np.full(len(indices), side) for side in images.shape[2:])
-        boxes, parameters = _draw(recipe, epoch, indices, view_numbers, heights, widths)
-        crops = augment.crop_and_resize(images, torch.from_numpy(boxes), recipe.size)
-        return Views(torch.from_numpy(indices), crops, parameters)
+        views = Views(torch.from_numpy(indices), [], [])
+        for size, boxes, parameters in _draw(recipe, epoch, indices, view_numbers, heights, widths):
+            views.crops.append(augment.crop_and_resize(images, torch.from_numpy(boxes), size))
+            views.parameters.append(parameters)
+        return views
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
         images = augment.select(self.images, indices)
@@ -184,16 +192,19 @@ class EncodedImages(ImageSet):
         recipe: Recipe,
         epoch: int,
         indices: np.ndarray,
-        view_numbers: tuple[int, ...] = (0, 1),
+        view_numbers: tuple[int, ...] | None = None,
     ) -> Views:
         pairs = [self.readable(int(index), recipe.seed) for index in indices]
         numbers, images = zip(*pairs, strict=True)
         indices = np.array(numbers)
         heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
-        boxes, parameters = _draw(recipe, epoch, indices, view_numbers, heights, widths)
-        originals = images * len(view_numbers)
-        crops = [_crop(*pair, recipe.size) for pair in zip(originals, boxes, strict=True)]
-        return Views(torch.from_numpy(indices), torch.cat(crops), parameters)
+        views = Views(torch.from_numpy(indices), [], [])
+        for size, boxes, parameters in _draw(recipe, epoch, indices, view_numbers, heights, widths):
+            originals = images * (len(boxes) // len(images))
+            crops = [_crop(*pair, size) for pair in zip(originals, boxes, strict=True)]
+            views.crops.append(torch.cat(crops))
+            views.parameters.append(parameters)
+        return views
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
         crops = [torch.empty(0, 3, size, size, dtype=torch.uint8)]  # there may be no indices
@@ -297,16 +308,21 @@ class ImageFiles(FileImages):
 
 
 def _draw(recipe, epoch, indices, view_numbers, heights, widths):
-    """Boxes and parameters of all views, those of the first view number first."""
-    views = len(view_numbers)
-    return augment.draw(
-        recipe,
-        epoch,
-        np.tile(indices, views),
-        np.repeat(view_numbers, len(indices)),
-        np.tile(heights, views),
-        np.tile(widths, views),
-    )
+    """For each group of views of one size: the size, boxes and parameters, the first view first."""
+    if view_numbers is None:
+        view_numbers = range(len(recipe.views))
+    for size, numbers in augment.by_size(recipe, view_numbers):
+        yield (
+            size,
+            *augment.draw(
+                recipe,
+                epoch,
+                np.tile(indices, len(numbers)),
+                np.repeat(numbers, len(indices)),
+                np.tile(heights, len(numbers)),
+                np.tile(widths, len(numbers)),
+            ),
+        )
 
 
 def _crop(image, box, size):

@@ -23,10 +23,10 @@ from snclr import augment, options
 from snclr.datasets import sources
 from snclr.datasets.images import EncodedImages, ImageFiles, ResidentImages
 from snclr.loader import ViewLoader
-from snclr.running import checkpoint, lock
+from snclr.running import lock, tensor_files
 from snclr.running.errors import RunError, UsageError, one_clear_line
 
-RECIPE = augment.Recipe(0, 0.2, 32, False)
+RECIPE = augment.Recipe(0, augment.moco_v3_views(32, 0.2, False))
 
 
 def train(images, workdir, *flags):
@@ -356,7 +356,7 @@ def test_a_last_save_that_fails_is_an_error(images, tmp_path, monkeypatch):
     def full(path, *rest):
         raise RunError(f"cannot write {path}: No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(tensor_files, "save", full)
     with pytest.raises(RunError, match="No space left"):
         train(images, tmp_path, "--stop-after-steps", "5", "--eval-freq", "0")
 
@@ -393,7 +393,7 @@ def test_a_worker_that_dies_is_one_line(capsys):
     )
 
 
-HOLD = "import sys, time; from snclr import lock; lock.hold(sys.argv[1], 'x'); print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from snclr.running import lock; lock.hold(sys.argv[1], 'x'); print('held', flush=True); time.sleep(60)"
 
 
 def test_a_second_run_in_a_workdir_is_refused_and_a_dead_one_leaves_no_lock(tmp_path):

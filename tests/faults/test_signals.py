@@ -18,7 +18,7 @@ import main_lincls
 import main_snclr
 from snclr.datasets import decoding, sources
 from snclr.evaluation import knn
-from snclr.running import checkpoint, monitor
+from snclr.running import log, provenance
 from snclr.running.errors import Interrupted, RunError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -44,7 +44,7 @@ def signalled(function, call, *numbers):
 
 def signal_in_step(monkeypatch, step, *numbers):
     """Send signals to this process while a run is in its step `step`."""
-    monkeypatch.setattr(monitor.Log, "advance", signalled(monitor.Log.advance, step, *numbers))
+    monkeypatch.setattr(log.Log, "advance", signalled(log.Log.advance, step, *numbers))
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,9 @@ def test_without_scontrol_the_job_is_not_put_in_line_again_and_that_is_said(
 ):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("PATH", "")  # nor is there git
-    monkeypatch.setattr(checkpoint, "provenance", checkpoint.provenance.__wrapped__)
+    monkeypatch.setattr(
+        provenance, "versions_and_commit", provenance.versions_and_commit.__wrapped__
+    )
     signal_in_step(monkeypatch, 1, signal.SIGUSR1)
     with pytest.raises(
         Interrupted, match=r"SIGUSR1: saved; .* \(requeue of job 77 failed: .*scontrol.*\)"
