@@ -156,7 +156,9 @@ def test_with_a_stream_of_its_own_each_batch_is_made_in_it_and_kept_for_the_step
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: training)
     monkeypatch.setattr(
-        torch.Tensor, "record_stream", lambda _, by: calls.append("kept") if by is training else None
+        torch.Tensor,
+        "record_stream",
+        lambda _, by: calls.append("kept") if by is training else None,
     )
     loader = TwoViewLoader(image_sets["resident"], RECIPE, 8, CPU, 0)
     loader.stream = object()
@@ -270,7 +272,7 @@ def test_photographs_give_the_same_two_views_for_any_number_of_ranks(photographs
 
 
 def damage(path, kind):
-    """Write an unreadable file; none for 'absent'. 'flipped': one bit of a PNG's pixels is wrong."""
+    """Write an unreadable file; none for 'absent'. 'flipped': one wrong bit in a PNG's pixels."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     if kind == "empty":
         path.write_bytes(b"")

@@ -28,7 +28,7 @@ from PIL import Image  # noqa: E402
 import main_lincls  # noqa: E402
 from snclr import builder, optim, options  # noqa: E402
 from snclr.datasets import decoding, files, shards, sources  # noqa: E402
-from snclr.evaluation import linear
+from snclr.evaluation import linear  # noqa: E402
 from snclr.evaluation import options as lincls_options  # noqa: E402
 from snclr.running import checkpoint, log  # noqa: E402
 from snclr.running.errors import RunError, UsageError  # noqa: E402

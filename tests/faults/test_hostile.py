@@ -15,7 +15,7 @@ import main_lincls
 import main_snclr
 import snclr
 from snclr import export
-from snclr.datasets import files, shards, sources
+from snclr.datasets import files, shards
 from snclr.running.errors import UsageError
 
 
