@@ -38,9 +38,10 @@ from snclr.running.bad_images import record_bad_images
 from snclr.running.batch_norm import synchronise_batch_norm
 from snclr.running.lock import hold
 from snclr.running.precision import autocast, resolve_amp, widen
-from snclr.running.preemption import handlers_given_back, leave_at_once, signals_wait
-from snclr.running.provenance import save_settings, versions_and_commit
+from snclr.running.preemption import end_at_once, handlers_given_back, signals_wait
+from snclr.running.provenance import versions_and_commit
 from snclr.running.safe_files import save_json, writing
+from snclr.running.settings import differ, save_settings
 from snclr.weights import reading as weights
 
 LAST = "lincls_last.pth.tar"
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
 
     # -- encoder and data ------------------------------------------------------------------------------------------------
     device = process_group.start()
-    leave_at_once()
+    end_at_once()
     torch.manual_seed(args.seed)
     encoder, info = open_encoder(args)
     args.img_size, args.mean, args.std = info["img_size"], info["mean"], info["std"]
@@ -493,7 +494,7 @@ def percent_right(counts: np.ndarray) -> list[float | None]:
 
 def tell(task, loader, epoch, text, start) -> None:
     """A line on the console, ten times in all or so, and images that could not be read. Collective."""
-    if note := record_bad_images(loader, task.args.workdir):
+    if note := record_bad_images(loader.images, loader.replaced, task.args.workdir):
         task.say(f"note: {note}")
     if epoch % max(1, task.args.epochs // 10) == 0 or epoch == task.args.epochs:
         task.say(f"epoch {epoch}/{task.args.epochs}  {text}  {time.perf_counter() - start:.0f} s")
@@ -521,14 +522,12 @@ def resume(task, model, optimizer) -> int:
         return 0
     state = tensor_files.read(path)
     kinds = dict(epoch=int, model=dict, optimizer=dict, args=dict, encoder_digest=str)
-    if not isinstance(state, dict) or not all(
-        isinstance(state.get(name), kind) for name, kind in kinds.items()
-    ):
+    if tensor_files.wrong_entries(state, kinds):
         raise UsageError(f"{path} is no state of an evaluation; choose a new --workdir")
     changed = [
         str(name)
         for name, value in state["args"].items()
-        if tensor_files.differ(value, vars(task.args).get(name))
+        if differ(value, vars(task.args).get(name))
     ]
     changed += ["the encoder"] if state["encoder_digest"] != task.digest else []
     if changed:
@@ -536,9 +535,8 @@ def resume(task, model, optimizer) -> int:
             f"{path} is of another evaluation: {', '.join(changed)} changed; choose a new --workdir"
         )
     try:
-        if state["epoch"] not in range(task.args.epochs + 1) or not all(
-            map(tensor_files.is_plain, state["model"].values())
-        ):
+        plain = tensor_files.plain_tensors(state["model"])
+        if state["epoch"] not in range(task.args.epochs + 1) or plain.keys() != state["model"].keys():
             raise ValueError("no sensible epoch or weights")
         model.load_state_dict(state["model"])
     except Exception as error:  # whatever odd content leads to
