@@ -82,6 +82,7 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(args.seed)
     encoder, info = open_encoder(args)
     args.img_size, args.mean, args.std = info["img_size"], info["mean"], info["std"]
+    args.grey_range = info["grey_range"]
     train, val, notes = sources.open_data(args)
     train, val = labelled(train, val, args)
     train, encoder = train.to(device), encoder.to(device)
@@ -160,7 +161,12 @@ def open_encoder(args) -> tuple[torch.nn.Module, dict]:
     }
     which = "untrained" if args.encoder == "pixels" else args.encoder
     encoder, info = weights.open_encoder(
-        args.pretrained, which, mean=args.mean, std=args.std, **given
+        args.pretrained,
+        which,
+        mean=args.mean,
+        std=args.std,
+        grey_range=args.grey_range,
+        **given,
     )
     if args.encoder == "pixels":
         encoder, info = (
@@ -275,6 +281,7 @@ def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
         settings = (
             "dataset",
             "data",
+            "grey_range",
             "subset",
             "subset_seed",
             "label_fraction",
@@ -529,7 +536,10 @@ def resume(task, model, optimizer) -> int:
         )
     try:
         plain = tensor_files.plain_tensors(state["model"])
-        if state["epoch"] not in range(task.args.epochs + 1) or plain.keys() != state["model"].keys():
+        if (
+            state["epoch"] not in range(task.args.epochs + 1)
+            or plain.keys() != state["model"].keys()
+        ):
             raise ValueError("no sensible epoch or weights")
         model.load_state_dict(state["model"])
     except Exception as error:  # whatever odd content leads to

@@ -5,6 +5,7 @@ that exit codes and last lines are those of a user's process. `Programs` is the 
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import runpy
@@ -44,6 +45,8 @@ class Case:
         try:
             return int(self._wait_for("code", within)), self.output
         except TimeoutError:
+            self.signal(signal.SIGQUIT)  # prints where it hangs
+            time.sleep(0.5)
             self.kill()
             raise TimeoutError(f"no end within {within} s:\n{self.output[-3000:]}") from None
 
@@ -96,10 +99,12 @@ class Programs:
         stderr: str | None = None,
         shared_memory: int | None = None,
         limits: dict[str, int] | None = None,
+        blocked_by: Path | None = None,
         **environment: str,
     ) -> Case:
         """A program, 'main_snclr.py' or a module as 'snclr.report'. stdout, stderr: a path, or '-' for a closed one.
-        shared_memory: bytes of /dev/shm (root only). limits: by the names of RLIMIT_*."""
+        shared_memory: bytes of /dev/shm (root only). limits: by the names of RLIMIT_*.
+        blocked_by: as long as this file is there, no image can be read."""
         self.count += 1
         case = self.folder / f"case{self.count}"
         case.mkdir(parents=True)
@@ -112,6 +117,7 @@ class Programs:
             stderr=stderr or str(case / "log"),
             shared_memory=shared_memory,
             limits=limits or {},
+            blocked_by=blocked_by and str(blocked_by),
             environment=environment,
         )
         self.server.stdin.write(json.dumps(job) + "\n")
@@ -169,6 +175,17 @@ def become(job: dict) -> None:
     os.chdir(job["cwd"])
     if job["shared_memory"] is not None:
         _small_shared_memory(job["shared_memory"])
+    if job["blocked_by"]:
+        from snclr.datasets import images
+
+        decode = images.decode
+
+        def when_free(*args):
+            while os.path.exists(job["blocked_by"]):
+                time.sleep(0.1)
+            return decode(*args)
+
+        images.decode = when_free
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
@@ -188,6 +205,7 @@ def become(job: dict) -> None:
             )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    faulthandler.register(signal.SIGQUIT)
     for name, number in job["limits"].items():
         _, hard = resource.getrlimit(kind := getattr(resource, f"RLIMIT_{name}"))
         resource.setrlimit(kind, (number, hard))
