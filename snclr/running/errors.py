@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
+from .console import console_may_vanish
 from .worker_failures import reason
 
 
@@ -66,7 +67,13 @@ def one_clear_line(program: str) -> Iterator[None]:
 
     All ranks meet the same usage error, so only rank 0 prints it; a run error names its rank.
     """
-    rank = int(os.environ.get("RANK", 0))
+    with console_may_vanish():
+        yield from _one_clear_line(program)
+
+
+def _one_clear_line(program):
+    rank = os.environ.get("RANK", "0")
+    rank = int(rank) if rank.isascii() and rank.isdecimal() else 0
     try:
         yield
     except UsageError as error:
