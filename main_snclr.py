@@ -338,9 +338,8 @@ def evaluate_start(model, loader, val, args, log) -> dict:
     result, start = {}, f"epoch 0/{args.epochs}  "
     where = dict(size=args.img_size, device=loader.device, workers=args.workers)
     if val is not None and args.img_size <= 64:
-        result["raw_pixels_knn_top1"] = knn.accuracy(
-            lambda x: x.flatten(1), loader.images, val, **where
-        )
+        raw_pixels = knn.accuracy(lambda x: x.flatten(1), loader.images, val, **where)
+        result["raw_pixels_knn_top1"] = raw_pixels["knn_top1"]
         log.say(f"{start}kNN top-1 {result['raw_pixels_knn_top1']:.2f} % (raw pixels)")
     untrained = knn.calibrated_copy(model.base_encoder, loader.images, **where)
     return {**result, **judge(untrained.embed, loader, val, args, log, start, "untrained encoder")}
@@ -351,7 +350,7 @@ def judge(embed, loader, val, args, log, start: str, what: str) -> dict:
     result, told = {}, []
     if val is not None:
         where = dict(size=args.img_size, device=loader.device, workers=args.workers)
-        result["knn_top1"] = knn.accuracy(embed, loader.images, val, **where)
+        result |= knn.accuracy(embed, loader.images, val, **where)
         told = [f"kNN top-1 {result['knn_top1']:.2f} %"]
     result |= label_free.signals(embed, loader)
     told += [

@@ -19,6 +19,11 @@ MOMENTS = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 WHERE = dict(size=8, device=CPU, workers=0)
 
 
+def accuracy(embed, train, val, k):
+    """Top-1 of one weighted vote."""
+    return knn.accuracy(embed, train, val, **WHERE, votes={"one": knn.Vote(k, 0.07)})["one"]
+
+
 def classify(queries, features, labels, num_classes, *, k, temperature, chunk=1024):
     return knn.vote(*knn.nearest(queries, features, labels, k, chunk), num_classes, temperature)
 
@@ -210,21 +215,19 @@ def test_encoding_gives_features_and_labels_in_order():
 
 def test_accuracy_is_the_percentage_of_right_votes():
     val = coloured([0, 1, 2, 0, 1, 2, 0, 1], seed=1, truth=[0, 1, 2, 0, 1, 2, 1, 0])
-    assert knn.accuracy(mean_colour, TRAIN, val, **WHERE, k=5) == 75.0
-    assert knn.accuracy(mean_colour, TRAIN, TRAIN, **WHERE, k=100) == 100.0
+    assert accuracy(mean_colour, TRAIN, val, k=5) == 75.0
+    assert accuracy(mean_colour, TRAIN, TRAIN, k=100) == 100.0
 
 
 def test_images_without_a_label_neither_vote_nor_are_asked():
     val = coloured([0, 1, 2, 0, 1, 2, 0, 1], seed=1, truth=[0, 1, 2, 0, 1, 2, 1, -1])
     train = coloured([0, 1, 2] * 10 + [0, 1, 2], truth=[0, 1, 2] * 10 + [-1, -1, -1])
-    assert knn.accuracy(mean_colour, train, val, **WHERE, k=5) == pytest.approx(100 * 6 / 7)
+    assert accuracy(mean_colour, train, val, k=5) == pytest.approx(100 * 6 / 7)
 
 
 def test_accuracy_without_information_is_chance():
     val = coloured([0, 1, 2] * 4, seed=1)
-    assert knn.accuracy(
-        lambda x: torch.ones(len(x), 2), TRAIN, val, **WHERE, k=30
-    ) == pytest.approx(100 / 3)
+    assert accuracy(lambda x: torch.ones(len(x), 2), TRAIN, val, k=30) == pytest.approx(100 / 3)
 
 
 @pytest.mark.parametrize("num_ranks, num_val", [(2, 8), (3, 8), (4, 3)])
@@ -239,7 +242,7 @@ def test_accuracy_is_the_same_on_any_number_of_ranks(on_ranks, tmp_path, num_ran
             to_pil_image(image).save(path)
         val = ImageFiles(paths, val.labels.numpy(), val.classes, MOMENTS)
     expected = 100 * np.mean([*[True] * (num_val - 2), classes[-2] == 0, classes[-1] == 0])
-    results = on_ranks(num_ranks, lambda rank: knn.accuracy(mean_colour, TRAIN, val, **WHERE, k=5))
+    results = on_ranks(num_ranks, lambda rank: accuracy(mean_colour, TRAIN, val, k=5))
     assert results == pytest.approx([expected] * num_ranks)
 
 

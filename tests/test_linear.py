@@ -11,7 +11,9 @@ from torch import nn
 import main_lincls
 import main_snclr
 from snclr.evaluation import confusion, features, knn, linear
+from snclr.evaluation import labels as select
 from snclr.evaluation import options as lincls_options
+from snclr.evaluation import state as evaluation_state
 from snclr.running.errors import RunError, UsageError
 from snclr.weights import reading as weights
 
@@ -97,7 +99,7 @@ def test_a_heads_result_does_not_depend_on_its_neighbours():
 def test_a_share_of_each_class_is_keyed_and_nested():
     labels = torch.tensor([0] * 40 + [1] * 7 + [2] * 2)
     keys = torch.rand(49, generator=torch.Generator().manual_seed(0))
-    share_of = functools.partial(linear.class_share, labels, ["a", "b", "c"])
+    share_of = functools.partial(select.class_share, labels, ["a", "b", "c"])
     held = share_of(0.1, keys, both_sides=True)
     assert [int(held[labels == c].sum()) for c in range(3)] == [4, 1, 1]
     assert keys[:40][held[:40]].max() < keys[:40][~held[:40]].min()
@@ -139,24 +141,22 @@ def test_knn_table_equals_the_loops():
         torch.randn(25, 6, generator=generator, dtype=torch.float64), dim=1
     )
     labels, truth = torch.arange(60) % 4, torch.arange(25) % 4
-    found = knn.table((3 * stored, labels), (2 * queries, truth), 25, 4, (3, 10), 0.07, CPU)
-    for k in (3, 10):
-        for name, weigh in (("weighted", lambda c: np.exp(c / 0.07)), ("plain", lambda c: 1.0)):
-            right = 0
-            for query, true in zip(queries, truth, strict=True):
-                cosines = sorted(
-                    (
-                        (float(query @ row), int(label))
-                        for row, label in zip(stored, labels, strict=True)
-                    ),
-                    reverse=True,
-                )
-                scores = [
-                    sum(weigh(c) for c, label in cosines[:k] if label == number)
-                    for number in range(4)
-                ]
-                right += int(np.argmax(scores)) == true
-            assert found[f"k={k} {name}"] == pytest.approx(100 * right / 25)
+    votes = {f"k={k} weighted": knn.Vote(k, 0.07) for k in (3, 10)}
+    votes |= {f"k={k} plain": knn.Vote(k, None) for k in (3, 10)}
+    votes["cooler"] = knn.Vote(7, 0.1)
+    found = knn.table((3 * stored, labels), (2 * queries, truth), 25, 4, votes, CPU)
+    assert found.keys() == votes.keys()
+    for name, (k, temperature) in votes.items():
+        right = 0
+        for query, true in zip(queries, truth, strict=True):
+            pairs = zip(stored, labels, strict=True)
+            cosines = sorted(((float(query @ row), int(y)) for row, y in pairs), reverse=True)
+            weights = [
+                (1.0 if temperature is None else np.exp(c / temperature), y) for c, y in cosines
+            ]
+            scores = [sum(w for w, y in weights[:k] if y == number) for number in range(4)]
+            right += int(np.argmax(scores)) == true
+        assert found[name] == pytest.approx(100 * right / 25)
 
 
 # -- frozen features -------------------------------------------------------------------------------------------------------
@@ -253,11 +253,11 @@ def test_a_probe_leaves_what_it_found(images, pretrained, tmp_path, capsys):
 
 
 def interrupted_after(epochs):
-    """main_lincls.save, and then a Ctrl-C after so many epochs."""
-    saves, save = [], main_lincls.save
+    """state.save, and then a Ctrl-C after so many epochs."""
+    saves, save = [], evaluation_state.save
 
-    def interrupted(*arguments):
-        save(*arguments)
+    def interrupted(*arguments, **named):
+        save(*arguments, **named)
         saves.append(1)
         if len(saves) == epochs:
             raise KeyboardInterrupt
@@ -267,7 +267,7 @@ def interrupted_after(epochs):
 
 def test_a_resumed_probe_equals_the_uninterrupted_one(images, pretrained, tmp_path, monkeypatch):
     whole = probe(images, pretrained, tmp_path / "whole")
-    monkeypatch.setattr(main_lincls, "save", interrupted_after(2))
+    monkeypatch.setattr(evaluation_state, "save", interrupted_after(2))
     with pytest.raises(KeyboardInterrupt):
         probe(images, pretrained, tmp_path / "parts")
     assert not (tmp_path / "parts/results.json").exists()
@@ -388,7 +388,7 @@ def test_the_momentum_encoder_and_the_choice_on_the_validation_images(images, pr
     assert result["select"] == "val" and result["linear_top1"] == max(
         head["val_top1"] for head in result["heads"]
     )
-    assert "which also judge it" in result["protocol"]
+    assert "on which it is also reported" in result["protocol"]
 
 
 @pytest.mark.parametrize(
@@ -460,4 +460,4 @@ def test_the_confusion_picture_shows_right_answers_on_the_diagonal(classes, tmp_
 
 
 def test_a_class_without_validation_images_has_no_percentage():
-    assert main_lincls.percent_right(np.array([[3, 1], [0, 0]])) == [75.0, None]
+    assert confusion.class_accuracies(np.array([[3, 1], [0, 0]])) == [75.0, None]

@@ -1,4 +1,6 @@
-"""The flags of main_lincls.py, checked before anything runs. As options.py, it imports nothing slow."""
+"""The flags of main_lincls.py, checked before anything runs. Like snclr/options.py, it imports
+nothing slow.
+"""
 
 import argparse
 import os
@@ -8,17 +10,21 @@ from .. import options
 from ..running.errors import UsageError, one_clear_line
 
 RATES = tuple(round(10 ** (-3 + step / 3), 6) for step in range(13))  # 1e-3 .. 1e1, three a decade
-POSITIVE = (
-    "epochs",
-    "batch_size",
-    "cache_copies",
-    "crop_min",
-    "heldout",
-    "patch_size",
-    "width",
-    "label_fraction",
-)
-POSITIVE += ("lr", "head_lr", "layer_decay")
+STATE_FILE = "lincls_last.pth.tar"  # in the workdir
+POSITIVE = ("epochs", "batch_size", "cache_copies", "crop_min", "heldout", "patch_size", "width")
+POSITIVE += ("label_fraction", "lr", "head_lr", "layer_decay")  # other numbers may be 0
+# settings that may change when an evaluation is resumed
+FREE_ON_RESUME = {"data", "val", "labels", "val_labels", "workers", "workdir", "resume"}
+FREE_ON_RESUME |= {"pretrained"}  # the encoder's weights are compared, not the name of their file
+# settings that features of the training images do not depend on; all others are part of the key of
+# --cache-features
+NOT_IN_FEATURES = {"val", "val_labels", "download", "workers", "workdir", "resume"}
+NOT_IN_FEATURES |= {
+    "pretrained",
+    "amp",
+}  # the key has the encoder's weights and the precision in use
+NOT_IN_FEATURES |= {"epochs", "batch_size", "lrs", "cache_features", "cache_limit_gb"}
+NOT_IN_FEATURES |= {"finetune", "optimizer", "lr", "head_lr", "wd", "layer_decay", "warmup_epochs"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -179,7 +185,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Flags to settings, checked. Raises UsageError. What the checkpoint decides (arch, sizes, mean and std) is still open."""
+    """Flags to settings, checked. Raises UsageError. What the checkpoint decides (arch, sizes, mean
+    and std) is still open.
+    """
     args = build_parser().parse_args(argv)
     if args.pretrained is None:
         raise UsageError("--pretrained FILE is needed: the checkpoint to evaluate")
