@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
     # -- data ----------------------------------------------------------------------------------
     train, val, notes = sources.open_data(args)
     train, val = labels.select_labelled(train, val, args)
+    lincls_options.resolve_training(args, len(train))
     train, encoder = train.to(device), encoder.to(device)
     loader_args = dict(size=args.img_size, device=device, workers=args.workers)
     if args.encoder == "untrained":

@@ -89,7 +89,7 @@ class LinearGrid(nn.Module):
                 self.biases[f"{name}/{norm}"] = nn.Parameter(torch.zeros(len(rates), num_classes))
 
     def names(self) -> list[tuple[str, str, int]]:
-        """(features, norm, index of the rate) of each head, in the order of `losses` and `logits`."""
+        """(features, norm, index of the rate) of each head, in the order of `logits`."""
         return [(*key.split("/"), rate) for key in self.weights for rate in range(len(self.rates))]
 
     @full_precision
