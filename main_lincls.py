@@ -15,7 +15,7 @@ import os
 import sys
 
 from snclr.evaluation import options as lincls_options
-from snclr.running.errors import one_clear_line, writing
+from snclr.running.errors import one_clear_line
 
 if __name__ == "__main__":
     with one_clear_line("main_lincls.py"):
@@ -30,21 +30,23 @@ from torch import Tensor, nn
 from snclr.datasets import sources
 from snclr.evaluation import confusion, features, finetune, knn, labels, linear, probe
 from snclr.evaluation.task import Task
-from snclr.running import checkpoint, distributed, monitor
+from snclr.running import distributed, process_group
 from snclr.running.lock import hold
 from snclr.running.precision import resolve_amp
 from snclr.running.preemption import handlers_given_back, leave_at_once
+from snclr.running.provenance import save_settings, versions_and_commit
+from snclr.running.safe_files import save_json, writing
 from snclr.weights import reading as weights
 
 KNN_K = (10, 20, 100, 200)
 
 
 @handlers_given_back()
-@distributed.failures_named()
+@process_group.failures_named()
 def main(argv: list[str]) -> None:
     # -- settings ------------------------------------------------------------------------------
     args = lincls_options.parse(argv)
-    device = distributed.start()
+    device = process_group.start()
     leave_at_once()
     torch.manual_seed(args.seed)
     amp, is_rank_zero = resolve_amp(args.amp, device), distributed.rank() == 0
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> None:
     distributed.on_rank_zero(lambda: hold(args.workdir, "main_lincls"))
     if is_rank_zero:
         run_info = {"world_size": distributed.world_size(), "amp_used": amp}
-        monitor.save_settings(args.workdir, args, run_info)
+        save_settings(args.workdir, args, run_info)
     log(
         f"{info['arch']} ({info['encoder']} encoder) of {args.pretrained}, "
         f"{encoder.num_features} features"
@@ -110,12 +112,12 @@ def main(argv: list[str]) -> None:
             "label_fraction": args.label_fraction,
             "knn": knn_top1,
             "per_class_top1": dict(zip(map(str, train.classes), class_top1, strict=True)),
-            **checkpoint.provenance(),
+            **versions_and_commit(),
         }
         results_path, picture_path = (
             os.path.join(args.workdir, name) for name in ("results.json", "confusion.png")
         )
-        monitor.save_json(results_path, result)
+        save_json(results_path, result)
         kind, top1 = "linear probe", result.get("linear_top1")
         if args.finetune:
             kind, top1 = "fine-tuned", result["finetune_top1"]
@@ -125,7 +127,7 @@ def main(argv: list[str]) -> None:
         for name, (k, temperature) in knn.NAMED_VOTES.items():
             log(f"kNN (k = {k}, T = {temperature}): {result[name]:.2f} %")
         log(f"results: {results_path}, {picture_path}")
-    distributed.stop()
+    process_group.stop()
 
 
 def open_encoder(args: argparse.Namespace) -> tuple[nn.Module, dict]:

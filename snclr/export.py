@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .backbones import RESNETS, TIMM, VITS, VisionTransformer
 from .options import new_parser
-from .running import checkpoint
+from .running import tensor_files
 from .running.errors import RunError, UsageError, one_clear_line
 from .weights.reading import open_encoder, read_encoder
 
@@ -156,7 +156,7 @@ def write(format_name: str, content: dict, model: nn.Module, out: str) -> None:
             metadata={"format": "pt"},
         )
     else:
-        checkpoint.save(out, content)
+        tensor_files.save(out, content)
 
 
 def read_back(format_name: str, model: nn.Module, out: str) -> Callable[[Tensor], Tensor]:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .running.distributed import GlobalBatchNorm
+from .running.batch_norm import GlobalBatchNorm
 
 
 def mlp(layers: int, in_dim: int, hidden_dim: int, out_dim: int, last_norm: bool) -> nn.Sequential:

@@ -35,7 +35,11 @@ IMG_SIZES = {
 }  # all others: 224
 ARCHS = ("vit_tiny", "vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
 ARCHS += ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101")
-OPTIMIZERS = ("adamw", "lars")
+OPTIMIZERS = {  # name: class, arguments beside parameter groups and rate (snclr/optim.py builds them)
+    "adamw": ("torch.optim.AdamW", {"fused": True}),
+    "lars": ("snclr.optim.LARS", {}),
+    "sgd": ("torch.optim.SGD", {"momentum": 0.9, "fused": True}),
+}
 AMP = ("off", "auto", "bf16", "fp16")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MEAN_STD = {  # as commonly used; all others take ImageNet's (`python -m snclr.mean_std` measures a set's own)
@@ -378,7 +382,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=OPTIMIZERS,
         default="adamw",
         metavar="NAME",
-        help=" or ".join(OPTIMIZERS),
+        help=", ".join(OPTIMIZERS),
     )
     g.add_argument(
         "--lr",

@@ -376,7 +376,7 @@ def test_other_images_have_another_cache_and_a_full_disk_is_reported(images, pre
     try:
         with pytest.raises(
             RunError,
-            match="cannot write the features to .*features_.*: File too large; "
+            match=r"cannot write the features to .*features_.*: File too large; "
             "choose another --workdir",
         ):
             probe(images, pretrained, tmp_path / "full", *flags, "--cache-copies", 20)
@@ -423,7 +423,7 @@ def slow_head(images, pretrained, lr_at, epochs, batch, crop_min, norm="plain", 
         layer.bias.zero_()
     normalise = nn.BatchNorm1d(width, affine=False) if norm == "batchnorm" else nn.Identity()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0, momentum=0.9, weight_decay=0)
-    recipe = augment.Recipe(0, crop_min, args.img_size, blur=False, colour=False)
+    recipe = augment.Recipe(0, (augment.View(args.img_size, crop_min),))
     loader = ViewLoader(train, recipe, CPU, 0)
     whole = torch.cat(
         list(whole_images(val, np.arange(len(val)), size=args.img_size, device=CPU, workers=0))
@@ -434,7 +434,7 @@ def slow_head(images, pretrained, lr_at, epochs, batch, crop_min, norm="plain", 
         normalise.train()
         for step in range(steps):
             part = order[step * batch : (step + 1) * batch]
-            ((ids, x),) = loader.load([(epoch, part, (0,))])
+            ((ids, (x,)),) = loader.load([(epoch, part, (0,))])
             with torch.no_grad():
                 x = linear.features_of(encoder, x)[:, :width]
             optimizer.param_groups[0]["lr"] = lr_at(epoch, step, steps)
@@ -646,7 +646,7 @@ def test_a_wrong_flag_gives_one_line(images, pretrained, tmp_path, flags, messag
 
 
 def test_data_that_no_classifier_can_learn_from_is_refused(pretrained, tmp_path):
-    from test_data import save_folder
+    from sample_images import save_folder
 
     one = save_folder(
         save_folder(tmp_path / "one", [(32, 32)] * 9, classes=("a",)), [(32, 32)] * 2, "val", ("a",)

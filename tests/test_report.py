@@ -10,7 +10,8 @@ import pytest
 from test_ranks import SMALL, write_images
 
 import main_snclr
-from snclr import report
+from snclr import report as command
+from snclr.pictures import report
 from snclr.running.errors import RunError, UsageError
 
 PIXEL = b"\x89PNG\r\n\x1a\n of which the report reads nothing"
@@ -300,27 +301,27 @@ def test_a_folder_without_a_run_is_answered_in_one_line(content, tmp_path):
         UsageError,
         match=r"holds no run \(no args.json that can be read\): give the --workdir of one",
     ):
-        report.main([str(tmp_path)])
+        command.main([str(tmp_path)])
 
 
 def test_settings_without_metrics_are_answered_in_one_line(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "metrics.jsonl").unlink()
     with pytest.raises(UsageError, match=r"has no metrics.jsonl"):
-        report.main([str(run)])
+        command.main([str(run)])
 
 
 def test_a_place_that_cannot_be_written_is_answered_in_one_line(tmp_path):
     with pytest.raises(RunError, match=r"cannot write .*nowhere"):
-        report.main(
+        command.main(
             [str(write_run(tmp_path / "run")), "--out", str(tmp_path / "nowhere" / "report.html")]
         )
 
 
 def test_a_report_that_fails_is_a_line_at_the_end_of_a_run(tmp_path, monkeypatch):
-    assert report.leave(str(tmp_path)).startswith("no report: ")
+    assert report.write_into(str(tmp_path)).startswith("no report: ")
     monkeypatch.setattr(report, "page", lambda runs: 1 / 0)
-    assert report.leave(str(write_run(tmp_path / "run"))) == "no report: division by zero"
+    assert report.write_into(str(write_run(tmp_path / "run"))) == "no report: division by zero"
 
 
 # -- in a browser --------------------------------------------------------------------------------------------------------

@@ -93,11 +93,11 @@ def _in_order(task, loader, copy) -> Iterable[Tensor]:
     parts = [np.arange(start, start + chunk).reshape(world_size(), -1)[rank()] for start in starts]
     parts = [np.where(part < len(images), part, 0) for part in parts]
     if copy is None:
-        indices, size = np.concatenate(parts), loader.recipe.size
+        indices, size = np.concatenate(parts), loader.recipe.views[0].size
         batches = whole_images(
             images, indices, size=size, device=task.device, workers=task.args.workers
         )
     else:
-        batches = (x for _, x in loader.load([(copy, part, (0,)) for part in parts]))
+        batches = (x for _, (x,) in loader.load([(copy, part, (0,)) for part in parts]))
     for start, batch in zip(starts, batches, strict=True):
         yield all_gather(task.embed(batch))[: len(images) - start].cpu()

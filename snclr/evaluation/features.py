@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..loader import ImageSet, whole_images
+from ..datasets.images import ImageSet
+from ..loader import whole_images
 from ..running.distributed import rank, world_size
 
 

@@ -13,6 +13,7 @@ from .. import augment, optim
 from ..loader import EVALUATION_BATCH, whole_images
 from ..optim import parameter_groups
 from ..running import distributed
+from ..running.batch_norm import synchronise_batch_norm
 from ..running.errors import UsageError
 from ..running.precision import autocast, widen
 from . import state
@@ -59,7 +60,7 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
     settings = resolve_settings(task)
     steps = steps_per_epoch(train, args.batch_size)
     model = Classifier(task.encoder, len(train.classes)).to(device)
-    model = distributed.synchronise_batch_norm(model, device)
+    model = synchronise_batch_norm(model, device)
     scaled = {name: settings[name] * args.batch_size / 256 for name in ("lr", "head_lr")}
     fixed = {name: settings[name] for name in ("weight_decay", "layer_decay")}
     optimizer = build_optimizer(model, settings["optimizer"], **scaled, **fixed)
@@ -71,7 +72,7 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
     while epoch < args.epochs:
         network.train()
         requests = [(epoch, part, (0,)) for part in rank_batches(task, train, epoch)]
-        for batch, (ids, x) in enumerate(loader.load(requests)):
+        for batch, (ids, (x,)) in enumerate(loader.load(requests)):
             step = epoch * steps + batch
             for group in optimizer.param_groups:
                 group["lr"] = optim.learning_rate(
@@ -132,7 +133,7 @@ def build_optimizer(
     layers the same.
     """
     if layer_decay == 1:
-        groups = parameter_groups(model.encoder, weight_decay)
+        groups = parameter_groups(model.encoder.named_parameters(), weight_decay)
     elif hasattr(model.encoder, "group_matcher"):
         groups = timm.optim.param_groups_layer_decay(
             model.encoder, weight_decay, layer_decay=layer_decay
@@ -140,7 +141,8 @@ def build_optimizer(
     else:
         raise UsageError(f"--layer-decay {layer_decay} is for ViTs and timm's models: leave it out")
     groups = [{**group, "peak": lr * group.pop("lr_scale", 1.0)} for group in groups]
-    groups += [{**group, "peak": head_lr} for group in parameter_groups(model.head, weight_decay)]
+    head = parameter_groups(model.head.named_parameters(), weight_decay)
+    groups += [{**group, "peak": head_lr} for group in head]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)

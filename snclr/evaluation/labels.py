@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import augment
-from ..loader import ImageSet
-from ..running.checkpoint import first_few
-from ..running.errors import UsageError
+from ..datasets.images import ImageSet
+from ..running.errors import UsageError, first_few
 
 
 def select_labelled(

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..loader import ImageSet, ViewLoader
+from ..datasets.images import ImageSet
+from ..loader import ViewLoader
 from ..running import distributed
 from . import features, state
 from .cache import cached_features
@@ -152,7 +153,7 @@ def epoch_features(
     """
     parts = rank_batches(task, images, epoch)
     if cached is None:
-        for ids, x in loader.load([(epoch, part, (0,)) for part in parts]):
+        for ids, (x,) in loader.load([(epoch, part, (0,)) for part in parts]):
             yield ids, task.embed(x)
         return
     for part in parts:

@@ -7,9 +7,10 @@ import os
 import torch
 from torch import nn
 
-from ..running import checkpoint, distributed
+from ..running import checkpoint, distributed, tensor_files
 from ..running.errors import UsageError, first_line
 from ..running.preemption import signals_wait
+from ..running.provenance import versions_and_commit
 from .options import FREE_ON_RESUME
 from .task import Task
 
@@ -39,10 +40,10 @@ def save(
             "history": history,
             "args": settings,
             "encoder_digest": task.encoder_digest,
-            "provenance": checkpoint.provenance(),
+            "provenance": versions_and_commit(),
         }
         with signals_wait():
-            checkpoint.save(os.path.join(task.args.workdir, name), content)
+            tensor_files.save(os.path.join(task.args.workdir, name), content)
     distributed.barrier()
 
 
@@ -57,7 +58,7 @@ def resume(
     path = os.path.join(task.args.workdir, name)
     if task.args.resume is None or not os.path.exists(path):
         return 0, []
-    content = checkpoint.read(path)
+    content = tensor_files.read(path)
     if not isinstance(content, dict) or not all(
         isinstance(content.get(key), kind) for key, kind in KINDS.items()
     ):
@@ -65,7 +66,7 @@ def resume(
     changed = [
         str(key)
         for key, value in content["args"].items()
-        if checkpoint.differ(value, vars(task.args).get(key))
+        if tensor_files.differ(value, vars(task.args).get(key))
     ]
     changed += ["the encoder"] if content["encoder_digest"] != task.encoder_digest else []
     if changed:
@@ -76,7 +77,7 @@ def resume(
         epoch, history = content["epoch"], content.get("history", [])
         if epoch not in range(task.args.epochs + 1):
             raise ValueError("its epoch is not between 0 and --epochs")
-        if not all(map(checkpoint.is_plain, content["model"].values())):
+        if not all(map(tensor_files.is_plain, content["model"].values())):
             raise ValueError("its weights are no tensors")
         if not isinstance(history, list) or not all(type(top1) is float for top1 in history):
             raise ValueError("its history holds other things than numbers")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import augment
-from ..loader import ImageSet, ViewLoader, share
-from ..running import monitor
+from ..datasets.images import ImageSet
+from ..loader import ViewLoader, share
+from ..running.bad_images import record_bad_images
 from ..running.errors import UsageError
 
 
@@ -50,7 +51,7 @@ def rank_batches(task: Task, images: ImageSet, epoch: int) -> list[np.ndarray]:
 def crop_loader(task: Task, images: ImageSet) -> ViewLoader:
     """Loads images in random crops, half of them flipped."""
     args = task.args
-    recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, blur=False, colour=False)
+    recipe = augment.Recipe(args.seed, (augment.View(args.img_size, args.crop_min),))
     return ViewLoader(images, recipe, task.device, args.workers)
 
 
@@ -58,7 +59,7 @@ def report_epoch(task: Task, loader: ViewLoader, epoch: int, text: str, start: f
     """Print progress about ten times during training, and name images that could not be read. All
     ranks call it.
     """
-    if note := monitor.bad_images(loader, task.args.workdir):
+    if note := record_bad_images(loader, task.args.workdir):
         task.log(f"note: {note}")
     epochs = task.args.epochs
     if epoch % max(1, epochs // 10) == 0 or epoch == epochs:

@@ -6,22 +6,17 @@ module.memory_bank.*), 'optimizer', 'scaler', 'args', 'images' and 'fingerprint'
 'provenance'. checkpoint_last.pth.tar is the newest; the ones before it are checkpoint_last-1.pth.tar, -2 and so on.
 """
 
-import contextlib
-import functools
+import copy
 import os
-import platform
-import subprocess
-import zipfile
 from argparse import Namespace
-from importlib import metadata
 
 import torch
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .. import __version__
-from .errors import RunError, UsageError, first_line
+from . import provenance, tensor_files
+from .errors import UsageError, first_few, first_line
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
@@ -66,86 +61,9 @@ RUNNING |= {
 RUNNING |= {"compile", "grad_checkpointing", "on_bad_image", "skip_non_finite", "timeout_minutes"}
 
 
-def save(path: str, state: dict, keep: int = 1) -> None:
-    """Write beside the target, flush to the disk, then rename: a crash at any moment leaves the old file or the new one.
-
-    keep: how many of this name stay, itself included: NAME-1.pth.tar is the one before it.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        ages = [path] + [path.replace(".pth.tar", f"-{age}.pth.tar") for age in range(1, keep)]
-        for age in range(keep - 1, 0, -1):
-            if os.path.exists(ages[age - 1]):
-                os.replace(ages[age - 1], ages[age])
-        os.replace(temporary, path)
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        os.fsync(folder)  # makes the new name durable, not only the bytes
-        os.close(folder)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # a full disk reaches us as torch's RuntimeError, the cause behind it
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", None) or first_line(error)
-        raise RunError(
-            f"cannot write {path}: {reason}; the checkpoint before it is untouched"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)  # there after an error or a signal alone
-
-
-def read(path: str) -> object:
-    """What torch.load finds in a file, onto the CPU. Its checksums are verified first: torch.load accepts flipped bytes in
-    silence.
-
-    Raises UsageError for a file that is missing, damaged, or holds anything but tensors and plain values.
-    """
-    verify(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises whatever the bytes lead to
-        raise UsageError(
-            f"checkpoint {path} is no dictionary of tensors and plain values; nothing else is loaded"
-        ) from error
-
-
-def verify(path: str) -> None:
-    """Compare every record of a file with the zip's own checksum. Raises UsageError, as `read` does."""
-    if not os.path.isfile(path):
-        raise UsageError(f"checkpoint {path} does not exist")
-    try:
-        with open(path, "rb") as file:
-            if (
-                file.read(2) == b"\x80\x02"
-            ):  # torch before 1.6: a plain pickle, which has no checksums
-                return
-        with zipfile.ZipFile(path) as archive:
-            # attributes: torch writes none, and takes a record with the directory bit for one without content;
-            # nor does it compress: a few bytes that unfold to terabytes are nobody's checkpoint
-            odd = [
-                record.filename
-                for record in archive.infolist()
-                if record.external_attr or record.compress_type
-            ]
-            damaged = next(iter(odd), None) or archive.testzip()
-    except Exception as error:  # a damaged directory of the zip leads to anything
-        raise UsageError(
-            f"checkpoint {path} is truncated or no checkpoint ({first_line(error)}); take another one"
-        ) from error
-    if damaged:
-        raise UsageError(
-            f"checkpoint {path} is damaged (wrong checksum in {damaged}); take another one"
-        )
-
-
 def load(path: str) -> dict:
     """Read a checkpoint of this project, as `read` does. Raises UsageError, too, where it is something else."""
-    state = read(path)
+    state = tensor_files.read(path)
     kinds = dict(
         epoch=int, step=int, arch=str, state_dict=dict, optimizer=dict, args=dict, images=int
     )
@@ -161,7 +79,7 @@ def load(path: str) -> dict:
         [
             str(name)
             for name, value in state["state_dict"].items()
-            if not (isinstance(name, str) and is_plain(value))
+            if not (isinstance(name, str) and tensor_files.is_plain(value))
         ]
         if not odd
         else []
@@ -171,19 +89,6 @@ def load(path: str) -> dict:
             f"checkpoint {path} cannot be resumed: no sensible {first_few(odd or ['step'])} in it"
         )
     return state
-
-
-def is_plain(value: object) -> bool:
-    """Whether a value of a file is a tensor with content, as every weight is."""
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
-
-
-def differ(saved: object, now: object) -> bool:
-    """Whether a setting is another one than a file says, which may say anything."""
-    try:
-        return bool(saved != now)
-    except Exception:  # of a tensor
-        return True
 
 
 def newest(workdir: str) -> tuple[str | None, list[str]]:
@@ -198,7 +103,7 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
     damaged = []
     for path in sorted((os.path.join(workdir, name) for name in names), key=_step, reverse=True):
         try:
-            verify(path)
+            tensor_files.verify(path)
         except UsageError as error:
             damaged.append((path, error))
             continue
@@ -245,7 +150,7 @@ def pack(
         "args": vars(args),
         "images": images,
         "fingerprint": fingerprint,
-        "provenance": provenance(),
+        "provenance": provenance.versions_and_commit(),
     }
 
 
@@ -265,7 +170,7 @@ def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int)
         "encoder": which,
         "state_dict": backbone,
     }
-    return state | {"provenance": provenance()}
+    return state | {"provenance": provenance.versions_and_commit()}
 
 
 def resume(
@@ -284,7 +189,9 @@ def resume(
     """
     state = load(path)
     now, saved = vars(args), state["args"]
-    changed = [name for name in now if name in saved and differ(saved[name], now[name])]
+    changed = [
+        name for name in now if name in saved and tensor_files.differ(saved[name], now[name])
+    ]
     changes = {name: f"{name} {saved[name]!r} -> {now[name]!r}" for name in changed}
     refused = [change for name, change in changes.items() if name in FIXED]
     if state["images"] != images:
@@ -307,47 +214,41 @@ def resume(
 
 
 def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
-    """Load an optimiser's state; its settings stay those of this start. UsageError where it is not that of these parameters."""
-    now = optimizer.state_dict()["param_groups"]
+    """Load an optimiser's state; its settings stay those of this start.
+
+    Raises UsageError where the state is not one that this optimiser keeps for these parameters.
+    """
+    expected, groups = _state_after_a_step(optimizer), optimizer.state_dict()["param_groups"]
     try:
+        for number, values in state["state"].items():
+            if values.keys() != expected[number].keys():
+                raise ValueError(f"parameter {number} has another state")
+            for name, value in values.items():
+                if not _is_alike(value, expected[number][name]):
+                    raise ValueError(f"{name} of parameter {number} has another shape or type")
         groups = [
             saved | {**group, "params": saved["params"]}
-            for saved, group in zip(state["param_groups"], now, strict=True)
+            for saved, group in zip(state["param_groups"], groups, strict=True)
         ]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-        states = list(optimizer.state.items())
-        if not all(
-            is_plain(x) and tuple(x.shape) in (tuple(p.shape), ())
-            for p, values in states
-            for x in values.values()
-        ):
-            raise ValueError("no tensors, or of another shape")
-        if any(values.keys() != states[0][1].keys() for _, values in states):
-            raise ValueError("parameters with less state than others")
-    except Exception as error:  # torch checks little, so that odd content leads to anything
+    except Exception as error:  # torch checks little: odd content raises anything
         raise UsageError(f"{path} does not fit the optimiser: {first_line(error)}") from error
 
 
-@functools.cache  # of the code that was loaded, which may change on the disk while it runs
-def provenance() -> dict:
-    """Where a result comes from: versions of python, torch, torchvision, timm and this package, and the git commit or None."""
-    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
-    versions |= {"python": platform.python_version(), "snclr": __version__}
-    command = [
-        "git",
-        "-C",
-        os.path.dirname(os.path.abspath(__file__)),
-        "describe",
-        "--always",
-        "--dirty",
-    ]
-    git = None
-    with contextlib.suppress(OSError):  # a container may have no git
-        git = (
-            subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-            or None
-        )
-    return {"versions": versions, "git": git}
+def _state_after_a_step(optimizer):
+    """What the optimiser keeps for each parameter, by the numbers of its state_dict: found by a step of a copy."""
+    trial = copy.deepcopy(optimizer)
+    for group in trial.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    trial.step()
+    return trial.state_dict()["state"]
+
+
+def _is_alike(value, expected):
+    if isinstance(expected, torch.Tensor):
+        return tensor_files.is_plain(value) and value.shape == expected.shape
+    return type(value) is type(expected)
 
 
 def load_strictly(path: str, tensors: dict, model: nn.Module) -> None:
@@ -369,8 +270,3 @@ def load_strictly(path: str, tensors: dict, model: nn.Module) -> None:
     if told:
         raise UsageError(f"{path} does not fit this model: {'; '.join(told)}")
     model.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
-
-
-def first_few(names: list[str], limit: int = 3) -> str:
-    """The first names, for a message."""
-    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")

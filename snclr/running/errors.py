@@ -34,6 +34,11 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def first_few(names: list[str], limit: int = 3) -> str:
+    """The first names, for a message."""
+    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
+
+
 def end_process(code: int) -> None:
     """End this process. A rank's ends at once: what is left of a process group that failed may wait for others forever."""
     sys.stdout.flush()
@@ -41,23 +46,6 @@ def end_process(code: int) -> None:
     if "WORLD_SIZE" in os.environ:
         os._exit(code)
     sys.exit(code)
-
-
-@contextlib.contextmanager
-def writing(path: str) -> Iterator[None]:
-    """Turn a full disk, and whatever else keeps the block from writing to path, into a RunError."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or first_line(error)}") from error
-
-
-def save_text(path: str, text: str) -> None:
-    """Write a file for people, whole or not at all. Raises RunError."""
-    with writing(path):
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(f"{path}.tmp", path)
 
 
 def _tell(text: str) -> None:

@@ -4,7 +4,8 @@ import fcntl
 import os
 import socket
 
-from .errors import UsageError, writing
+from .errors import UsageError
+from .safe_files import writing
 
 held = []  # open for the life of the process: closing the file would end the lock
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ..backbones import ARCHS, TIMM, VisionTransformer, build_encoder, sincos_position_embedding
 from ..options import IMAGENET
-from ..running import checkpoint
-from ..running.checkpoint import first_few
-from ..running.errors import UsageError, first_line
+from ..running import tensor_files
+from ..running.errors import UsageError, first_few, first_line
 
 # where the layouts of MoCo and its descendants keep the two encoders
 PREFIXES = {
@@ -52,7 +51,7 @@ def read_encoder(path: str, which: str = "online") -> EncoderFile:
     tensors = {
         name: value
         for name, value in found.items()
-        if isinstance(name, str) and checkpoint.is_plain(value)
+        if isinstance(name, str) and tensor_files.is_plain(value)
     }
     if not tensors:
         raise UsageError(
@@ -234,7 +233,7 @@ def _adapt_position_embedding(encoder, tensors, own):
 
 def _read(path):
     if not path.endswith(".safetensors"):
-        return checkpoint.read(path)
+        return tensor_files.read(path)
     if not os.path.isfile(path):
         raise UsageError(f"{path} does not exist")
     try:

@@ -1,0 +1,90 @@
+"""Pictures and histograms of one training step."""
+
+import argparse
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ..builder import StepView
+from ..datasets.images import ImageSet
+from ..loader import Batch
+from .canvas import Tile, sheet
+from .tiles import key_of, row_of
+
+QUERIES, ACROSS = 8, 10  # rows of the pictures of a step, and the most neighbours in a row
+
+
+def of_step(
+    batch: Batch, shown: StepView, images: ImageSet, args: argparse.Namespace, step: int
+) -> tuple[dict[str, Image.Image], dict[str, Tensor]]:
+    """Pictures and histograms by name of what this rank's part of a step was trained on; step: its number, from 1."""
+    pictures = {"views": view_picture(batch, images, f"Views at step {step}")}
+    valid = shown.neighbour_ids >= 0
+    if not valid.any():
+        return pictures, {}
+    pictures["neighbours"] = neighbour_picture(
+        batch.ids, shown, images, args.img_size, f"Soft neighbours at step {step}"
+    )
+    return pictures, {
+        "positiveness": shown.weights[valid],
+        "bank_age_steps": bank_ages(shown.counts, step, args.batch_size),
+    }
+
+
+def neighbour_picture(
+    ids: Tensor, shown: StepView, images: ImageSet, size: int, title: str
+) -> Image.Image:
+    """Images of a step beside the bank's neighbours that served as their positives, those of largest weight first.
+
+    ids (B,) data-set indices; shown: what the step showed of these images; size: side in px at which images are read.
+    """
+    rows, best = (
+        [],
+        shown.weights[:QUERIES].float().argsort(dim=1, descending=True, stable=True)[:, :ACROSS],
+    )
+    parts = [
+        part[:QUERIES].gather(1, best).tolist()
+        for part in (shown.neighbour_ids, shown.weights, shown.scores)
+    ]
+    for query, *found in zip(ids[:QUERIES].tolist(), *parts, strict=True):
+        found = [
+            (i, f"weight {weight:.3f}", f"cosine {cosine:.2f}")
+            for i, weight, cosine in zip(*found, strict=True)
+            if i >= 0
+        ]
+        rows.append(row_of(images, query, images, found, size))
+    told = (
+        "Images of the batch, and their neighbours in the bank by falling weight (positiveness).\n"
+    )
+    told += "weight: what the online projection gives the neighbour; cosine: its similarity to the image's key."
+    return sheet(rows, title, told, key_of(rows), ("image", "neighbours"))
+
+
+def view_picture(batch: Batch, images: ImageSet, title: str) -> Image.Image:
+    """The two views of images of a batch as they entered the network, in the images' own colours again."""
+    views = [denormalize(view[:QUERIES], images.mean, images.std) for view in batch.views[:2]]
+    rows = [[Tile(image) for image in view] for view in views]
+    return sheet(
+        rows,
+        title,
+        "Above: view 1, below: view 2 of the same image, as the network sees them.",
+        side=128,
+    )
+
+
+def bank_ages(counts: Tensor, step: int, batch_size: int) -> Tensor:
+    """For each pick of a bank row by the global batch of a step, how many steps ago the row was written: (picks,) floats.
+
+    counts (M,) picks of each row; step: its number, from 1. Key n of the run lies in row n modulo M; from 1, for the newest
+    key of the step before, in fractions for the place in the batch.
+    """
+    rows = counts.nonzero()[:, 0]
+    ages = ((step - 1) * batch_size - 1 - rows) % len(counts) / batch_size + 1
+    return ages.repeat_interleave(counts[rows])
+
+
+def denormalize(x: Tensor, mean: Tensor, std: Tensor) -> np.ndarray:
+    """Network input (B, 3, S, S) as images (B, S, S, 3) uint8."""
+    x = x.detach().float().cpu() * std.view(3, 1, 1) + mean.view(3, 1, 1)
+    return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
