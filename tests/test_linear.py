@@ -503,7 +503,7 @@ def test_the_chosen_head_is_trained_again_on_all_images(images, pretrained, tmp_
         rate,
         epochs=4,
         batch=8,
-        crop_min=0.5,
+        crop_min=1.0,
         norm=head["norm"],
         column_mean=head["features"] == "token+mean",
     )
@@ -550,10 +550,10 @@ def test_flags_that_contradict_a_protocol_are_refused(pretrained, flags, message
     "size, count, flags, batch_size, crop_min",
     [
         (224, 10**6, "", 1024, 0.08),
-        (32, 50_000, "", 1024, 0.5),
-        (64, 5_000, "", 256, 0.5),
+        (32, 50_000, "", 1024, 1.0),
+        (64, 5_000, "", 256, 1.0),
         (65, 5_000, "", 256, 0.08),
-        (32, 20, "", 8, 0.5),
+        (32, 20, "", 8, 1.0),
         (32, 5_000, "--protocol mocov3", 1024, 0.08),
         (32, 5_000, "--finetune", 256, 0.08),
         (32, 5_000, "-b 96 --crop-min 0.3", 96, 0.3),

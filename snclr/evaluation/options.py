@@ -29,8 +29,8 @@ NOT_IN_FEATURES |= {"finetune", "optimizer", "lr", "head_lr", "wd", "layer_decay
 # Defaults of the grid's settings that --protocol mocov3 fixes: there these flags are refused.
 GRID = {"lrs": list(RATES), "select": "heldout", "heldout": 0.1}
 GRID |= {"retrain": False, "cache_features": False, "cache_copies": 1}
-SMALL = 64  # px; up to this size, the grid's training crops are larger by default
-CROP_MIN, SMALL_CROP_MIN = 0.08, 0.5
+SMALL = 64  # px; up to this size, the grid trains on whole images by default
+CROP_MIN, SMALL_CROP_MIN = 0.08, 1.0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     text += "steps an epoch; fine-tuning: 256)"
     g.add_argument("-b", "--batch-size", type=int, metavar="N", help=text)
     text = f"smallest training crop, as a share of the area (default: {CROP_MIN}; "
-    text += f"for the grid at image sizes up to {SMALL} px: {SMALL_CROP_MIN})"
+    text += f"for the grid up to {SMALL} px: {SMALL_CROP_MIN:g}, whole images)"
     g.add_argument("--crop-min", type=float, metavar="SHARE", help=text)
     text = "precision of the encoder (default: auto, 16 bits where native; mocov3: off)"
     g.add_argument("--amp", choices=options.AMP, help=text)
@@ -193,8 +193,8 @@ def _check(args):
 def resolve_training(args: argparse.Namespace, num_images: int) -> None:
     """Fill in --batch-size and --crop-min for num_images training images of args.img_size.
 
-    The published crops (at least 8 % of the area) leave 9 px of a 32-px image, and probes that were
-    trained on them are poor on whole images (docs/RESULTS.md). Raises UsageError.
+    Of a 32-px image the published crops (at least 8 % of the area) leave 9 px. A probe that is
+    trained on them is worse on whole images than kNN (docs/RESULTS.md). Raises UsageError.
     """
     is_grid = args.protocol == "grid" and not args.finetune
     if args.batch_size is None:

@@ -198,8 +198,10 @@ def describe_training(task: Task) -> str:
     """Schedule, crops and precision, for the description of the protocol."""
     args = task.args
     crops = f"crops of at least {args.crop_min:.0%} of the area"
+    if args.crop_min == 1:
+        crops = "whole images, flipped at random"
     if args.cache_features:
-        crops = f"{args.cache_copies} {crops}" if args.cache_copies > 1 else "no crops"
+        crops = f"{args.cache_copies} copies: {crops}" if args.cache_copies > 1 else "no crops"
     return (
         f"{args.epochs} epochs, batch {args.batch_size}, {crops}, encoder in {PRECISIONS[task.amp]}"
     )
