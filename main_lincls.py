@@ -33,9 +33,10 @@ from snclr.evaluation.task import Task
 from snclr.running import distributed, process_group
 from snclr.running.lock import hold
 from snclr.running.precision import resolve_amp
-from snclr.running.preemption import handlers_given_back, leave_at_once
-from snclr.running.provenance import save_settings, versions_and_commit
+from snclr.running.preemption import end_at_once, handlers_given_back
+from snclr.running.provenance import versions_and_commit
 from snclr.running.safe_files import save_json, writing
+from snclr.running.settings import save_settings
 from snclr.weights import reading as weights
 
 KNN_K = (10, 20, 100, 200)
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
     # -- settings ------------------------------------------------------------------------------
     args = lincls_options.parse(argv)
     device = process_group.start()
-    leave_at_once()
+    end_at_once()
     torch.manual_seed(args.seed)
     amp, is_rank_zero = resolve_amp(args.amp, device), distributed.rank() == 0
     log = print if is_rank_zero else lambda line: None

@@ -37,8 +37,8 @@ from snclr.running.lock import hold
 from snclr.running.log import Log
 from snclr.running.metrics import Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
-from snclr.running.preemption import Interruptions, handlers_given_back, interrupt, leave_at_once
-from snclr.running.provenance import save_settings
+from snclr.running.preemption import Interruptions, end_at_once, handlers_given_back, interrupt
+from snclr.running.settings import save_settings
 from snclr.weights import reading as weights
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 
     # -- devices and data ------------------------------------------------------------------------------------------------
     device = process_group.start(args.timeout_minutes)
-    leave_at_once()
+    end_at_once()
     train, val, data_notes = sources.open_data(args)
     if args.batch_size > len(train):
         raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images")
@@ -108,9 +108,7 @@ def main(argv: list[str]) -> None:
 
     # -- epochs ----------------------------------------------------------------------------------------------------------
     network = distributed.replicate(model, device)
-    guard = Guard(
-        model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled()
-    )
+    guard = Guard(model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled())
     interruptions = Interruptions(args.save_every_minutes, args.timeout_minutes)
     evaluated = distributed.on_rank_zero(log.last_evaluation)
     last_step = min(
@@ -138,7 +136,7 @@ def main(argv: list[str]) -> None:
         step = train_epoch(
             network, loader, optimizer, scaler, guard, interruptions, log, args, **schedule
         )
-        if note := record_bad_images(loader, workdir):
+        if note := record_bad_images(train, loader.replaced, workdir):
             log.say(f"note: {note}")
         told = "saved"
         if speaks:

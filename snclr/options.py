@@ -269,9 +269,8 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--crop-min",
         type=float,
-        default=0.08,
         metavar="SHARE",
-        help="smallest crop, as a share of the area",
+        help="smallest crop, as a share of the area (default: 0.08; 0.2 with --method mocov2)",
     )
     g.add_argument("--blur", action=on_off, help="Gaussian blur (default: on above 32 px)")
 
@@ -515,6 +514,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         return parse([base, *argv])  # the general defaults are ImageNet's
     if args.warmup_epochs is None:
         args.warmup_epochs = min(40, args.epochs / 5)
+    if args.crop_min is None:
+        args.crop_min = 0.2 if args.method == "mocov2" else 0.08
     if args.blur is None:
         args.blur = args.img_size > 32
     check(args, world_size=int(os.environ.get("WORLD_SIZE", 1)))

@@ -13,13 +13,13 @@ from test_ranks import CLOCK, SMALL, read_lines, write_images
 
 import main_snclr
 from snclr import augment, visualize
-from snclr.builder import StepView
 from snclr.datasets.images import ResidentImages
 from snclr.loader import Batch
 from snclr.memory_bank import MemoryBank
 from snclr.pictures import canvas, encoders, steps
 from snclr.running.errors import RunError, UsageError
 from snclr.running.log import Log
+from snclr.running.metrics import StepView
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 LEVELS = np.arange(10, 250, 24)  # of ten plain images
@@ -102,9 +102,7 @@ def test_views_are_shown_in_their_own_colours():
     x = augment.normalize_(pixels.float() / 255, torch.tensor(MEAN), torch.tensor(STD))
     shown = steps.denormalize(x, torch.tensor(MEAN), torch.tensor(STD))
     assert np.array_equal(shown, pixels.permute(0, 2, 3, 1).numpy())
-    picture = steps.view_picture(
-        Batch(torch.arange(2), [x, x.flip(3)]), plain_images(), "a title"
-    )
+    picture = steps.view_picture(Batch(torch.arange(2), [x, x.flip(3)]), plain_images(), "a title")
     area = np.asarray(picture)[
         canvas.MARGIN + 26 + 19 + canvas.GAP + canvas.FRAME :, canvas.MARGIN + canvas.FRAME :
     ]

@@ -11,6 +11,7 @@ from ..running import checkpoint, distributed, tensor_files
 from ..running.errors import UsageError, first_line
 from ..running.preemption import signals_wait
 from ..running.provenance import versions_and_commit
+from ..running.settings import differ
 from .options import FREE_ON_RESUME
 from .task import Task
 
@@ -59,14 +60,12 @@ def resume(
     if task.args.resume is None or not os.path.exists(path):
         return 0, []
     content = tensor_files.read(path)
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), kind) for key, kind in KINDS.items()
-    ):
+    if tensor_files.wrong_entries(content, KINDS):
         raise UsageError(f"{path} is no state of an evaluation; choose a new --workdir")
     changed = [
         str(key)
         for key, value in content["args"].items()
-        if tensor_files.differ(value, vars(task.args).get(key))
+        if differ(value, vars(task.args).get(key))
     ]
     changed += ["the encoder"] if content["encoder_digest"] != task.encoder_digest else []
     if changed:
@@ -77,7 +76,7 @@ def resume(
         epoch, history = content["epoch"], content.get("history", [])
         if epoch not in range(task.args.epochs + 1):
             raise ValueError("its epoch is not between 0 and --epochs")
-        if not all(map(tensor_files.is_plain, content["model"].values())):
+        if tensor_files.plain_tensors(content["model"]).keys() != content["model"].keys():
             raise ValueError("its weights are no tensors")
         if not isinstance(history, list) or not all(type(top1) is float for top1 in history):
             raise ValueError("its history holds other things than numbers")

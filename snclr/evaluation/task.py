@@ -59,7 +59,7 @@ def report_epoch(task: Task, loader: ViewLoader, epoch: int, text: str, start: f
     """Print progress about ten times during training, and name images that could not be read. All
     ranks call it.
     """
-    if note := record_bad_images(loader, task.args.workdir):
+    if note := record_bad_images(loader.images, loader.replaced, task.args.workdir):
         task.log(f"note: {note}")
     epochs = task.args.epochs
     if epoch % max(1, epochs // 10) == 0 or epoch == epochs:

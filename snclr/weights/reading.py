@@ -47,12 +47,7 @@ def read_encoder(path: str, which: str = "online") -> EncoderFile:
         saved |= {key: value for key, value in found.items() if key not in wrappers}
         others += [f"{key}.{name}" for key in wrappers[1:] for name in found[key]]
         found, layout = found[wrappers[0]], f"a plain state dict, {wrappers[0]!r}"
-    found = found if isinstance(found, dict) else {}
-    tensors = {
-        name: value
-        for name, value in found.items()
-        if isinstance(name, str) and tensor_files.is_plain(value)
-    }
+    tensors = tensor_files.plain_tensors(found)
     if not tensors:
         raise UsageError(
             f"{path} holds no tensors by name: a checkpoint or a state dict is expected"

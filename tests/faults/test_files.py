@@ -251,10 +251,9 @@ def test_names_that_are_no_text_and_a_list_that_cannot_be_written_end_no_run(
     spoilt, tmp_path, capsys
 ):
     os.rename(spoilt / "train/a/00.png", os.fsencode(spoilt / "train/a") + b"/\xff\n.png")
-    (tmp_path / "run/bad_images.txt.tmp").mkdir(parents=True)
+    (tmp_path / "run/bad_images.txt").mkdir(parents=True)
     train(spoilt, tmp_path / "run", "--on-bad-image", "skip")
     assert "cannot be read and are replaced, see cannot write" in capsys.readouterr().out
-    (tmp_path / "run/bad_images.txt.tmp").rmdir()
     train(spoilt, tmp_path / "again", "--on-bad-image", "skip")
     assert "train/a/??.png: it is no image" in (tmp_path / "again/bad_images.txt").read_text()
 
@@ -421,7 +420,7 @@ def test_the_second_run_is_refused_before_it_touches_anything(images, tmp_path):
         [sys.executable, "-c", HOLD.replace("'x'", "'main_snclr'"), tmp_path],
         stdout=subprocess.PIPE,
     )
-    lock.held.clear()  # this process's own run is over
+    lock.locked_files.clear()  # this process's own run is over
     holder.stdout.readline()
     with pytest.raises(UsageError, match="in use by pid"):
         train(images, tmp_path, "--resume", "auto")
