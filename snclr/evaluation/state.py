@@ -60,7 +60,9 @@ def resume(
     if task.args.resume is None or not os.path.exists(path):
         return 0, []
     content = tensor_files.read(path)
-    if tensor_files.wrong_entries(content, KINDS):
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key), kind) for key, kind in KINDS.items()
+    ):
         raise UsageError(f"{path} is no state of an evaluation; choose a new --workdir")
     changed = [
         str(key)
