@@ -55,7 +55,8 @@ def main(argv: list[str]) -> None:
 
     # -- encoder -------------------------------------------------------------------------------
     encoder, info = open_encoder(args)
-    args.img_size, args.mean, args.std = info["img_size"], info["mean"], info["std"]
+    args.img_size, args.grey_range = info["img_size"], info["grey_range"]
+    args.mean, args.std = info["mean"], info["std"]
 
     # -- data ----------------------------------------------------------------------------------
     train, val, notes = sources.open_data(args)
@@ -144,6 +145,7 @@ def open_encoder(args: argparse.Namespace) -> tuple[nn.Module, dict]:
         timm_kwargs=args.timm_kwargs,
         mean=args.mean,
         std=args.std,
+        grey_range=args.grey_range,
     )
     if args.encoder == "pixels":
         encoder = features.Pixels(info["img_size"]).eval()

@@ -603,7 +603,17 @@ def test_every_setting_that_features_depend_on_changes_their_key(images, pretrai
     assert ignored == lincls_options.NOT_IN_FEATURES
     assert settings - ignored >= {
         *("data", "dataset", "labels", "subset", "subset_seed", "label_fraction", "label_list"),
-        *("select", "heldout", "seed", "protocol", "mean", "std", "img_size", "crop_min"),
+        *(
+            "select",
+            "heldout",
+            "seed",
+            "protocol",
+            "mean",
+            "std",
+            "img_size",
+            "grey_range",
+            "crop_min",
+        ),
         *("cache_copies", "encoder", "arch", "patch_size", "width", "small_stem", "timm_kwargs"),
         "on_bad_image",
     }
