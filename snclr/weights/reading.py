@@ -12,6 +12,7 @@ from ..backbones import ARCHS, TIMM, VisionTransformer, build_encoder, sincos_po
 from ..options import IMAGENET
 from ..running import tensor_files
 from ..running.errors import UsageError, first_few, first_line
+from ..running.tensor_files import not_finite
 
 # where the layouts of MoCo and its descendants keep the two encoders
 PREFIXES = {
@@ -190,6 +191,11 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
             f"{path} ({layout}) does not fit the backbone: {'; '.join(problems)}; is --arch the right one?"
         )
     loaded = {name: tensors[name] for name in own if name in tensors}
+    if names := not_finite(loaded):
+        raise UsageError(
+            f"{path} ({layout}): {len(names)} of {len(loaded)} tensors are not finite:"
+            f" {first_few(names)}; take an earlier file"
+        )
     encoder.load_state_dict(loaded, strict=False)
     left_out = [name for name in tensors if name not in own]
     heads = [name for name in left_out if name.startswith(head)]
