@@ -38,7 +38,7 @@ class Console:
         except (OSError, ValueError) as error:  # ValueError: the stream is closed
             if not self.failed:
                 reason = getattr(error, "strerror", None) or str(error)
-                lost.append(f"{self.name} is lost ({reason})")
+                _record(f"{self.name} is lost ({reason})")
             self.failed = True
             # a full disk may have room again later; nobody comes back to a broken pipe
             if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
@@ -50,6 +50,11 @@ class Console:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
+
+
+def _record(line):
+    if line not in lost:
+        lost.append(line)
 
 
 @contextlib.contextmanager
@@ -64,7 +69,7 @@ def console_may_vanish() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     for name, stream in zip(("stdout", "stderr"), before, strict=True):
         if stream is None:  # it was closed before the program started
-            lost.append(f"{name} is lost (closed)")
+            _record(f"{name} is lost (closed)")
             stream = open(os.devnull, "w")  # noqa: SIM115 - open for the life of the process
         setattr(sys, name, Console(stream, name))
     try:

@@ -64,7 +64,7 @@ class Log:
         self.pending += json.dumps(rounded).encode() + b"\n"
         self.flush()
         try:
-            self.events = self.events or SummaryWriter(self.folder)
+            self.events = self.events or self._new_events()
             for name, value in metrics.items():
                 if name not in ("epoch", "step") and isinstance(value, (int, float)):
                     group = next((g for g, names in GROUPS.items() if name in names), "loss")
@@ -72,6 +72,10 @@ class Log:
         except OSError as error:  # a full disk ended the writer's thread: another one is tried
             self.events = None
             self._report_lost_events(error)
+
+    def _new_events(self):
+        os.stat(os.path.dirname(self.path))  # TensorBoard would make a deleted workdir again
+        return SummaryWriter(self.folder)
 
     def _thread_failed(self, failure):
         """In place of the traceback of a thread of TensorBoard's."""
@@ -115,8 +119,9 @@ class Log:
         folder = os.path.join(os.path.dirname(self.path), "pictures")
         try:
             pictures, histograms = draw()
-            os.makedirs(folder, exist_ok=True)
-            self.events = self.events or SummaryWriter(self.folder)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder)  # not makedirs: a workdir that was deleted is not made again
+            self.events = self.events or self._new_events()
             for name, picture in pictures.items():
                 with new_file(os.path.join(folder, f"{name}_{step:07d}.png")) as file:
                     picture.save(file, format="png")

@@ -205,7 +205,8 @@ def become(job: dict) -> None:
             )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    faulthandler.register(signal.SIGQUIT)
+    if sys.stderr is not None:
+        faulthandler.register(signal.SIGQUIT)
     for name, number in job["limits"].items():
         _, hard = resource.getrlimit(kind := getattr(resource, f"RLIMIT_{name}"))
         resource.setrlimit(kind, (number, hard))
