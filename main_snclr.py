@@ -375,8 +375,9 @@ def save(run: Run, step: int) -> None:
             else:
                 tensor_files.save(os.path.join(run.workdir, checkpoint.UNSOUND), state)
         except RunError as error:
-            is_gone = not os.path.lexists(run.workdir)
-            if step >= run.last_step or run.interruptions.ending or is_gone:
+            if not os.path.lexists(run.workdir):
+                raise RunError(f"{run.workdir} was deleted or renamed during the run") from error
+            if step >= run.last_step or run.interruptions.ending:
                 raise
             run.log.say(f"note: {error}; the run goes on and tries again at the next save")
             message = "not saved, the checkpoint before is whole"
