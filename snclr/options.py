@@ -96,7 +96,9 @@ def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
 
 
-def flag(group: argparse._ArgumentGroup, *names: str, on_resume="reported", **arguments) -> None:
+def flag(
+    group: argparse._ArgumentGroup, *names: str, on_resume: str = "reported", **arguments
+) -> None:
     """Add a flag to a group. arguments: those of argparse.
 
     on_resume: whether a resumed run may have another value than its checkpoint. 'fixed': no, since
