@@ -36,7 +36,7 @@ from snclr.running import checkpoint, distributed, monitor
 from snclr.running.lock import hold
 from snclr.running.precision import autocast, resolve_amp, widen
 from snclr.running.preemption import handlers_given_back, leave_at_once, signals_wait
-from snclr.weights import reading as weights
+from snclr.weights import load
 
 LAST = "lincls_last.pth.tar"
 KNN_K, KNN_TEMPERATURE = (10, 20, 100, 200), 0.07
@@ -152,12 +152,18 @@ def open_encoder(args) -> tuple[torch.nn.Module, dict]:
     """The encoder that the flags name, and its info."""
     given = {
         name: getattr(args, name)
-        for name in ("arch", "img_size", "patch_size", "width", "small_stem", "timm_kwargs")
+        for name in (
+            "arch",
+            "img_size",
+            "patch_size",
+            "num_heads",
+            "width",
+            "small_stem",
+            "timm_kwargs",
+        )
     }
     which = "untrained" if args.encoder == "pixels" else args.encoder
-    encoder, info = weights.open_encoder(
-        args.pretrained, which, mean=args.mean, std=args.std, **given
-    )
+    encoder, info = load.open_encoder(args.pretrained, which, mean=args.mean, std=args.std, **given)
     if args.encoder == "pixels":
         encoder, info = (
             finetune.Pixels(info["img_size"]).eval(),

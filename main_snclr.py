@@ -33,7 +33,8 @@ from snclr.running.guard import Guard
 from snclr.running.lock import hold
 from snclr.running.precision import autocast, resolve_amp
 from snclr.running.preemption import Interruptions, handlers_given_back, interrupt, leave_at_once
-from snclr.weights import reading as weights
+from snclr.weights.layouts import read_encoder
+from snclr.weights.load import choose_num_heads, load_backbone
 
 
 @handlers_given_back()
@@ -58,12 +59,16 @@ def main(argv: list[str]) -> None:
     amp = resolve_amp(args.amp, device)
     # in float32 on a CPU channels-last gains nothing, and torch 2.15 crashes in the backward of narrow convolutions
     channels_last = device.type == "cuda" or amp != "off"
-    model = build_model(args, bfloat16=amp == "bf16")
     workdir, found, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
-    if args.init_from and not found:
-        start_notes += weights.load_backbone(
-            model.base_encoder, weights.read_encoder(args.init_from)
+    if args.init_from:  # the weights decide the number of heads, and a run keeps its own
+        start_file = found or args.init_from
+        args.num_heads, head_notes = choose_num_heads(
+            read_encoder(start_file), args.arch, args.num_heads
         )
+    model = build_model(args, bfloat16=amp == "bf16")
+    if args.init_from and not found:
+        start_notes += load_backbone(model.base_encoder, read_encoder(start_file))
+        start_notes += head_notes
         if model.momentum_encoder is not None:
             model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
     elif args.init_from:

@@ -273,6 +273,7 @@ def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
         small_stem=args.small_stem,
         stop_grad_conv1=args.stop_grad_conv1,
         timm_kwargs=dict(args.timm_kwargs or []),
+        num_heads=args.num_heads,
         hidden_dim=args.snclr_mlp_dim,
         out_dim=args.snclr_dim,
     )

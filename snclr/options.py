@@ -35,6 +35,14 @@ IMG_SIZES = {
 }  # all others: 224
 ARCHS = ("vit_tiny", "vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
 ARCHS += ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101")
+# attention heads; vit_small has 12 as in MoCo v3, while timm's, DeiT's and DINO's ViT-S has 6
+NUM_HEADS = {
+    "vit_tiny": 3,
+    "vit_small": 12,
+    "vit_base": 12,
+    "vit_conv_small": 12,
+    "vit_conv_base": 12,
+}
 OPTIMIZERS = ("adamw", "lars")
 AMP = ("off", "auto", "bf16", "fp16")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -46,6 +54,7 @@ MEAN_STD = {  # as commonly used; all others take ImageNet's (`python -m snclr.m
 }
 POSITIVE = (
     "patch_size",
+    "num_heads",
     "width",
     "snclr_dim",
     "snclr_mlp_dim",
@@ -212,6 +221,10 @@ def add_backbone_flags(
         help="arguments of a timm:NAME model",
     )
     g.add_argument("--patch-size", type=int, default=16, metavar="PX", help="side of a ViT's patch")
+    num_heads = (
+        "attention heads of a ViT (default: 12, vit_tiny 3; those of weights that are loaded)"
+    )
+    g.add_argument("--num-heads", type=int, metavar="N", help=num_heads)
     g.add_argument(
         "--width",
         type=int,
@@ -229,6 +242,7 @@ def check_backbone(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--arch {args.arch} is unknown; known are {', '.join(ARCHS)}, and timm:NAME for any model of timm"
         )
+    check_num_heads(args.num_heads, args.arch)
     if args.timm_kwargs and not args.arch.startswith("timm:"):
         raise UsageError(f"--timm-kwargs are for --arch timm:NAME, not for {args.arch}")
     if args.arch.startswith("vit_conv") and args.patch_size != 16:
@@ -239,6 +253,13 @@ def check_backbone(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--img-size {args.img_size} is not a multiple of --patch-size {args.patch_size}"
         )
+
+
+def check_num_heads(num_heads: int | None, arch: str) -> None:
+    """Raises UsageError for a number of attention heads where the architecture has none to set."""
+    if num_heads is not None and arch not in NUM_HEADS:
+        hint = "; use --timm-kwargs num_heads=N" if arch.startswith("timm:") else ""
+        raise UsageError(f"--num-heads is for {', '.join(NUM_HEADS)}, not for {arch}{hint}")
 
 
 def _key_value(text: str) -> list:
@@ -513,6 +534,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.warmup_epochs = min(40, args.epochs / 5)
     if args.blur is None:
         args.blur = args.img_size > 32
+    if args.num_heads is None and args.init_from is None:
+        args.num_heads = NUM_HEADS.get(args.arch)  # else that of the weights to start from
     check(args, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return args
 

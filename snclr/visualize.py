@@ -40,7 +40,7 @@ from .pictures.canvas import (
 from .running import distributed
 from .running.errors import RunError, UsageError, one_clear_line, writing
 from .running.precision import unit
-from .weights import reading as weights
+from .weights import load
 
 SAME_OR_OTHER = ((BLUE, "same class"), (ORANGE, "another class"), (GREY, "no label"))
 HEAT = np.array(
@@ -133,7 +133,7 @@ def denormalize(x: Tensor, mean: Tensor, std: Tensor) -> np.ndarray:
 
 
 class Encoder(NamedTuple):
-    """An encoder (snclr.weights.reading.open_encoder), its info, and what it is called in pictures."""
+    """An encoder (snclr.weights.load.open_encoder), its info, and what it is called in pictures."""
 
     module: nn.Module
     info: dict
@@ -369,7 +369,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="a second encoder beside it; untrained: the same before training",
     )
-    g.add_argument("-a", "--arch", help="architecture, where FILE does not say it")
     g.add_argument(
         "--image", metavar="PATH", help="an image file whose nearest training images are shown, too"
     )
@@ -386,6 +385,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     g.add_argument(
         "--out", metavar="DIR", help="folder of the pictures (default: pictures beside FILE)"
     )
+    options.add_backbone_flags(parser, default_arch=None)
+    parser.set_defaults(patch_size=None, small_stem=None)  # as FILE says
     args = parser.parse_args(argv)
     args.workdir = None  # where an index of shards goes that cannot lie beside them
     options.resolve_data(args)
@@ -410,10 +411,20 @@ def main(argv: list[str]) -> None:
     for letter, path, which in wanted:
         said = {
             name: getattr(args, name)
-            for name in ("arch", "img_size", "mean", "std")
+            for name in (
+                "arch",
+                "img_size",
+                "patch_size",
+                "num_heads",
+                "width",
+                "small_stem",
+                "timm_kwargs",
+                "mean",
+                "std",
+            )
             if letter == "A"
         }
-        module, info = weights.open_encoder(path, which, **said)
+        module, info = load.open_encoder(path, which, **said)
         if letter == "A":
             args.mean, args.std = info["mean"], info["std"]
             train, val, _ = sources.open_data(args)

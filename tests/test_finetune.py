@@ -11,7 +11,7 @@ from test_ranks import start_ranks
 import main_lincls
 from snclr.evaluation import features, finetune
 from snclr.running.errors import UsageError
-from snclr.weights import reading as weights
+from snclr.weights import load as weights
 
 TUNE = "--finetune --epochs 3 -b 8 -j 0 --amp off"
 

@@ -13,7 +13,7 @@ import main_snclr
 from snclr.evaluation import confusion, features, knn, linear
 from snclr.evaluation import options as lincls_options
 from snclr.running.errors import RunError, UsageError
-from snclr.weights import reading as weights
+from snclr.weights import load as weights
 
 RATES, DIMS, CLASSES = (0.01, 0.3, 2.0), {"token": 4, "token+mean": 7}, 5
 CPU = torch.device("cpu")

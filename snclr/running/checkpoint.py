@@ -21,6 +21,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from .. import __version__
+from ..backbones import projector_name
+from ..options import NUM_HEADS
 from .errors import RunError, UsageError, first_line
 
 FORMAT = 1
@@ -41,7 +43,7 @@ FIXED = (
     "blur",
     "small_stem",
 )
-FIXED += ("timm_kwargs", "subset", "subset_seed")
+FIXED += ("timm_kwargs", "num_heads", "subset", "subset_seed")
 RUNNING = {
     "data",
     "val",
@@ -251,9 +253,7 @@ def pack(
 
 def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int) -> dict:
     """The backbone alone, under its own names, with what is needed to rebuild it: small, and read by snclr.load_encoder."""
-    head = (
-        next(name for name, module in encoder.named_modules() if module is encoder.projector) + "."
-    )
+    head = projector_name(encoder) + "."
     backbone = {
         name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)
     }
@@ -283,7 +283,8 @@ def resume(
     UsageError names every setting that must not change, and every key or shape that differs.
     """
     state = load(path)
-    now, saved = vars(args), state["args"]
+    # files of earlier versions do not say the number of heads: it was always the arch's own
+    now, saved = vars(args), {"num_heads": NUM_HEADS.get(args.arch)} | state["args"]
     changed = [name for name in now if name in saved and differ(saved[name], now[name])]
     changes = {name: f"{name} {saved[name]!r} -> {now[name]!r}" for name in changed}
     refused = [change for name, change in changes.items() if name in FIXED]
