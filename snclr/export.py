@@ -4,6 +4,7 @@ Prints the code that builds the library's model from what was written. The file 
 after the library has read it and has computed the encoder's features of a random image.
 """
 
+import argparse
 import os
 import sys
 
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
         print(f"hint: {export.hint(args.out)}")
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser(
         "snclr.export",
         "Writes the encoder of a checkpoint for another library, and checks that it can be read.",

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 OTHERS = {"help", "dry-run", "nodes", "gpus-per-node", "cpus-per-task", "logdir"}
 OTHERS |= {"requeue", "signal", "max-restarts"}  # flags of other programs
+OTHERS |= {"num-gpus", "config-file", "cfg-options"}  # of detectron2 and mmdetection
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
 

@@ -682,7 +682,7 @@ def test_a_run_from_a_librarys_vit_small_has_its_heads_says_so_and_keeps_them(
     assert json.loads((tmp_path / "run/args.json").read_text())["num_heads"] == 6
     os.remove(tmp_path / "timm.pth")  # a resumed run needs it no more
     (tmp_path / "timm.pth").write_text("")
-    assert go(*start, "--resume", "auto") == 6
+    assert go(*start, "--resume", "auto", "--stop-after-steps", 2) == 6
     with pytest.raises(UsageError, match="num_heads 6 -> 12"):
         go("--resume", "auto")
     # files of earlier versions do not say it, and had the architecture's own
@@ -691,6 +691,6 @@ def test_a_run_from_a_librarys_vit_small_has_its_heads_says_so_and_keeps_them(
     torch.save(saved, path)
     with pytest.raises(UsageError, match="num_heads 12 -> 6"):
         go("--num-heads", 6, "--resume", "auto")
-    assert go("--resume", "auto") == 12
+    assert go("--resume", "auto", "--stop-after-steps", 3) == 12
     _, info = weights.open_encoder(str(tmp_path / "run/encoder_last.pth.tar"))
     assert info["num_heads"] == 12

@@ -6,7 +6,7 @@ import shutil
 from collections import OrderedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..running import checkpoint
@@ -50,7 +50,9 @@ def write(export: Export, settings: dict, out: str) -> None:
 
 
 @torch.no_grad()
-def write_checked(export: Export, settings: dict, out: str, encoder, img_size: int) -> float:
+def write_checked(
+    export: Export, settings: dict, out: str, encoder: nn.Module, img_size: int
+) -> float:
     """Write `out`, but only if the library's model computes the encoder's features from it.
 
     Both encode one random image. Returns the largest difference of features, divided by the largest
