@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from snclr.evaluation import options as lincls_options
-from snclr.running.errors import UsageError, first_line, one_clear_line, writing
+from snclr.running.errors import UsageError, first_few, first_line, one_clear_line
 
 if __name__ == "__main__":
     with one_clear_line("main_lincls.py"):
@@ -30,12 +30,18 @@ from torch.nn.functional import cross_entropy
 
 from snclr import augment, optim
 from snclr.datasets import sources
+from snclr.datasets.images import ImageSet
 from snclr.evaluation import confusion, features, finetune, knn, linear
-from snclr.loader import ImageSet, ViewLoader, share, whole_images
-from snclr.running import checkpoint, distributed, monitor
+from snclr.loader import ViewLoader, share, whole_images
+from snclr.running import checkpoint, distributed, process_group, tensor_files
+from snclr.running.bad_images import record_bad_images
+from snclr.running.batch_norm import synchronise_batch_norm
 from snclr.running.lock import hold
 from snclr.running.precision import autocast, resolve_amp, widen
-from snclr.running.preemption import handlers_given_back, leave_at_once, signals_wait
+from snclr.running.preemption import end_at_once, handlers_given_back, signals_wait
+from snclr.running.provenance import versions_and_commit
+from snclr.running.safe_files import save_json, writing
+from snclr.running.settings import differ, save_settings
 from snclr.weights import load
 
 LAST = "lincls_last.pth.tar"
@@ -66,13 +72,13 @@ class Task(NamedTuple):
 
 
 @handlers_given_back()
-@distributed.failures_named()
+@process_group.failures_named()
 def main(argv: list[str]) -> None:
     args = lincls_options.parse(argv)
 
     # -- encoder and data ------------------------------------------------------------------------------------------------
-    device = distributed.start()
-    leave_at_once()
+    device = process_group.start()
+    end_at_once()
     torch.manual_seed(args.seed)
     encoder, info = open_encoder(args)
     args.img_size, args.mean, args.std = info["img_size"], info["mean"], info["std"]
@@ -86,9 +92,7 @@ def main(argv: list[str]) -> None:
     amp, speaks = resolve_amp(args.amp, device), distributed.rank() == 0
     distributed.on_rank_zero(lambda: hold(args.workdir, "main_lincls"))
     if speaks:
-        monitor.save_settings(
-            args.workdir, args, {"world_size": distributed.world_size(), "amp_used": amp}
-        )
+        save_settings(args.workdir, args, {"world_size": distributed.world_size(), "amp_used": amp})
     task = Task(
         args,
         encoder,
@@ -133,16 +137,16 @@ def main(argv: list[str]) -> None:
             "label_fraction": args.label_fraction,
             "knn": neighbours,
             "per_class_top1": dict(zip(map(str, train.classes), per_class, strict=True)),
-            **checkpoint.provenance(),
+            **versions_and_commit(),
         }
-        monitor.save_json(os.path.join(args.workdir, "results.json"), result)
+        save_json(os.path.join(args.workdir, "results.json"), result)
         top1 = result["finetune_top1" if args.finetune else "linear_top1"]
         title = f"{info['arch']}: {'fine-tuned' if args.finetune else 'linear probe'} {top1:.2f} % top-1"
         with writing(path := os.path.join(args.workdir, "confusion.png")):
             confusion.picture(counts, list(map(str, train.classes)), title).save(path)
         task.say(f"kNN (k = {KNN_K[1]}, T = {KNN_TEMPERATURE}): {result['knn_top1']:.2f} %")
         task.say(f"results: {os.path.join(args.workdir, 'results.json')}, {path}")
-    distributed.stop()
+    process_group.stop()
 
 
 # -- what is evaluated -----------------------------------------------------------------------------------------------------
@@ -196,9 +200,7 @@ def labelled(train: ImageSet, val: ImageSet | None, args) -> tuple[ImageSet, Ima
         raise UsageError(f"a classifier needs two classes, the training images have {len(present)}")
     missing = sorted({*val.labels.tolist()} - {*present.tolist()})
     if missing or not len(val):
-        names = (
-            checkpoint.first_few([str(train.classes[label]) for label in missing]) or "none at all"
-        )
+        names = first_few([str(train.classes[label]) for label in missing]) or "none at all"
         raise UsageError(f"there are validation images of classes without training images: {names}")
     return train, val
 
@@ -214,7 +216,7 @@ def listed(images: ImageSet, path: str) -> np.ndarray:
     found = np.isin(images.names, sorted(wanted))
     if len(absent := wanted - {*images.names[found].tolist()}):
         raise UsageError(
-            f"{len(absent)} names of {path} are no training images: {checkpoint.first_few(sorted(absent))}"
+            f"{len(absent)} names of {path} are no training images: {first_few(sorted(absent))}"
         )
     return np.flatnonzero(found)
 
@@ -259,7 +261,7 @@ def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
             for label in train.labels.unique()
             if (train.labels == label).sum() < 2
         ]:
-            names = checkpoint.first_few(rare)
+            names = first_few(rare)
             raise UsageError(
                 f"every class needs two training images, one to be held out; only one has {names} (or --select val)"
             )
@@ -273,7 +275,7 @@ def probe(task, train_share, val_share) -> tuple[dict, np.ndarray]:
     grid = linear.LinearGrid(kinds, len(train.classes), rates, args.seed).to(device)
     optimizer = torch.optim.SGD(grid.parameters(), lr=1.0, momentum=0.9)
     epoch = resume(task, grid, optimizer) if args.resume else 0
-    recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, blur=False, colour=False)
+    recipe = augment.Recipe(args.seed, (augment.View(args.img_size, args.crop_min),))
     loader, cached = ViewLoader(fit, recipe, device, args.workers), None
     if args.cache_features:
         settings = (
@@ -357,7 +359,7 @@ def batches(task, fit, loader, epoch, steps, cached):
             yield ids.to(task.device, non_blocking=True), x.to(task.device, non_blocking=True)
     else:
         embed = embedder(task)
-        for ids, x in loader.load([(epoch, part, (0,)) for part in parts]):
+        for ids, (x,) in loader.load([(epoch, part, (0,)) for part in parts]):
             yield ids, embed(x)
 
 
@@ -392,21 +394,21 @@ def tune(task) -> tuple[dict, np.ndarray]:
     layer_decay = args.layer_decay or (0.75 if is_vit and not scratch else 1.0)
     scale, steps = args.batch_size / 256, steps_of(train, args)
     model = finetune.Classifier(task.encoder, len(train.classes)).to(device)
-    model = distributed.synchronise_batch_norm(model, device)
+    model = synchronise_batch_norm(model, device)
     optimizer = finetune.build_optimizer(
         model, name, lr * scale, head_lr * scale, weight_decay, layer_decay
     )
     scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
     epoch = resume(task, model, optimizer) if args.resume else 0
     network = distributed.replicate(model, device)
-    recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, blur=False, colour=False)
+    recipe = augment.Recipe(args.seed, (augment.View(args.img_size, args.crop_min),))
     loader, labels = ViewLoader(train, recipe, device, args.workers), train.labels.to(device)
     start = time.perf_counter()
     schedule = dict(steps_per_epoch=steps, warmup_epochs=args.warmup_epochs, epochs=args.epochs)
     while epoch < args.epochs:
         network.train()
         requests = [(epoch, part, (0,)) for part in parts_of(train, args, epoch, steps)]
-        for step, (ids, x) in enumerate(loader.load(requests)):
+        for step, (ids, (x,)) in enumerate(loader.load(requests)):
             for group in optimizer.param_groups:
                 group["lr"] = optim.learning_rate(
                     epoch * steps + step, peak=group["peak"], **schedule
@@ -491,7 +493,7 @@ def percent_right(counts: np.ndarray) -> list[float | None]:
 
 def tell(task, loader, epoch, text, start) -> None:
     """A line on the console, ten times in all or so, and images that could not be read. Collective."""
-    if note := monitor.bad_images(loader, task.args.workdir):
+    if note := record_bad_images(loader.images, loader.replaced, task.args.workdir):
         task.say(f"note: {note}")
     if epoch % max(1, task.args.epochs // 10) == 0 or epoch == task.args.epochs:
         task.say(f"epoch {epoch}/{task.args.epochs}  {text}  {time.perf_counter() - start:.0f} s")
@@ -505,10 +507,10 @@ def save(task, model, optimizer, epoch) -> None:
         state |= {
             "args": settings,
             "encoder_digest": task.digest,
-            "provenance": checkpoint.provenance(),
+            "provenance": versions_and_commit(),
         }
         with signals_wait():
-            checkpoint.save(os.path.join(task.args.workdir, LAST), state)
+            tensor_files.save(os.path.join(task.args.workdir, LAST), state)
     distributed.barrier()
 
 
@@ -517,16 +519,14 @@ def resume(task, model, optimizer) -> int:
     path = os.path.join(task.args.workdir, LAST)
     if not os.path.exists(path):
         return 0
-    state = checkpoint.read(path)
+    state = tensor_files.read(path)
     kinds = dict(epoch=int, model=dict, optimizer=dict, args=dict, encoder_digest=str)
-    if not isinstance(state, dict) or not all(
-        isinstance(state.get(name), kind) for name, kind in kinds.items()
-    ):
+    if tensor_files.wrong_entries(state, kinds):
         raise UsageError(f"{path} is no state of an evaluation; choose a new --workdir")
     changed = [
         str(name)
         for name, value in state["args"].items()
-        if checkpoint.differ(value, vars(task.args).get(name))
+        if differ(value, vars(task.args).get(name))
     ]
     changed += ["the encoder"] if state["encoder_digest"] != task.digest else []
     if changed:
@@ -534,8 +534,10 @@ def resume(task, model, optimizer) -> int:
             f"{path} is of another evaluation: {', '.join(changed)} changed; choose a new --workdir"
         )
     try:
-        if state["epoch"] not in range(task.args.epochs + 1) or not all(
-            map(checkpoint.is_plain, state["model"].values())
+        plain = tensor_files.plain_tensors(state["model"])
+        if (
+            state["epoch"] not in range(task.args.epochs + 1)
+            or plain.keys() != state["model"].keys()
         ):
             raise ValueError("no sensible epoch or weights")
         model.load_state_dict(state["model"])

@@ -22,35 +22,41 @@ if __name__ == "__main__":
 
 import torch
 
-from snclr import augment, optim, report, visualize
-from snclr import loader as data
+from snclr import augment, optim
 from snclr.builder import build_model
 from snclr.datasets import sources
 from snclr.evaluation import knn, label_free
 from snclr.evaluation.features import digest
-from snclr.running import checkpoint, distributed, monitor
+from snclr.loader import TwoViewLoader
+from snclr.pictures import report, steps
+from snclr.running import checkpoint, distributed, process_group, summary, tensor_files
+from snclr.running.bad_images import record_bad_images
+from snclr.running.batch_norm import synchronise_batch_norm
 from snclr.running.guard import Guard
 from snclr.running.lock import hold
+from snclr.running.log import Log
+from snclr.running.metrics import Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
-from snclr.running.preemption import Interruptions, handlers_given_back, interrupt, leave_at_once
+from snclr.running.preemption import Interruptions, end_at_once, handlers_given_back, interrupt
+from snclr.running.settings import save_settings
 from snclr.weights.layouts import read_encoder
 from snclr.weights.load import choose_num_heads, load_backbone
 
 
 @handlers_given_back()
-@distributed.failures_named()
+@process_group.failures_named()
 def main(argv: list[str]) -> None:
     args = options.parse(argv)
 
     # -- devices and data ------------------------------------------------------------------------------------------------
-    device = distributed.start(args.timeout_minutes)
-    leave_at_once()
+    device = process_group.start(args.timeout_minutes)
+    end_at_once()
     train, val, data_notes = sources.open_data(args)
     if args.batch_size > len(train):
         raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images")
     train = train.to(device)
-    recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, args.blur)
-    loader = data.TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
+    recipe = augment.Recipe(args.seed, augment.build_views(args))
+    loader = TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
     steps_per_epoch = loader.steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
 
@@ -76,7 +82,7 @@ def main(argv: list[str]) -> None:
     model = model.to(
         device, memory_format=torch.channels_last if channels_last else torch.preserve_format
     )
-    model = distributed.synchronise_batch_norm(model, device)
+    model = synchronise_batch_norm(model, device)
     optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
@@ -87,10 +93,10 @@ def main(argv: list[str]) -> None:
     speaks = distributed.rank() == 0
     if speaks:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        monitor.save_settings(
+        save_settings(
             workdir, args, {"world_size": distributed.world_size(), "amp_used": amp, "device": name}
         )
-    log = monitor.Log(workdir, step=step, enabled=speaks)
+    log = Log(workdir, step=step, enabled=speaks)
     log.say(
         f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), batch {args.batch_size}"
     )
@@ -107,9 +113,7 @@ def main(argv: list[str]) -> None:
 
     # -- epochs ----------------------------------------------------------------------------------------------------------
     network = distributed.replicate(model, device)
-    guard = Guard(
-        model, optimizer, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled()
-    )
+    guard = Guard(model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled())
     interruptions = Interruptions(args.save_every_minutes, args.timeout_minutes)
     evaluated = distributed.on_rank_zero(log.last_evaluation)
     last_step = min(
@@ -137,7 +141,7 @@ def main(argv: list[str]) -> None:
         step = train_epoch(
             network, loader, optimizer, scaler, guard, interruptions, log, args, **schedule
         )
-        if note := monitor.bad_images(loader, workdir):
+        if note := record_bad_images(train, loader.replaced, workdir):
             log.say(f"note: {note}")
         told = "saved"
         if speaks:
@@ -164,11 +168,11 @@ def main(argv: list[str]) -> None:
         agree = "the same" if len(digests) == 1 else "NOT the same"
         log.say(f"weights and bank of the ranks: {agree}, {', '.join(digests)}")
     if speaks and not interruptions.ending:
-        log.say(monitor.farewell(workdir, done=step == total_steps))
-        log.say(report.leave(workdir))
+        log.say(summary.final_lines(workdir, done=step == total_steps))
+        log.say(report.write_into(workdir))
     interruptions.maximum.finish()
     log.close()
-    distributed.stop()
+    process_group.stop()
     if interruptions.ending:
         interrupt(interruptions.ending, "saved")
 
@@ -188,7 +192,7 @@ def open_workdir(args) -> tuple[str, str | None, list[str]]:
         None,
         last,
     ):  # a crash between two files: what was not written any more is written now
-        checkpoint.save(last, checkpoint.read(found), args.keep)
+        tensor_files.save(last, tensor_files.read(found), args.keep)
     return workdir, found, told
 
 
@@ -197,10 +201,10 @@ def save(workdir, state, encoder, numbered: list[str], keep: int, log) -> None:
     checkpoint, so that whatever a crash kept from being written before it is written again."""
     log.flush(durable=True)
     for name in (*numbered, "last"):
-        checkpoint.save(os.path.join(workdir, f"encoder_{name}.pth.tar"), encoder)
+        tensor_files.save(os.path.join(workdir, f"encoder_{name}.pth.tar"), encoder)
     for name in numbered:
-        checkpoint.save(os.path.join(workdir, f"checkpoint_{name}.pth.tar"), state)
-    checkpoint.save(os.path.join(workdir, checkpoint.LAST), state, keep)
+        tensor_files.save(os.path.join(workdir, f"checkpoint_{name}.pth.tar"), state)
+    tensor_files.save(os.path.join(workdir, checkpoint.LAST), state, keep)
 
 
 def train_epoch(
@@ -236,7 +240,7 @@ def train_epoch(
         time.perf_counter(),
         0,
         0.0,
-        monitor.Waits(loader.device),
+        Waits(loader.device),
     )
 
     while step < end:
@@ -258,9 +262,7 @@ def train_epoch(
         # stochastic layers too draw from a key, so that a resumed run has no generator to restore
         torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank())) >> 1)
         with autocast(amp, loader.device):
-            loss, shown = network(
-                batch.view1, batch.view2, batch.ids, momentum, step >= neighbours_from
-            )
+            loss, shown = network(batch.views, batch.ids, momentum, step >= neighbours_from)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         step += 1
@@ -272,12 +274,12 @@ def train_epoch(
         scaler.unscale_(optimizer)
         grad_norm = optim.gradient_norm(optimizer)
         guard.watch(loss, grad_norm, step)
-        scaler.step(optimizer)
+        optim.step_if_finite(optimizer, scaler, grad_norm)
         scaler.update()
         slowest = max(slowest, time.perf_counter() - step_start)
 
         if is_logged:
-            metrics = monitor.step_metrics(
+            metrics = step_metrics(
                 loss,
                 shown,
                 batch.ids,
@@ -301,7 +303,7 @@ def train_epoch(
             metrics["data_wait"] = waits.seconds() / seconds
             metrics["slowest_step_s"] = slowest
             log.line(metrics)
-            log.say(monitor.describe(metrics, args.epochs, total_steps))
+            log.say(summary.describe(metrics, args.epochs, total_steps))
             interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0
     log.end_progress()
     completed, inside = divmod(step, steps_per_epoch)
@@ -311,7 +313,7 @@ def train_epoch(
         and not inside
         and (completed % args.viz_freq == 0 or completed == args.epochs)
     ):
-        log.pictures(step, *visualize.of_step(batch, shown, loader.images, args, step))
+        log.pictures(step, *steps.of_step(batch, shown, loader.images, args, step))
     return step
 
 

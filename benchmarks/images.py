@@ -22,8 +22,9 @@ from torchvision import transforms
 from benchmarks import measure
 from snclr import augment, options
 from snclr.datasets import sources
-from snclr.loader import ImageFiles, ViewLoader
-from snclr.running import distributed
+from snclr.datasets.images import ImageFiles
+from snclr.loader import ViewLoader
+from snclr.running import process_group
 
 
 def main():
@@ -38,12 +39,11 @@ def main():
         "--steps", type=int, default=9, help="turns of each side, alternating; the fastest counts"
     )
     args = parser.parse_args()
-    device = distributed.own_device()
+    device = process_group.own_device()
     images, *_ = sources.open_data(options.parse_data([args.data, "--dataset", "folder"]))
     resident = None if isinstance(images, ImageFiles) else images.images
-    recipe = augment.Recipe(
-        0, crop_min=0.2, size=224 if resident is None else resident.shape[-1], blur=resident is None
-    )
+    size, blur = (224, True) if resident is None else (resident.shape[-1], False)
+    recipe = augment.Recipe(0, augment.moco_v3_views(size, crop_min=0.2, blur=blur))
     chosen = np.arange(len(images))[:: max(1, len(images) // args.images)][: args.images]
     requests = [
         (0, part) for part in np.split(chosen, range(args.batch_size, len(chosen), args.batch_size))
@@ -61,7 +61,7 @@ def main():
         pairs, args.batch_size, num_workers=args.workers, persistent_workers=keeps, pin_memory=pins
     )
     halves = [images.views(recipe, *request) for request in requests]
-    halves = [(views.crops.to(device), views.parameters) for views in halves]
+    halves = [(views.crops[0].to(device), views.parameters[0]) for views in halves]
     ours = ViewLoader(images.to(device), recipe, device, args.workers)
     sides = {
         "torchvision and PIL": lambda: (
@@ -87,32 +87,31 @@ def main():
         for name, time in seconds.items()
     ]
     print(
-        f"{len(chosen)} images to 2 x {recipe.size} px, blur {'on' if recipe.blur else 'off'}, batch {args.batch_size}"
+        f"{len(chosen)} images to 2 x {size} px, blur {'on' if blur else 'off'}, batch {args.batch_size}"
     )
     print(f"{measure.hardware(device)}, {args.workers} workers\n")
     print(measure.table(["", "images/s", "ratio"], rows))
 
 
 class PILViews:
-    """Item i is two views of picture i, by MoCo v3's recipe (Chen et al. 2021): crop of at least recipe.crop_min, jitter of .4,
-    .4, .2, .1 with p = .8, grey with .2, blur of .1 to 2 px with p = 1 and .1, solarise with 0 and .2, flip."""
+    """Item i is the views of picture i by torchvision and PIL, with the settings of a recipe's table."""
 
     def __init__(self, pictures, recipe, mean, std):
         self.pictures = pictures
         self.views = [
             transforms.Compose(
                 [
-                    transforms.RandomResizedCrop(recipe.size, scale=(recipe.crop_min, 1.0)),
-                    transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-                    transforms.RandomGrayscale(p=0.2),
-                    transforms.RandomApply([blurred], p=blur * recipe.blur),
-                    transforms.RandomSolarize(128, p=solarise),
-                    transforms.RandomHorizontalFlip(),
+                    transforms.RandomResizedCrop(view.size, (view.crop_min, view.crop_max)),
+                    transforms.RandomApply([transforms.ColorJitter(*view.jitter)], p=view.jitter_p),
+                    transforms.RandomGrayscale(p=view.gray_p),
+                    transforms.RandomApply([blurred], p=view.blur_p),
+                    transforms.RandomSolarize(128, p=view.solarize_p),
+                    transforms.RandomHorizontalFlip(view.flip_p),
                     transforms.ToTensor(),
                     transforms.Normalize(mean, std),
                 ]
             )
-            for blur, solarise in ((1.0, 0.0), (0.1, 0.2))
+            for view in recipe.views
         ]
 
     def __len__(self):

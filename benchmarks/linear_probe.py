@@ -20,7 +20,7 @@ from benchmarks import measure
 from snclr.backbones import build_encoder
 from snclr.evaluation import linear
 from snclr.evaluation import options as lincls_options
-from snclr.running import distributed
+from snclr.running import process_group
 
 
 def main():
@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=4, help="steps of each side, alternating")
     args = parser.parse_args()
-    device = distributed.own_device()
+    device = process_group.own_device()
     torch.manual_seed(0)
     settings = dict(
         img_size=args.img_size,

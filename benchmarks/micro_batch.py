@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
 from benchmarks.step import VIT, Step
-from snclr.running import distributed
+from snclr.running import process_group
 
 
 def main():
@@ -43,7 +43,7 @@ def main():
     )
     parser.add_argument("--steps", type=int, default=3, help="steps of each side, alternating")
     args = parser.parse_args()
-    device = distributed.own_device()
+    device = process_group.own_device()
     flags = f"{VIT} --img-size {args.img_size} {args.flags}"
     undivided, batch = f"undivided, batch {args.undivided or args.batch}", args.batch
     sides = {undivided: Step(flags, args.undivided or batch, device)}

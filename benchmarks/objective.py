@@ -25,7 +25,7 @@ from benchmarks import measure
 from snclr import objectives
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import Candidates, gather_neighbours, positiveness, snclr_loss
-from snclr.running import distributed
+from snclr.running import process_group
 
 T = 0.2
 
@@ -193,7 +193,7 @@ def main():
     parser.add_argument("-D", "--dim", type=int, default=256)
     parser.add_argument("--steps", type=int, default=5, help="steps of each side, alternating")
     args = parser.parse_args()
-    device = distributed.own_device()
+    device = process_group.own_device()
     problem = Problem(args, device)
     sides = {
         "dense, as released": Dense(problem),

@@ -24,11 +24,13 @@ from lightly.transforms import SimCLRTransform
 import main_snclr
 from benchmarks import measure
 from snclr import augment, optim, options
-from snclr import loader as data
 from snclr.builder import build_model
 from snclr.datasets import sources
-from snclr.running import distributed, monitor
+from snclr.datasets.images import ImageSet
+from snclr.loader import TwoViewLoader
+from snclr.running import process_group
 from snclr.running.guard import Guard
+from snclr.running.log import Log
 from snclr.running.precision import autocast, resolve_amp
 from snclr.running.preemption import Interruptions
 
@@ -40,7 +42,7 @@ RECIPE = os.path.join(
 class Ours:
     """Steps of main_snclr.py. flags: beside the recipe's."""
 
-    def __init__(self, flags: list[str], train: data.ImageSet, device: torch.device, turn: int):
+    def __init__(self, flags: list[str], train: ImageSet, device: torch.device, turn: int):
         self.args = args = options.parse([f"@{RECIPE}", *flags])
         torch.manual_seed(0)
         self.amp, self.turn, self.step = resolve_amp(args.amp, device), turn, 0
@@ -55,19 +57,18 @@ class Ours:
             torch.randn(len(bank), args.snclr_dim, device=device),
             torch.full((len(bank),), -1, device=device),
         )
-        recipe = augment.Recipe(args.seed, args.crop_min, args.img_size, args.blur)
-        loader = data.TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
+        recipe = augment.Recipe(args.seed, augment.build_views(args))
+        loader = TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
         optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
         scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         guard = Guard(
             model,
-            optimizer,
             loader,
             os.curdir,
             limit=args.skip_non_finite,
             scaled=scaler.is_enabled(),
         )
-        log = monitor.Log(os.curdir, step=0, enabled=False)
+        log = Log(os.curdir, step=0, enabled=False)
         self.parts = (
             model,
             loader,
@@ -156,7 +157,7 @@ def main():
         "--steps", type=int, default=3, help="turns of each side; the fastest counts"
     )
     args = parser.parse_args()
-    device = distributed.own_device()
+    device = process_group.own_device()
     common = [
         args.data,
         "--dataset",

@@ -25,7 +25,8 @@ from benchmarks.objective import Problem, Streamed
 from benchmarks.step import Step
 from snclr import objectives
 from snclr.pictures.canvas import BLUE, FAINT, GREY, INK, MARGIN, ORANGE, font, page
-from snclr.running import distributed
+from snclr.running import distributed, process_group
+from snclr.running.batch_norm import synchronise_batch_norm
 
 BASE = dict(batch=128, topk=30, bank=128000, ranks=32, dim=256)
 SWEEPS = {  # what is varied, all else as in BASE
@@ -73,9 +74,9 @@ def true_rank(rank: int, world_size: int, port: int, batch: int, steps: int) -> 
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         os.environ["LOCAL_RANK"] = str(rank)
-    device = distributed.start()
+    device = process_group.start()
     step = Step("@configs/embedded.args --amp off", batch, device)
-    step.model = distributed.synchronise_batch_norm(step.model, device)
+    step.model = synchronise_batch_norm(step.model, device)
     step.model = distributed.replicate(step.model, device)
     seconds = []
     for _ in range(steps + 1):
@@ -90,7 +91,7 @@ def true_rank(rank: int, world_size: int, port: int, batch: int, steps: int) -> 
             f"{world_size:>5}  {1000 * min(seconds[1:]):>9.1f}  {world_size * batch / min(seconds[1:]):>8.0f}",
             flush=True,
         )
-    distributed.stop()
+    process_group.stop()
 
 
 def plot(found: dict[str, list[list]], title: str, told: str):
@@ -136,7 +137,7 @@ def main():
     parser.add_argument("-b", "--batch", type=int, default=32, help="images of a true rank")
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
-    device = distributed.own_device()
+    device = process_group.own_device()
     products = "float32" if args.float32 else "bfloat16"
     base = ", ".join(f"{name} {value}" for name, value in BASE.items())
     print(

@@ -17,9 +17,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 from benchmarks import measure
-from snclr import optim, options
+from snclr import augment, optim, options
 from snclr.builder import build_model
-from snclr.running import distributed
+from snclr.running import process_group
 from snclr.running.precision import autocast, resolve_amp
 
 VIT = "@configs/vit_small_imagenet.args DATA --dataset tree --amp off"
@@ -49,7 +49,10 @@ class Step:
             self.model.joins_views = joins
         self.optimizer = optim.build_optimizer(args.optimizer, self.model, args.wd)
         self.images = batch
-        self.views = torch.randn(2, batch, 3, args.img_size, args.img_size, device=device)
+        self.views = [
+            torch.randn(batch, 3, view.size, view.size, device=device)
+            for view in augment.build_views(args)
+        ]
         self.ids = torch.arange(batch, device=device)
         if (bank := self.model.memory_bank) is not None:  # full, as it is after the first epochs
             bank.enqueue(
@@ -59,7 +62,7 @@ class Step:
 
     def __call__(self):
         with autocast(self.amp, self.device):
-            loss, _ = self.model(*self.views, self.ids, 0.99)
+            loss, _ = self.model(self.views, self.ids, 0.99)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optim.set_learning_rate(self.optimizer, 1e-4)
@@ -81,7 +84,7 @@ class Optimiser:
 
     def __init__(self, device, **implementation):
         model = build_model(parse(VIT)).to(device)
-        groups = optim.parameter_groups(model, 0.1)
+        groups = optim.parameter_groups(model.named_parameters(), 0.1)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, **implementation)
         for group in groups:
             for parameter in group["params"]:
@@ -141,7 +144,7 @@ def main():
     )
     parser.add_argument("--only", nargs="+", metavar="TABLE", help="method, vit, resnet, optimiser")
     args = parser.parse_args()
-    device = distributed.own_device()
+    device = process_group.own_device()
     print(
         f"batch {args.batch} (ResNet {args.cifar_batch}); {measure.hardware(device)}; fastest of {args.steps}"
     )

@@ -15,15 +15,16 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from PIL import Image, ImageDraw
 
-from snclr import report
+from snclr.pictures import runs as records
 from snclr.pictures.canvas import BLUE, FAINT, GREY, INK, MARGIN, ORANGE, font, page
+from snclr.pictures.report import COLUMNS
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FINE = 2  # drawn larger and reduced: smooth lines
 LEARNED, FIXED, MEMORY = (222, 235, 247), (240, 240, 240), (253, 235, 208)
 # centre, what it is, where it is, and its ground
 BOXES = {
-    "images": ((70, 190), "images", "snclr/data.py", FIXED),
+    "images": ((70, 190), "images", "snclr/loader.py", FIXED),
     "view 1": ((210, 80), "view 1", "snclr/augment.py", FIXED),
     "view 2": ((210, 300), "view 2", "snclr/augment.py", FIXED),
     "online": ((375, 80), "online encoder", "snclr/backbones.py", LEARNED),
@@ -116,22 +117,22 @@ def tip(draw: ImageDraw.ImageDraw, a: tuple, b: tuple) -> None:
     draw.polygon([scaled(point) for point in (b, *corners)], fill=FAINT)
 
 
-def by_name(workdirs: list[str]) -> dict[str, list[report.Run]]:
+def by_name(workdirs: list[str]) -> dict[str, list[records.Run]]:
     """Runs by the name of their folder without -seedN, 'base' first."""
-    found: dict[str, list[report.Run]] = {}
+    found: dict[str, list[records.Run]] = {}
     for workdir in sorted(
         workdirs, key=lambda path: (not os.path.basename(path).startswith("base"), path)
     ):
         found.setdefault(re.sub(r"-seed\d+$", "", os.path.basename(workdir)), []).append(
-            report.load(workdir)
+            records.load(workdir)
         )
     return found
 
 
-def ablations(runs: dict[str, list[report.Run]]) -> Image.Image:
+def ablations(runs: dict[str, list[records.Run]]) -> Image.Image:
     """kNN top-1 of each run as a dot, the mean over seeds as a bar."""
     values = {
-        name: [report.value(run, "knn_top1", "last") for run in members]
+        name: [records.value(run, "knn_top1", "last") for run in members]
         for name, members in runs.items()
     }
     low, high = (
@@ -163,11 +164,11 @@ def ablations(runs: dict[str, list[report.Run]]) -> Image.Image:
     return image
 
 
-def table(runs: dict[str, list[report.Run]]) -> str:
+def table(runs: dict[str, list[records.Run]]) -> str:
     """The same and what else sets them apart, in Markdown: mean and sample standard deviation over the seeds."""
     columns = [
         column
-        for column in report.COLUMNS
+        for column in COLUMNS
         if column[1] in ("knn_top1", "neighbour_purity", "positiveness_entropy")
     ]
     columns = [column for column in columns if column[2] != "first"]
@@ -177,7 +178,7 @@ def table(runs: dict[str, list[report.Run]]) -> str:
     ]
     for name, members in runs.items():
         cells = [
-            report.mean_and_deviation([report.value(run, *column[1:]) for run in members])
+            records.mean_and_deviation([records.value(run, *column[1:]) for run in members])
             for column in columns
         ]
         lines.append(f"| `{name}` | {len(members)} | " + " | ".join(cells) + " |")

@@ -1,10 +1,18 @@
-"""Two-view augmentation in two halves: what is drawn (numpy, keyed by sample) and how it is applied (torch, any device).
+"""Augmentation in two halves: drawing (numpy, keyed by sample) and applying (torch, any device).
 
-The recipe is MoCo v3's (Chen et al. 2021, appendix; BYOL's two views). Every parameter is a function of (seed, epoch, image
-index, view) alone: a counter-based hash replaces generator state, so any number of ranks and workers draws the same.
+A view is one line of a table (`View`): its size, crop range, probabilities and strengths.
+Everything that is drawn depends on (seed, epoch, image index, view number) only: a counter-based
+hash replaces the state of a generator, so any number of ranks and workers draws the same.
+
+A new operation takes one name in DRAWS, one field in ViewParameters, the line in `draw` that fills
+it, a function, and the line in `_apply_` that calls it. The draws of all other operations stay as
+they are, bit for bit.
 """
 
+import itertools
 import math
+from argparse import Namespace
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,23 +22,75 @@ from torch.nn.functional import pad
 
 GRAY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision's
 SIGMA_RANGE = (0.1, 2.0)  # blur, in output pixels
-JITTER = (
-    0.4,
-    0.4,
-    0.2,
-    0.1,
-)  # half-widths of brightness, contrast, saturation (factors about 1) and hue (turns about 0)
 CROP_TRIES = 10
-SMALL = 64  # px; a CPU takes larger views one by one, since its cache holds no more
-AT_ONCE = (
-    2**26
-)  # values that a GPU augments at a time: a batch of any size needs but a few times their memory
+LOCAL_CROP_MIN = 0.05  # DINO's (Caron et al. 2021)
+SMALL = 64  # px; on a CPU larger views are processed one by one, to stay in its cache
+AT_ONCE = 2**26  # values that a GPU augments at a time, which bounds the memory
 
-# -- drawing -------------------------------------------------------------------------------------------------------------
+# -- the table of views --------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """One line of the table of views. By default only a crop and a flip.
+
+    size: side in px; crop_min, crop_max: area of the crop as a share of the image's; *_p:
+    probability of an operation; jitter: half-widths of brightness, contrast, saturation (factors
+    about 1) and hue (turns about 0).
+    """
+
+    size: int
+    crop_min: float
+    crop_max: float = 1.0
+    flip_p: float = 0.5
+    jitter_p: float = 0.0
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    gray_p: float = 0.0
+    blur_p: float = 0.0
+    solarize_p: float = 0.0
+
+
+class Recipe(NamedTuple):
+    """The augmentation of a run: its seed and one line for each view of an image."""
+
+    seed: int
+    views: tuple[View, ...]
+
+
+def moco_v3_views(size: int, crop_min: float, blur: bool) -> tuple[View, View]:
+    """MoCo v3's two views (Chen et al. 2021, appendix), which are BYOL's."""
+    first = View(size, crop_min, jitter_p=0.8, gray_p=0.2, blur_p=1.0 * blur)
+    return first, first._replace(blur_p=0.1 * blur, solarize_p=0.2)
+
+
+def moco_v2_views(size: int, crop_min: float, blur: bool) -> tuple[View, View]:
+    """MoCo v2's two views of one kind (Chen et al. 2020)."""
+    view = View(
+        size, crop_min, jitter_p=0.8, jitter=(0.4, 0.4, 0.4, 0.1), gray_p=0.2, blur_p=0.5 * blur
+    )
+    return view, view
+
+
+def build_views(args: Namespace) -> tuple[View, ...]:
+    """The table of views that the flags describe (snclr/options.py): two global views."""
+    global_views = moco_v2_views if args.method == "mocov2" else moco_v3_views
+    return global_views(args.img_size, args.crop_min, args.blur)
+
+
+def by_size(recipe: Recipe, numbers: Iterable[int]) -> list[tuple[int, list[int]]]:
+    """Neighbouring views of one size, which are cut and augmented in one call: (size, their
+    numbers).
+    """
+    groups = itertools.groupby(numbers, key=lambda number: recipe.views[number].size)
+    return [(size, list(group)) for size, group in groups]
+
+
+# -- drawing -------------------------------------------------------------------------------------
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele et al. 2014): a bijection of uint64 that passes for random."""
+    """The output function of SplitMix64 (Steele et al. 2014): a bijection of uint64 that passes for
+    random.
+    """
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -57,27 +117,36 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.argsort(keyed_bits(seed, epoch, np.arange(size), -1), kind="stable")
 
 
+# Name of a draw: its columns of the keyed uniforms. A new draw takes the columns after the last
+# one. Each column is hashed by itself, so it changes none of the others.
+DRAWS = {
+    "top": 0,
+    "left": 1,
+    "jitter": 2,
+    "factors": slice(3, 7),
+    "order": 7,
+    "blur": 8,
+    "sigma": 9,
+    "gray": 10,
+    "solarize": 11,
+    "flip": 12,
+    "areas": slice(13, 13 + CROP_TRIES),
+    "aspects": slice(13 + CROP_TRIES, 13 + 2 * CROP_TRIES),
+}
+
+
 class ViewParameters(NamedTuple):
-    """What was drawn for B views, beside the crop. CPU tensors."""
+    """What was drawn for B views, besides the crop. CPU tensors."""
 
     jitter: Tensor  # (B,) bool
-    order: Tensor  # (B, 4) the operation (index into JITTER) at each of the four positions
+    order: (
+        Tensor  # (B, 4) the jitter operation (0 brightness .. 3 hue) at each of the four positions
+    )
     factors: Tensor  # (B, 4) float, of brightness, contrast, saturation; hue in turns
     gray: Tensor  # (B,) bool
     sigma: Tensor  # (B,) float, blur in pixels; 0 for none
     solarize: Tensor  # (B,) bool
     flip: Tensor  # (B,) bool
-
-
-class Recipe(NamedTuple):
-    """The settings of the augmentation: smallest crop as a share of the image's area, output side in px, blur on or off;
-    without colour only crop and flip are left."""
-
-    seed: int
-    crop_min: float
-    size: int
-    blur: bool
-    colour: bool = True
 
 
 def draw(
@@ -88,61 +157,62 @@ def draw(
     heights: np.ndarray,
     widths: np.ndarray,
 ) -> tuple[np.ndarray, ViewParameters]:
-    """Crop boxes (B, 4) int64 (top, left, height, width) and ViewParameters for one view of each of B images.
+    """Crop boxes (B, 4) int64 (top, left, height, width) and ViewParameters for one view of each of
+    B images.
 
-    indices (B,) data-set indices; view 0 or 1, one for all or (B,); heights, widths (B,) of the images in pixels.
+    indices (B,) data-set indices; view: number (line of recipe.views), one for all or (B,);
+    heights, widths (B,) of the images in pixels.
     """
-    u = keyed_uniforms(13 + 2 * CROP_TRIES, recipe.seed, epoch, indices, view)
-    boxes = _draw_crops(recipe.crop_min, u[:, 13:], u[:, 0], u[:, 1], heights, widths)
-    blur_probability, solarize_probability = np.where(view, 0.1, 1.0), np.where(view, 0.2, 0.0)
-    jitter = (u[:, 2] < 0.8) & recipe.colour
-    factors = (2 * u[:, 3:7] - 1) * JITTER + (1, 1, 1, 0)
-    order = _PERMUTATIONS[(u[:, 7] * len(_PERMUTATIONS)).astype(np.int64)]
+    columns = 1 + np.r_[tuple(DRAWS.values())].max()
+    uniforms = keyed_uniforms(columns, recipe.seed, epoch, indices, view)
+    u = {name: uniforms[:, column] for name, column in DRAWS.items()}
+    settings = View(*(np.array(column)[view] for column in zip(*recipe.views, strict=True)))
+
     low, high = SIGMA_RANGE
-    sigma = np.where((u[:, 8] < blur_probability) & recipe.blur, low + (high - low) * u[:, 9], 0.0)
-    gray, solarize = (
-        (u[:, 10] < 0.2) & recipe.colour,
-        (u[:, 11] < solarize_probability) & recipe.colour,
+    parameters = ViewParameters(
+        jitter=u["jitter"] < settings.jitter_p,
+        order=_PERMUTATIONS[(u["order"] * len(_PERMUTATIONS)).astype(np.int64)],
+        factors=(2 * u["factors"] - 1) * settings.jitter + (1, 1, 1, 0),
+        gray=u["gray"] < settings.gray_p,
+        sigma=np.where(u["blur"] < settings.blur_p, low + (high - low) * u["sigma"], 0.0),
+        solarize=u["solarize"] < settings.solarize_p,
+        flip=u["flip"] < settings.flip_p,
     )
-    parameters = (jitter, order, factors, gray, sigma, solarize, u[:, 12] < 0.5)
-    return boxes, ViewParameters(*map(torch.from_numpy, parameters))
+    return _draw_crops(u, settings, heights, widths), ViewParameters(
+        *map(torch.from_numpy, parameters)
+    )
 
 
-_PERMUTATIONS = np.array(
-    [
-        (a, b, c, 6 - a - b - c)
-        for a in range(4)
-        for b in range(4)
-        for c in range(4)
-        if len({a, b, c}) == 3
-    ]
-)
+_PERMUTATIONS = np.array(list(itertools.permutations(range(4))))
 
 
-def _draw_crops(crop_min, tries, u_top, u_left, heights, widths):
-    """Random-resized-crop boxes as torchvision draws them: ten tries of area and aspect, then the central fallback."""
+def _draw_crops(u, settings, heights, widths):
+    """Random-resized-crop boxes as torchvision draws them: ten tries of area and aspect, then a
+    central cut.
+    """
     heights, widths = heights.astype(np.float64), widths.astype(np.float64)
-    area = (heights * widths)[:, None] * (crop_min + (1 - crop_min) * tries[:, :CROP_TRIES])
-    ratio = np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * tries[:, CROP_TRIES:])
+    smallest, largest = (x[..., None] for x in (settings.crop_min, settings.crop_max))
+    area = (heights * widths)[:, None] * (smallest + (largest - smallest) * u["areas"])
+    ratio = np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * u["aspects"])
     w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (w > 0) & (w <= widths[:, None]) & (h > 0) & (h <= heights[:, None])
-    pick = np.arange(len(w)), fits.argmax(axis=1)
-    # fallback: the whole image, cut centrally to the nearest allowed aspect
+    first = np.arange(len(w)), fits.argmax(axis=1)
+    # otherwise the whole image, cut centrally to the nearest allowed aspect
     whole_w = np.minimum(widths, np.rint(heights * 4 / 3))
     whole_h = np.minimum(heights, np.rint(widths / (3 / 4)))
-    found = fits.any(axis=1)
-    w, h = np.where(found, w[pick], whole_w), np.where(found, h[pick], whole_h)
-    top = np.where(found, np.floor(u_top * (heights - h + 1)), (heights - h) // 2)
-    left = np.where(found, np.floor(u_left * (widths - w + 1)), (widths - w) // 2)
+    any_fits = fits.any(axis=1)
+    w, h = np.where(any_fits, w[first], whole_w), np.where(any_fits, h[first], whole_h)
+    top = np.where(any_fits, np.floor(u["top"] * (heights - h + 1)), (heights - h) // 2)
+    left = np.where(any_fits, np.floor(u["left"] * (widths - w + 1)), (widths - w) // 2)
     return np.stack([top, left, h, w], axis=1).astype(np.int64)
 
 
-# -- applying ------------------------------------------------------------------------------------------------------------
+# -- applying ------------------------------------------------------------------------------------
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut V boxes (top, left, height, width) out of each image (B, 3, H, W) uint8 and resize them: boxes (V * B, 4), all
-    images' first boxes first -> (V * B, 3, size, size) uint8.
+    """Cut V boxes (top, left, height, width) out of each image (B, 3, H, W) uint8 and resize them:
+    boxes (V * B, 4), all images' first boxes first -> (V * B, 3, size, size) uint8.
 
     Bilinear with antialias, as torchvision's resize: two matrix products a box.
     """
@@ -158,7 +228,9 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _channels_inside(x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, H, 3, W): two large products an image then do what six small ones take several times as long for."""
+    """(B, 3, H, W) -> (B, H, 3, W): then two large products an image replace six small, much slower
+    ones.
+    """
     return x.transpose(1, 2).contiguous()
 
 
@@ -169,34 +241,34 @@ def _both_ways(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
 
 
 def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int) -> Tensor:
-    """Triangle-filter weights (B, out_size, in_size) that resize the pixels [start, start + extent) to out_size."""
+    """Triangle-filter weights (B, out_size, in_size) that resize the pixels [start, start + extent)
+    to out_size.
+    """
     scale = (extent / out_size)[:, None, None]
-    centre = (
-        start[:, None, None] + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale
-    )
+    steps = torch.arange(out_size, device=start.device)[:, None]
+    centre = start[:, None, None] + (steps + 0.5) * scale
     pixel = torch.arange(in_size, device=start.device).to(start.dtype)
     inside = (pixel >= start[:, None]) & (pixel < (start + extent)[:, None])
-    pixel = (
-        (pixel + 0.5).expand_as(inside).masked_fill(~inside, math.inf)[:, None]
-    )  # too far away to weigh anything
+    # a pixel outside is put so far away that its weight is 0
+    pixel = (pixel + 0.5).expand_as(inside).masked_fill(~inside, math.inf)[:, None]
     weights = (pixel - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
 def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) -> Tensor:
-    """Jitter, grey, blur, solarise, flip and normalise: crops (B, 3, S, S) uint8 -> (B, 3, S, S) float on their device.
+    """Jitter, gray, blur, solarize, flip and normalise: crops (B, 3, S, S) uint8 -> (B, 3, S, S)
+    float on their device.
 
-    mean, std (3,) of the data set, in [0, 1]. Each operation runs on just the images that were drawn for it. Which these are
-    is known on the host, so a GPU is never asked.
+    mean, std (3,) of the data set, in [0, 1]. Each operation runs only on the images that were
+    drawn for it. The host knows which these are, so it never waits for a GPU.
     """
     views = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device)
     count = 1 if _large_on_cpu(crops) else max(1, AT_ONCE // (3 * crops.shape[-1] ** 2))
     for start in range(0, len(crops), count):
-        here = slice(start, start + count)
-        _apply_(
-            views[here].copy_(crops[here]).div_(255), *(field[here].numpy() for field in parameters)
-        )
-        normalize_(views[here], mean, std)
+        part = slice(start, start + count)
+        x = views[part].copy_(crops[part]).div_(255)
+        _apply_(x, ViewParameters(*(field[part].numpy() for field in parameters)))
+        normalize_(x, mean, std)
     return views
 
 
@@ -204,55 +276,59 @@ def _large_on_cpu(x):
     return x.shape[-1] > SMALL and x.device.type == "cpu"
 
 
-def _apply_(x, jitter, order, factors, gray, sigma, solarize, flips):
-    _jitter_(x, np.flatnonzero(jitter), order, factors)
-    _on_some_(x, gray, grayscale)
-    blurred = sigma > 0
-    _on_some_(x, blurred, gaussian_blur_, gaussian_taps(np.where(blurred, sigma, 1)))
-    _on_some_(x, solarize, solarize_)
-    _on_some_(x, flips, flip)
+def _apply_(x, p: ViewParameters):
+    """All operations on x (B, 3, S, S) in place; p: their parameters, as numpy arrays."""
+    _jitter_(x, p)
+    _on_chosen_(x, p.gray, grayscale)
+    _on_chosen_(x, p.sigma > 0, gaussian_blur_, gaussian_taps(np.where(p.sigma > 0, p.sigma, 1)))
+    _on_chosen_(x, p.solarize, solarize_)
+    _on_chosen_(x, p.flip, flip)
 
 
-def _jitter_(x, where, order, factors):
-    """The four operations on images x[where], in the order of each: before each turn they are sorted by what is next."""
+def _jitter_(x, p):
+    """Brightness, contrast, saturation and hue of the chosen images, in the order drawn for each.
+
+    Before each of the four turns the images are sorted by their next operation, so that each
+    operation is one call.
+    """
     operations = adjust_brightness_, adjust_contrast_, adjust_saturation_, adjust_hue_
-    if _large_on_cpu(x):
-        for number in order[0] if len(where) else ():
-            operations[number](x, factors[0, number].item())
+    chosen = np.flatnonzero(p.jitter)
+    if _large_on_cpu(x):  # a single image
+        for number in p.order[0] if len(chosen) else ():
+            operations[number](x, p.factors[0, number].item())
         return
-    jittered, at = x, where
+    jittered, at = x, chosen
     for turn in range(4):
-        by_operation = np.argsort(order[where, turn], kind="stable")
-        jittered, where, at = (
-            select(jittered, at[by_operation]),
-            where[by_operation],
-            np.arange(len(where)),
-        )
-        strengths = _strengths(factors[where, order[where, turn]], x)
-        ends = np.searchsorted(order[where, turn], np.arange(5))
+        by_operation = np.argsort(p.order[chosen, turn], kind="stable")
+        jittered, chosen = select(jittered, at[by_operation]), chosen[by_operation]
+        at = np.arange(len(chosen))
+        strengths = _strengths(p.factors[chosen, p.order[chosen, turn]], x)
+        ends = np.searchsorted(p.order[chosen, turn], np.arange(5))
         for operation_, start, end in zip(operations, ends, ends[1:], strict=False):
             if start < end:
                 operation_(jittered[start:end], strengths[start:end])
-    _put_(x, where, jittered)
+    _put_(x, chosen, jittered)
 
 
-def _on_some_(x, chosen, operation, *strengths):
-    """The chosen images of x become what the operation returns for them, given the strength of each."""
-    where = np.flatnonzero(chosen)
-    strengths = [_strengths(values[where], x) for values in strengths]
-    if len(where) == len(x):
-        x.copy_(operation(x, *strengths))  # nothing to do where the operation worked in place
-    elif len(where):
-        _put_(x, where, operation(select(x, where), *strengths))
+def _on_chosen_(x, chosen, operation, *strengths):
+    """Replace the chosen images of x by what the operation returns for them and their strengths.
+    chosen (B,) bool.
+    """
+    rows = np.flatnonzero(chosen)
+    strengths = [_strengths(values[rows], x) for values in strengths]
+    if len(rows) == len(x):
+        x.copy_(operation(x, *strengths))  # nothing is copied where the operation worked in place
+    elif len(rows):
+        _put_(x, rows, operation(select(x, rows), *strengths))
 
 
-def select(x: Tensor, where: np.ndarray) -> Tensor:
-    """x[where], (n, ...) for where (n,), without waiting for x's device."""
-    return x.index_select(0, torch.from_numpy(where).to(x.device, non_blocking=True))
+def select(x: Tensor, rows: np.ndarray) -> Tensor:
+    """x[rows], (n, ...) for rows (n,), without waiting for x's device."""
+    return x.index_select(0, torch.from_numpy(rows).to(x.device, non_blocking=True))
 
 
-def _put_(x, where, images):
-    x.index_copy_(0, torch.from_numpy(where).to(x.device, non_blocking=True), images)
+def _put_(x, rows, images):
+    x.index_copy_(0, torch.from_numpy(rows).to(x.device, non_blocking=True), images)
 
 
 def _strengths(values, x):
@@ -266,7 +342,8 @@ def normalize_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return x.sub_(mean).mul_(1 / std)
 
 
-# The operations take x (B, 3, S, S) in [0, 1] and strengths (B, 1, 1, 1); those whose name ends in _ change and return x.
+# The operations take x (B, 3, S, S) in [0, 1] and strengths (B, 1, 1, 1); if the name ends in _,
+# they change x and return it.
 
 
 def adjust_brightness_(x: Tensor, factor: Tensor) -> Tensor:
@@ -287,9 +364,10 @@ def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
 def adjust_hue_(x: Tensor, turns: Tensor) -> Tensor:
     """Rotate the hue of HSV by up to a sixth of a turn either way.
 
-    In units of chroma (a sixth of a turn is one chroma) the angle from red is +-(value - 2 low + green + blue - red), with
-    the sign of green - blue: no sextant need be told apart. A channel is low + clamp(2 chroma - angle from its own primary,
-    0, chroma), the angle taken the shorter way round: 3 chroma - |3 chroma - |angle||.
+    In units of chroma (a sixth of a turn is one chroma) the angle from red is +-(value - 2 low +
+    green + blue - red), with the sign of green - blue, so no sextants need to be distinguished. A
+    channel is low + clamp(2 chroma - angle from its own primary, 0, chroma), the angle taken the
+    shorter way round: 3 chroma - |3 chroma - |angle||.
     """
     red, green, blue = x.split(1, dim=1)
     value, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
@@ -302,9 +380,8 @@ def adjust_hue_(x: Tensor, turns: Tensor) -> Tensor:
         .copysign_(green - blue)
         .add_(chroma * (6 * turns))
     )
-    primaries = (
-        torch.tensor([0.0, -2.0, 2.0]).to(x, non_blocking=True).view(3, 1, 1)
-    )  # less red's, green's, blue's angle
+    # minus the angle of red, green and blue
+    primaries = torch.tensor([0.0, -2.0, 2.0]).to(x, non_blocking=True).view(3, 1, 1)
     torch.mul(chroma, primaries, out=x).add_(angle).abs_().sub_(chroma, alpha=3).abs_()
     return x.clamp_(chroma, 2 * chroma).add_(low - chroma)
 
@@ -314,7 +391,9 @@ def grayscale(x: Tensor) -> Tensor:
 
 
 def gaussian_taps(sigma: np.ndarray) -> np.ndarray:
-    """The weights (B, 2R + 1) of a blur with sigma (B,): those beyond 3 sigma are 0, the others add up to 1."""
+    """The weights (B, 2R + 1) of a blur with sigma (B,): those beyond 3 sigma are 0, the others add
+    up to 1.
+    """
     radius = math.ceil(3 * SIGMA_RANGE[1])
     offsets, sigma = np.arange(-radius, radius + 1), sigma[:, None]
     taps = np.exp(-(offsets**2) / (2 * sigma**2)) * (np.abs(offsets) <= np.ceil(3 * sigma))
@@ -329,9 +408,8 @@ def gaussian_blur_(x: Tensor, taps: Tensor) -> Tensor:
 def _blur_by_products_(x, taps):
     """Two products with a banded matrix an image."""
     size, radius = x.shape[-1], taps.shape[1] // 2
-    source = torch.arange(size, device=x.device)[:, None] + torch.arange(
-        -radius, radius + 1, device=x.device
-    )
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
+    source = torch.arange(size, device=x.device)[:, None] + offsets
     source = source.remainder(max(1, 2 * size - 2))  # reflected, without repeating the edge
     source = torch.minimum(source, 2 * size - 2 - source)
     matrices = x.new_zeros(len(x), size, size)
@@ -340,7 +418,9 @@ def _blur_by_products_(x, taps):
 
 
 def _blur_by_shifts_(x, taps):
-    """The same image by image, adding shifted copies, no more than its sigma asks for: the faster way on a CPU."""
+    """The same, image by image, as a sum of shifted copies, only as many as sigma needs: faster on
+    a CPU.
+    """
     for image, weights in zip(x, taps.tolist(), strict=True):
         first, *others = (weight for weight in weights if weight)
         blurred = pad(image, (len(others) // 2,) * 4, mode="reflect")

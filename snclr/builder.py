@@ -1,8 +1,10 @@
-"""The model: two encoders, predictor and bank, and the forward of one training step in the order of the paper's algorithm."""
+"""The model: two encoders, predictor, bank, and one training step in the order of the paper's
+algorithm.
+"""
 
 import copy
+import itertools
 from argparse import Namespace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,34 +23,37 @@ from .objectives import (
     snclr_loss,
 )
 from .running.distributed import all_gather, world_size
+from .running.metrics import StepView
 from .running.precision import unit
 from .running.recompute import recomputed
 
 
-class StepView(NamedTuple):
-    """What a step shows to the monitor, detached; of this rank unless said otherwise, and of the first direction.
-
-    projection (B, D) online projection of view 1; scores (B, K) cosines of the searched vectors with their neighbours;
-    neighbour_ids (B, K) data-set indices, -1 for none; weights (B, K) positiveness; counts (M,) picks of each bank row by
-    the global batch; num_candidates () of one sample; bank_fill () share of the bank's rows that were written before this
-    step, None without a bank. K and M are 0 for the methods without neighbours.
+def pairs(num_views: int) -> list[tuple[int, int]]:
+    """(query view, key view) of each term of the loss: the keys are those of the two global views,
+    0 and 1; every other view is compared with them.
     """
-
-    projection: Tensor
-    scores: Tensor
-    neighbour_ids: Tensor
-    weights: Tensor
-    counts: Tensor
-    num_candidates: Tensor
-    bank_fill: Tensor | None
+    return [(query, key) for key in (1, 0) for query in range(num_views) if query != key]
 
 
 class SNCLR(nn.Module):
-    """Contrastive learner with soft neighbours, or one of its relatives (method: snclr, mocov3, nnclr, mocov2).
+    """Contrastive learner with soft neighbours, or one of its relatives (args.method: snclr,
+    mocov3, nnclr, mocov2).
 
-    A step: online projections and predictions; the momentum encoder moves, then projects; the bank is searched as it was
-    before this step; the loss; the projections of view 2 of all ranks are enqueued. nnclr has no momentum encoder, mocov2
-    no predictor, mocov3 no bank.
+    A step: online projections and predictions; the momentum encoder moves, then projects; the bank
+    is searched as it was before this step; the loss; the projections of view 2 of all ranks are
+    enqueued. nnclr has no momentum encoder, mocov2 no predictor, mocov3 no bank.
+
+    Local views (views 3, 4, ...: small crops, as DINO's and SwAV's) pass the online encoder only
+    and are compared with the two global views' keys (for nnclr: neighbours). With V = 2 + n views
+    and the 2 + 2n pairs of `pairs`,
+
+        loss = S * mean over pairs (q, k) of L(q -> k),    S = 2 for snclr and mocov3, 1 for nnclr
+
+    where L is the objective's loss of one direction: with n = 0 it is L(1 -> 2) + L(2 -> 1). The
+    neighbours of a key are searched once; each query view has its own weights for them, from its
+    own online projection.
+
+    args: the settings of snclr/options.py, of which it reads those of the objective.
     """
 
     def __init__(
@@ -56,203 +61,207 @@ class SNCLR(nn.Module):
         base_encoder: nn.Module,
         predictor: nn.Module | None,
         memory_bank: MemoryBank | None,
-        *,
-        method: str = "snclr",
-        topk: int = 30,
-        temperature: float = 0.2,
-        form: str = "sum_of_logs",
-        weights: str = "attention",
-        gamma: float = 1.0,
-        detach_weights: bool = False,
-        positiveness_temperature: float = 1.0,
-        threshold: bool = False,
-        exclude_own_image: bool = True,
-        micro_batch: int | None = None,
-        compiled: bool = False,
+        args: Namespace,
     ):
         super().__init__()
+        self.args = args
         self.base_encoder = base_encoder
-        self.momentum_encoder = (
-            None if method == "nnclr" else copy.deepcopy(base_encoder).requires_grad_(False)
-        )
+        self.momentum_encoder = None
+        if args.method != "nnclr":
+            self.momentum_encoder = copy.deepcopy(base_encoder).requires_grad_(False)
         self.predictor = predictor
         self.memory_bank = memory_bank
-        self.method = method
-        self.topk = topk
-        self.temperature = temperature
-        self.form = form
-        self.weights = weights
-        self.gamma = gamma
-        self.detach_weights = detach_weights
-        self.positiveness_temperature = positiveness_temperature
-        self.threshold = threshold
-        self.exclude_own_image = exclude_own_image
-        self.micro_batch = micro_batch
-        self.embed = (
-            torch.compile(_embed) if compiled else _embed
-        )  # a function, so that no key of the state changes
-        self.joins_views = micro_batch is None and not has_batch_norm(
+        # a function, so that no key of the state changes
+        self.embed = torch.compile(_embed) if args.compile else _embed
+        self.joins_views = args.micro_batch is None and not has_batch_norm(
             base_encoder, besides=base_encoder.projector
         )
         self.attention = None
-        if method == "snclr" and weights == "projected":
+        if args.method == "snclr" and args.weights == "projected":
             self.attention = heads.AttentionProjections(memory_bank.features.shape[1])
 
-    def forward(
-        self,
-        view1: Tensor,
-        view2: Tensor,
-        ids: Tensor,
-        momentum: float,
-        use_neighbours: bool = True,
-    ) -> tuple[Tensor, StepView]:
-        """One step's loss (), this rank's mean, and what it shows. Changes the momentum encoder and the bank.
+    def train(self, mode: bool = True) -> "SNCLR":
+        """As of any module; the momentum encoder of mocov2 always uses its averaged statistics."""
+        super().train(mode)
+        if self.args.method == "mocov2":
+            self.momentum_encoder.eval()
+        return self
 
-        view1, view2 (B, 3, S, S); ids (B,) data-set indices; momentum m of the average, 0 .. 1; use_neighbours False:
-        the bank fills, but none of its rows is a neighbour yet.
+    def forward(
+        self, views: list[Tensor], ids: Tensor, momentum: float, use_neighbours: bool = True
+    ) -> tuple[Tensor, StepView]:
+        """One step's loss (), this rank's mean, and what it shows. Changes the momentum encoder and
+        the bank.
+
+        views: two global ones, then any number of local ones, (B, 3, S, S) each; ids (B,) data-set
+        indices; momentum m of the average, 0 .. 1; use_neighbours False: the bank fills, but none
+        of its rows is a neighbour yet.
         """
         step = {
             "snclr": self._snclr,
             "mocov3": self._mocov3,
             "nnclr": self._nnclr,
             "mocov2": self._mocov2,
-        }[self.method]
-        loss, keys, shown = step(view1, view2, ids, momentum, use_neighbours)
+        }[self.args.method]
+        loss, keys, shown = step(views, ids, momentum, use_neighbours)
         if self.memory_bank is not None:
             self.memory_bank.enqueue(keys, all_gather(ids))
         return loss, shown
 
-    def _snclr(self, view1, view2, ids, momentum, use_neighbours):
-        y1, y2 = self._project(self.base_encoder, view1, view2)
-        z1, z2 = self.predictor(y1), self.predictor(y2)
-        k1, k2 = self._momentum_projections(momentum, view1, view2)
-        scores, rows = self._search(torch.cat([k2, k1]), ids.repeat(2), use_neighbours)
-        (scores, _), (rows2, rows1) = scores.chunk(2), rows.chunk(2)
-        loss1, weights, candidates = self._soft_neighbour_direction(z1, y1, k2, rows2)
-        loss2, _, _ = self._soft_neighbour_direction(z2, y2, k1, rows1)
-        num_candidates = len(candidates.keys) + candidates.counts.sum()
-        return (
-            loss1 + loss2,
-            candidates.keys,
-            self._show(y1, num_candidates, scores, rows2, weights, candidates.counts),
-        )
+    def _snclr(self, views, ids, momentum, use_neighbours):
+        args, bank = self.args, self.memory_bank
+        y = self._project(self.base_encoder, views)
+        z = [self.predictor(projection) for projection in y]
+        keys = self._momentum_projections(momentum, views[:2])
+        scores, rows = self._search(torch.cat(keys[::-1]), ids.repeat(2), args.topk, use_neighbours)
+        rows = rows.chunk(2)[::-1]
+        neighbours = [gather_neighbours(bank.features, part) for part in rows]
+        candidates = [gather_candidates(keys[k], rows[k], len(bank)) for k in (1, 0)][::-1]
+        losses, weights = [], []
+        for query, k in pairs(len(views)):
+            weights.append(self._weights(y[query], rows[k], neighbours[k]))
+            loss = snclr_loss(
+                z[query],
+                keys[k],
+                bank.products,
+                rows[k],
+                weights[-1],
+                temperature=args.snclr_t,
+                form=args.form,
+                candidates=candidates[k],
+                neighbours=neighbours[k],
+            )
+            losses.append(loss)
+        fresh, counts = candidates[1]
+        num_candidates = len(fresh) + counts.sum()
+        shown = self._show(y[0], num_candidates, scores.chunk(2)[0], rows[1], weights[0], counts)
+        return sum(losses) * (2 / len(losses)), fresh, shown
 
-    def _soft_neighbour_direction(self, z, y, key, rows):
-        bank = self.memory_bank
-        neighbours = gather_neighbours(bank.features, rows)
-        if self.weights == "uniform":
+    def _weights(self, projection, rows, neighbours):
+        """Positiveness (B, K) of the neighbours for a view's online projection (B, D)."""
+        args = self.args
+        if args.weights == "uniform":
             valid = rows >= 0
             weights = valid.to(neighbours.dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)
         else:
             weights = positiveness(
-                y,
-                bank.features,
+                projection,
+                self.memory_bank.features,
                 rows,
-                temperature=self.positiveness_temperature,
-                threshold=self.threshold,
-                # their gradient is zero while nobody has a neighbour, but there is one: DDP waits for it
+                temperature=args.positiveness_t,
+                threshold=args.threshold,
+                # while no image has a neighbour their gradient is zero, but it exists: DDP waits
+                # for it
                 projections=self.attention and (self.attention.f1.weight, self.attention.f2.weight),
                 neighbours=neighbours,
             )
-        weights = weights / self.gamma
-        if self.detach_weights:
-            weights = weights.detach()
-        candidates = gather_candidates(key, rows, len(bank))
-        given = dict(candidates=candidates, neighbours=neighbours)
-        loss = snclr_loss(
-            z,
-            key,
-            bank.products,
-            rows,
-            weights,
-            temperature=self.temperature,
-            form=self.form,
-            **given,
-        )
-        return loss, weights, candidates
+        weights = weights / args.gamma
+        return weights.detach() if args.detach_weights else weights
 
-    def _mocov3(self, view1, view2, ids, momentum, use_neighbours):
-        y1, y2 = self._project(self.base_encoder, view1, view2)
-        z1, z2 = self.predictor(y1), self.predictor(y2)
-        k1, k2 = self._momentum_projections(momentum, view1, view2)
-        loss = mocov3_loss(z1, k2, temperature=self.temperature) + mocov3_loss(
-            z2, k1, temperature=self.temperature
-        )
-        return loss, None, self._show(y1, len(y1) * world_size())
+    def _mocov3(self, views, ids, momentum, use_neighbours):
+        y = self._project(self.base_encoder, views)
+        z = [self.predictor(projection) for projection in y]
+        keys = self._momentum_projections(momentum, views[:2])
+        losses = [
+            mocov3_loss(z[query], keys[k], temperature=self.args.snclr_t)
+            for query, k in pairs(len(views))
+        ]
+        shown = self._show(y[0], len(y[0]) * world_size())
+        return sum(losses) * (2 / len(losses)), None, shown
 
-    def _nnclr(self, view1, view2, ids, momentum, use_neighbours):
-        y1, y2 = self._project(self.base_encoder, view1, view2)
-        z1, z2 = self.predictor(y1), self.predictor(y2)
-        y = unit(torch.cat([y1, y2])).detach()
-        scores, rows = self._search(y, ids.repeat(2), use_neighbours)
+    def _nnclr(self, views, ids, momentum, use_neighbours):
+        y = self._project(self.base_encoder, views)
+        z = [self.predictor(projection) for projection in y]
+        searched = unit(torch.cat(y[:2])).detach()
+        scores, rows = self._search(searched, ids.repeat(2), 1, use_neighbours)
         # an image without an eligible row in the bank is its own neighbour
-        neighbours = torch.where(
-            rows >= 0, self.memory_bank.features[rows[:, 0].clamp(min=0)].to(y.dtype), y
-        )
-        neighbours1, neighbours2 = neighbours.chunk(2)
-        loss1 = nnclr_loss(neighbours1, z2, temperature=self.temperature)
-        loss2 = nnclr_loss(neighbours2, z1, temperature=self.temperature)
-        (scores, _), (rows, _) = scores.chunk(2), rows.chunk(2)
-        counts, weights = count_picks(rows, len(self.memory_bank)), (rows >= 0).to(y.dtype)
-        shown = self._show(y1, len(y1) * world_size(), scores, rows, weights, counts)
-        return (loss1 + loss2) / 2, all_gather(y.chunk(2)[1]), shown
+        nearest = self.memory_bank.features[rows[:, 0].clamp(min=0)].to(searched.dtype)
+        neighbours = torch.where(rows >= 0, nearest, searched).chunk(2)
+        losses = [
+            nnclr_loss(neighbours[k], z[query], temperature=self.args.snclr_t)
+            for query, k in pairs(len(views))
+        ]
+        scores, rows = scores.chunk(2)[0], rows.chunk(2)[0]
+        counts, weights = count_picks(rows, len(self.memory_bank)), (rows >= 0).to(searched.dtype)
+        shown = self._show(y[0], len(y[0]) * world_size(), scores, rows, weights, counts)
+        return sum(losses) / len(losses), all_gather(searched.chunk(2)[1]), shown
 
-    def _mocov2(self, view1, view2, ids, momentum, use_neighbours):
-        (y1,) = self._project(self.base_encoder, view1)
-        (k2,) = self._momentum_projections(momentum, view2)
+    def _mocov2(self, views, ids, momentum, use_neighbours):
+        """MoCo v2 (He et al. 2020, Chen et al. 2020). Deviations from its published code:
+
+        - In place of ShuffleBN, the key encoder's batch norms use moving averages of the online
+          encoder's running statistics, with the momentum of the weights, as EMAN does (Cai et al.
+          2021). A key then depends on its own image only: it cannot be recognised by the statistics
+          that it shares with the query's batch. This works with one GPU as with many. Dropout and
+          drop-path are off in the key encoder.
+        - The online encoder's batch norms take their statistics over all ranks, not per GPU.
+        - The bank is global and starts empty: until it is full there are fewer negatives. MoCo's
+          starts with random vectors. As in MoCo, an older key of the same image is a negative.
+        - The hidden width of the projector is --snclr-mlp-dim; MoCo v2's is that of the features.
+        - Bottleneck ResNets start with zeros in the last norm of each branch, as MoCo v3's.
+        - Optimiser, schedule, temperature, momentum and sizes are those of the flags.
+        """
+        # keys first: the averaged statistics of their batch norms do not yet contain this batch
+        (k2,) = self._momentum_projections(momentum, views[1:2])
+        (y1,) = self._project(self.base_encoder, views[:1])
         bank = self.memory_bank
-        loss = mocov2_loss(y1, k2, bank.products, bank.valid(), temperature=self.temperature)
+        loss = mocov2_loss(y1, k2, bank.products, bank.valid(), temperature=self.args.snclr_t)
         return loss, all_gather(unit(k2)), self._show(y1, 1 + bank.filled)
 
     @torch.no_grad()
-    def _momentum_projections(self, momentum, *views):
+    def _momentum_projections(self, momentum, views):
         online = list(self.base_encoder.parameters())
         torch._foreach_lerp_(list(self.momentum_encoder.parameters()), online, 1 - momentum)
-        return self._project(self.momentum_encoder, *views)
+        if self.args.method == "mocov2":
+            buffers = zip(self.momentum_encoder.buffers(), self.base_encoder.buffers(), strict=True)
+            for average, new in buffers:
+                if average.is_floating_point():
+                    average.lerp_(new, 1 - momentum)
+        return self._project(self.momentum_encoder, views)
 
-    def _project(self, encoder, *views):
-        # without batch norm an image's features do not depend on its company: one call for all views
-        parts = [torch.cat(views)] if self.joins_views else views
+    def _project(self, encoder, views):
+        """The encoder's projections of each view, a list of (B, D)."""
+        parts = views
+        if self.joins_views:
+            # without batch norm an image's features do not depend on the batch: one call for all
+            # views of a size
+            by_size = itertools.groupby(views, key=lambda view: view.shape[-1])
+            parts = [torch.cat(list(group)) for _, group in by_size]
         features = torch.cat([self._features(encoder, part) for part in parts])
         return [encoder.projector(part) for part in features.chunk(len(views))]
 
     def _features(self, encoder, x):
-        if self.micro_batch is None:
+        micro_batch = self.args.micro_batch
+        if micro_batch is None:
             return self.embed(encoder, x)
-        parts = x.tensor_split(-(-len(x) // self.micro_batch))  # as equal as can be
+        parts = x.tensor_split(-(-len(x) // micro_batch))  # as equal as can be
         if not torch.is_grad_enabled():
             return torch.cat([self.embed(encoder, part) for part in parts])
         return torch.cat([recomputed(self.embed, encoder, part, module=encoder) for part in parts])
 
-    def _search(self, queries, ids, use_neighbours):
+    def _search(self, queries, ids, k, use_neighbours):
         if not use_neighbours:
-            rows = torch.full((len(queries), self.topk), -1, device=queries.device)
+            rows = torch.full((len(queries), k), -1, device=queries.device)
             return torch.full(rows.shape, float("-inf"), device=queries.device), rows
-        return self.memory_bank.search(queries, self.topk, ids if self.exclude_own_image else None)
+        return self.memory_bank.search(queries, k, ids if self.args.exclude_own_image else None)
 
     def _show(self, projection, num_candidates, scores=None, rows=None, weights=None, counts=None):
+        device = projection.device
         if rows is None:
             scores = weights = projection.new_zeros(len(projection), 0)
-            rows = counts = torch.zeros(
-                len(projection), 0, dtype=torch.long, device=projection.device
-            )
+            rows = counts = torch.zeros(len(projection), 0, dtype=torch.long, device=device)
             neighbour_ids = rows
         else:
             neighbour_ids = torch.where(rows >= 0, self.memory_bank.ids[rows.clamp(min=0)], -1)
-        num_candidates = num_candidates + torch.zeros(
-            (), dtype=torch.long, device=projection.device
-        )
-        bank_fill = (
-            None if self.memory_bank is None else self.memory_bank.filled / len(self.memory_bank)
-        )
+        bank = self.memory_bank
         return StepView(
             projection.detach(),
             scores,
             neighbour_ids,
             weights.detach(),
             counts,
-            num_candidates,
-            bank_fill,
+            num_candidates + torch.zeros((), dtype=torch.long, device=device),
+            None if bank is None else bank.filled / len(bank),
         )
 
 
@@ -263,7 +272,8 @@ def _embed(encoder: nn.Module, x: Tensor) -> Tensor:
 def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
     """The model that the flags describe (snclr/options.py), on the CPU, in torch's default dtype.
 
-    bfloat16: take the large products with the bank in that format. Raises UsageError for flags that do not fit the backbone.
+    bfloat16: take the large products with the bank in that format. Raises UsageError for flags that
+    do not fit the backbone.
     """
     encoder = build_encoder(
         args.arch,
@@ -277,26 +287,16 @@ def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
         hidden_dim=args.snclr_mlp_dim,
         out_dim=args.snclr_dim,
     )
-    has_predictor, has_bank = args.method != "mocov2", args.method != "mocov3"
-    model = SNCLR(
-        encoder,
-        heads.predictor(encoder.kind, args.snclr_dim, args.snclr_mlp_dim)
-        if has_predictor
-        else None,
-        MemoryBank(args.bank_size, args.snclr_dim, bfloat16) if has_bank else None,
-        method=args.method,
-        topk=1 if args.method == "nnclr" else args.topk,
-        temperature=args.snclr_t,
-        form=args.form,
-        weights=args.weights,
-        gamma=args.gamma,
-        detach_weights=args.detach_weights,
-        positiveness_temperature=args.positiveness_t,
-        threshold=args.threshold,
-        exclude_own_image=args.exclude_own_image,
-        micro_batch=args.micro_batch,
-        compiled=args.compile,
-    )
+    predictor = bank = None
+    if args.method == "mocov2":
+        name = next(n for n, module in encoder.named_modules() if module is encoder.projector)
+        sizes = encoder.num_features, args.snclr_mlp_dim, args.snclr_dim
+        encoder.set_submodule(name, heads.plain_projector(*sizes))
+    else:
+        predictor = heads.predictor(encoder.kind, args.snclr_dim, args.snclr_mlp_dim)
+    if args.method != "mocov3":
+        bank = MemoryBank(args.bank_size, args.snclr_dim, bfloat16)
+    model = SNCLR(encoder, predictor, bank, args)
     if args.grad_checkpointing:
         model.base_encoder.set_grad_checkpointing()
     return model

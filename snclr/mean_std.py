@@ -7,7 +7,8 @@ import torch
 
 from . import options
 from .datasets import sources
-from .loader import ImageSet, whole_images
+from .datasets.images import ImageSet
+from .loader import whole_images
 from .running.errors import one_clear_line
 
 

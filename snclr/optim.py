@@ -1,12 +1,13 @@
-"""Optimisers and schedules. A schedule is a pure function of the step, so that a resumed run has nothing to replay."""
+"""Optimisers and schedules. A schedule is a pure function of the step: a resumed run need not replay anything."""
 
+import importlib
 import math
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
-OPTIMIZERS = ("adamw", "lars")
+from .options import OPTIMIZERS
 
 
 def learning_rate(
@@ -26,34 +27,64 @@ def encoder_momentum(step: int, *, start: float, total_steps: int, cosine: bool)
     return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: matrices and filters decay; biases and norms (one dimension) do not."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices and filters, not to biases and norms (one dimension)."""
+    return parameter.ndim > 1
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict]:
+    """The trainable parameters in two groups, with and without weight decay.
+
+    A group may also have 'lr_scale', which multiplies its learning rate (set_learning_rate).
+    """
+    trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
     return [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable if decays(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if not decays(name, p)], "weight_decay": 0.0},
     ]
 
 
 def build_optimizer(name: str, module: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-    """'adamw' or 'lars' over the trainable parameters; the learning rate is set at every step.
+    """The optimiser of that name (options.OPTIMIZERS) over the trainable parameters, with learning rate 0.
 
-    With an attribute found_inf, a tensor () on the parameters' device, a step changes nothing where that is 1.
+    Raises ValueError for an unknown name.
     """
-    groups = parameter_groups(module, weight_decay)
-    if name == "adamw":
-        return torch.optim.AdamW(
-            groups, lr=0.0, fused=True
-        )  # fused: the kernel that heeds found_inf
-    if name == "lars":
-        return LARS(groups, lr=0.0)
-    raise ValueError(f"unknown optimiser {name!r}; known are {', '.join(OPTIMIZERS)}")
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimiser {name!r}; known are {', '.join(OPTIMIZERS)}")
+    path, arguments = OPTIMIZERS[name]
+    package, _, kind = path.rpartition(".")
+    groups = parameter_groups(module.named_parameters(), weight_decay)
+    optimizer = getattr(importlib.import_module(package), kind)(groups, lr=0.0, **arguments)
+    if isinstance(optimizer, torch.optim.SGD) and arguments.get("momentum"):
+        # torch's fused kernel would leave new buffers uninitialised if it skipped the first step
+        for parameter in (p for group in groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The same learning rate for every group."""
+    """Set the learning rate of every group: lr times its 'lr_scale', if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def step_if_finite(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_norm: torch.Tensor
+) -> None:
+    """Take a step, unless grad_norm () is not finite: then neither weights nor optimiser state change.
+
+    torch's fused optimisers and our LARS skip on the device: they read their attribute found_inf. For any other optimiser
+    the host reads the norm, so that it waits for the device at every step. In fp16 the scaler decides in the same two ways.
+    """
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        optimizer.step()
+    elif grad_norm.isfinite():
+        optimizer.step()
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> torch.Tensor:
@@ -65,15 +96,16 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> torch.Tensor:
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling with momentum (You et al. 2017, algorithm 1), as multi-tensor operations.
+    """Layer-wise adaptive rate scaling with momentum (You et al. 2017, algorithm 1), in multi-tensor operations.
 
         g <- g + wd * w;   g <- g * trust * |w| / |g|  (matrices and filters only; 1 where a norm is 0);
         v <- momentum * v + g;   w <- w - lr * v
 
-    Parameters of one dimension get neither decay nor trust ratio.
+    Parameters of one dimension get neither decay nor trust ratio. Where the attribute found_inf, a tensor (), is 1, a step
+    changes nothing.
     """
 
-    _step_supports_amp_scaling = True  # a GradScaler sets found_inf and leaves the decision to us
+    _step_supports_amp_scaling = True  # torch's name for: step() reads found_inf
 
     def __init__(
         self,
@@ -121,12 +153,10 @@ class LARS(torch.optim.Optimizer):
         velocities = [self.state[p]["momentum_buffer"] for p in params]
         lr, momentum = group["lr"], group["momentum"]
         if (skipped := getattr(self, "found_inf", None)) is not None:
-            updates = [
-                torch.where(skipped > 0, 0, u) for u in updates
-            ]  # a product with 0 would leave what is not finite
-            skipped = skipped.to(
-                params[0].dtype
-            )  # else torch would take one parameter after the other
+            # not a product with 0, which would keep nan
+            updates = [torch.where(skipped > 0, 0, u) for u in updates]
+            # of the same type, so that torch handles all parameters in one operation
+            skipped = skipped.to(params[0].dtype)
             lr, momentum = lr * (1 - skipped), momentum + (1 - momentum) * skipped
         torch._foreach_mul_(velocities, momentum)
         torch._foreach_add_(velocities, updates)

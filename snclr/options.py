@@ -43,7 +43,11 @@ NUM_HEADS = {
     "vit_conv_small": 12,
     "vit_conv_base": 12,
 }
-OPTIMIZERS = ("adamw", "lars")
+OPTIMIZERS = {  # name: class, arguments beside parameter groups and rate (snclr/optim.py builds them)
+    "adamw": ("torch.optim.AdamW", {"fused": True}),
+    "lars": ("snclr.optim.LARS", {}),
+    "sgd": ("torch.optim.SGD", {"momentum": 0.9, "fused": True}),
+}
 AMP = ("off", "auto", "bf16", "fp16")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MEAN_STD = {  # as commonly used; all others take ImageNet's (`python -m snclr.mean_std` measures a set's own)
@@ -286,9 +290,8 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--crop-min",
         type=float,
-        default=0.08,
         metavar="SHARE",
-        help="smallest crop, as a share of the area",
+        help="smallest crop, as a share of the area (default: 0.08; 0.2 with --method mocov2)",
     )
     g.add_argument("--blur", action=on_off, help="Gaussian blur (default: on above 32 px)")
 
@@ -399,7 +402,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=OPTIMIZERS,
         default="adamw",
         metavar="NAME",
-        help=" or ".join(OPTIMIZERS),
+        help=", ".join(OPTIMIZERS),
     )
     g.add_argument(
         "--lr",
@@ -532,6 +535,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         return parse([base, *argv])  # the general defaults are ImageNet's
     if args.warmup_epochs is None:
         args.warmup_epochs = min(40, args.epochs / 5)
+    if args.crop_min is None:
+        args.crop_min = 0.2 if args.method == "mocov2" else 0.08
     if args.blur is None:
         args.blur = args.img_size > 32
     if args.num_heads is None and args.init_from is None:

@@ -12,9 +12,19 @@ os.environ["PYTHONPATH"] = str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH",
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """What runs in this process outside main (the benchmarks' loop) leaves its handlers behind, which would keep a signal from
+    """Restore the signal handlers that a test changes outside of main; they would keep a signal from
     ending the tests."""
     from snclr.running.preemption import handlers_given_back
 
     with handlers_given_back():
         yield
+
+
+@pytest.fixture
+def photographs():
+    """Paths of eight photographs of many sizes."""
+    root = os.environ.get("SNCLR_TEST_DATA")
+    paths = sorted(Path(root, "imagenet-sample").rglob("*.JPEG"))[::32] if root else []
+    if not paths:
+        pytest.skip("SNCLR_TEST_DATA names no folder that holds imagenet-sample/")
+    return paths

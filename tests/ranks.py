@@ -18,7 +18,8 @@ import main_snclr
 from snclr.evaluation import knn
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import mocov2_loss, mocov3_loss, nnclr_loss, positiveness, snclr_loss
-from snclr.running import distributed
+from snclr.running import distributed, process_group
+from snclr.running.batch_norm import synchronise_batch_norm
 
 N, D, M, K = 8, 6, 20, 3  # global batch, dimensions, bank, neighbours
 
@@ -72,7 +73,7 @@ def batch_norm(shape):
     kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
     norms = nn.Sequential(kind(shape[1]), kind(shape[1], affine=False, momentum=None))
     nn.init.uniform_(norms[0].weight)
-    norms = distributed.synchronise_batch_norm(norms, torch.device("cpu"))
+    norms = synchronise_batch_norm(norms, torch.device("cpu"))
     share = mine(x).requires_grad_()
     for _ in range(2):
         out = norms(share)
@@ -115,7 +116,7 @@ def nearest():
 
 def pieces(out):
     torch.set_default_dtype(torch.float64)
-    distributed.start()
+    process_group.start()
     found = {
         "objectives": objectives(),
         "batch_norm": {"1d": batch_norm((N, 5)), "2d": batch_norm((N, 5, 3, 2))},
@@ -123,7 +124,7 @@ def pieces(out):
         "knn": nearest(),
     }
     torch.save(found, out / f"pieces_{distributed.rank()}.pt")
-    distributed.stop()
+    process_group.stop()
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import math
 
@@ -9,9 +10,26 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
 from snclr import augment
-from snclr.augment import Recipe, ViewParameters, draw, epoch_order, keyed_uniforms
+from snclr.augment import (
+    Recipe,
+    View,
+    ViewParameters,
+    draw,
+    epoch_order,
+    keyed_uniforms,
+    moco_v2_views,
+    moco_v3_views,
+)
 
-RECIPE = Recipe(seed=3, crop_min=0.2, size=16, blur=True)
+RECIPE = Recipe(3, moco_v3_views(size=16, crop_min=0.2, blur=True))
+
+
+def crops_from(crop_min, crop_max=1.0):
+    """RECIPE with another range of crops."""
+    views = (v._replace(crop_min=crop_min, crop_max=crop_max) for v in RECIPE.views)
+    return RECIPE._replace(views=tuple(views))
+
+
 MANY = 20_000
 KEY_PARTS = {
     "seed": (1, 0, 0, 0),
@@ -151,6 +169,70 @@ def test_probabilities_are_those_of_moco_v3(view, blur, solarize):
         assert not parameters.solarize.any()
 
 
+def test_probabilities_and_strengths_of_moco_v2_are_the_same_for_both_views():
+    recipe = RECIPE._replace(views=moco_v2_views(size=16, crop_min=0.2, blur=True))
+    chances = {"jitter": 0.8, "gray": 0.2, "flip": 0.5, "solarize": 0.0}
+    for view in (0, 1):
+        _, p = draw_many(recipe, view=view)
+        found = {name: getattr(p, name).double().mean().item() for name in chances}
+        assert found == pytest.approx(chances, abs=0.015)
+        assert (p.sigma > 0).double().mean().item() == pytest.approx(0.5, abs=0.015)
+        half_widths = (p.factors - torch.tensor([1, 1, 1, 0])).abs().amax(dim=0)
+        assert half_widths.tolist() == pytest.approx([0.4, 0.4, 0.4, 0.1], abs=1e-3)
+
+
+def test_views_of_the_whole_table_are_drawn_in_one_call_as_one_by_one():
+    views = (*RECIPE.views, View(8, 0.05, 0.25, jitter_p=0.3, blur_p=0.5), View(24, 0.7))
+    recipe, numbers = RECIPE._replace(views=views), np.array([3, 0, 2, 1, 2])
+    sides, indices = np.full(5, 40), np.array([7, 7, 7, 3, 1])
+    boxes, parameters = draw(recipe, 1, indices, numbers, sides, sides)
+    for row, number in enumerate(numbers):
+        part = slice(row, row + 1)
+        box, alone = draw(recipe, 1, indices[part], number, sides[part], sides[part])
+        assert np.array_equal(box, boxes[part])
+        for one, many in zip(alone, parameters, strict=True):
+            assert torch.equal(one, many[part])
+
+
+def test_more_views_change_nothing_in_those_before_them():
+    more = RECIPE._replace(views=(*RECIPE.views, View(8, 0.05, 0.25, blur_p=0.5)))
+    for view in (0, 1):
+        (boxes, p), (other_boxes, others) = (
+            draw_many(recipe, view=view, count=500) for recipe in (RECIPE, more)
+        )
+        assert np.array_equal(boxes, other_boxes)
+        assert all(torch.equal(a, b) for a, b in zip(p, others, strict=True))
+
+
+def test_a_new_draw_changes_no_other_draw_nor_the_crops(monkeypatch):
+    boxes, p = draw_many(count=500)
+    next_column = 1 + np.r_[tuple(augment.DRAWS.values())].max()
+    monkeypatch.setitem(augment.DRAWS, "erase", slice(next_column, next_column + 3))
+    other_boxes, others = draw_many(count=500)
+    assert np.array_equal(boxes, other_boxes)
+    assert all(torch.equal(a, b) for a, b in zip(p, others, strict=True))
+
+
+def test_no_two_draws_share_a_column():
+    columns = np.r_[tuple(augment.DRAWS.values())]
+    assert sorted(columns) == list(range(len(columns)))
+
+
+@pytest.mark.parametrize(
+    "draws, digest",
+    [
+        ("boxes", "c6dc60f8a48d04ed"),
+        ("parameters", "f9726d703101ae25"),
+    ],
+)
+def test_draws_are_those_of_all_earlier_versions(draws, digest):
+    """A changed draw would change every run: this digest stays."""
+    boxes, p = draw_many(view=1, count=1000, epoch=2)
+    arrays = {"boxes": [boxes], "parameters": [field.numpy() for field in p]}[draws]
+    bits = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
+    assert hashlib.sha256(bits).hexdigest()[:16] == digest
+
+
 def test_which_operations_are_drawn_is_independent():
     _, p = draw_many(view=1)
     switches = np.stack([p.jitter, p.gray, p.flip, p.solarize, p.sigma > 0])
@@ -160,7 +242,8 @@ def test_which_operations_are_drawn_is_independent():
 @pytest.mark.parametrize("view", [0, 1])
 def test_without_blur_no_sigma_is_drawn_and_the_rest_stays(view):
     _, with_blur = draw_many(view=view, count=1000)
-    _, without = draw_many(RECIPE._replace(blur=False), view=view, count=1000)
+    no_blur = RECIPE._replace(views=moco_v3_views(size=16, crop_min=0.2, blur=False))
+    _, without = draw_many(no_blur, view=view, count=1000)
     assert with_blur.sigma.any() and not without.sigma.any()
     others = with_blur._replace(sigma=without.sigma)
     assert all(torch.equal(one, other) for one, other in zip(others, without, strict=True))
@@ -182,6 +265,15 @@ def test_all_orders_of_jitter_are_equally_likely():
     np.testing.assert_allclose(counts / MANY, 1 / 24, atol=0.008)
 
 
+@pytest.mark.parametrize("smallest, largest", [(0.05, 0.25), (0.3, 0.3)])
+def test_areas_of_crops_lie_between_both_ends_of_the_range(smallest, largest):
+    boxes, _ = draw_many(crops_from(smallest, largest), height=200, width=200)
+    areas = boxes[:, 2] * boxes[:, 3] / 200**2
+    assert areas.min() == pytest.approx(smallest, abs=0.01)
+    assert areas.max() == pytest.approx(largest, abs=0.01)
+    assert areas.mean() == pytest.approx((smallest + largest) / 2, abs=0.005)
+
+
 # -- crop boxes ----------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +285,7 @@ def test_crops_are_distributed_as_torchvisions(crop_min, height, width):
     expected = np.array(
         [RandomResizedCrop.get_params(canvas, (crop_min, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)]
     )
-    found, _ = draw_many(RECIPE._replace(crop_min=crop_min), count=3000, height=height, width=width)
+    found, _ = draw_many(crops_from(crop_min), count=3000, height=height, width=width)
 
     def summary(boxes):
         top, left, h, w = boxes.T
@@ -211,9 +303,7 @@ def test_boxes_lie_inside_the_image(crop_min):
         2, -1
     )
     heights, widths = np.repeat(sides, 50, axis=1)
-    boxes, _ = draw(
-        RECIPE._replace(crop_min=crop_min), 0, np.arange(len(heights)), 0, heights, widths
-    )
+    boxes, _ = draw(crops_from(crop_min), 0, np.arange(len(heights)), 0, heights, widths)
     top, left, h, w = boxes.T
     assert boxes.dtype == np.int64
     assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left >= 0).all()
@@ -236,13 +326,13 @@ def test_extreme_aspects_fall_back_to_torchvisions_central_cut(height, width, cr
     expected = RandomResizedCrop.get_params(
         torch.empty(3, height, width), (crop_min, 1.0), (3 / 4, 4 / 3)
     )
-    boxes, _ = draw_many(RECIPE._replace(crop_min=crop_min), count=50, height=height, width=width)
+    boxes, _ = draw_many(crops_from(crop_min), count=50, height=height, width=width)
     assert (boxes == np.array(expected)).all()
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (30, 40), (40, 30), (40, 60), (1, 1)])
 def test_crop_min_1_takes_all_that_the_aspect_allows(height, width):
-    boxes, _ = draw_many(RECIPE._replace(crop_min=1.0), count=200, height=height, width=width)
+    boxes, _ = draw_many(crops_from(1.0), count=200, height=height, width=width)
     aspect_limited = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     rounding = 1 if height * width > 1 else 0
     assert (np.abs(boxes[:, 2:] - aspect_limited) <= rounding).all()
@@ -460,7 +550,7 @@ def test_whole_views_are_those_of_pil_and_torchvision(view, throughout, mean, mo
     """From the decoded picture on; mean distance of a view in grey levels."""
     count, size = 40, 80
     pixels = pictures(count, 150, seed=9).mul(255).round().to(torch.uint8)
-    boxes, p = draw_many(RECIPE._replace(size=size), view=view, count=count, height=150, width=150)
+    boxes, p = draw_many(view=view, count=count, height=150, width=150)
     crops = augment.crop_and_resize(pixels, torch.from_numpy(boxes), size)
     found = augment.apply(crops, p, torch.zeros(3), torch.ones(3))
     pictured = map(F.to_pil_image, pixels)

@@ -11,8 +11,8 @@ from snclr import backbones, heads, options
 from snclr.backbones import build_encoder, sincos_position_embedding
 from snclr.builder import SNCLR
 from snclr.memory_bank import MemoryBank
-from snclr.running import distributed
-from snclr.running.distributed import GlobalBatchNorm
+from snclr.running import batch_norm
+from snclr.running.batch_norm import GlobalBatchNorm, synchronise_batch_norm
 from snclr.running.errors import UsageError
 
 VITS, RESNETS = tuple(backbones.VITS), tuple(backbones.RESNETS)
@@ -128,13 +128,11 @@ def test_one_step_gives_every_trainable_parameter_a_gradient_and_the_momentum_en
     ):  # a last norm at zero keeps its branch without gradient in the very first step
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.0)
-    model = SNCLR(
-        encoder, heads.predictor(encoder.kind, 16, 24), MemoryBank(12, 16), topk=3
-    ).double()
+    predictor = heads.predictor(encoder.kind, 16, 24)
+    model = SNCLR(encoder, predictor, MemoryBank(12, 16), options.parse(["--topk", "3"])).double()
     model.memory_bank.enqueue(torch.randn(12, 16), torch.arange(100, 112))
-    loss, _ = model(
-        *torch.randn(2, 4, 3, 32, 32, dtype=torch.float64), torch.arange(4), momentum=0.9
-    )
+    views = list(torch.randn(2, 4, 3, 32, 32, dtype=torch.float64))
+    loss, _ = model(views, torch.arange(4), momentum=0.9)
     loss.backward()
     assert all(p.grad is None and not p.requires_grad for p in model.momentum_encoder.parameters())
     without = []
@@ -348,8 +346,9 @@ def test_timm_arguments_reach_the_model():
 def test_a_timm_model_trains_with_a_momentum_encoder_of_its_own():
     torch.manual_seed(0)
     encoder = build("timm:test_convnext", img_size=32)
-    model = SNCLR(encoder, heads.predictor(encoder.kind, 16, 24), MemoryBank(12, 16), topk=3)
-    loss, _ = model(*torch.randn(2, 4, 3, 32, 32), torch.arange(4), momentum=0.9)
+    predictor = heads.predictor(encoder.kind, 16, 24)
+    model = SNCLR(encoder, predictor, MemoryBank(12, 16), options.parse(["--topk", "3"]))
+    loss, _ = model(list(torch.randn(2, 4, 3, 32, 32)), torch.arange(4), momentum=0.9)
     loss.backward()
     assert all(p.grad is not None for p in model.base_encoder.parameters() if p.requires_grad)
     assert model.momentum_encoder.projector is not encoder.projector
@@ -460,13 +459,13 @@ def test_head_is_bias_free_layers_with_norm_and_relu_between(head, layers, last_
 def test_synchronised_norms_on_gpus_keep_timms_activations(monkeypatch):
     torch.manual_seed(0)
     encoder = build("timm:test_efficientnet").eval()
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(batch_norm, "world_size", lambda: 2)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():  # in evaluation torch's layer runs on a CPU, too
         expected = encoder(x)
         keys = list(encoder.state_dict())
         # timm before 1.0.15 or so leaves what it converts in training mode
-        synchronised = distributed.synchronise_batch_norm(encoder, torch.device("cuda")).eval()
+        synchronised = synchronise_batch_norm(encoder, torch.device("cuda")).eval()
         kinds = {
             type(module).__name__
             for module in synchronised.modules()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from snclr import backbones, builder, optim, options
-from snclr.running import checkpoint
+from snclr.running import checkpoint, safe_files, settings, tensor_files
 from snclr.running.errors import RunError, UsageError
 
 TINY = (
@@ -34,7 +34,7 @@ class Run:
         optim.set_learning_rate(self.optimizer, 0.01)
         for step in range(steps):
             views = torch.randn(2, 4, 3, 16, 16)
-            loss, _ = self.model(*views, torch.arange(4) + 4 * step, 0.9)
+            loss, _ = self.model(list(views), torch.arange(4) + 4 * step, 0.9)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -102,7 +102,7 @@ def small():
 
 
 def test_file_has_the_documented_keys_and_only_plain_values(state, path):
-    checkpoint.save(str(path), state)
+    tensor_files.save(str(path), state)
     found = torch.load(path, weights_only=True)
     documented = set(re.findall(r"'(\w+)'", checkpoint.__doc__))
     assert {"epoch", "step", "arch", "state_dict", "optimizer"} < documented == set(found)
@@ -136,7 +136,7 @@ def test_state_has_moco_v3s_layout(arch, head, monkeypatch):
 def test_resumed_run_goes_on_exactly_as_the_one_that_never_stopped(optimizer, path):
     torch.manual_seed(0)
     run = Run(f"--optimizer {optimizer}").train()
-    checkpoint.save(str(path), run.pack())
+    tensor_files.save(str(path), run.pack())
     resumed = Run(f"--optimizer {optimizer}")
     assert resumed.resume(path) == (7, [])
     ends = []
@@ -165,7 +165,7 @@ class FullDisk(io.FileIO):
 def fails_to_save(path, state, reason):
     before = path.read_bytes()
     with pytest.raises(RunError, match=reason) as caught:
-        checkpoint.save(str(path), state)
+        tensor_files.save(str(path), state)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
@@ -173,8 +173,8 @@ def fails_to_save(path, state, reason):
 
 @pytest.mark.parametrize("room", [0, 1000, 50_000])
 def test_full_disk_leaves_the_old_file_and_nothing_beside_it(room, state, path, monkeypatch):
-    checkpoint.save(str(path), small())
-    monkeypatch.setattr(checkpoint, "open", lambda name, mode: FullDisk(name, room), raising=False)
+    tensor_files.save(str(path), small())
+    monkeypatch.setattr(safe_files, "open", lambda name, mode: FullDisk(name, room), raising=False)
     fails_to_save(path, state, "No space left on device")
 
 
@@ -182,7 +182,7 @@ def test_full_disk_leaves_the_old_file_and_nothing_beside_it(room, state, path, 
 def test_failed_flush_or_rename_leaves_the_old_file_and_nothing_beside_it(
     operation, state, path, monkeypatch
 ):
-    checkpoint.save(str(path), small())
+    tensor_files.save(str(path), small())
 
     def fail(*arguments):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -196,12 +196,12 @@ def test_name_appears_only_after_the_bytes_are_on_the_disk(path, monkeypatch):
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda number: (order.append("fsync"), fsync(number)))
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
-    checkpoint.save(str(path), small())
+    tensor_files.save(str(path), small())
     assert order[:2] == ["fsync", "replace"]
 
 
 def test_crash_while_writing_leaves_the_old_file(path, monkeypatch):
-    checkpoint.save(str(path), small())
+    tensor_files.save(str(path), small())
     before = path.read_bytes()
 
     def die(state, file):
@@ -210,7 +210,7 @@ def test_crash_while_writing_leaves_the_old_file(path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", die)
     with contextlib.suppress(KeyboardInterrupt):
-        checkpoint.save(str(path), small())
+        tensor_files.save(str(path), small())
     assert path.read_bytes() == before
     assert checkpoint.newest(str(path.parent)) == (str(path), [])
 
@@ -229,7 +229,7 @@ def records(path):
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.9, 0.999])
 def test_truncated_file_is_refused(share, path):
-    checkpoint.save(str(path), small())
+    tensor_files.save(str(path), small())
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     assert str(path) in refused(checkpoint.load, str(path))
@@ -237,7 +237,7 @@ def test_truncated_file_is_refused(share, path):
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
 def test_flipped_bit_in_any_record_is_refused(share, path):
-    checkpoint.save(str(path), small())
+    tensor_files.save(str(path), small())
     whole = path.read_bytes()
     spans = [(first, length) for first, length in records(path) if length]
     assert len(spans) >= 5
@@ -251,7 +251,7 @@ def test_flipped_bit_in_any_record_is_refused(share, path):
 @pytest.mark.parametrize("mask", [0x08, 0x10, 0xFF])
 def test_flipped_byte_of_the_directory_is_refused_or_changes_nothing(mask, path):
     """The directory of the zip, and what lies around the records (the rest is covered by their checksums)."""
-    checkpoint.save(str(path), small())
+    tensor_files.save(str(path), small())
     whole = path.read_bytes()
     sound = checkpoint.load(str(path))
     inside = {offset for first, length in records(path) for offset in range(first, first + length)}
@@ -407,9 +407,9 @@ def change(run, **settings):
     run.args = Namespace(**{**vars(run.args), **settings})
 
 
-@pytest.mark.parametrize("name", checkpoint.FIXED)
+@pytest.mark.parametrize("name", settings.FIXED)
 def test_changed_setting_of_a_resumed_run_is_named(name, state, path, run):
-    checkpoint.save(str(path), state)
+    tensor_files.save(str(path), state)
     old, new = getattr(run.args, name), OTHERS.get(name, "another")
     change(run, **{name: new})
     assert f"{name} {old!r} -> {new!r};" in refused(run.resume, path)
@@ -420,11 +420,11 @@ def test_what_images_a_run_sees_and_what_its_state_means_is_fixed():
         {"seed", "batch_size", "dataset", "img_size", "crop_min", "blur"},
         {"arch", "method", "optimizer"},
     )
-    assert images | state <= set(checkpoint.FIXED)
+    assert images | state <= set(settings.FIXED)
 
 
 def test_all_changes_are_named_at_once(state, path, run):
-    checkpoint.save(str(path), state)
+    tensor_files.save(str(path), state)
     change(run, seed=5, batch_size=8)
     run.images = 11
     message = refused(run.resume, path)
@@ -435,27 +435,27 @@ def test_all_changes_are_named_at_once(state, path, run):
 
 @pytest.mark.parametrize("name", ["topk", "snclr_t", "epochs", "lr"])
 def test_setting_that_may_change_does_and_is_told(name, state, path, run):
-    checkpoint.save(str(path), state)
+    tensor_files.save(str(path), state)
     old = getattr(run.args, name)
     change(run, **{name: 1})
     assert run.resume(path) == (7, [f"{name} {old!r} -> 1"])
 
 
-@pytest.mark.parametrize("name", sorted(checkpoint.RUNNING))
+@pytest.mark.parametrize("name", sorted(settings.RUNNING))
 def test_setting_that_changes_no_result_is_not_told(name, state, path, run):
-    checkpoint.save(str(path), state)
+    tensor_files.save(str(path), state)
     change(run, **{name: 1})
     assert run.resume(path) == (7, [])
 
 
 def test_file_from_before_a_setting_existed_can_be_resumed(state, path, run):
     args = {name: value for name, value in state["args"].items() if name not in ("blur", "topk")}
-    checkpoint.save(str(path), {**state, "args": args})
+    tensor_files.save(str(path), {**state, "args": args})
     assert run.resume(path) == (7, [])
 
 
 def test_changed_weight_decay_is_refused_or_used(state, path):
-    checkpoint.save(str(path), state)
+    tensor_files.save(str(path), state)
     run = Run("--wd 0.5")
     with contextlib.suppress(UsageError):
         run.resume(path)
@@ -464,13 +464,13 @@ def test_changed_weight_decay_is_refused_or_used(state, path):
 
 def test_optimiser_state_that_does_not_fit_is_refused(state, path, run):
     short = {**state["optimizer"], "param_groups": state["optimizer"]["param_groups"][:1]}
-    checkpoint.save(str(path), {**state, "optimizer": short})
+    tensor_files.save(str(path), {**state, "optimizer": short})
     assert "optimiser" in refused(run.resume, path)
 
 
 @pytest.mark.parametrize("flags", ["--bank-size 12", "--snclr-dim 16", "--width 16"])
 def test_model_of_another_size_is_refused(flags, state, path):
-    checkpoint.save(str(path), state)
+    tensor_files.save(str(path), state)
     assert "another shape" in refused(Run(flags).resume, path)
 
 
@@ -479,12 +479,12 @@ def test_model_of_another_size_is_refused(flags, state, path):
     [("param_groups", [None]), ("state", {0: {"exp_avg": torch.zeros(2)}}), ("state", None)],
 )
 def test_optimiser_state_of_another_kind_is_refused(key, value, state, path, run):
-    checkpoint.save(str(path), {**state, "optimizer": {**state["optimizer"], key: value}})
+    tensor_files.save(str(path), {**state, "optimizer": {**state["optimizer"], key: value}})
     assert "optimiser" in refused(run.resume, path)
 
 
 def test_other_images_under_the_same_numbers_are_refused(state, path, run):
-    checkpoint.save(str(path), {**state, "fingerprint": "of these"})
+    tensor_files.save(str(path), {**state, "fingerprint": "of these"})
     settings = dict(args=run.args, images=run.images)
     message = refused(
         checkpoint.resume,
@@ -521,7 +521,7 @@ def write(folder, **steps):
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_the_last_ones_are_kept_the_newest_first(keep, path):
     for step in range(1, 6):
-        checkpoint.save(str(path), {**small(), "step": step}, keep)
+        tensor_files.save(str(path), {**small(), "step": step}, keep)
     names = ["last", "last-1", "last-2"][:keep]
     assert names_and_steps(path.parent) == dict(zip(names, (5, 4, 3), strict=False))
 
@@ -531,7 +531,7 @@ def test_a_crash_between_the_renames_leaves_the_one_before_or_the_new_one(
     crash_at, path, monkeypatch
 ):
     for step in range(1, 4):
-        checkpoint.save(str(path), {**small(), "step": step}, 3)
+        tensor_files.save(str(path), {**small(), "step": step}, 3)
     calls, replace = [], os.replace
 
     def die(source, target):
@@ -542,7 +542,7 @@ def test_a_crash_between_the_renames_leaves_the_one_before_or_the_new_one(
 
     monkeypatch.setattr(os, "replace", die)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(str(path), {**small(), "step": 4}, 3)
+        tensor_files.save(str(path), {**small(), "step": 4}, 3)
     found, _ = checkpoint.newest(str(path.parent))
     assert checkpoint.load(found)["step"] == 3
 
@@ -590,7 +590,7 @@ def test_the_newest_whole_one_is_taken_and_the_damaged_one_named_and_set_aside(d
     assert (
         tmp_path / "checkpoint_last.pth.tar.damaged"
     ).read_bytes() == broken and not path.exists()
-    checkpoint.save(str(path), {**small(), "step": 6}, 2)
+    tensor_files.save(str(path), {**small(), "step": 6}, 2)
     assert names_and_steps(tmp_path) == {
         "last": 6,
         "last-1": 4,

@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from sample_images import save_folder
 from test_backbones import build
-from test_data import save_folder
 from test_linear import float64, images, interrupted_after, pretrained  # noqa: F401 - fixtures
 from test_ranks import start_ranks
 

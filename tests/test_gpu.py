@@ -12,14 +12,14 @@ import test_benchmarks
 import torch
 from accelerator import DEVICE, Accelerator, Remote, to_host
 from PIL import Image
-from test_data import save_folder
+from sample_images import save_folder
 from test_ranks import CLOCK, read_lines
 
 import main_lincls
 import main_snclr
 from benchmarks import measure, step
 from snclr import memory_bank, objectives, visualize
-from snclr.running import checkpoint, distributed, monitor
+from snclr.running import checkpoint, distributed, process_group, tensor_files
 
 RUN = (
     "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 1000 --topk 3 --epochs 2 -b 12 "
@@ -75,14 +75,14 @@ def accelerated(monkeypatch):
 
     @contextlib.contextmanager
     def block():
-        save, is_plain = checkpoint.save, checkpoint.is_plain
+        save, is_plain = tensor_files.save, tensor_files.is_plain
         with monkeypatch.context() as patch, Accelerator() as accelerator:
-            patch.setattr(distributed, "start", lambda *_: DEVICE)
-            patch.setattr(distributed, "own_device", lambda: DEVICE)
+            patch.setattr(process_group, "start", lambda *_: DEVICE)
+            patch.setattr(process_group, "own_device", lambda: DEVICE)
             patch.setattr(
-                checkpoint, "save", lambda path, state, keep=1: save(path, to_host(state), keep)
+                tensor_files, "save", lambda path, state, keep=1: save(path, to_host(state), keep)
             )
-            patch.setattr(checkpoint, "is_plain", lambda x: isinstance(x, Remote) or is_plain(x))
+            patch.setattr(tensor_files, "is_plain", lambda x: isinstance(x, Remote) or is_plain(x))
             patch.setattr(
                 sys.modules["torch.optim.optimizer"],
                 "_get_fused_kernels_supported_devices",
@@ -135,12 +135,14 @@ def test_a_run_is_that_of_a_cpu_and_its_steps_do_not_wait(
     main_snclr.main([*argv, str(tmp_path / "cpu")])
     with accelerated() as accelerator:
         waited = watch(
-            monkeypatch, accelerator, (main_snclr, "train_epoch"), [(monitor, "step_metrics")]
+            monkeypatch, accelerator, (main_snclr, "train_epoch"), [(main_snclr, "step_metrics")]
         )
         main_snclr.main([*argv, str(tmp_path / "gpu"), "--stop-after-steps", "3"])
         main_snclr.main([*argv, str(tmp_path / "gpu"), "--resume", "auto"])
     assert waited == [[], [], []]
-    cpu, gpu = (checkpoint.read(str(tmp_path / name / checkpoint.LAST)) for name in ("cpu", "gpu"))
+    cpu, gpu = (
+        tensor_files.read(str(tmp_path / name / checkpoint.LAST)) for name in ("cpu", "gpu")
+    )
     assert gpu["step"] == cpu["step"] == 4
     assert_close(gpu["state_dict"], cpu["state_dict"])
     cpu, gpu = (
@@ -187,7 +189,7 @@ def test_ranks_exchange_what_is_on_the_device_and_do_not_wait(
                 torch.distributed, name, partial(recorded, getattr(torch.distributed, name))
             )
         waited = watch(
-            monkeypatch, accelerator, (main_snclr, "train_epoch"), [(monitor, "step_metrics")]
+            monkeypatch, accelerator, (main_snclr, "train_epoch"), [(main_snclr, "step_metrics")]
         )
         main_snclr.main([folder, *RUN.split(), *flags.split(), "--workdir", str(tmp_path / "run")])
     assert waited == [[], []]
@@ -259,7 +261,9 @@ def test_an_evaluation_is_that_of_a_cpu_and_its_steps_do_not_wait(
         waited = watch(monkeypatch, accelerator, (main_lincls, "parts_of"), ends)
         main_lincls.main([*argv, str(tmp_path / "gpu")])
     assert waited == [[], []]
-    cpu, gpu = (checkpoint.read(str(tmp_path / name / main_lincls.LAST)) for name in ("cpu", "gpu"))
+    cpu, gpu = (
+        tensor_files.read(str(tmp_path / name / main_lincls.LAST)) for name in ("cpu", "gpu")
+    )
     assert_close(gpu["model"], cpu["model"])
     cpu, gpu = (
         json.loads((tmp_path / name / "results.json").read_text()) for name in ("cpu", "gpu")

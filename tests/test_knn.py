@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_pil_image
 
+from snclr.datasets.images import ImageFiles, ResidentImages
 from snclr.evaluation import features as frozen
 from snclr.evaluation import knn
-from snclr.loader import ImageFiles, ResidentImages
 
 CPU = torch.device("cpu")
 MOMENTS = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

@@ -8,7 +8,7 @@ from test_ranks import write_images
 from test_runs import train as run
 
 from snclr import options
-from snclr.augment import Recipe
+from snclr.augment import Recipe, moco_v3_views
 from snclr.datasets import sources
 from snclr.evaluation import label_free
 from snclr.loader import TwoViewLoader
@@ -68,16 +68,16 @@ def test_view_agreement_is_the_overlap_of_the_nearest_others():
 
 def test_the_sample_is_the_same_each_time_and_shown_in_no_epoch(tmp_path):
     images, _, _ = sources.open_data(options.parse_data([str(write_images(tmp_path))]))
-    loader = TwoViewLoader(images, Recipe(0, 0.2, 16, False), 8, CPU, 0)
+    loader = TwoViewLoader(images, Recipe(0, moco_v3_views(16, 0.2, False)), 8, CPU, 0)
     first, again = (list(loader.sample(20)) for _ in range(2))
     assert sum(len(batch.ids) for batch in first) == 20
     assert all(
         torch.equal(x, y)
         for a, b in zip(first, again, strict=True)
-        for x, y in zip(a, b, strict=True)
+        for x, y in zip(a.views, b.views, strict=True)
     )
-    shown = {image.numpy().tobytes() for batch in loader.epoch(0) for image in batch.view1}
-    assert not shown & {image.numpy().tobytes() for batch in first for image in batch.view1}
+    shown = {image.numpy().tobytes() for batch in loader.epoch(0) for image in batch.views[0]}
+    assert not shown & {image.numpy().tobytes() for batch in first for image in batch.views[0]}
 
 
 def test_a_run_without_labels_logs_signals_and_nothing_that_needs_labels(tmp_path):

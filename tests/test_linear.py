@@ -411,7 +411,7 @@ def test_wrong_flags_are_answered_in_one_line(images, pretrained, tmp_path, flag
 
 
 def test_data_that_no_classifier_can_learn_from_is_refused(pretrained, tmp_path):
-    from test_data import save_folder
+    from sample_images import save_folder
 
     one = save_folder(
         save_folder(tmp_path / "one", [(32, 32)] * 9, classes=("a",)), [(32, 32)] * 2, "val", ("a",)

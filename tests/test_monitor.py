@@ -1,12 +1,12 @@
 import json
 import math
+import time
 from argparse import Namespace
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from snclr.builder import StepView
 from snclr.objectives import (
     FORMS,
     loss_at_chance,
@@ -16,8 +16,10 @@ from snclr.objectives import (
     positiveness,
     snclr_loss,
 )
-from snclr.running import monitor
-from snclr.running.monitor import step_metrics
+from snclr.running import log as run_log
+from snclr.running.metrics import StepView, Waits, step_metrics
+from snclr.running.settings import save_settings
+from snclr.running.summary import describe, final_lines
 
 SNCLR = dict(method="snclr", form="sum_of_logs", temperature=0.2)
 NEIGHBOUR_METRICS = {
@@ -282,7 +284,7 @@ FIRST = [
 
 def cut(path, content, step):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    monitor.cut_back(str(path), step)
+    run_log.cut_back(str(path), step)
     return path.read_bytes().decode()
 
 
@@ -323,13 +325,13 @@ def test_later_lines_are_dropped_wherever_they_stand(tmp_path):
 
 def test_cutting_back_leaves_no_other_file(tmp_path):
     cut(tmp_path / "metrics.jsonl", FIRST[0], 3)
-    monitor.cut_back(str(tmp_path / "absent.jsonl"), 3)
+    run_log.cut_back(str(tmp_path / "absent.jsonl"), 3)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_each_step_stands_once_after_a_crash_and_a_resume(tmp_path):
     for first, last, resumed in ((1, 7, 0), (5, 9, 4)):
-        log = monitor.Log(str(tmp_path), step=resumed, enabled=True)
+        log = run_log.Log(str(tmp_path), step=resumed, enabled=True)
         for step in range(first, last):
             log.line({"epoch": 1, "step": step, "loss": step / 3, "loss_ratio": None})
         log.close()
@@ -340,7 +342,7 @@ def test_each_step_stands_once_after_a_crash_and_a_resume(tmp_path):
 
 
 def test_other_ranks_leave_nothing(tmp_path, capsys):
-    log = monitor.Log(str(tmp_path), step=0, enabled=False)
+    log = run_log.Log(str(tmp_path), step=0, enabled=False)
     log.progress(3, 0, "epoch")
     log.advance()
     log.line({"step": 1})
@@ -355,7 +357,7 @@ def test_other_ranks_leave_nothing(tmp_path, capsys):
 
 def test_settings_are_left_with_command_versions_and_commit(tmp_path):
     folder = tmp_path / "new" / "run"
-    monitor.save_settings(str(folder), Namespace(topk=3, data=None), {"world_size": 2})
+    save_settings(str(folder), Namespace(topk=3, data=None), {"world_size": 2})
     settings = json.loads((folder / "args.json").read_text())
     assert (settings["topk"], settings["data"], settings["world_size"]) == (3, None, 2)
     assert {"command", "versions", "git"} <= set(settings)
@@ -368,14 +370,14 @@ def test_farewell_tells_the_result_and_what_to_do_next(done, expected, tmp_path)
         {"epoch": 2, "step": 8, "knn_top1": 55.5},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = monitor.farewell(str(tmp_path), done=done)
+    told = final_lines(str(tmp_path), done=done)
     assert "raw pixels 20.0 %, untrained 30.0 %, epoch 2: 55.5 %" in told
     assert expected in told
 
 
 def test_farewell_without_evaluation_does_not_speak_of_one(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "step": 1, "loss": 2.0}\n')
-    assert "kNN" not in monitor.farewell(str(tmp_path), done=True)
+    assert "kNN" not in final_lines(str(tmp_path), done=True)
 
 
 @pytest.mark.parametrize(
@@ -394,15 +396,15 @@ def test_training_line_shows_what_is_known(ratio, purity, expected):
     )
     if purity is not None:
         metrics["neighbour_purity"] = purity
-    line = monitor.describe(metrics, 10, 50)
+    line = describe(metrics, 10, 50)
     assert line.startswith("epoch 1/10  step 5/50  loss 1.500") and expected in line
     assert ("chance" in line) == (ratio is not None) and ("purity" in line) == (purity is not None)
 
 
 def test_waits_are_the_time_inside_the_blocks_since_the_last_call(monkeypatch):
     clock = iter([1.0, 1.5, 7.0, 7.25, 20.0, 21.0])
-    monkeypatch.setattr(monitor.time, "perf_counter", lambda: next(clock))
-    waits, found = monitor.Waits(torch.device("cpu")), []
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    waits, found = Waits(torch.device("cpu")), []
     for blocks in (2, 1, 0):
         for _ in range(blocks):
             with waits:
@@ -428,7 +430,7 @@ def test_waits_on_a_gpu_are_between_marks_in_its_own_work(monkeypatch):
             return end.at - self.at
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    waits = monitor.Waits(torch.device("cuda"))
+    waits = Waits(torch.device("cuda"))
     for _ in range(3):
         with waits:
             pass

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from benchmarks import measure
 from benchmarks.objective import dense_loss
-from snclr import objectives
+from snclr import objectives, options
 from snclr.builder import SNCLR
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import (
@@ -387,10 +387,11 @@ def test_a_step_sends_less_than_a_45th_of_what_the_released_gathers_do():
     batch, ranks, topk, dim, size = 128, 32, 30, 256, 128_000  # the paper's
     encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, dim))
     encoder.embed, encoder.projector = encoder[0], encoder[1]
-    model = SNCLR(encoder, torch.nn.Linear(dim, dim), MemoryBank(size, dim), topk=topk)
+    args = options.parse(["--topk", str(topk), "--bank-size", str(size)])
+    model = SNCLR(encoder, torch.nn.Linear(dim, dim), MemoryBank(size, dim), args)
     model.memory_bank.enqueue(torch.randn(8192, dim), torch.arange(8192))
     with measure.simulated_ranks(ranks) as sent:
-        loss, _ = model(*torch.randn(2, batch, 3, 2, 2), torch.arange(batch) + 10_000, 0.99)
+        loss, _ = model(list(torch.randn(2, batch, 3, 2, 2)), torch.arange(batch) + 10_000, 0.99)
         loss.backward()
     assert len(sent) == 5  # of each direction keys and counts; ids
     released = (

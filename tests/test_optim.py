@@ -2,13 +2,16 @@ import copy
 import math
 
 import pytest
+import timm.optim
 import torch
 from torch import nn
 
 from snclr import optim, options
 from snclr.builder import SNCLR
+from snclr.running import checkpoint
+from snclr.running.errors import UsageError
 
-# -- schedules -------------------------------------------------------------------------------------------------------------
+# -- schedules -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -69,7 +72,7 @@ def test_encoder_momentum_without_cosine_is_constant(step):
     assert optim.encoder_momentum(step, start=0.9, total_steps=100, cosine=False) == 0.9
 
 
-# -- optimisers ------------------------------------------------------------------------------------------------------------
+# -- optimisers ------------------------------------------------------------------------------------
 
 
 def network():
@@ -81,7 +84,7 @@ def network():
 
 def test_only_parameters_of_several_dimensions_decay_and_frozen_ones_are_left_out():
     model = network()
-    decaying, others = optim.parameter_groups(model, 0.1)
+    decaying, others = optim.parameter_groups(model.named_parameters(), 0.1)
     assert decaying["weight_decay"] == 0.1 and others["weight_decay"] == 0
     assert {id(p) for p in decaying["params"]} == {id(model[0].weight), id(model[3].weight)}
     expected = {
@@ -94,11 +97,31 @@ def test_only_parameters_of_several_dimensions_decay_and_frozen_ones_are_left_ou
     assert {id(p) for p in others["params"]} == expected
 
 
-def test_flags_and_optimisers_know_the_same_names():
-    assert options.OPTIMIZERS == optim.OPTIMIZERS
+def test_the_grouping_sees_names(monkeypatch):
+    """So that a fork may decide by them, here: no weight decay for the layer named 3."""
+    monkeypatch.setattr(optim, "decays", lambda name, p: p.ndim > 1 and not name.startswith("3."))
+    model = network()
+    decaying, others = optim.parameter_groups(model.named_parameters(), 0.1)
+    assert [id(p) for p in decaying["params"]] == [id(model[0].weight)]
+    assert id(model[3].weight) in {id(p) for p in others["params"]}
 
 
-@pytest.mark.parametrize("name, kind", [("adamw", torch.optim.AdamW), ("lars", optim.LARS)])
+def test_a_group_may_scale_its_learning_rate():
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    scales = [{}, {"lr_scale": 0.5}, {"lr_scale": 0.0}]
+    groups = [{"params": [p], **scale} for p, scale in zip(parameters, scales, strict=True)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    for p in parameters:
+        p.grad = torch.ones(3)
+    optim.set_learning_rate(optimizer, 0.2)
+    optimizer.step()
+    for p, expected in zip(parameters, [0.8, 0.9, 1.0], strict=True):
+        torch.testing.assert_close(p.detach(), torch.full((3,), expected))
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("adamw", torch.optim.AdamW), ("lars", optim.LARS), ("sgd", torch.optim.SGD)]
+)
 def test_optimiser_stands_still_until_its_rate_is_set(name, kind):
     model = network()
     before = copy.deepcopy(model.state_dict())
@@ -117,8 +140,8 @@ def test_optimiser_stands_still_until_its_rate_is_set(name, kind):
 
 
 def test_unknown_optimiser_is_refused_and_the_known_ones_are_named():
-    with pytest.raises(ValueError, match=r"sgd.*adamw, lars"):
-        optim.build_optimizer("sgd", nn.Linear(2, 2), 0.1)
+    with pytest.raises(ValueError, match=r"adam'.*adamw, lars, sgd"):
+        optim.build_optimizer("adam", nn.Linear(2, 2), 0.1)
 
 
 def numbers(*shape):
@@ -220,7 +243,147 @@ def test_gradient_norm_is_that_of_all_gradients_in_a_row():
     torch.testing.assert_close(optim.gradient_norm(optimizer), torch.cat(trained).norm())
 
 
-# -- the momentum encoder --------------------------------------------------------------------------------------------------
+# -- any optimiser: an entry, skipped steps, resume ------------------------------------------------
+
+OPTIMISERS = {
+    **options.OPTIMIZERS,
+    "plain sgd": ("torch.optim.SGD", {}),
+    "unfused adamw": ("torch.optim.AdamW", {"fused": False}),
+    "timm nadamw": ("timm.optim.NAdamW", {}),
+    "timm muon": ("timm.optim.Muon", {}),
+    "timm adafactor": ("timm.optim.Adafactor", {}),
+}
+OPTIMISERS = {
+    name: (path, arguments)
+    for name, (path, arguments) in OPTIMISERS.items()
+    if hasattr(timm.optim, path.rpartition(".")[2]) or not path.startswith("timm")
+}
+
+
+class Trained:
+    """A small network, an optimiser and a scaler; step(number) takes a step whose gradient depends on the number."""
+
+    def __init__(self, name, fp16=False):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Linear(20, 24), nn.LayerNorm(24), nn.Unflatten(1, (24, 1, 1)), nn.Conv2d(24, 3, 1)
+        )
+        self.optimizer = optim.build_optimizer(name, self.model, 0.1)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=fp16)
+
+    def gradient(self, number, parameter):
+        generator = torch.Generator().manual_seed(number)
+        return torch.randn(parameter.shape, generator=generator)
+
+    def step(self, number, factor=1.0):
+        parameters = list(self.model.parameters())
+        loss = sum((p * self.gradient(number, p)).sum() for p in parameters) * factor
+        optim.set_learning_rate(self.optimizer, 0.01 * (1 + number))
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = optim.gradient_norm(self.optimizer)
+        optim.step_if_finite(self.optimizer, self.scaler, norm)
+        self.scaler.update()
+        return self
+
+    def state(self):
+        return copy.deepcopy([self.model.state_dict(), self.optimizer.state_dict()["state"]])
+
+
+def flat(state):
+    """Names and tensors of a nested state."""
+    if isinstance(state, dict):
+        pairs = state.items()
+    elif isinstance(state, list):
+        pairs = enumerate(state)
+    else:
+        return {(): torch.as_tensor(state)}
+    return {(key, *rest): x for key, part in pairs for rest, x in flat(part).items()}
+
+
+def assert_same(one, other):
+    one, other = flat(one), flat(other)
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@pytest.fixture(params=OPTIMISERS)
+def name(request, monkeypatch):
+    """The name of an optimiser that is one entry."""
+    monkeypatch.setitem(options.OPTIMIZERS, request.param, OPTIMISERS[request.param])
+    return request.param
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_non_finite_step_changes_neither_weights_nor_state(name, factor, fp16):
+    run = Trained(name, fp16).step(0).step(1)
+    before = run.state()
+    run.step(2, factor)
+    assert_same(run.state(), before)
+    assert not torch.equal(run.step(2).state()[0]["0.weight"], before[0]["0.weight"])
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_run_with_non_finite_steps_ends_as_one_without_them(name, fp16):
+    """The first step is one of them: some optimisers make their state in it. The other run is a loop without any guard."""
+    run = Trained(name, fp16).step(7, math.nan).step(0).step(1).step(7, math.inf).step(2)
+    other = Trained(name)
+    for number in range(3):
+        optim.set_learning_rate(other.optimizer, 0.01 * (1 + number))
+        for p in other.model.parameters():
+            p.grad = other.gradient(number, p)
+        other.optimizer.step()
+    assert_same(run.state(), other.state())
+
+
+def test_sgd_has_momentum_from_the_first_step():
+    run, weight, velocity = Trained("sgd"), None, 0
+    for number in range(3):
+        weight = run.model[0].weight.detach().clone()
+        run.step(number)
+        velocity = 0.9 * velocity + run.gradient(number, weight) + 0.1 * weight
+        expected = weight - 0.01 * (1 + number) * velocity
+        # the gradient of a parameter depends on its shape and the step alone
+        torch.testing.assert_close(run.model[0].weight.detach(), expected)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_resumed_optimiser_goes_on_as_if_it_had_never_stopped(name, steps, tmp_path):
+    run, resumed = Trained(name), Trained(name).step(5)
+    for number in range(steps):
+        run.step(number)
+    torch.save(run.optimizer.state_dict(), tmp_path / "state")
+    resumed = Trained(name)
+    resumed.model.load_state_dict(run.model.state_dict())
+    state = torch.load(tmp_path / "state", weights_only=True)
+    checkpoint.load_optimizer("file", state, resumed.optimizer)
+    assert_same(resumed.state(), run.state())
+    assert_same(resumed.step(2).step(3).state(), run.step(2).step(3).state())
+
+
+def test_a_state_of_another_shape_or_type_is_refused(name):
+    state = Trained(name).step(0).optimizer.state_dict()
+    entries = [(number, key) for number, values in state["state"].items() for key in values]
+    for number, key in entries:
+        value = state["state"][number][key]
+        if not isinstance(value, torch.Tensor):
+            wrong = [torch.zeros(3), "text"]
+        else:
+            wrong = [value[None], value.new_zeros(7), value.to_sparse(), value.to("meta"), 1, None]
+        for other in wrong:
+            changed = copy.deepcopy(state)
+            changed["state"][number][key] = other
+            with pytest.raises(UsageError, match="file does not fit the optimiser"):
+                checkpoint.load_optimizer("file", changed, Trained(name).optimizer)
+    if entries:
+        del state["state"][number][key]
+        with pytest.raises(UsageError, match=f"parameter {number} has another state"):
+            checkpoint.load_optimizer("file", state, Trained(name).optimizer)
+
+
+# -- the momentum encoder --------------------------------------------------------------------------
 
 
 class Encoder(nn.Sequential):
@@ -239,7 +402,7 @@ def pair():
     """A model whose encoders differ in every parameter."""
     torch.manual_seed(0)
     encoder = Encoder(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
-    model = SNCLR(encoder, None, None, method="mocov3")
+    model = SNCLR(encoder, None, None, options.parse(["--method", "mocov3"]))
     for parameter in model.base_encoder.parameters():
         nn.init.normal_(parameter)
     return model
@@ -249,7 +412,7 @@ def pair():
 def test_momentum_encoder_is_the_average_of_old_and_new(pair, momentum):
     old = [p.clone() for p in pair.momentum_encoder.parameters()]
     new = [p.detach().clone() for p in pair.base_encoder.parameters()]
-    pair._momentum_projections(momentum, torch.randn(3, 6, dtype=torch.float64))
+    pair._momentum_projections(momentum, [torch.randn(3, 6, dtype=torch.float64)])
     for before, online, p, found in zip(
         old, new, pair.base_encoder.parameters(), pair.momentum_encoder.parameters(), strict=True
     ):
@@ -263,13 +426,13 @@ def test_momentum_encoder_is_the_average_of_old_and_new(pair, momentum):
 
 def test_momentum_encoder_moves_before_it_projects(pair):
     view = torch.randn(3, 6, dtype=torch.float64)
-    (found,) = pair._momentum_projections(0.0, view)
+    (found,) = pair._momentum_projections(0.0, [view])
     torch.testing.assert_close(found, pair.base_encoder(view).detach())
 
 
 def test_momentum_encoder_moves_once_a_step_for_both_views(pair):
     old = [p.clone() for p in pair.momentum_encoder.parameters()]
-    pair._momentum_projections(0.5, *torch.randn(2, 3, 6, dtype=torch.float64))
+    pair._momentum_projections(0.5, list(torch.randn(2, 3, 6, dtype=torch.float64)))
     triples = zip(
         old, pair.base_encoder.parameters(), pair.momentum_encoder.parameters(), strict=True
     )
@@ -280,7 +443,7 @@ def test_momentum_encoder_moves_once_a_step_for_both_views(pair):
 def test_momentum_norms_see_their_own_batches_in_training(pair):
     view = torch.randn(64, 6, dtype=torch.float64) * 5 + 2
     pair.train()
-    pair._momentum_projections(1.0, view)
+    pair._momentum_projections(1.0, [view])
     norm = pair.momentum_encoder[1]
     expected = 0.1 * pair.momentum_encoder[0](view).mean(dim=0)
     torch.testing.assert_close(norm.running_mean, expected.detach())

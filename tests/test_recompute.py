@@ -32,8 +32,8 @@ def model_of(flags):
 def step_of(model, side=32):
     """Loss, gradients and the state after one step."""
     torch.manual_seed(1)
-    views = torch.randn(2, B, 3, side, side)
-    loss, _ = model(*views, torch.arange(B) + 100, 0.9)
+    views = list(torch.randn(2, B, 3, side, side))
+    loss, _ = model(views, torch.arange(B) + 100, 0.9)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {"loss": loss.detach(), **gradients}, dict(model.state_dict())
@@ -85,7 +85,7 @@ def test_less_is_held_for_backward(arch, flags):
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x, size=size: size.append(x.numel()) or x, lambda x: x
         ):
-            model(*torch.randn(2, B, 3, 32, 32), torch.arange(B), 0.9)
+            model(list(torch.randn(2, B, 3, 32, 32)), torch.arange(B), 0.9)
         held.append(sum(size))
     assert held[1] < 0.5 * held[0]
 
@@ -94,10 +94,10 @@ def test_less_is_held_for_backward(arch, flags):
 def test_stochastic_layers_draw_the_same_again(flags):
     arch = "--arch timm:test_vit --img-size 160 --timm-kwargs drop_path_rate=0.5 proj_drop_rate=0.3"
     model = model_of(f"{arch} {flags}")
-    views = torch.randn(2, 6, 3, 160, 160)
+    views = list(torch.randn(2, 6, 3, 160, 160))
     twin = copy.deepcopy(model)
-    if model.micro_batch:
-        twin.micro_batch, twin.embed = (
+    if model.args.micro_batch:
+        twin.args.micro_batch, twin.embed = (
             None,
             lambda encoder, x: torch.cat([encoder.embed(p) for p in x.tensor_split(2)]),
         )
@@ -106,7 +106,7 @@ def test_stochastic_layers_draw_the_same_again(flags):
     results = []
     for each in (model, twin):
         torch.manual_seed(5)
-        loss, _ = each(*views, torch.arange(6), 0.9)
+        loss, _ = each(views, torch.arange(6), 0.9)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in each.parameters() if p.grad is not None)])
     for a, b in zip(*results, strict=True):

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from test_data import picture, rgb, save_folder
+from sample_images import picture, rgb, save_folder
 from test_ranks import SMALL, start_ranks, write_images
 
 import main_snclr
-from snclr import loader as data
 from snclr import mean_std, options
 from snclr.datasets import embedded, shards, sources
-from snclr.loader import ImageFiles, ResidentImages
+from snclr.datasets.images import ImageFiles, ResidentImages
 from snclr.running.errors import RunError, UsageError
 
 
@@ -82,7 +81,7 @@ def test_images_of_mixed_sizes_stay_files(tmp_path, sizes):
     "limit, kind", [(5 * 12 * 10 * 3, ResidentImages), (5 * 12 * 10 * 3 - 1, ImageFiles)]
 )
 def test_equal_images_beyond_the_limit_stay_files(tmp_path, monkeypatch, limit, kind):
-    monkeypatch.setattr(data, "RESIDENT_LIMIT", limit)
+    monkeypatch.setattr("snclr.datasets.images.RESIDENT_LIMIT", limit)
     images, _, _ = open_data(save_folder(tmp_path, [(12, 10)] * 5))
     assert isinstance(images, kind)
 

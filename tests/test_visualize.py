@@ -13,12 +13,13 @@ from test_ranks import CLOCK, SMALL, read_lines, write_images
 
 import main_snclr
 from snclr import augment, visualize
-from snclr.builder import StepView
-from snclr.loader import Batch, ResidentImages
+from snclr.datasets.images import ResidentImages
+from snclr.loader import Batch
 from snclr.memory_bank import MemoryBank
-from snclr.pictures import canvas
-from snclr.running import monitor
+from snclr.pictures import canvas, encoders, steps
 from snclr.running.errors import RunError, UsageError
+from snclr.running.log import Log
+from snclr.running.metrics import StepView
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 LEVELS = np.arange(10, 250, 24)  # of ten plain images
@@ -69,7 +70,7 @@ def test_neighbours_stand_by_falling_weight_and_their_frames_tell_the_class():
     shown = step_view(
         [[3, 4, 5], [8, -1, 2], [-1, -1, -1]], [[0.1, 0.7, 0.2], [0.6, 0.0, 0.4], [0.0, 0.0, 0.0]]
     )
-    picture = visualize.neighbour_picture(
+    picture = steps.neighbour_picture(
         torch.tensor([6, 7, 0]), shown, plain_images(labels), 8, "a title"
     )
     levels, frames = tiles_of(picture, 3, 4, words=3, lines=2)
@@ -90,7 +91,7 @@ def test_neighbours_stand_by_falling_weight_and_their_frames_tell_the_class():
 
 def test_without_labels_all_frames_are_neutral():
     shown = step_view([[3, 4, 5]], [[0.2, 0.3, 0.5]])
-    picture = visualize.neighbour_picture(torch.tensor([6]), shown, plain_images(), 8, "a title")
+    picture = steps.neighbour_picture(torch.tensor([6]), shown, plain_images(), 8, "a title")
     assert tiles_of(picture, 1, 4, words=3, lines=2)[1][0][1:] == [canvas.GREY] * 3
 
 
@@ -99,11 +100,9 @@ def test_views_are_shown_in_their_own_colours():
         256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
     x = augment.normalize_(pixels.float() / 255, torch.tensor(MEAN), torch.tensor(STD))
-    shown = visualize.denormalize(x, torch.tensor(MEAN), torch.tensor(STD))
+    shown = steps.denormalize(x, torch.tensor(MEAN), torch.tensor(STD))
     assert np.array_equal(shown, pixels.permute(0, 2, 3, 1).numpy())
-    picture = visualize.view_picture(
-        Batch(torch.arange(2), x, x.flip(3)), plain_images(), "a title"
-    )
+    picture = steps.view_picture(Batch(torch.arange(2), [x, x.flip(3)]), plain_images(), "a title")
     area = np.asarray(picture)[
         canvas.MARGIN + 26 + 19 + canvas.GAP + canvas.FRAME :, canvas.MARGIN + canvas.FRAME :
     ]
@@ -120,7 +119,7 @@ def test_bank_ages_are_those_of_a_bank_that_remembers_its_steps(size, batch):
     for step in range(1, 9):
         counts = torch.randint(3, (size,), generator=generator).where(bank.valid(), torch.tensor(0))
         expected = (step - bank.ids).repeat_interleave(counts).tolist()
-        assert visualize.bank_ages(counts, step, batch).floor().tolist() == expected
+        assert steps.bank_ages(counts, step, batch).floor().tolist() == expected
         bank.enqueue(torch.randn(batch, 4, generator=generator), torch.full((batch,), step))
 
 
@@ -128,8 +127,8 @@ def test_a_step_without_neighbours_shows_its_views_alone():
     shown = step_view([[-1, -1]], [[0.0, 0.0]])
     x = torch.zeros(1, 3, 8, 8)
     args = Namespace(img_size=8, batch_size=1)
-    pictures, histograms = visualize.of_step(
-        Batch(torch.tensor([0]), x, x), shown, plain_images(), args, 3
+    pictures, histograms = steps.of_step(
+        Batch(torch.tensor([0]), [x, x]), shown, plain_images(), args, 3
     )
     assert list(pictures) == ["views"] and histograms == {}
 
@@ -164,7 +163,7 @@ def test_attention_maps_are_the_last_blocks_own():
     encoder, x = build("vit_tiny", patch_size=8).eval(), torch.randn(2, 3, 32, 32)
     before = encoder.embed(x)
     expected = attention_by_hand(encoder, x)[:, :, 0, 1:].unflatten(2, (4, 4))
-    found = visualize.attention_maps(encoder, x)
+    found = encoders.attention_maps(encoder, x)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     assert torch.equal(encoder.embed(x), before) and encoder.blocks[-1].attn.fused_attn
 
@@ -178,21 +177,21 @@ def test_attention_without_a_class_token_is_the_patches_mean():
         torch.randn(2, 3, 32, 32),
     )
     expected = attention_by_hand(model, x).mean(dim=2).unflatten(2, (2, 2))
-    torch.testing.assert_close(visualize.attention_maps(model, x), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(encoders.attention_maps(model, x), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_pca_keeps_what_varies_most_whatever_the_signs_of_the_axes():
     features = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [1, 9, 1, 4, 1, 1.0]
     )
-    found = visualize.pca(features)
+    found = encoders.pca(features)
     _, vectors = np.linalg.eigh(np.cov(features.double().numpy().T))
     expected = (features.double().numpy() - features.double().numpy().mean(axis=0)) @ vectors[
         :, [-1, -2]
     ]
     np.testing.assert_allclose(abs(found), abs(expected), atol=1e-5)
     np.testing.assert_allclose(
-        visualize.pca(-features), -found, atol=1e-9
+        encoders.pca(-features), -found, atol=1e-9
     )  # an axis points where its largest entry does
 
 
@@ -208,7 +207,7 @@ def test_retrieval_shows_the_nearest_and_never_the_image_itself():
         "A: one": (features[asked], features[offered]),
         "B: other": (features[asked], -features[offered]),
     }
-    picture = visualize.retrieval_picture(images, asked, images, offered, by, 2, 8, "a title")
+    picture = encoders.retrieval_picture(images, asked, images, offered, by, 2, 8, "a title")
     levels, frames = tiles_of(picture, 2, 6, words=2, lines=2)
     wanted = [[2, 0, 4, 2, 7, 3], [9, 7, 3, 9, 0, 2]]
     assert levels == LEVELS[np.array(wanted)].tolist()
@@ -266,7 +265,7 @@ def test_the_last_epoch_is_shown_whatever_the_rhythm(images, tmp_path):
 
 
 def test_pictures_that_cannot_be_written_do_not_stop_a_run(tmp_path, capsys):
-    log = monitor.Log(str(tmp_path), step=0, enabled=True)
+    log = Log(str(tmp_path), step=0, enabled=True)
     (tmp_path / "pictures").write_text("a file")
     log.pictures(3, {"views": Image.new("RGB", (4, 4))}, {})
     log.close()
@@ -333,8 +332,8 @@ def test_images_that_cannot_be_read_are_left_out_where_that_is_allowed(
 
 
 def test_a_map_of_collapsed_features_is_drawn():
-    points = visualize.pca(torch.ones(9, 4))
-    picture = visualize.map_picture({"PCA": points}, np.arange(9) % 2, ["cat", "dog"])
+    points = encoders.pca(torch.ones(9, 4))
+    picture = encoders.map_picture({"PCA": points}, np.arange(9) % 2, ["cat", "dog"])
     assert {canvas.COLOURS[0], canvas.COLOURS[1]} & {
         colour for _, colour in picture.getcolors(10**6)
     }
@@ -343,13 +342,13 @@ def test_a_map_of_collapsed_features_is_drawn():
 def test_map_by_tsne_where_scikit_learn_is_installed():
     pytest.importorskip("sklearn", reason="t-SNE needs scikit-learn")
     features = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
-    first, second = (visualize.projections(features, seed=1)["t-SNE"] for _ in range(2))
+    first, second = (encoders.projections(features, seed=1)["t-SNE"] for _ in range(2))
     assert first.shape == (40, 2) and np.array_equal(first, second)
 
 
 def test_without_scikit_learn_there_is_pca_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    assert list(visualize.projections(torch.randn(9, 5), seed=0)) == ["PCA"]
+    assert list(encoders.projections(torch.randn(9, 5), seed=0)) == ["PCA"]
 
 
 @pytest.mark.parametrize(

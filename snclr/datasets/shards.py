@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..loader import EncodedImages, decode, unreadable
 from ..running.errors import UsageError
+from .decoding import decode, unreadable
+from .images import EncodedImages
 
 
 class Index(NamedTuple):

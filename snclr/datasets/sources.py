@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from .. import augment
-from ..loader import EncodedImages, ImageFiles, ImageSet, ResidentImages, to_rgb, unreadable
 from ..options import IMAGENET
 from ..running.distributed import local_rank_zero_first
 from ..running.errors import RunError, UsageError
 from . import embedded, shards
+from .decoding import to_rgb, unreadable
+from .images import EncodedImages, ImageFiles, ImageSet, ResidentImages
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..loader import EVALUATION_BATCH, ImageSet, ViewLoader, whole_images
+from ..datasets.images import ImageSet
+from ..loader import EVALUATION_BATCH, ViewLoader, whole_images
 from ..running.distributed import all_gather, barrier, local_rank_zero, rank, world_size
 from ..running.errors import RunError
 
@@ -111,9 +112,9 @@ def _in_order(embed, loader, copy, workers) -> Iterable[Tensor]:
     if copy is None:
         every = np.concatenate(parts)
         batches = whole_images(
-            images, every, size=loader.recipe.size, device=loader.device, workers=workers
+            images, every, size=loader.recipe.views[0].size, device=loader.device, workers=workers
         )
     else:
-        batches = (x for _, x in loader.load([(copy, part, (0,)) for part in parts]))
+        batches = (x for _, (x,) in loader.load([(copy, part, (0,)) for part in parts]))
     for start, batch in zip(starts, batches, strict=True):
         yield all_gather(embed(batch))[: len(images) - start].cpu()

@@ -49,7 +49,7 @@ def build_optimizer(
     layer_decay: the rate falls by this factor from each layer to the one before it (timm's grouping); 1: none.
     """
     if layer_decay == 1:
-        groups = parameter_groups(model.encoder, weight_decay)
+        groups = parameter_groups(model.encoder.named_parameters(), weight_decay)
     elif hasattr(model.encoder, "group_matcher"):
         groups = timm.optim.param_groups_layer_decay(
             model.encoder, weight_decay, layer_decay=layer_decay
@@ -57,7 +57,8 @@ def build_optimizer(
     else:
         raise UsageError(f"--layer-decay {layer_decay} is for ViTs and timm's models: leave it out")
     groups = [{**group, "peak": lr * group.pop("lr_scale", 1.0)} for group in groups]
-    groups += [{**group, "peak": head_lr} for group in parameter_groups(model.head, weight_decay)]
+    head = parameter_groups(model.head.named_parameters(), weight_decay)
+    groups += [{**group, "peak": head_lr} for group in head]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)

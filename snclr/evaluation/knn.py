@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..loader import EVALUATION_BATCH, ImageSet, whole_images
+from ..datasets.images import ImageSet
+from ..loader import EVALUATION_BATCH, whole_images
 from ..running.distributed import all_gather, rank, world_size
 from ..running.precision import full_precision, unit
 from .features import encode_share

@@ -20,7 +20,7 @@ def signals(embed: Callable[[Tensor], Tensor], loader: TwoViewLoader) -> dict[st
     embed: normalised images (B, 3, S, S) to features (B, F).
     """
     batches = loader.sample(SAMPLE)
-    pairs = [(embed(batch.view1), embed(batch.view2)) for batch in batches]
+    pairs = [tuple(map(embed, batch.views)) for batch in batches]
     first, second = (all_gather(widen(torch.cat(views))) for views in zip(*pairs, strict=True))
     return {
         "effective_rank": effective_rank(first),

@@ -6,7 +6,8 @@ import timm.models.vision_transformer as timm_vit
 import torch
 from torch import Tensor, nn
 
-from ..running.distributed import GlobalBatchNorm, all_sum, world_size
+from ..running.batch_norm import GlobalBatchNorm
+from ..running.distributed import all_sum, world_size
 from ..running.errors import UsageError
 from ..running.precision import full_precision, widen
 

@@ -1,97 +1,91 @@
-"""What happens when numbers go wrong: steps that are not finite are skipped, then the run is stopped; collapse is told."""
+"""Watches a run's numbers: too many non-finite steps stop it, and a collapse of the features is reported."""
 
 import os
 
 import torch
 from torch import Tensor, nn
 
+from ..loader import TwoViewLoader
 from .distributed import all_gather, rank
 from .errors import RunError
-from .monitor import save_json
+from .safe_files import save_json
 
-COLLAPSED, PATIENCE = (
-    0.05,
-    10,
-)  # feature_std below this in so many logged steps; 1 is spread over the sphere
+COLLAPSED = 0.05  # a feature_std below this is a collapse; 1 is spread over the sphere
+PATIENCE = 10  # logged steps in a row
 
 
 class Guard:
-    """Keeps what is not finite out of the state of a run: decided on the device at every step, read when a step is logged.
+    """Counts the non-finite steps on the device, and reports them when a step is logged.
 
-    A step whose gradient (the ranks' mean, so the same on all) is not finite moves neither weights nor optimiser; the momentum
-    encoder follows the weights, the bank refuses such keys (memory_bank.py), and running statistics of batch norms go back to
-    those of the last logged step. With a scaler (fp16) a gradient that overflows is ordinary, and only the loss counts.
+    A step whose gradient is not finite changes neither weights nor optimiser (optim.step_if_finite; the gradient is the mean of
+    the ranks, so all of them skip). The momentum encoder follows the weights, and the bank refuses such keys (memory_bank.py).
+    The running statistics of batch norms are restored here, to those of the last logged step. With a scaler (fp16) an
+    overflowing gradient is normal: then only a non-finite loss counts.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer, loader, workdir: str, *, limit: int, scaled: bool
+        self, model: nn.Module, loader: TwoViewLoader, workdir: str, *, limit: int, scaled: bool
     ):
-        self.optimizer, self.loader, self.workdir, self.limit, self.scaled = (
-            optimizer,
-            loader,
-            workdir,
-            limit,
-            scaled,
-        )
-        norms = [
-            module
-            for module in model.modules()
-            if getattr(module, "running_mean", None) is not None
-        ]
+        self.loader, self.workdir, self.limit, self.scaled = loader, workdir, limit, scaled
+        norms = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
         self.statistics = [x for norm in norms for x in (norm.running_mean, norm.running_var)]
-        self.kept = [x.clone() for x in self.statistics]
-        self.seen = torch.tensor(
-            [-1, -1, 0], device=loader.device
-        )  # first step of a bad loss, of a bad gradient; bad steps since
-        self.told, self.low = 0, 0  # bad steps that the log knows; logged steps of collapse
+        self.saved_statistics = [x.clone() for x in self.statistics]
+        # since the last clean check: first step with a bad loss, with a bad gradient (-1: none), number of bad steps
+        self.counters = torch.tensor([-1, -1, 0], device=loader.device)
+        self.num_reported = 0  # bad steps since the last clean check that are in the log
+        self.num_collapsed = 0  # logged steps of collapse in a row
 
     def watch(self, loss: Tensor, grad_norm: Tensor, step: int) -> None:
-        """Note loss () and norm () of the gradient of step `step`, and let the optimiser skip it if need be."""
+        """Note whether loss () and gradient norm () of step number `step` are finite, without waiting for the device."""
         bad = ~torch.stack([loss.detach(), grad_norm]).isfinite()
-        self.optimizer.found_inf = bad[1].float()
         bad[1] &= not self.scaled
-        first = torch.where((self.seen[:2] < 0) & bad, step, self.seen[:2])
-        self.seen = torch.cat([first, self.seen[2:] + bad.any()])
+        first = torch.where((self.counters[:2] < 0) & bad, step, self.counters[:2])
+        self.counters = torch.cat([first, self.counters[2:] + bad.any()])
 
     def check(self) -> str | None:
-        """Read what was seen: a line for the log where steps were skipped. Collective.
+        """A line for the log if steps were skipped since the last call. Collective.
 
-        Above the limit the images of the first bad step are left in workdir/non_finite.json, and RunError says all.
+        Raises RunError if there were more than the limit; the indices of the images of the first bad step are then written
+        to workdir/non_finite.json.
         """
-        losses, gradients, counts = zip(*all_gather(self.seen[None]).tolist(), strict=True)
+        losses, gradients, counts = zip(*all_gather(self.counters[None]).tolist(), strict=True)
         count = max(counts)
-        if count == self.told:
-            torch._foreach_copy_(self.kept, self.statistics)
-            self.seen[:], self.told = self.seen.new_tensor([-1, -1, 0]), 0
+        if count == self.num_reported:
+            torch._foreach_copy_(self.saved_statistics, self.statistics)
+            self.counters[:], self.num_reported = self.counters.new_tensor([-1, -1, 0]), 0
             return None
-        for now, kept in zip(self.statistics, self.kept, strict=True):
-            now.copy_(torch.where(now.isfinite(), now, kept))
-        self.told = count
+        for current, saved in zip(self.statistics, self.saved_statistics, strict=True):
+            current.copy_(torch.where(current.isfinite(), current, saved))
+        self.num_reported = count
         step = min(number for number in losses + gradients if number > 0)
-        ranks = [number for number, found in enumerate(losses) if found == step]
-        where = (
-            f"loss is not finite (on rank {', '.join(map(str, ranks))})"
-            if ranks
-            else "gradient is not finite"
-        )
-        told = f"step {step}: the {where}; {count} such steps were skipped"
+        ranks = [number for number, first in enumerate(losses) if first == step]
+        what = "gradient is not finite"
+        if ranks:
+            what = f"loss is not finite (on rank {', '.join(map(str, ranks))})"
+        message = f"step {step}: the {what}; {count} such steps were skipped"
         if count <= self.limit:
-            return told
+            return message
         path = os.path.join(self.workdir, "non_finite.json")
         if rank() == 0:
             images = self.loader.indices(step).tolist()
             try:
-                save_json(path, {"step": step, "what": where, "ranks": ranks, "images": images})
+                save_json(path, {"step": step, "what": what, "ranks": ranks, "images": images})
             except RunError as error:
                 path = f"no file: {error}"
         raise RunError(
-            f"{told}, more than --skip-non-finite {self.limit}; the last checkpoint is sound, the images are in {path}"
+            f"{message}, more than --skip-non-finite {self.limit}; "
+            f"the last checkpoint is sound, the images are listed in {path}"
         )
 
     def collapse(self, feature_std: float) -> str | None:
-        """A warning, once, when the features have been the same for all images for a while."""
-        self.low = self.low + 1 if feature_std < COLLAPSED else min(self.low, 0)
-        if self.low < PATIENCE:
+        """A line for the log, once, when feature_std has been low for PATIENCE logged steps in a row."""
+        self.num_collapsed = (
+            self.num_collapsed + 1 if feature_std < COLLAPSED else min(self.num_collapsed, 0)
+        )
+        if self.num_collapsed < PATIENCE:
             return None
-        self.low = -(2**63)
-        return f"collapse: feature_std is below {COLLAPSED} for {PATIENCE} logged steps: all images look alike; lower --lr"
+        self.num_collapsed = -(2**63)  # not again
+        return (
+            f"collapse: feature_std is below {COLLAPSED} for {PATIENCE} logged steps: "
+            "all images look alike; lower --lr"
+        )

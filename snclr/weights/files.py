@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..running import checkpoint
+from ..running import tensor_files
 from ..running.errors import RunError, UsageError
+from ..running.safe_files import new_file, writing
 from .layouts import SETTINGS_KEY
 from .libraries import Export
 
@@ -44,9 +45,9 @@ def write(export: Export, settings: dict, out: str) -> None:
         # torch stores such metadata with a state dict, and load_state_dict ignores unknown entries
         state = OrderedDict(export.content)
         state._metadata = OrderedDict({SETTINGS_KEY: settings})
-        checkpoint.save(out, state)
+        tensor_files.save(out, state)
     else:
-        checkpoint.save(out, {**export.content, SETTINGS_KEY: settings})
+        tensor_files.save(out, {**export.content, SETTINGS_KEY: settings})
 
 
 @torch.no_grad()
@@ -89,10 +90,5 @@ def _safetensors(state, settings):
 
 
 def _write_bytes(path, content):
-    try:
-        with open(path, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}") from error
+    with writing(path), new_file(path) as file:
+        file.write(content)

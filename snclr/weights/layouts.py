@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..running import checkpoint
+from ..running import tensor_files
 from ..running.errors import UsageError
 
 # prefixes of the two encoders in the files of MoCo and its descendants
@@ -69,12 +69,7 @@ def read_encoder(path: str, which: str = "online") -> EncoderFile:
     for each in (settings, saved.get(SETTINGS_KEY), _attached_settings(content)):
         if isinstance(each, dict):
             saved = {**saved, **each, "args": each}
-    content = content if isinstance(content, dict) else {}
-    tensors = {
-        name: value
-        for name, value in content.items()
-        if isinstance(name, str) and checkpoint.is_plain(value)
-    }
+    tensors = tensor_files.plain_tensors(content)
     if not tensors:
         raise UsageError(f"{path} holds no named tensors: a checkpoint or a state dict is expected")
     for prefix in PREFIXES[which]:
@@ -124,7 +119,7 @@ def _read(path):
     if not path.endswith(".safetensors"):
         # training checkpoints of DINO, DeiT and MAE hold a Namespace: attributes, no code
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return checkpoint.read(path), None
+            return tensor_files.read(path), None
     if not os.path.isfile(path):
         raise UsageError(f"{path} does not exist")
     try:

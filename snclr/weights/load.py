@@ -16,8 +16,7 @@ from ..backbones import (
     sincos_position_embedding,
 )
 from ..options import IMAGENET, NUM_HEADS
-from ..running.checkpoint import first_few
-from ..running.errors import UsageError, first_line
+from ..running.errors import UsageError, first_few, first_line
 from .layouts import EncoderFile, read_encoder
 
 # attention heads of timm's, DeiT's and DINO's models, where NUM_HEADS has another number

@@ -27,11 +27,10 @@ from PIL import Image  # noqa: E402
 
 import main_lincls  # noqa: E402
 from snclr import builder, optim, options  # noqa: E402
-from snclr import loader as data
-from snclr.datasets import shards, sources  # noqa: E402
+from snclr.datasets import decoding, shards, sources  # noqa: E402
 from snclr.evaluation import linear
 from snclr.evaluation import options as lincls_options  # noqa: E402
-from snclr.running import checkpoint, monitor  # noqa: E402
+from snclr.running import checkpoint, log  # noqa: E402
 from snclr.running.errors import RunError, UsageError  # noqa: E402
 from snclr.weights import load as weights  # noqa: E402
 
@@ -148,7 +147,7 @@ class Seeds:
         self.args = options.parse(FLAGS.split())
         self.model, self.optimizer, self.scaler = self.fresh()
         optim.set_learning_rate(self.optimizer, 0.01)
-        loss, _ = self.model(*torch.randn(2, 4, 3, 32, 32), torch.arange(4), 0.9)
+        loss, _ = self.model(list(torch.randn(2, 4, 3, 32, 32)), torch.arange(4), 0.9)
         loss.backward()
         self.optimizer.step()
         self.state = checkpoint.pack(
@@ -232,7 +231,7 @@ def checkpoint_content(seeds, random):
     path = seeds.write("content.pth.tar", seeds.saved(bend_value(random, seeds.state)))
     model, optimizer, scaler = seeds.fresh()
     checkpoint.resume(path, model, optimizer, scaler, args=seeds.args, images=10)
-    loss, _ = model(*torch.randn(2, 4, 3, 32, 32), torch.arange(4), 0.9)
+    loss, _ = model(list(torch.randn(2, 4, 3, 32, 32)), torch.arange(4), 0.9)
     loss.backward()
     optimizer.step()  # what was accepted can be worked with
 
@@ -258,7 +257,7 @@ def probe_content(seeds, random):
 
 def image(seeds, random):
     kind = list(seeds.images)[random.integers(len(seeds.images))]
-    pixels = data.decode(np.frombuffer(bend(random, seeds.images[kind]), np.uint8).copy(), "x")
+    pixels = decoding.decode(np.frombuffer(bend(random, seeds.images[kind]), np.uint8).copy(), "x")
     assert pixels.dtype == torch.uint8 and pixels.shape[0] == 3 and pixels.numel() > 0
 
 
@@ -315,7 +314,7 @@ def lists(seeds, random):
 
 
 def metrics(seeds, random):
-    monitor.cut_back(seeds.write("metrics.jsonl", bend(random, seeds.lines)), 3)
+    log.cut_back(seeds.write("metrics.jsonl", bend(random, seeds.lines)), 3)
 
 
 KINDS = (

@@ -20,12 +20,13 @@ from PIL import Image
 import main_lincls
 import main_snclr
 from snclr import augment, options
-from snclr import loader as data
 from snclr.datasets import sources
-from snclr.running import checkpoint, lock
+from snclr.datasets.images import EncodedImages, ImageFiles, ResidentImages
+from snclr.loader import ViewLoader
+from snclr.running import lock, tensor_files
 from snclr.running.errors import RunError, UsageError, one_clear_line
 
-RECIPE = augment.Recipe(0, 0.2, 32, False)
+RECIPE = augment.Recipe(0, augment.moco_v3_views(32, 0.2, False))
 
 
 def train(images, workdir, *flags):
@@ -35,7 +36,7 @@ def train(images, workdir, *flags):
 @pytest.fixture(autouse=True)
 def encoded(monkeypatch):
     """Images are decoded one by one, as those of large sets."""
-    monkeypatch.setattr(data, "RESIDENT_LIMIT", 0)
+    monkeypatch.setattr("snclr.datasets.images.RESIDENT_LIMIT", 0)
 
 
 def jpeg(width, height, quality=75):
@@ -89,7 +90,7 @@ def test_every_kind_of_bad_file_is_one_clear_line(kind, tmp_path):
     path = tmp_path / "x.jpg"
     path.write_bytes(BAD[kind])
     with pytest.raises(RunError, match=r"cannot read image .*x\.jpg") as caught:
-        data.ImageFiles([str(path)], None, [], sources.IMAGENET).image(0)
+        ImageFiles([str(path)], None, [], sources.IMAGENET).image(0)
     assert "\n" not in str(caught.value)
 
 
@@ -97,8 +98,8 @@ def test_a_pipe_or_a_folder_by_the_name_of_an_image_is_one_clear_line(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     for name in ("pipe.jpg", "folder.jpg"):
-        with pytest.raises(RunError, match=f"cannot read image .*{name}: it is no file"):
-            data.ImageFiles([str(tmp_path / name)], None, [], sources.IMAGENET).image(0)
+        with pytest.raises(RunError, match=f"cannot read image .*{name}: it is not a file"):
+            ImageFiles([str(tmp_path / name)], None, [], sources.IMAGENET).image(0)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
@@ -107,7 +108,7 @@ def test_file_without_permission_is_one_clear_line(tmp_path):
     path.write_bytes(jpeg(64, 64))
     path.chmod(0)
     with pytest.raises(RunError, match="Permission denied"):
-        data.ImageFiles([str(path)], None, [], sources.IMAGENET).image(0)
+        ImageFiles([str(path)], None, [], sources.IMAGENET).image(0)
 
 
 @pytest.fixture
@@ -123,16 +124,14 @@ def spoilt(images, tmp_path):
 
 
 def test_substitutes_are_drawn_alike_by_every_number_of_ranks_and_workers(spoilt):
-    files = data.ImageFiles(
-        sorted(map(str, spoilt.glob("train/*/*.png"))), None, [], sources.IMAGENET
-    )
+    files = ImageFiles(sorted(map(str, spoilt.glob("train/*/*.png"))), None, [], sources.IMAGENET)
     files.skip_bad = True
     device, order = torch.device("cpu"), augment.epoch_order(0, 0, 40)[:16]
     one = [files.views(RECIPE, 0, order)]
     parts = [files.views(RECIPE, 0, part) for part in np.split(order, 4)]
     loaded = []
     for workers in (0, 2):
-        loader = data.ViewLoader(files, RECIPE, device, workers)
+        loader = ViewLoader(files, RECIPE, device, workers)
         loaded.append([ids for ids, _ in loader.load([(0, part) for part in np.split(order, 2)])])
         assert loader.replaced == set(order.tolist()) & {0, 3, 8, 11, 17, 25} != set()
     ids = one[0].ids
@@ -175,7 +174,7 @@ def test_by_default_a_bad_image_ends_the_run_naming_it(spoilt, tmp_path):
 def test_where_nothing_can_be_read_the_search_for_a_substitute_ends(tmp_path):
     for number in range(30):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
-    files = data.ImageFiles(sorted(map(str, tmp_path.iterdir())), None, [], sources.IMAGENET)
+    files = ImageFiles(sorted(map(str, tmp_path.iterdir())), None, [], sources.IMAGENET)
     files.skip_bad = True
     with pytest.raises(RunError, match="cannot read image"):
         files.views(RECIPE, 0, np.arange(4))
@@ -187,10 +186,8 @@ def test_a_small_set_is_held_in_memory_although_some_of_it_cannot_be_read(
     monkeypatch.undo()  # the limit
     args = options.parse([str(spoilt), *attack.FLAGS, "--on-bad-image", "skip"])
     train_set, val, _ = sources.open_data(args)
-    assert isinstance(train_set, data.ResidentImages) and isinstance(val, data.ResidentImages)
-    files = data.ImageFiles(
-        sorted(map(str, spoilt.glob("train/*/*.png"))), None, [], sources.IMAGENET
-    )
+    assert isinstance(train_set, ResidentImages) and isinstance(val, ResidentImages)
+    files = ImageFiles(sorted(map(str, spoilt.glob("train/*/*.png"))), None, [], sources.IMAGENET)
     files.skip_bad, order = True, np.arange(40)
     views = train_set.views(RECIPE, 0, order)
     assert torch.equal(views.ids, files.views(RECIPE, 0, order).ids)  # the same substitutes
@@ -254,10 +251,9 @@ def test_names_that_are_no_text_and_a_list_that_cannot_be_written_end_no_run(
     spoilt, tmp_path, capsys
 ):
     os.rename(spoilt / "train/a/00.png", os.fsencode(spoilt / "train/a") + b"/\xff\n.png")
-    (tmp_path / "run/bad_images.txt.tmp").mkdir(parents=True)
+    (tmp_path / "run/bad_images.txt").mkdir(parents=True)
     train(spoilt, tmp_path / "run", "--on-bad-image", "skip")
     assert "cannot be read and are replaced, see cannot write" in capsys.readouterr().out
-    (tmp_path / "run/bad_images.txt.tmp").rmdir()
     train(spoilt, tmp_path / "again", "--on-bad-image", "skip")
     assert "train/a/??.png: it is no image" in (tmp_path / "again/bad_images.txt").read_text()
 
@@ -359,7 +355,7 @@ def test_a_last_save_that_fails_is_an_error(images, tmp_path, monkeypatch):
     def full(path, *rest):
         raise RunError(f"cannot write {path}: No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(tensor_files, "save", full)
     with pytest.raises(RunError, match="No space left"):
         train(images, tmp_path, "--stop-after-steps", "5", "--eval-freq", "0")
 
@@ -367,7 +363,7 @@ def test_a_last_save_that_fails_is_an_error(images, tmp_path, monkeypatch):
 # -- workers and folders ---------------------------------------------------------------------------------------------------
 
 
-class Killed(data.EncodedImages):
+class Killed(EncodedImages):
     """Images at the third of which the worker is killed, as a machine out of memory would."""
 
     def __len__(self):
@@ -383,7 +379,7 @@ def test_a_worker_that_dies_is_one_line(capsys):
     images = Killed(None, [], sources.IMAGENET)
     with pytest.raises(SystemExit) as caught, one_clear_line("main_snclr.py"):
         list(
-            data.ViewLoader(images, RECIPE, torch.device("cpu"), 2).load(
+            ViewLoader(images, RECIPE, torch.device("cpu"), 2).load(
                 [(0, np.arange(4)), (0, np.arange(4, 8))]
             )
         )
@@ -396,7 +392,7 @@ def test_a_worker_that_dies_is_one_line(capsys):
     )
 
 
-HOLD = "import sys, time; from snclr import lock; lock.hold(sys.argv[1], 'x'); print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from snclr.running import lock; lock.hold(sys.argv[1], 'x'); print('held', flush=True); time.sleep(60)"
 
 
 def test_a_second_run_in_a_workdir_is_refused_and_a_dead_one_leaves_no_lock(tmp_path):
@@ -424,7 +420,7 @@ def test_the_second_run_is_refused_before_it_touches_anything(images, tmp_path):
         [sys.executable, "-c", HOLD.replace("'x'", "'main_snclr'"), tmp_path],
         stdout=subprocess.PIPE,
     )
-    lock.held.clear()  # this process's own run is over
+    lock.locked_files.clear()  # this process's own run is over
     holder.stdout.readline()
     with pytest.raises(UsageError, match="in use by pid"):
         train(images, tmp_path, "--resume", "auto")

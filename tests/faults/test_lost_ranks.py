@@ -63,7 +63,7 @@ def test_ranks_whose_launcher_is_killed_before_they_know_it_end_by_themselves(im
     assert run.communicate()[0].count("the launcher has ended") == 2
 
 
-MEET = "import os, time; from snclr import distributed; time.sleep(float(os.environ['LATE'])); distributed.start(0.5); os._exit(0)"
+MEET = "import os, time; from snclr.running import process_group; time.sleep(float(os.environ['LATE'])); process_group.start(0.5); os._exit(0)"
 
 
 def test_ranks_that_torchrun_starts_again_do_not_look_for_those_that_died():

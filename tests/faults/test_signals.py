@@ -16,10 +16,9 @@ from torchvision.io import write_png
 
 import main_lincls
 import main_snclr
-from snclr import loader as data
-from snclr.datasets import sources
+from snclr.datasets import decoding, sources
 from snclr.evaluation import knn
-from snclr.running import checkpoint, monitor
+from snclr.running import log, provenance
 from snclr.running.errors import Interrupted, RunError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -45,7 +44,7 @@ def signalled(function, call, *numbers):
 
 def signal_in_step(monkeypatch, step, *numbers):
     """Send signals to this process while a run is in its step `step`."""
-    monkeypatch.setattr(monitor.Log, "advance", signalled(monitor.Log.advance, step, *numbers))
+    monkeypatch.setattr(log.Log, "advance", signalled(log.Log.advance, step, *numbers))
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +91,8 @@ def test_a_signal_during_an_evaluation_ends_it_at_once_and_it_is_made_up_for(
 def test_a_signal_while_an_image_is_decoded_is_not_taken_for_one_that_cannot_be_read(
     images, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(data, "RESIDENT_LIMIT", 0)
-    original = data.to_rgb
+    monkeypatch.setattr("snclr.datasets.images.RESIDENT_LIMIT", 0)
+    original = decoding.to_rgb
 
     def interrupted(picture):
         if (
@@ -102,7 +101,7 @@ def test_a_signal_while_an_image_is_decoded_is_not_taken_for_one_that_cannot_be_
             os.kill(os.getpid(), signal.SIGTERM)
         return original(picture)
 
-    monkeypatch.setattr(data, "to_rgb", interrupted)
+    monkeypatch.setattr(decoding, "to_rgb", interrupted)
     with pytest.raises(Interrupted, match="SIGTERM: saved"):
         train(images, tmp_path, "-j", "0", "--on-bad-image", "skip")
     assert not (tmp_path / "bad_images.txt").exists()
@@ -228,7 +227,9 @@ def test_without_scontrol_the_job_is_not_put_in_line_again_and_that_is_said(
 ):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("PATH", "")  # nor is there git
-    monkeypatch.setattr(checkpoint, "provenance", checkpoint.provenance.__wrapped__)
+    monkeypatch.setattr(
+        provenance, "versions_and_commit", provenance.versions_and_commit.__wrapped__
+    )
     signal_in_step(monkeypatch, 1, signal.SIGUSR1)
     with pytest.raises(
         Interrupted, match=r"SIGUSR1: saved; .* \(requeue of job 77 failed: .*scontrol.*\)"

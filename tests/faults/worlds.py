@@ -2,7 +2,7 @@
 
     python tests/faults/worlds.py      a few minutes on two cores
 
-Order, crops and augmentation are the same bit for bit (tests/test_data.py); batch norms see the global batch on any number of
+Order, crops and augmentation are the same bit for bit (tests/test_loader.py); batch norms see the global batch on any number of
 ranks; what is left is the order in which float32 sums are taken.
 """
 

@@ -1,6 +1,7 @@
+"""Loaders and image sets: two-view batches, unreadable files, whole images, workers."""
+
 import contextlib
 import ctypes
-import functools
 import multiprocessing
 import os
 import subprocess
@@ -12,60 +13,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from sample_images import levels_apart, picture, rgb, save_folder
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from snclr import augment, options
-from snclr import loader as data
-from snclr.augment import Recipe
-from snclr.datasets import embedded, sources
-from snclr.loader import ImageFiles, ResidentImages, TwoViewLoader, whole_images
+from snclr.augment import Recipe, View, moco_v3_views
+from snclr.datasets import sources
+from snclr.datasets.images import ImageFiles, ResidentImages
+from snclr.loader import TwoViewLoader, whole_images
 from snclr.running.errors import RunError
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(seed=5, crop_min=0.2, size=16, blur=True)
+RECIPE = Recipe(5, moco_v3_views(size=16, crop_min=0.2, blur=True))
 MOMENTS = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-
-
-def picture(height=24, width=32, seed=0):
-    """A smooth colour picture, of which no two turned or mirrored copies are alike."""
-    y, x = np.mgrid[0:height, 0:width] / 32
-    phase = np.random.default_rng(seed).uniform(0, 2, 3)
-    levels = [0.5 + 0.45 * np.sin(2 * x + p) * np.cos(3 * y * p + x * y) for p in phase]
-    return Image.fromarray((np.stack(levels, axis=2) * 255).round().astype(np.uint8))
-
-
-def rgb(image):
-    """What PIL makes of a picture: (3, H, W) int."""
-    return (
-        torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
-        .permute(2, 0, 1)
-        .int()
-    )
-
-
-def levels_apart(one, other):
-    assert one.shape == other.shape
-    return int((one.int() - other.int()).abs().max())
-
-
-def save_folder(root, sizes, split="train", classes=("ant", "bee")):
-    """One small PNG for each (height, width), in class folders by turns."""
-    for number, (height, width) in enumerate(sizes):
-        folder = root / split / classes[number % len(classes)]
-        folder.mkdir(parents=True, exist_ok=True)
-        picture(height, width, seed=number).save(folder / f"{number:03}.png")
-    return root
 
 
 def open_folder(root):
     """The training images of a folder."""
     return sources.open_data(options.parse_data([str(root)]))[0]
-
-
-def decode(path):
-    return data.decode(np.fromfile(path, np.uint8), str(path))
 
 
 MIXED = [(20 + 3 * (n % 7), 18 + 5 * (n % 4)) for n in range(30)]
@@ -92,8 +59,8 @@ def load(monkeypatch):
     def load(images, *, ranks=1, workers=0, epoch=1, first=0, recipe=RECIPE, global_batch_size=8):
         shares = []
         for rank in range(ranks):
-            monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
-            monkeypatch.setattr(data, "world_size", lambda: ranks)
+            monkeypatch.setattr("snclr.loader.rank", lambda rank=rank: rank)
+            monkeypatch.setattr("snclr.loader.world_size", lambda: ranks)
             shares.append(
                 list(
                     TwoViewLoader(images, recipe, global_batch_size, CPU, workers).epoch(
@@ -102,7 +69,10 @@ def load(monkeypatch):
                 )
             )
         return [
-            tuple(torch.cat(field) for field in zip(*parts, strict=True))
+            tuple(
+                torch.cat(field)
+                for field in zip(*((part.ids, *part.views) for part in parts), strict=True)
+            )
             for parts in zip(*shares, strict=True)
         ]
 
@@ -141,9 +111,26 @@ def test_a_batch_has_two_different_views_of_each_image_normalised_by_the_sets_mo
             and view1.dtype == view2.dtype == torch.float32
         )
         assert not torch.equal(view1, view2)
-        _, crops, parameters = images.views(RECIPE, 4, ids.numpy())
+        _, (crops,), (parameters,) = images.views(RECIPE, 4, ids.numpy())
         expected = augment.apply(crops, parameters, *map(torch.tensor, options.IMAGENET))
         assert torch.equal(torch.cat([view1, view2]), expected)
+
+
+@pytest.mark.parametrize("kind", ["resident", "files"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_longer_table_gives_more_views_of_other_sizes_and_leaves_the_first_as_they_were(
+    image_sets, kind, workers
+):
+    small = View(8, 0.05, 0.25, jitter_p=0.8, blur_p=0.5)
+    more = RECIPE._replace(views=(*RECIPE.views, small, small, View(24, 0.5)))
+    loaders = [TwoViewLoader(image_sets[kind], r, 8, CPU, workers) for r in (RECIPE, more)]
+    for two, five in zip(*(loader.epoch(3) for loader in loaders), strict=True):
+        assert [tuple(view.shape) for view in five.views] == [
+            (8, 3, side, side) for side in (16, 16, 8, 8, 24)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(two.views, five.views, strict=False))
+        assert not torch.equal(*five.views[2:4])
+    assert [len(batch.views) for batch in loaders[1].sample(8)] == [2]
 
 
 def test_with_a_stream_of_its_own_each_batch_is_made_in_it_and_kept_for_the_step(
@@ -208,7 +195,8 @@ def test_an_epoch_after_an_abandoned_one_is_unaffected(image_sets, load, workers
     loader = TwoViewLoader(image_sets["files"], RECIPE, 8, CPU, workers)
     next(loader.epoch(0))
     next(loader.epoch(0, first=2))
-    assert_same_batches(load(image_sets["files"], epoch=1), list(loader.epoch(1)))
+    batches = [(batch.ids, *batch.views) for batch in loader.epoch(1)]
+    assert_same_batches(load(image_sets["files"], epoch=1), batches)
 
 
 @pytest.mark.parametrize("kind", ["resident", "files"])
@@ -237,13 +225,11 @@ def test_epochs_and_seeds_differ_in_order_and_in_views(image_sets, load):
 @pytest.mark.parametrize("kind", ["resident", "files"])
 def test_views_are_torchvisions_crops_of_the_drawn_boxes(image_sets, kind):
     images, indices = image_sets[kind], np.array([4, 0, 17])
-    originals = [
-        images.images[i] if kind == "resident" else decode(images.paths[i]) for i in indices
-    ]
+    originals = [images.image(i) for i in indices]
     heights, widths = (np.array([image.shape[axis] for image in originals]) for axis in (1, 2))
     views = images.views(RECIPE, 3, indices)
     assert views.ids.tolist() == indices.tolist()
-    for view, crops in enumerate(views.crops.chunk(2)):
+    for view, crops in enumerate(views.crops[0].chunk(2)):
         boxes, parameters = augment.draw(RECIPE, 3, indices, view, heights, widths)
         for image, box, crop in zip(originals, boxes.tolist(), crops, strict=True):
             expected = F.resized_crop(
@@ -253,7 +239,7 @@ def test_views_are_torchvisions_crops_of_the_drawn_boxes(image_sets, kind):
         half = slice(3 * view, 3 * view + 3)
         assert all(
             torch.equal(field[half], drawn)
-            for field, drawn in zip(views.parameters, parameters, strict=True)
+            for field, drawn in zip(views.parameters[0], parameters, strict=True)
         )
 
 
@@ -262,113 +248,16 @@ def test_resident_images_and_files_give_the_same_crops_to_one_level(tmp_path):
     paths = sorted(str(path) for path in tmp_path.rglob("*.png"))
     files = ImageFiles(paths, resident.labels.numpy(), resident.classes, MOMENTS)
     ours, theirs = (images.views(RECIPE, 0, np.arange(30)) for images in (resident, files))
-    assert levels_apart(ours.crops, theirs.crops) <= 1
+    assert levels_apart(ours.crops[0], theirs.crops[0]) <= 1
     assert all(
         torch.equal(one, other)
-        for one, other in zip(ours.parameters, theirs.parameters, strict=True)
+        for one, other in zip(ours.parameters[0], theirs.parameters[0], strict=True)
     )
-
-
-# -- decoding ------------------------------------------------------------------------------------------------------------
-
-PALETTE = picture().quantize(32)
-WITH_ALPHA = Image.merge("RGBA", [*picture().split(), Image.linear_gradient("L").resize((32, 24))])
-FORMATS = {
-    "rgb.jpg": (picture(), {"quality": 95}),
-    "progressive.jpg": (picture(33, 47), {"quality": 80, "progressive": True}),
-    "grey.jpg": (picture().convert("L"), {"quality": 95}),
-    "cmyk.jpg": (picture().convert("CMYK"), {"quality": 95}),
-    "rgb.png": (picture(), {}),
-    "grey.png": (picture().convert("L"), {}),
-    "bilevel.png": (picture().convert("1"), {}),
-    "palette.png": (PALETTE, {}),
-    "palette-one-transparent.png": (PALETTE, {"transparency": 3}),
-    "palette-alpha.png": (PALETTE, {"transparency": bytes(range(0, 256, 8))}),
-    "rgba.png": (WITH_ALPHA, {}),
-    "grey-alpha.png": (WITH_ALPHA.convert("LA"), {}),
-    "rgb.bmp": (picture(), {}),
-    "rgb.ppm": (picture(), {}),
-    "rgb.tif": (picture(), {}),
-    "cmyk.tif": (picture().convert("CMYK"), {}),
-    "one.gif": (PALETTE, {}),
-    "animated.gif": (PALETTE, {"save_all": True, "append_images": [PALETTE.rotate(180)]}),
-    "lossless.webp": (picture(), {"lossless": True}),
-    "lossy.webp": (picture(), {"quality": 80}),
-    "rgba.webp": (WITH_ALPHA, {"lossless": True, "exact": True}),
-    "one-pixel.png": (picture(1, 1), {}),
-    "one-row.jpg": (picture(1, 40), {}),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
-@pytest.mark.parametrize("name", FORMATS)
-def test_decode_gives_rgb_as_pil_does(tmp_path, name):
-    image, options = FORMATS[name]
-    image.save(tmp_path / name, **options)
-    decoded = decode(str(tmp_path / name))
-    with Image.open(tmp_path / name) as opened:
-        expected = rgb(opened)
-    assert decoded.dtype == torch.uint8 and decoded.shape == (3, image.height, image.width)
-    assert levels_apart(decoded, expected) <= 2
-
-
-@pytest.mark.parametrize(
-    "name", ["rgba.png", "palette.png", "rgb.bmp", "lossless.webp", "rgba.webp"]
-)
-def test_lossless_pictures_come_back_exactly(tmp_path, name):
-    image, options = FORMATS[name]
-    image.save(tmp_path / name, **options)
-    assert torch.equal(decode(str(tmp_path / name)).int(), rgb(image))
-
-
-@pytest.mark.parametrize("name", ["grey.png", "grey.tif"])
-def test_16_bit_grey_keeps_its_levels(tmp_path, name):
-    levels = np.linspace(0, 65535, 24 * 32).reshape(24, 32).astype(np.uint16)
-    Image.fromarray(levels).save(tmp_path / name)
-    expected = torch.from_numpy((levels >> 8).astype(np.int32)).expand(3, 24, 32)
-    decoded = decode(str(tmp_path / name))
-    assert levels_apart(decoded, expected) <= 2
-
-
-@pytest.mark.parametrize(
-    "suffix, options",
-    [("jpg", {"quality": 95}), ("png", {}), ("webp", {"lossless": True}), ("tif", {})],
-)
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path, suffix, options, orientation):
-    path = tmp_path / f"turned.{suffix}"
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    picture().save(path, exif=exif, **options)
-    with Image.open(path) as opened:
-        assert opened.getexif()[0x0112] == orientation
-        expected = rgb(opened)
-    decoded = decode(str(path))
-    assert levels_apart(decoded, expected) <= 2
-
-
-@pytest.fixture
-def photographs():
-    """Paths of eight photographs of many sizes."""
-    root = os.environ.get("SNCLR_TEST_DATA")
-    paths = sorted(Path(root, "imagenet-sample").rglob("*.JPEG"))[::32] if root else []
-    if not paths:
-        pytest.skip("SNCLR_TEST_DATA names no folder that holds imagenet-sample/")
-    return paths
-
-
-def test_photographs_decode_as_pil_does(photographs):
-    for path in photographs:
-        with Image.open(path) as opened:
-            expected = rgb(opened)
-        decoded = decode(str(path))
-        assert decoded.shape == expected.shape, path.name
-        assert (decoded.int() - expected).abs().double().mean() <= 2, path.name
 
 
 def test_photographs_give_the_same_two_views_for_any_number_of_ranks(photographs, load):
     images = ImageFiles([str(path) for path in photographs], None, [], options.IMAGENET)
-    recipe = RECIPE._replace(size=64)
+    recipe = Recipe(5, moco_v3_views(size=64, crop_min=0.2, blur=True))
     assert_same_batches(load(images, recipe=recipe), load(images, recipe=recipe, ranks=2))
     (_, view1, view2), *_ = load(images, recipe=recipe)
     assert 0.5 < view1.std() < 2 and 0.5 < view2.std() < 2
@@ -497,53 +386,13 @@ def test_whole_images_come_normalised_in_order_and_in_chunks(tmp_path, kind, wor
     torch.testing.assert_close(torch.cat(batches), expected)
 
 
-# -- opening -------------------------------------------------------------------------------------------------------------
-
-
-# -- the embedded set ----------------------------------------------------------------------------------------------------
-
-draw_once = functools.cache(embedded.draw)
-
-
-@pytest.mark.parametrize("split, count", [("train", 5000), ("val", 1000)])
-def test_the_embedded_set_is_balanced_and_of_the_right_shape(split, count):
-    images, labels = draw_once(split)
-    assert images.shape == (count, 3, 32, 32) and images.dtype == np.uint8
-    assert labels.shape == (count,) and labels.dtype == np.int64
-    assert np.bincount(labels).tolist() == [count // len(embedded.CLASSES)] * len(embedded.CLASSES)
-    assert np.abs(np.diff(labels)).max() > 1  # not sorted
-
-
-def test_the_embedded_set_is_the_same_at_every_draw():
-    again_images, again_labels = embedded.draw("val")
-    images, labels = draw_once("val")
-    assert np.array_equal(images, again_images) and np.array_equal(labels, again_labels)
-
-
-def test_no_validation_picture_of_the_embedded_set_is_a_training_picture():
-    train, val = (
-        {picture.tobytes() for picture in draw_once(split)[0]} for split in ("train", "val")
-    )
-    assert len(train) == 5000 and len(val) == 1000 and not train & val
-
-
-def test_the_stated_moments_are_those_of_the_embedded_training_images():
-    pixels = draw_once("train")[0].astype(np.float64) / 255
-    np.testing.assert_allclose(
-        pixels.mean(axis=(0, 2, 3)), options.MEAN_STD["embedded"][0], atol=0.01
-    )
-    np.testing.assert_allclose(
-        pixels.std(axis=(0, 2, 3)), options.MEAN_STD["embedded"][1], atol=0.01
-    )
-
-
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library does not say what it keeps"
 )
 def test_freed_memory_is_kept_for_the_next_views():
     program = """if True:  # asks the allocator itself: not every system counts page faults
         import ctypes, numpy
-        from snclr.data import keep_freed_memory
+        from snclr.running.workers import keep_freed_memory
         names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
         class Info(ctypes.Structure):
             _fields_ = [(name, ctypes.c_size_t) for name in names]

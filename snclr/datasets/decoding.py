@@ -1,0 +1,54 @@
+"""From the bytes of an image file to RGB pixels."""
+
+import contextlib
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ..running.errors import RunError, first_line
+
+try:  # torchvision 0.29 announces that it will remove its decoders; PIL takes 1.5 times as long
+    from torchvision.io import ImageReadMode, decode_image
+except ImportError:
+    decode_image = None
+warnings.filterwarnings(
+    "ignore", message=".*capabilities of TorchVision are deprecated", category=DeprecationWarning
+)
+
+
+def decode(encoded: np.ndarray, name: str) -> Tensor:
+    """Decode an image file, turned upright: bytes (n,) uint8 -> (3, H, W) uint8.
+
+    Raises RunError, with `name` in its message, if the file is damaged.
+    """
+    try:
+        # PIL only reads the header here, and refuses an image that would fill the memory
+        with Image.open(io.BytesIO(encoded)) as picture:
+            # torchvision only for JPEG: its PNG decoder crashes on damaged files
+            if encoded[:3].tobytes() == b"\xff\xd8\xff" and decode_image:
+                with contextlib.suppress(RuntimeError):  # then PIL reads it, or gives the reason
+                    return decode_image(
+                        torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=True
+                    )
+            return to_rgb(picture)
+    except UnidentifiedImageError as error:
+        raise unreadable(name, "it is no image of a known format") from error
+    except Exception as error:  # damaged bytes can raise any exception in a decoder
+        raise unreadable(name, error) from error
+
+
+def to_rgb(picture: Image.Image) -> Tensor:
+    """(3, H, W) uint8: applies the EXIF orientation; converts grey, palette, CMYK and alpha."""
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I"):  # 16 bits of grey, which PIL's convert would clip at 255
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+
+
+def unreadable(name: str, reason: object) -> RunError:
+    """The error for an image that cannot be read."""
+    return RunError(f"cannot read image {name}: {first_line(reason)}; remove or replace the file")

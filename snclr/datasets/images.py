@@ -1,0 +1,308 @@
+"""Sets of images with a stable number each: how views and whole images are cut out of them.
+
+A set is either held decoded in memory (ResidentImages: cropped on the device) or decoded image by
+image (EncodedImages: decoded and cropped by worker processes). Both have the methods `views` and
+`whole` for arrays of indices, so that the loaders need not distinguish them. sources.py opens them.
+"""
+
+import copy
+import hashlib
+import os
+from multiprocessing.pool import ThreadPool
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from .. import augment
+from ..augment import Recipe, ViewParameters
+from ..running.errors import RunError
+from .decoding import decode, unreadable
+
+# bytes of decoded pixels up to which a set of equal-sized images is held in memory
+RESIDENT_LIMIT = 2**30
+
+
+class Views(NamedTuple):
+    """Views of B images before the part of the augmentation that runs on the device.
+
+    They come in groups of one size (augment.by_size), one entry of crops and parameters each.
+
+    ids         (B,)
+    crops       (V * B, 3, S, S) uint8, V views of size S, the first view of all images first
+    parameters  what was drawn for these V * B views
+    """
+
+    ids: Tensor
+    crops: list[Tensor]
+    parameters: list[ViewParameters]
+
+
+class ImageSet:
+    """n images with a stable number each.
+
+    labels      (n,) int64, -1 for an image without one; None if no image has one
+    classes     names of the labels
+    mean, std   (3,) of the channels, in [0, 1]
+    names       (n,) names of the files, or None if the images are in no files
+    per_image   names of the attributes with one entry per image
+    skip_bad    an unreadable image is replaced: by another one in training, by grey in evaluation
+    """
+
+    per_image: tuple[str, ...] = ("labels", "names")
+    names: np.ndarray | None = None
+    skip_bad = False
+
+    def __init__(self, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
+        self.labels = None if labels is None else torch.as_tensor(labels)
+        self.classes = classes
+        self.mean, self.std = map(torch.tensor, mean_std)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def select(self, indices: np.ndarray) -> "ImageSet":
+        """Only the images `indices`, numbered anew in that order."""
+        chosen = copy.copy(self)
+        for name in self.per_image:
+            values = getattr(self, name)
+            setattr(chosen, name, None if values is None else values[indices])
+        return chosen
+
+    def fingerprint(self) -> str:
+        """Hash of the file names (or else of the sizes in bytes) in order; reads no image."""
+        names = self.names
+        if names is None:
+            names = getattr(self, "size", np.arange(len(self)))
+        return hashlib.sha256(np.ascontiguousarray(names)).hexdigest()
+
+    def labelled(self) -> "ImageSet":
+        """The images that have a label."""
+        has_label = self.labels >= 0
+        return self if has_label.all() else self.select(np.flatnonzero(has_label.numpy()))
+
+    def to(self, device: torch.device) -> "ImageSet":
+        """Move the images that are held in memory to the device that trains."""
+        return self
+
+    def image(self, index: int) -> Tensor:
+        """One image, (3, H, W) uint8. Raises RunError, with its name, if it cannot be read."""
+        raise NotImplementedError
+
+    def readable(self, index: int, seed: int) -> tuple[int, Tensor]:
+        """The number of an image, and the image: of `index` itself, or of a substitute.
+
+        With skip_bad, a substitute replaces an unreadable image. It only depends on (seed, index),
+        so that every rank and worker draws the same one.
+        """
+        for attempt in range(20):
+            try:
+                return index, self.image(index)
+            except RunError:
+                if not self.skip_bad or attempt == 19:
+                    raise
+                index = int(augment.keyed_bits(seed, index, attempt) % np.uint64(len(self)))
+
+    def views(
+        self,
+        recipe: Recipe,
+        epoch: int,
+        indices: np.ndarray,
+        view_numbers: tuple[int, ...] | None = None,
+    ) -> Views:
+        """Views of the images `indices` (B,), keyed by (recipe.seed, epoch, index, view number).
+
+        view_numbers: lines of recipe.views; None: all of them.
+        """
+        raise NotImplementedError
+
+    def whole(self, indices: np.ndarray, size: int) -> Tensor:
+        """Images for evaluation, (B, 3, size, size) uint8.
+
+        Images of that size stay as they are. Of others, the central 7/8 of the shorter side is
+        resized (the usual 'resize 256, centre crop 224').
+        """
+        raise NotImplementedError
+
+
+class ResidentImages(ImageSet):
+    """Images (n, 3, H, W) uint8 in memory.
+
+    errors (n,): why an image could not be read, None for a readable one; None if all are readable.
+    """
+
+    per_image = ("labels", "names", "images", "errors")
+    errors: np.ndarray | None = None
+
+    def __init__(
+        self,
+        images: np.ndarray | Tensor,
+        labels: np.ndarray | None,
+        classes: list[str],
+        mean_std: tuple,
+    ):
+        super().__init__(labels, classes, mean_std)
+        self.images = torch.as_tensor(images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> "ResidentImages":
+        self.images = self.images.to(device)
+        return self
+
+    def image(self, index: int) -> Tensor:
+        if self.errors is not None and self.errors[index]:
+            raise RunError(self.errors[index])
+        return self.images[index]
+
+    def views(
+        self,
+        recipe: Recipe,
+        epoch: int,
+        indices: np.ndarray,
+        view_numbers: tuple[int, ...] | None = None,
+    ) -> Views:
+        if self.errors is not None:
+            indices = np.array([self.readable(int(index), recipe.seed)[0] for index in indices])
+        images = augment.select(self.images, indices)
+        heights, widths = (np.full(len(indices), side) for side in images.shape[2:])
+        views = Views(torch.from_numpy(indices), [], [])
+        for size, boxes, parameters in _draw(recipe, epoch, indices, view_numbers, heights, widths):
+            views.crops.append(augment.crop_and_resize(images, torch.from_numpy(boxes), size))
+            views.parameters.append(parameters)
+        return views
+
+    def whole(self, indices: np.ndarray, size: int) -> Tensor:
+        images = augment.select(self.images, indices)
+        if images.shape[2:] == (size, size):
+            return images
+        box = torch.tensor(_evaluation_box(*images.shape[2:], size))
+        return augment.crop_and_resize(images, box.expand(len(images), 4), size)
+
+
+class EncodedImages(ImageSet):
+    """Images that are decoded each time they are used. A subclass defines `image`."""
+
+    def views(
+        self,
+        recipe: Recipe,
+        epoch: int,
+        indices: np.ndarray,
+        view_numbers: tuple[int, ...] | None = None,
+    ) -> Views:
+        pairs = [self.readable(int(index), recipe.seed) for index in indices]
+        numbers, images = zip(*pairs, strict=True)
+        indices = np.array(numbers)
+        heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
+        views = Views(torch.from_numpy(indices), [], [])
+        for size, boxes, parameters in _draw(recipe, epoch, indices, view_numbers, heights, widths):
+            originals = images * (len(boxes) // len(images))
+            crops = [_crop(*pair, size) for pair in zip(originals, boxes, strict=True)]
+            views.crops.append(torch.cat(crops))
+            views.parameters.append(parameters)
+        return views
+
+    def whole(self, indices: np.ndarray, size: int) -> Tensor:
+        crops = [torch.empty(0, 3, size, size, dtype=torch.uint8)]  # there may be no indices
+        for index in indices:
+            image, _ = self._image_or_grey(index, (3, size, size))
+            crops.append(_crop(image, _evaluation_box(*image.shape[1:], size), size))
+        return torch.cat(crops)
+
+    def _image_or_grey(self, index, shape):
+        """The image and None; or with skip_bad, for an unreadable one, grey and the reason."""
+        try:
+            return self.image(index), None
+        except RunError as error:
+            if not self.skip_bad:
+                raise
+            return torch.full(shape, 127, dtype=torch.uint8), str(error)
+
+    def resident(self) -> ImageSet:
+        """This set in memory if all images have one size and fit into RESIDENT_LIMIT; else self."""
+        shape = self.readable(0, seed=0)[1].shape
+        if shape.numel() * len(self) > RESIDENT_LIMIT:
+            return self
+        images, errors = torch.empty(len(self), *shape, dtype=torch.uint8), np.full(len(self), None)
+        with ThreadPool() as threads:
+            decoded = threads.imap(
+                lambda index: self._image_or_grey(index, shape), range(len(self)), chunksize=16
+            )
+            for index, (image, errors[index]) in enumerate(decoded):
+                if image.shape != shape:
+                    return self
+                images[index] = image
+        labels = None if self.labels is None else self.labels.numpy()
+        mean_std = self.mean.tolist(), self.std.tolist()
+        resident = ResidentImages(images, labels, self.classes, mean_std)
+        resident.names, resident.skip_bad = self.names, self.skip_bad
+        resident.errors = errors if any(errors) else None
+        return resident
+
+
+class ImageFiles(EncodedImages):
+    """Images in one file each."""
+
+    per_image = ("labels", "paths")
+
+    def __init__(
+        self, paths: list[str], labels: np.ndarray | None, classes: list[str], mean_std: tuple
+    ):
+        super().__init__(labels, classes, mean_std)
+        # an array is one block of memory; every worker would copy a list page by page
+        self.paths = np.array(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def names(self) -> np.ndarray:
+        return np.array([os.path.basename(path) for path in self.paths])
+
+    def image(self, index: int) -> Tensor:
+        path = str(self.paths[index])
+        if not os.path.isfile(path) and os.path.exists(path):
+            raise unreadable(path, "it is not a file")  # reading a pipe would wait forever
+        try:
+            encoded = np.fromfile(path, np.uint8)
+        except OSError as error:
+            raise unreadable(path, error.strerror) from error
+        return decode(encoded, path)
+
+
+def _draw(recipe, epoch, indices, view_numbers, heights, widths):
+    """For each group of views of one size: the size, boxes and parameters, the first view first."""
+    if view_numbers is None:
+        view_numbers = range(len(recipe.views))
+    for size, numbers in augment.by_size(recipe, view_numbers):
+        yield (
+            size,
+            *augment.draw(
+                recipe,
+                epoch,
+                np.tile(indices, len(numbers)),
+                np.repeat(numbers, len(indices)),
+                np.tile(heights, len(numbers)),
+                np.tile(widths, len(numbers)),
+            ),
+        )
+
+
+def _crop(image, box, size):
+    """Box of a (3, H, W) uint8 image, resized with antialias: (1, 3, size, size) uint8."""
+    top, left, height, width = (int(side) for side in box)
+    crop = image[None, :, top : top + height, left : left + width]
+    if height == width == size:
+        return crop.contiguous()
+    return interpolate(crop, (size, size), mode="bilinear", antialias=True).contiguous()
+
+
+def _evaluation_box(height, width, size):
+    """(top, left, height, width) of the part that evaluation sees."""
+    if height == width == size:
+        return 0, 0, size, size
+    side = round(min(height, width) * 7 / 8)
+    return (height - side) // 2, (width - side) // 2, side, side

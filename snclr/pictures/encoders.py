@@ -1,0 +1,183 @@
+"""Pictures of what encoders have learned: nearest images, attention, a map of the features."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from .. import augment
+from ..datasets.images import ImageSet
+from ..loader import whole_images
+from ..running.precision import unit
+from .canvas import BLUE, COLOURS, GREY, INK, MARGIN, Tile, fitting, font, page, sheet
+from .tiles import key_of, row_of
+
+# colours of the map 'cividis', dark to bright
+HEAT = np.array([[0, 32, 76], [87, 93, 109], [165, 156, 116], [255, 234, 70]])
+MAP_SIDE, DOT = 460, 2.5  # pixels
+
+
+class Encoder(NamedTuple):
+    """An encoder and its info (snclr.weights.load.open_encoder), and its name in pictures."""
+
+    module: nn.Module
+    info: dict
+    name: str
+
+    def batches(self, images: ImageSet, indices: np.ndarray, **loader_args) -> Iterator[Tensor]:
+        """Images `indices`, of the size and normalisation of the encoder's training.
+
+        loader_args: device and workers, as for whole_images.
+        """
+        images.mean, images.std = torch.tensor(self.info["mean"]), torch.tensor(self.info["std"])
+        return whole_images(images, indices, size=self.info["img_size"], **loader_args)
+
+    @torch.no_grad()
+    def features(self, images: ImageSet, indices: np.ndarray, **loader_args) -> Tensor:
+        """Unit features (n, C) of images `indices`, on the CPU."""
+        batches = self.batches(images, indices, **loader_args)
+        return torch.cat([unit(self.module.embed(batch)).cpu() for batch in batches])
+
+
+def retrieval_picture(
+    queries: ImageSet,
+    query_indices: np.ndarray,
+    pool: ImageSet,
+    pool_indices: np.ndarray,
+    features: dict[str, tuple[Tensor, Tensor]],
+    topk: int,
+    size: int,
+    title: str,
+) -> Image.Image:
+    """Images of `queries` beside their nearest images of `pool`, for one encoder or several.
+
+    features: by the encoder's name, those of the queries (n, C) and of the pool (m, C). An image is
+    never its own neighbour. size: side in px at which images are read.
+    """
+    rows, lines, heads = [[] for _ in query_indices], [], []
+    topk = min(topk, len(pool_indices) - (queries is pool))
+    for name, (query_features, pool_features) in features.items():
+        cosines = query_features @ pool_features.T
+        if queries is pool:
+            cosines[torch.from_numpy(query_indices[:, None] == pool_indices)] = -2
+        nearest = (part.tolist() for part in cosines.topk(topk, dim=1))
+        for row, query, values, positions in zip(rows, query_indices, *nearest, strict=True):
+            neighbours = [
+                (index, f"cosine {value:.2f}")
+                for index, value in zip(pool_indices[positions], values, strict=True)
+            ]
+            row += row_of(queries, query, pool, neighbours, size)
+        same = [tile.frame == BLUE for row in rows for tile in row[-topk:] if tile.frame != GREY]
+        share = f"; {100 * np.mean(same):.0f} % of the neighbours have the image's class"
+        lines.append(name + share if same else name)
+        head = f"nearest by {name[0]}" if len(features) > 1 else "nearest"
+        heads += ["image", head, *[""] * (topk - 1)]
+    return sheet(rows, title, "\n".join(lines), key_of(rows), heads)
+
+
+@torch.no_grad()
+def attention_maps(encoder: nn.Module, x: Tensor) -> Tensor:
+    """The attention of the class token to each patch, in each head of a ViT's last block:
+    (B, heads, rows, columns).
+
+    x: normalised images. Without a class token, the mean over the patches' queries.
+    """
+    attention, weights = encoder.blocks[-1].attn, []
+    # timm's fused kernel does not compute the weights by themselves
+    fused, attention.fused_attn = attention.fused_attn, False
+    hook = attention.attn_drop.register_forward_hook(
+        lambda module, inputs, output: weights.append(inputs[0])
+    )
+    encoder.forward_features(x)
+    hook.remove()
+    attention.fused_attn = fused
+    prefixes, grid = encoder.num_prefix_tokens, encoder.patch_embed.grid_size
+    queries = weights[0][:, :, :1] if prefixes else weights[0].mean(dim=2, keepdim=True)
+    return queries[:, :, 0, prefixes:].float().unflatten(2, grid)
+
+
+def attention_picture(maps: Tensor, pixels: np.ndarray, name: str, side: int = 112) -> Image.Image:
+    """Attention (B, heads, rows, columns) over its images (B, S, S, 3) uint8: the mean of the
+    heads, then each head.
+    """
+    maps_of_images = torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1).numpy()
+    rows = []
+    for image, heads in zip(pixels, maps_of_images, strict=True):
+        tiles = [Tile(_heated(image, head / head.max(), 2 * side)) for head in heads]
+        rows.append([Tile(image), *tiles])
+    names = ["image", "mean", *(f"head {number + 1}" for number in range(maps.shape[1]))]
+    line = f"Attention of the class token in the last block of {name}"
+    key = [(tuple(HEAT[-1]), "most"), (tuple(HEAT[0]), "least, in each map")]
+    return sheet(rows, "Attention", line, key, names, side=side)
+
+
+def _heated(image, heat, side):
+    """The image in grey under the colours of a map (rows, columns) in 0..1."""
+    heat = Image.fromarray(heat.astype(np.float32))
+    smooth = np.asarray(heat.resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)
+    values = np.linspace(0, 1, len(HEAT))
+    colours = np.stack([np.interp(smooth, values, HEAT[:, channel]) for channel in range(3)], 2)
+    grey = np.asarray(Image.fromarray(image).convert("L").resize((side, side)), np.float32)
+    return (0.45 * grey[..., None] + 0.55 * colours).astype(np.uint8)
+
+
+def pca(features: Tensor) -> np.ndarray:
+    """Features (n, C) on their first two principal components: (n, 2).
+
+    The entry of a component with the largest absolute value is positive.
+    """
+    centred = (features - features.mean(dim=0)).double()
+    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
+    axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(dim=1, keepdim=True)).sign()
+    return (centred @ axes.T).numpy()
+
+
+def projections(features: Tensor, seed: int) -> dict[str, np.ndarray]:
+    """Features (n, C) in two dimensions, by method: PCA, and t-SNE if scikit-learn is installed."""
+    maps = {"PCA": pca(features)}
+    try:
+        from sklearn.manifold import TSNE  # optional: only this map needs it
+    except ImportError:
+        return maps
+    tsne = TSNE(perplexity=min(30, (len(features) - 1) / 3), init="pca", random_state=seed)
+    return {**maps, "t-SNE": tsne.fit_transform(features.numpy())}
+
+
+def map_picture(
+    maps: dict[str, np.ndarray], labels: np.ndarray | None, classes: Sequence[str]
+) -> Image.Image:
+    """Maps (n, 2) of the same images, by name, coloured by labels (n,), -1 for none."""
+    line, key = f"each dot is one of {len(next(iter(maps.values())))} images", []
+    if labels is not None and len(classes) <= len(COLOURS):
+        line = f"{line}, its colour its class"
+        key = list(zip(COLOURS, map(str, classes), strict=False))
+    elif labels is not None:
+        line = f"{line}, its colour its class (colours repeat)"
+    pitch = MAP_SIDE + MARGIN
+    image, draw, top = page(
+        pitch * len(maps) - MARGIN, MAP_SIDE + 20, "Map of the features", line, key
+    )
+    for number, (name, points) in enumerate(maps.items()):
+        left = MARGIN + number * pitch
+        draw.text((left, top), fitting(name, MAP_SIDE), fill=INK, font=font())
+        image.paste(_dots(points, labels), (left, top + 20))
+    return image
+
+
+def _dots(points: np.ndarray, labels: np.ndarray | None) -> Image.Image:
+    low, high = points.min(axis=0), points.max(axis=0)
+    span = max((high - low).max(), 1e-12)  # 0 at full collapse
+    positions = (points - low) / span + (1 - (high - low) / span) / 2
+    # drawn three times as large and reduced, for smooth dots
+    large = Image.new("RGB", (3 * MAP_SIDE, 3 * MAP_SIDE), (250, 250, 250))
+    draw = ImageDraw.Draw(large)
+    # in a random order: otherwise the last class would cover the others
+    for index in augment.epoch_order(0, 0, len(positions)):
+        x, y = 3 * (8 + positions[index] * (MAP_SIDE - 16))
+        label = -1 if labels is None else labels[index]
+        colour = GREY if label < 0 else COLOURS[label % len(COLOURS)]
+        draw.ellipse((x - 3 * DOT, y - 3 * DOT, x + 3 * DOT, y + 3 * DOT), fill=colour)
+    return large.resize((MAP_SIDE, MAP_SIDE), Image.Resampling.LANCZOS)

@@ -1,0 +1,203 @@
+"""The report on runs: one HTML file, with styles, curves as SVG and pictures inside it."""
+
+import base64
+import html
+import json
+import os
+from collections.abc import Iterable, Sequence
+
+from ..running.errors import UsageError
+from ..running.safe_files import read_bytes, save_text
+from .curves import curve, key
+from .runs import ABOUT, FEW, Run, differences, group, load, mean_and_deviation, value
+
+# title, metric, and which of a run's values (runs.value)
+COLUMNS = (
+    ("kNN top-1 %", "knn_top1", "last"),
+    ("untrained %", "knn_top1", "first"),
+    ("raw pixels %", "raw_pixels_knn_top1", "first"),
+    ("linear probe %", "linear_top1", "results"),
+    ("loss / chance", "loss_ratio", "mean"),
+    ("purity", "neighbour_purity", "mean"),
+    ("weights' entropy", "positiveness_entropy", "mean"),
+    ("feature std", "feature_std", "mean"),
+    ("effective rank", "effective_rank", "last"),
+    ("images/s", "images_per_s", "median"),
+)
+CURVES = (
+    ("kNN top-1 in percent", "knn_top1"),
+    ("loss", "loss"),
+    ("loss over the loss at chance", "loss_ratio"),
+    ("neighbours with the image's label (purity)", "neighbour_purity"),
+    ("feature std: 1 is spread out, 0 collapse", "feature_std"),
+    ("entropy of the positiveness: 1 is uniform", "positiveness_entropy"),
+    ("effective rank", "effective_rank"),
+    ("images a second", "images_per_s"),
+)
+EVALUATED = (
+    "linear_top1",
+    "finetune_top1",
+    "knn_top1",
+    "mean_per_class_top1",
+    "encoder",
+    "dataset",
+    "label_fraction",
+)
+LEGEND = """kNN and rank: last evaluation; loss, purity, entropy and std: mean of the log lines of
+the last epoch; speed: median; ± sample standard deviation over seeds."""
+BANDS = """A line is the mean of runs that differ only in their seed; its band reaches from the
+lowest to the highest. Point at a line to see only this one."""
+PNG, LARGEST = b"\x89PNG\r\n\x1a\n", 2**25  # first bytes of a picture, and most bytes
+HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">"""
+STYLE = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --faint: #666; --line: #ddd; --ground: #fff;
+  --panel: #f6f7f9 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --faint: #a0a0a0; --line: #3a3a3a; --ground: #141414; --panel: #1e1e1e }
+  .curves g, .key svg { filter: brightness(1.3) } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground) }
+body { max-width: 1200px; margin: auto; padding: 1em }
+h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin-top: 2em }
+h3 { font-size: 1em; margin: 1.5em 0 0 }
+p, figcaption { color: var(--faint) } figure { margin: 0 }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th { vertical-align: bottom }
+th, td { text-align: left; padding: .25em .8em .25em 0; border-bottom: 1px solid var(--line) }
+td { white-space: nowrap }
+td:first-child, th:first-child { position: sticky; left: 0; background: var(--ground) }
+@media (max-width: 600px) { td:first-child { min-width: 8em; max-width: 8em; white-space: normal;
+  overflow-wrap: anywhere } }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr));
+  gap: 1em }
+svg { width: 100%; background: var(--panel) } svg text { fill: var(--faint); font-size: 11px }
+svg .grid { stroke: var(--line) }
+svg path:not(.band) { fill: none; stroke-width: 1.6; stroke-linejoin: round }
+svg path.dot { stroke-width: 4; stroke-linecap: round }
+.curves svg:has(g:hover) g:not(:hover) { opacity: .15 } .curves g:hover .band { opacity: .3 }
+.key { display: flex; flex-wrap: wrap; gap: .2em 1.4em; padding: 0; list-style: none }
+.key svg { width: 28px; height: 10px; background: none }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); padding: .8em }
+"""
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The HTML file."""
+    groups = group(runs)
+    first = [members[0] for members in groups.values()]
+    title = html.escape("; ".join(dict.fromkeys(map(_title, runs))))
+    columns = [c for c in COLUMNS if any(value(run, *c[1:]) is not None for run in runs)]
+    rows = [
+        [name, len(members), *(_cell(members, column) for column in columns)]
+        for name, members in groups.items()
+    ]
+    parts = [
+        f"<h1>{title}</h1>",
+        _table(["", "runs", *(column[0] for column in columns)], rows),
+        f"<p>{LEGEND}</p>",
+    ]
+    names = differences(first)
+    if len(names) > FEW:
+        rows = [
+            [name, *(members[0].settings.get(setting) for setting in names)]
+            for name, members in groups.items()
+        ]
+        parts += ["<h2>What differs</h2>", _table(["", *names], rows)]
+    has_bands = any(len(members) > 1 for members in groups.values())
+    parts += [
+        "<h2>Curves over epochs</h2>",
+        f"<p>{BANDS}</p>" if has_bands else "",
+        key(groups),
+        '<div class="curves">',
+        *(curve(name, metric, groups) for name, metric in CURVES),
+        "</div>",
+    ]
+    rows = [
+        [os.path.join(run.path, folder), *(result.get(name) for name in EVALUATED)]
+        for run in runs
+        for folder, result in run.results
+    ]
+    parts += ["<h2>Evaluations</h2>", _table(["", *EVALUATED], rows)] if rows else []
+    parts += ["<h2>Neighbours</h2>"] if any(run.pictures for run in runs) else []
+    for name, members in groups.items():
+        # of one run the first and the last picture, of several the last of each
+        paths = members[0].pictures
+        paths = paths[-1:] if len(groups) > 1 else paths[:1] + paths[1:][-1:]
+        if paths:
+            images = "".join(map(_image, paths))
+            parts.append(_folded(name, images, opened=len(groups) <= FEW))
+    parts.append("<h2>How to repeat it</h2>")
+    parts += [_repeat(name, members, opened=len(groups) == 1) for name, members in groups.items()]
+    body = "\n".join(parts)
+    return f"{HEAD}<title>{title}</title><style>{STYLE}</style>\n{body}\n</html>\n"
+
+
+def write(workdirs: Sequence[str], out: str) -> None:
+    """Write the report on the runs in workdirs, whole or not at all. Raises UsageError for a
+    workdir without a run, RunError where it cannot be written.
+    """
+    save_text(out, page([load(workdir) for workdir in workdirs]))
+
+
+def write_into(workdir: str) -> str:
+    """Write report.html into the workdir of a run that ends; returns a line for the log."""
+    out = os.path.join(workdir, "report.html")
+    try:
+        write([workdir], out)
+    except Exception as error:  # the run has succeeded, and must end as such
+        return f"no report: {error}"
+    return f"report: {out}"
+
+
+def _title(run: Run) -> str:
+    method, arch, dataset = (run.settings.get(name, "?") for name in ("method", "arch", "dataset"))
+    return f"{method} {arch}, {dataset}"
+
+
+def _cell(members: Sequence[Run], column: tuple[str, str, str]) -> str:
+    _, metric, kind = column
+    return mean_and_deviation([value(run, metric, kind) for run in members])
+
+
+def _table(heads: Iterable, rows: Iterable[Iterable]) -> str:
+    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in heads)
+    lines = [
+        "".join(f"<td>{'' if cell is None else html.escape(str(cell))}</td>" for cell in row)
+        for row in rows
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _image(path: str) -> str:
+    """A picture of a workdir; '' for what is no PNG. A link is not followed: it could lead to any
+    file, and the report is made to be sent to others.
+    """
+    try:
+        content = read_bytes(path, LARGEST, follow=False)
+    except UsageError:
+        return ""
+    if not content.startswith(PNG):
+        return ""
+    name, data = html.escape(os.path.basename(path)), base64.b64encode(content).decode()
+    return f'<p class="wide"><img alt="{name}" src="data:image/png;base64,{data}"></p>'
+
+
+def _repeat(name: str, members: Sequence[Run], opened: bool) -> str:
+    """Command, environment and settings of a group of runs."""
+    settings, others = members[0].settings, [run.path for run in members[1:]]
+    versions = settings["versions"] if isinstance(settings.get("versions"), dict) else {}
+    about = {n: settings.get(n) for n in ABOUT if n not in ("command", "versions")} | versions
+    entries = [f"{n} {x}" for n, x in about.items() if x is not None]
+    entries += [f"with other seeds: {' '.join(others)}"] if others else []
+    environment = f"<p>{html.escape(', '.join(entries))}</p>"
+    everything = f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre>"
+    return f"""<h3>{html.escape(name)}</h3><pre>{html.escape(str(settings.get("command")))}</pre>
+{_folded("environment", environment, opened)}
+{_folded("all settings", everything, False)}"""
+
+
+def _folded(name: str, content: str, opened: bool) -> str:
+    title = f"<summary>{html.escape(name)}</summary>"
+    return f"<details{' open' if opened else ''}>{title}{content}</details>"

@@ -1,0 +1,153 @@
+"""Finished and running runs, read from their workdirs: numbers of a run, groups of runs.
+
+A workdir may come from someone else: any file in it may be missing or hold anything.
+"""
+
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from ..running.errors import UsageError
+from ..running.safe_files import json_object, read_bytes, read_json_lines
+from ..running.settings import RUNNING
+
+# in args.json beside the settings
+ABOUT = ("command", "versions", "git", "world_size", "amp_used", "device")
+FEW = 3  # runs that differ in at most so many settings are named by them
+
+
+class Run(NamedTuple):
+    """The content of a workdir."""
+
+    path: str
+    settings: dict  # args.json
+    lines: list[dict]  # metrics.jsonl
+    results: list[tuple[str, dict]]  # results.json files of evaluations, each with its folder
+    pictures: list[str]  # paths of the neighbour pictures, in the order of their steps
+
+
+def load(workdir: str) -> Run:
+    """Read a workdir, also of a run that is still going on. Raises UsageError if it has no run."""
+    settings = _read_object(os.path.join(workdir, "args.json"))
+    if not settings:
+        raise UsageError(
+            f"{workdir} holds no run (no args.json that can be read): give the --workdir of one"
+        )
+    try:
+        lines = read_json_lines(os.path.join(workdir, "metrics.jsonl"))
+    except UsageError as error:
+        raise UsageError(
+            f"{workdir} has no metrics.jsonl that can be read: {error}; was the run started?"
+        ) from error
+    lines = [line for line in lines if None not in (number(line, "step"), number(line, "epoch"))]
+    paths = sorted(os.path.join(folder, "results.json") for folder in _folders_below(workdir))
+    results = [
+        (os.path.relpath(os.path.dirname(path), workdir), result)
+        for path in paths
+        if (result := _read_object(path))
+    ]
+    folder = os.path.join(workdir, "pictures")
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    pictures = [
+        os.path.join(folder, name) for name in names if re.fullmatch(r"neighbours_.*\.png", name)
+    ]
+    return Run(workdir, settings, lines, results, pictures)
+
+
+def _folders_below(workdir: str) -> Iterator[str]:
+    # links to folders are not followed: they may form a circle
+    return (folder for folder, _, _ in os.walk(workdir))
+
+
+def _read_object(path: str) -> dict:
+    try:
+        return json_object(read_bytes(path))
+    except UsageError:
+        return {}
+
+
+def number(line: dict, name: str) -> float | None:
+    """A number of a line of the log; None if it has none."""
+    x = line.get(name)
+    is_number = isinstance(x, (int, float)) and not isinstance(x, bool)
+    return x if is_number and abs(x) < 1e15 else None  # nan is not below
+
+
+def value(run: Run, metric: str, kind: str) -> float | None:
+    """One number of a run for a table; None if it has none.
+
+    kind: 'last', of its last evaluation; 'first', of the untrained encoder; 'mean', over its last
+    epoch; 'median', over all lines; 'results', of an evaluation by main_lincls.py.
+    """
+    if kind == "results":
+        values = (number(result, metric) for _, result in run.results)
+        return next((x for x in values if x is not None), None)
+    values = [(line["epoch"], number(line, metric)) for line in run.lines]
+    values = [(epoch, x) for epoch, x in values if x is not None]
+    if not values:
+        return None
+    if kind == "first":
+        epoch, x = values[0]
+        return x if epoch == 0 else None
+    if kind == "median":
+        return statistics.median(x for _, x in values)
+    last_epoch = values[-1][0]
+    last = [x for epoch, x in values if epoch == last_epoch]
+    return statistics.fmean(last) if kind == "mean" else last[-1]
+
+
+def mean_and_deviation(values: Sequence[float | None]) -> str:
+    """'mean ± sample standard deviation' of the values that are not None; '' if there are none."""
+    known = [x for x in values if x is not None]
+    if not known:
+        return ""
+    mean = statistics.fmean(known)
+    digits = max(0, 2 - math.floor(math.log10(abs(mean)))) if mean else 2
+    digits = min(digits, 1 if abs(mean) >= 10 else 3)
+    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
+
+
+def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs by a name of what distinguishes them; a group differs only in its seeds."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        key = json.dumps(_settings_of_kind(run), sort_keys=True, default=str)
+        groups.setdefault(key, []).append(run)
+    first = [members[0].settings for members in groups.values()]
+    differing = differences([members[0] for members in groups.values()])
+    usual = {
+        name: statistics.mode(str(settings.get(name)) for settings in first) for name in differing
+    }
+    named = {}
+    for settings, members in zip(first, groups.values(), strict=True):
+        own = [
+            name
+            for name in differing
+            if len(differing) <= FEW or str(settings.get(name)) != usual[name]
+        ]
+        name = ", ".join(f"{name} {settings.get(name)}" for name in own)
+        if not 0 < len(own) <= FEW:
+            folders = [os.path.basename(os.path.abspath(run.path)) for run in members]
+            common = os.path.commonprefix(folders)  # noqa: RUF071 - of letters, not of folders
+            name = re.sub(r"[-_. ]*(seed)?[-_. ]*$", "", common) or folders[0]
+        named[name if name not in named else members[0].path] = members
+    return named
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Names of the settings that differ between runs, without the seed and what does not change a
+    run (settings.RUNNING).
+    """
+    kinds = [_settings_of_kind(run) for run in runs]
+    names = dict.fromkeys(name for kind in kinds for name in kind)
+    return [name for name in names if any(kind.get(name) != kinds[0].get(name) for kind in kinds)]
+
+
+def _settings_of_kind(run: Run) -> dict:
+    left_out = {*RUNNING, *ABOUT, "seed"}
+    return {name: x for name, x in run.settings.items() if name not in left_out}

@@ -1,0 +1,86 @@
+"""Pictures and histograms of one training step."""
+
+import argparse
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ..datasets.images import ImageSet
+from ..loader import Batch
+from ..running.metrics import StepView
+from .canvas import Tile, sheet
+from .tiles import key_of, row_of
+
+QUERIES, ACROSS = 8, 10  # rows of a picture, and most neighbours in a row
+NEIGHBOUR_LINES = """Images of the batch, and their neighbours in the bank, those of largest \
+positiveness first.
+weight: positiveness of the neighbour; cosine: its similarity to the image's key."""
+
+
+def of_step(
+    batch: Batch, shown: StepView, images: ImageSet, args: argparse.Namespace, step: int
+) -> tuple[dict[str, Image.Image], dict[str, Tensor]]:
+    """Pictures and histograms, by name, of this rank's part of a step. step: its number, from 1."""
+    pictures = {"views": view_picture(batch, images, f"Views at step {step}")}
+    valid = shown.neighbour_ids >= 0
+    if not valid.any():
+        return pictures, {}
+    pictures["neighbours"] = neighbour_picture(
+        batch.ids, shown, images, args.img_size, f"Soft neighbours at step {step}"
+    )
+    return pictures, {
+        "positiveness": shown.weights[valid],
+        "bank_age_steps": bank_ages(shown.counts, step, args.batch_size),
+    }
+
+
+def neighbour_picture(
+    ids: Tensor, shown: StepView, images: ImageSet, size: int, title: str
+) -> Image.Image:
+    """Images of a step beside the neighbours in the bank that were their positives, those of
+    largest weight first.
+
+    ids (B,) data-set indices; shown: what the step showed of these images; size: side in px at
+    which images are read.
+    """
+    weights = shown.weights[:QUERIES]
+    order = weights.float().argsort(dim=1, descending=True, stable=True)[:, :ACROSS]
+    columns = [
+        values[:QUERIES].gather(1, order).tolist()
+        for values in (shown.neighbour_ids, shown.weights, shown.scores)
+    ]
+    rows = []
+    for query, *values in zip(ids[:QUERIES].tolist(), *columns, strict=True):
+        neighbours = [
+            (index, f"weight {weight:.3f}", f"cosine {cosine:.2f}")
+            for index, weight, cosine in zip(*values, strict=True)
+            if index >= 0
+        ]
+        rows.append(row_of(images, query, images, neighbours, size))
+    return sheet(rows, title, NEIGHBOUR_LINES, key_of(rows), ("image", "neighbours"))
+
+
+def view_picture(batch: Batch, images: ImageSet, title: str) -> Image.Image:
+    """Views 1 and 2 of images of a batch as they entered the network, but not normalised."""
+    views = [denormalize(view[:QUERIES], images.mean, images.std) for view in batch.views[:2]]
+    rows = [[Tile(image) for image in view] for view in views]
+    line = "Above: view 1, below: view 2 of the same image, as the network sees them."
+    return sheet(rows, title, line, side=128)
+
+
+def bank_ages(counts: Tensor, step: int, batch_size: int) -> Tensor:
+    """The age in steps of each bank row that the global batch of a step picked: (picks,) floats.
+
+    counts (M,) picks of each row; step: its number, from 1. Key n of the run lies in row n modulo
+    M. The newest key of the previous step has age 1; the position in its batch adds a fraction.
+    """
+    rows = counts.nonzero()[:, 0]
+    ages = ((step - 1) * batch_size - 1 - rows) % len(counts) / batch_size + 1
+    return ages.repeat_interleave(counts[rows])
+
+
+def denormalize(x: Tensor, mean: Tensor, std: Tensor) -> np.ndarray:
+    """Network input (B, 3, S, S) as images (B, S, S, 3) uint8."""
+    x = x.detach().float().cpu() * std.view(3, 1, 1) + mean.view(3, 1, 1)
+    return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()

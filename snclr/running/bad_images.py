@@ -1,0 +1,42 @@
+"""The list of images of a run that could not be read."""
+
+import contextlib
+import os
+
+from ..datasets.images import ImageSet
+from .distributed import rank, union
+from .errors import RunError, UsageError, one_line
+from .safe_files import read_text, save_text
+
+
+def record_bad_images(images: ImageSet, replaced: set[int], workdir: str) -> str | None:
+    """Add images that could not be read to workdir/bad_images.txt; returns a line for the log if
+    there are new ones. Collective.
+
+    replaced: indices of the images that this rank replaced since the last call; emptied.
+    """
+    indices = union(replaced)
+    replaced.clear()
+    if rank() != 0 or not indices:
+        return None
+    path = os.path.join(workdir, "bad_images.txt")
+    known = set()
+    if os.path.exists(path):
+        with contextlib.suppress(UsageError):  # no file, and to write it will fail
+            known = set(read_text(path).splitlines())
+    reasons = {_why_unreadable(images, index) for index in indices}
+    try:
+        save_text(path, "".join(f"{line}\n" for line in sorted(known | reasons)))
+    except RunError as error:  # a full disk: no reason to stop a run
+        path = str(error)
+    if not (new := sorted(reasons - known)):
+        return None
+    return f"{len(new)} more images cannot be read and are replaced, see {path}: {new[0]}"
+
+
+def _why_unreadable(images: ImageSet, index: int) -> str:
+    try:
+        images.image(index)
+    except RunError as error:
+        return one_line(error).partition("cannot read image ")[2].partition("; remove")[0]
+    return f"image {index} could not be read once"

@@ -1,0 +1,162 @@
+"""The log of a run: metrics.jsonl, TensorBoard, pictures, and lines on the console."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable
+from typing import BinaryIO
+
+import numpy as np
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from .errors import RunError
+from .safe_files import json_object, new_file, open_regular, read_json_lines, writing
+
+# TensorBoard group of each metric of a training or evaluation line
+GROUPS = {
+    "loss": ("loss", "loss_ratio"),
+    "optim": ("lr", "momentum", "grad_norm"),
+    "bank": ("bank_fill", "distinct_rows", "largest_count"),
+    "neighbours": ("neighbour_similarity", "positiveness_entropy", "neighbour_purity"),
+    "features": ("feature_std", "effective_rank", "view_agreement"),
+    "speed": ("images_per_s", "data_wait", "slowest_step_s"),
+    "eval": ("knn_top1",),
+}
+
+
+class Log:
+    """metrics.jsonl and TensorBoard events in workdir, and the console; silent on all other ranks.
+
+    step: completed steps of a resumed run, else 0. Lines of later steps, and a line that a crash
+    cut short, are removed, so that each step stands in the file once.
+    """
+
+    def __init__(self, workdir: str, *, step: int, enabled: bool):
+        self.enabled = enabled
+        self.bar = None
+        if not enabled:
+            return
+        self.path, self.pending = os.path.join(workdir, "metrics.jsonl"), b""
+        self.folder = os.path.join(workdir, "tensorboard")
+        with writing(workdir):
+            # a run that starts anew also evaluates its start anew
+            cut_back(self.path, step if step else -1)
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
+            self.events = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
+
+    def line(self, metrics: dict) -> None:
+        """Append one line with 'step' to metrics.jsonl, and its numbers to TensorBoard."""
+        if not self.enabled:
+            return
+        rounded = {name: _rounded(value) for name, value in metrics.items()}
+        self.pending += json.dumps(rounded).encode() + b"\n"
+        self.flush()
+        try:
+            self.events = self.events or SummaryWriter(self.folder)
+            for group, names in GROUPS.items():
+                for name in names:
+                    if metrics.get(name) is not None:
+                        self.events.add_scalar(f"{group}/{name}", metrics[name], metrics["step"])
+        except OSError:  # a full disk ended the writer's thread: the next line starts a new one
+            self.events = None
+
+    def flush(self, durable: bool = False) -> None:
+        """Write the pending lines; on a full disk they stay pending.
+
+        durable: a checkpoint follows, which must find its lines even after the machine crashes;
+        raises RunError where they cannot be written.
+        """
+        try:
+            with writing(self.path):
+                while self.pending:
+                    self.pending = self.pending[self.file.write(self.pending) :]
+                if durable:
+                    os.fsync(self.file.fileno())
+        except RunError:
+            if durable:
+                raise
+
+    def last_evaluation(self) -> int | None:
+        """The step of the last evaluation in metrics.jsonl."""
+        lines = read_json_lines(self.path)
+        return max((line["step"] for line in lines if "loss" not in line), default=None)
+
+    def pictures(self, step: int, pictures: dict, histograms: dict[str, Tensor]) -> None:
+        """Add PIL images and values (n,), by name, to TensorBoard; save the images also as
+        pictures/NAME_STEP.png.
+        """
+        if not self.enabled:
+            return
+        folder = os.path.join(os.path.dirname(self.path), "pictures")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            for name, picture in pictures.items():
+                with new_file(os.path.join(folder, f"{name}_{step:07d}.png")) as file:
+                    picture.save(file, format="png")
+                self.events.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            for name, values in histograms.items():
+                self.events.add_histogram(
+                    f"neighbours/{name}", values.float().cpu().numpy(), step, bins=60
+                )
+        except OSError as error:  # no reason to stop a run
+            self.say(f"note: no pictures of step {step}: {error}")
+
+    def say(self, text: str) -> None:
+        """Print one line on the console, above the progress bar if there is one."""
+        if self.enabled:
+            # the name of a file may hold half a character
+            tqdm.write(text.encode(errors="replace").decode(), file=sys.stdout)
+            sys.stdout.flush()
+
+    def progress(self, total: int, done: int, label: str) -> None:
+        """Start a progress bar on a terminal; elsewhere only the lines of `say` appear."""
+        if self.enabled and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=total, initial=done, desc=label, unit="step", leave=False, dynamic_ncols=True
+            )
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def end_progress(self) -> None:
+        """Remove the progress bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self.enabled:
+            self.flush()
+            self.file.close()
+            with contextlib.suppress(OSError, AttributeError):
+                self.events.close()
+
+
+def cut_back(path: str, step: int) -> None:
+    """Remove from a metrics file the lines after `step`, and lines that are no whole JSON object;
+    atomically. Raises UsageError where path is something else than a file, OSError on a full disk.
+    """
+    if not os.path.lexists(path):
+        return
+    with open_regular(path) as old, new_file(path) as file:
+        file.writelines(_lines_until(old, step))
+
+
+def _lines_until(file: BinaryIO, last_step: int) -> Iterable[bytes]:
+    for line in file:
+        step = json_object(line).get("step") if line.endswith(b"\n") else None
+        if isinstance(step, int) and step <= last_step:
+            yield line
+
+
+def _rounded(value):
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None  # JSON has no nan
