@@ -65,16 +65,14 @@ def main(argv: list[str]) -> None:
     amp = resolve_amp(args.amp, device)
     # in float32 on a CPU channels-last gains nothing, and torch 2.15 crashes in the backward of narrow convolutions
     channels_last = device.type == "cuda" or amp != "off"
-    workdir, found, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
-    if args.init_from:  # the weights decide the number of heads, and a run keeps its own
-        start_file = found or args.init_from
+    if args.init_from:  # no tensor shows the number of heads: it is that of the weights to start from
         args.num_heads, head_notes = choose_num_heads(
-            read_encoder(start_file), args.arch, args.num_heads
+            read_encoder(args.init_from), args.arch, args.num_heads
         )
     model = build_model(args, bfloat16=amp == "bf16")
+    workdir, found, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
     if args.init_from and not found:
-        start_notes += load_backbone(model.base_encoder, read_encoder(start_file))
-        start_notes += head_notes
+        start_notes += load_backbone(model.base_encoder, read_encoder(args.init_from)) + head_notes
         if model.momentum_encoder is not None:
             model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
     elif args.init_from:

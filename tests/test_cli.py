@@ -232,7 +232,7 @@ def test_every_flag_is_read_by_its_program(start, monkeypatch):
     flags = {action.dest for action in parsers[0]._actions} - {"help"}
     by_name = {
         name
-        for names in re.findall(r"getattr\(args, name\) for name in \(([^)]*)\)", text)
+        for names in re.findall(r"getattr\(args, name\)\s+for name in \(([^)]*)\)", text)
         for name in re.findall(r"\w+", names)
     }
     assert {flag for flag in flags - by_name if not re.search(rf"\bargs\.{flag}\b", text)} == set()

@@ -680,8 +680,6 @@ def test_a_run_from_a_librarys_vit_small_has_its_heads_says_so_and_keeps_them(
         capsys.readouterr().out
     )
     assert json.loads((tmp_path / "run/args.json").read_text())["num_heads"] == 6
-    os.remove(tmp_path / "timm.pth")  # a resumed run needs it no more
-    (tmp_path / "timm.pth").write_text("")
     assert go(*start, "--resume", "auto", "--stop-after-steps", 2) == 6
     with pytest.raises(UsageError, match="num_heads 6 -> 12"):
         go("--resume", "auto")
