@@ -40,7 +40,7 @@ ARCHS = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A function from a name of ARCHS to a checkpoint after one long step, which leaves no norm or bias at its start."""
+    """From a name of ARCHS to a checkpoint after a long step, which changes norms and biases."""
     root = tmp_path_factory.mktemp("checkpoints")
     images, made = write_images(root / "images"), {}
     step = "--eval-freq 0 --stop-after-steps 1 --warmup-epochs 0 --lr 1"
@@ -191,7 +191,7 @@ def test_the_command_line_exports_and_ends_wrong_usage_in_one_line(checkpoints, 
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
-# -- every library builds its model by the printed line ----------------------------------------------------------------
+# -- every library builds its model by the printed line --------------------------------------------
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 CIFAR = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]}
@@ -200,7 +200,7 @@ HAS_LOCAL_DIR = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 16)
 
 @pytest.fixture(scope="module")
 def random_files(tmp_path_factory):
-    """From arch, number of heads and image size to a file of this project with weights that are far from their start."""
+    """From arch, heads and image size to a file with weights that are far from their start."""
     folder, written = tmp_path_factory.mktemp("random"), {}
 
     def make(arch, num_heads=None, img_size=32):
@@ -392,7 +392,7 @@ def test_a_convolutional_stem_has_a_line_for_a_file_and_no_folder(random_files, 
     )
 
 
-# -- detection -----------------------------------------------------------------------------------------------------------
+# -- detection -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -443,7 +443,8 @@ def test_mmdetection_finds_torchvisions_names_in_the_same_file_without_a_second_
 ):
     path, encoder = resnet50
     out = run(path, "detectron2", tmp_path / "x.pth")
-    # mmengine's loader takes the tensors below 'state_dict'; mmdetection's ResNet has torchvision's names
+    # mmengine's loader takes the tensors below 'state_dict'
+    # mmdetection's ResNet has torchvision's names
     state = torch.load(out, weights_only=True)["state_dict"]
     expected = torchvision.models.resnet50().state_dict()
     assert state.keys() == {name for name in expected if not name.startswith("fc.")}
@@ -478,7 +479,7 @@ def test_the_pages_example_of_fine_tuning_runs(resnet50, tmp_path, monkeypatch, 
     assert len(losses) >= 2 and losses[-1] < losses[0]
 
 
-# -- in a notebook -----------------------------------------------------------------------------------------------------------
+# -- in a notebook ---------------------------------------------------------------------------------
 
 
 def test_load_encoder_gives_features_and_what_one_needs_to_know(checkpoints):

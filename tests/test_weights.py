@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import re
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -332,7 +333,7 @@ def test_what_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path):
     assert_equal(encoder.state_dict(), before)
 
 
-# -- attention heads: no tensor shows their number ---------------------------------------------------------------------
+# -- attention heads: no tensor shows their number -------------------------------------------------
 
 
 def plain_vit(name, **settings):
@@ -419,7 +420,32 @@ def test_a_number_of_heads_is_for_vits(tmp_path, arch):
         weights.open_encoder(str(tmp_path / "x.pth"), arch=arch, num_heads=6)
 
 
-# -- files of other libraries ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"arch": ["vit_small"]},
+        {"arch": "vit_small", "num_heads": [12]},
+        {"arch": "vit_small", "num_heads": torch.zeros(3)},
+        {"arch": "vit_small", "mean": "grey"},
+        {"arch": "timm:test_vit", "timm_kwargs": [["x=1, y", 2]]},
+        {"arch": torch.zeros(2), "encoder": torch.zeros(2), "epoch": []},
+        "vit_small",
+        torch.zeros(2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_attached", [True, False])
+def test_odd_settings_in_the_metadata_are_refused_in_one_line(tmp_path, settings, is_attached):
+    state = OrderedDict(tiny().state_dict())
+    if is_attached:
+        state._metadata = {"snclr": settings}
+    torch.save(state if is_attached else {"state_dict": state, "snclr": settings}, tmp_path / "x")
+    with pytest.raises(UsageError) as caught:
+        weights.open_encoder(str(tmp_path / "x"))
+    assert "\n" not in str(caught.value)
+
+
+# -- files of other libraries ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which, prefix", [("online", "encoder_q"), ("momentum", "encoder_k")])
@@ -448,7 +474,7 @@ def test_mocos_files(tmp_path, which, prefix, version):
 
 
 def dino_file(twin, path, **more):
-    """A training checkpoint as DINO leaves it: student with DDP's prefix, teacher, head and arguments."""
+    """DINO's training checkpoint: student with DDP's prefix, teacher, head and arguments."""
     state = {f"backbone.{name}": tensor for name, tensor in twin.state_dict().items()}
     heads = {"head.mlp.0.weight": (2048, 384), "head.mlp.0.bias": (2048,)}
     heads |= {"head.last_layer.weight_g": (65536, 1), "head.last_layer.weight_v": (64, 256)}
@@ -586,7 +612,7 @@ def test_mmpretrains_files_have_the_backbone_below_a_prefix(tmp_path):
     assert "ignored: 1 other tensors: head.fc.weight" in notes
 
 
-# -- whole runs --------------------------------------------------------------------------------------------------------------
+# -- whole runs ------------------------------------------------------------------------------------
 
 
 def run(images, workdir, *flags):
