@@ -22,7 +22,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from . import heads
-from .options import NUM_HEADS, check_num_heads
+from .options import ARCHS, NUM_HEADS, check_num_heads
 from .running.errors import UsageError, first_line
 from .running.recompute import recomputed
 
@@ -68,7 +68,6 @@ RESNETS = {
 # stem: (kernel, stride, whether a 3x3 stride-2 max pool follows)
 STEMS = {"imagenet": (7, 2, True), "small": (3, 1, False), "light": (3, 2, False)}
 
-ARCHS = (*VITS, *RESNETS)
 TIMM = "timm:"  # prefix of the name of any other timm model
 
 

@@ -5,26 +5,9 @@ import shlex
 import sys
 from argparse import Namespace
 
-from ..options import NUM_HEADS
+from ..options import NUM_HEADS, ON_RESUME
 from .provenance import versions_and_commit
 from .safe_files import save_json
-
-# Settings of a run, in three kinds. Those in FIXED decide which images it sees and what its state
-# means: a resumed run must not change them. Those in RUNNING say where and how it runs: changes are
-# not reported. Changes of all others (a longer schedule, another temperature) are.
-FIXED = tuple(
-    """
-    arch method optimizer batch_size seed dataset img_size crop_min blur small_stem timm_kwargs
-    num_heads subset subset_seed
-    """.split()
-)
-RUNNING = frozenset(
-    """
-    data val labels val_labels download workers workdir resume stop_after_epochs
-    stop_after_steps save_freq save_every_minutes keep print_freq eval_freq eval_encoder
-    viz_freq compile grad_checkpointing on_bad_image skip_non_finite timeout_minutes
-    """.split()
-)
 
 
 def save_settings(workdir: str, args: Namespace, more: dict) -> None:
@@ -48,8 +31,10 @@ def changes(saved: dict, args: Namespace) -> tuple[list[str], list[str]]:
         for name, now in vars(args).items()
         if name in saved and differ(saved[name], now)
     }
-    refused = [change for name, change in differing.items() if name in FIXED]
-    return refused, [change for name, change in differing.items() if name not in RUNNING]
+    kinds = {"fixed": [], "reported": [], "free": []}  # see options.flag
+    for name, change in differing.items():
+        kinds[ON_RESUME.get(name, "reported")].append(change)
+    return kinds["fixed"], kinds["reported"]
 
 
 def differ(saved: object, now: object) -> bool:

@@ -48,7 +48,7 @@ def _progress(evaluations: list[dict], metric: str, title: str, unit: str) -> st
     values = {}
     if evaluations and evaluations[0].get("epoch") == 0:
         values["raw pixels"] = evaluations[0].get(f"raw_pixels_{metric}")
-        values["untrained"] = evaluations[0].get(metric)
+        values[evaluations[0].get("encoder", "untrained")] = evaluations[0].get(metric)
     if evaluations and evaluations[-1].get("epoch"):
         values[f"epoch {evaluations[-1]['epoch']}:"] = evaluations[-1].get(metric)
     parts = [f"{name} {value:.1f}{unit}" for name, value in values.items() if value is not None]

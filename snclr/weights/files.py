@@ -25,7 +25,7 @@ FILE_SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".bin", ".tar", ".ckpt")
 def settings_for_metadata(info: dict, build: str) -> dict:
     """Plain values for the metadata of a file, from which layouts.read_encoder reads them."""
     names = ("arch", "num_heads", "img_size", "patch_size", "width", "small_stem", "timm_kwargs")
-    names += ("mean", "std", "encoder", "epoch")
+    names += ("mean", "std", "grey_range", "encoder", "epoch")
     return {"build": build, **{name: info[name] for name in names}, "version": __version__}
 
 

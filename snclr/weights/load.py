@@ -33,6 +33,7 @@ DEFAULTS = dict(
     timm_kwargs=None,
     mean=IMAGENET[0],
     std=IMAGENET[1],
+    grey_range=None,
 )
 
 
@@ -41,8 +42,8 @@ def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Modul
 
     The backbone maps images (B, 3, S, S) to features (B, C). which: 'online' or 'momentum', for
     files with both; 'untrained': the same architecture with random weights. settings: those of
-    DEFAULTS, for files that do not say them (None: as the file says). img_size, num_heads, mean and
-    std replace what the file says. info: these settings, 'num_features', 'encoder', 'epoch', and
+    DEFAULTS, for files that do not say them (None: as the file says). img_size, num_heads, mean,
+    std and grey_range replace what the file says. info: these settings, 'num_features', 'encoder', 'epoch', and
     'notes', lines that say what was loaded and assumed. Raises UsageError where the file and the
     settings do not fit.
     """
@@ -110,6 +111,11 @@ def _build(path, info):
     """
     try:
         info["mean"], info["std"] = ([float(x) for x in info[name]] for name in ("mean", "std"))
+        if info["grey_range"] is not None:
+            low, high = map(float, info["grey_range"])
+            if not low < high:
+                raise ValueError(f"grey_range {low:g} {high:g}")
+            info["grey_range"] = [low, high]
         return build_encoder(
             info["arch"],
             img_size=info["img_size"],
