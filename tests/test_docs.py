@@ -65,6 +65,10 @@ def test_lines_are_at_most_100_columns():
     assert too_long == []
 
 
+def test_no_figure_is_left_open():
+    assert [path.name for path in PAGES if re.search(r"@[A-Z]+@|TODO", path.read_text())] == []
+
+
 def test_plain_pytest_leaves_the_pages_out_and_the_test_command_does_not(pytestconfig):
     assert "not slow and not docs" in pytestconfig.getini("addopts")
     assert 'set -- -m "not slow"' in (ROOT / "tests/run.sh").read_text()
