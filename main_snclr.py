@@ -409,7 +409,7 @@ def evaluate(run: Run, step: int) -> None:
                 size=args.img_size,
                 device=device,
                 workers=args.workers,
-            )
+            )["knn_top1"]
             run.log.say(
                 f"epoch 0/{args.epochs}  kNN top-1 {result['raw_pixels_knn_top1']:.2f} % "
                 "(raw pixels)"
@@ -442,7 +442,7 @@ def evaluate_features(run: Run, embed, epoch: int, title: str) -> dict:
     """
     args, result, parts = run.args, {}, []
     if run.val is not None:
-        result["knn_top1"] = knn.accuracy(
+        result |= knn.accuracy(
             embed,
             run.loader.images,
             run.val,

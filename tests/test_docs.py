@@ -5,6 +5,7 @@ A fork changes the code before its pages, so plain `pytest` leaves these tests o
 """
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -151,7 +152,7 @@ ADD = re.compile(
 )
 COMMAND = re.compile(r"^python main_snclr.py(.*)$", re.MULTILINE)
 FLAGS = ["--stop-after-steps=2", "--print-freq=1", "--eval-freq=0", "--amp=off", "--workers=0"]
-EXAMPLES = ("objective", "augmentation", "optimiser", "backbone", "data set")
+EXAMPLES = ("objective", "loss term", "augmentation", "optimiser", "backbone", "data set")
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +196,16 @@ def test_the_example_of_an_objective_trains(extended):
     names = checkpoint(extended, "objective")["state_dict"]
     assert any("predictor" in name for name in names)
     assert not any("memory_bank" in name for name in names)
-    printed = extended[1].split("objective:")[1].split("augmentation:")[0]
+    printed = extended[1].split("objective:")[1].split("loss term:")[0]
     losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+)  lr", printed)]
     assert len(losses) == 2 and all(0 < loss < 8 for loss in losses)
+
+
+def test_the_example_of_a_loss_term_is_logged_and_in_the_loss(extended):
+    text = (extended[0] / "loss term" / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert len(lines) == 2 and all(-0.8 < line["term_uniformity"] < 0 for line in lines)
+    assert all(line["loss_ratio"] is None for line in lines)  # there is a term beside the objective
 
 
 DRAW = """
