@@ -82,6 +82,8 @@ def resume(
             raise ValueError("its weights are no tensors")
         if not isinstance(history, list) or not all(type(top1) is float for top1 in history):
             raise ValueError("its history holds other things than numbers")
+        if len(history) not in (0, epoch):
+            raise ValueError("its history does not have one number for each epoch")
         model.load_state_dict(content["model"])
     except Exception as error:  # the file may hold anything, so torch may raise anything
         raise UsageError(

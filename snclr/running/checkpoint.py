@@ -199,8 +199,8 @@ def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
 
 
 def _state_after_a_step(optimizer):
-    """What the optimiser keeps for each parameter, by its number in the state_dict: from a step of a
-    copy.
+    """What the optimiser keeps for each parameter, by its number in the state_dict: from a step of
+    a copy.
     """
     trial = copy.deepcopy(optimizer)
     for group in trial.param_groups:
