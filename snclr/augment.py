@@ -71,9 +71,19 @@ def moco_v2_views(size: int, crop_min: float, blur: bool) -> tuple[View, View]:
 
 
 def build_views(args: Namespace) -> tuple[View, ...]:
-    """The table of views that the flags describe (snclr/options.py): two global views."""
+    """The table of views that the flags describe (snclr/options.py).
+
+    Two global views, then --local-views small ones, drawn as DINO's (Caron et al. 2021).
+    """
     global_views = moco_v2_views if args.method == "mocov2" else moco_v3_views
-    return global_views(args.img_size, args.crop_min, args.blur)
+    views = global_views(args.img_size, args.crop_min, args.blur)
+    local_view = views[0]._replace(
+        size=args.local_size,
+        crop_min=LOCAL_CROP_MIN,
+        crop_max=args.local_crop_max,
+        blur_p=0.5 * args.blur,
+    )
+    return views + (local_view,) * args.local_views
 
 
 def by_size(recipe: Recipe, numbers: Iterable[int]) -> list[tuple[int, list[int]]]:

@@ -24,6 +24,7 @@ from .objectives import (
     snclr_loss,
 )
 from .running.distributed import all_gather, world_size
+from .running.errors import UsageError, first_line
 from .running.precision import unit
 from .running.recompute import recomputed
 
@@ -289,6 +290,20 @@ def _embed(encoder: nn.Module, x: Tensor) -> Tensor:
     return encoder.embed(x)
 
 
+def check_local_size(encoder: nn.Module, args: Namespace) -> None:
+    """That the encoder takes local views as well. Raises UsageError."""
+    try:
+        with torch.no_grad():
+            encoder.eval().embed(torch.zeros(1, 3, args.local_size, args.local_size))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"--arch {args.arch} cannot take local views of {args.local_size} px beside views of "
+            f"{args.img_size} px: {first_line(error)}; timm's ViTs can with --timm-kwargs "
+            "dynamic_img_size=True"
+        ) from error
+    encoder.train()
+
+
 def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
     """The model that the flags describe (snclr/options.py), on the CPU, in torch's default dtype.
 
@@ -316,6 +331,8 @@ def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
     if args.method != "mocov3":
         bank = MemoryBank(args.bank_size, args.snclr_dim, bfloat16)
     model = SNCLR(encoder, predictor, bank, args)
+    if args.local_views:
+        check_local_size(encoder, args)
     if args.grad_checkpointing:
         model.base_encoder.set_grad_checkpointing()
     return model

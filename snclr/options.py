@@ -64,6 +64,7 @@ POSITIVE += (
     "lr",
     "print_freq",
     "crop_min",
+    "local_size",
     "stop_after_epochs",
     "stop_after_steps",
     "micro_batch",
@@ -273,6 +274,26 @@ def build_parser() -> argparse.ArgumentParser:
         help="smallest crop, as a share of the area (default: 0.08; 0.2 with --method mocov2)",
     )
     g.add_argument("--blur", action=on_off, help="Gaussian blur (default: on above 32 px)")
+    g.add_argument(
+        "--local-views",
+        type=int,
+        default=0,
+        metavar="N",
+        help="small crops per image beside the two global views (multi-crop)",
+    )
+    g.add_argument(
+        "--local-size",
+        type=int,
+        metavar="PX",
+        help="side of a local view (default: 3/7 of --img-size, to a multiple of 16 px)",
+    )
+    g.add_argument(
+        "--local-crop-max",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="largest crop of a local view; the smallest is 0.05",
+    )
 
     g = add_backbone_flags(parser, default_arch="vit_small")
     g.add_argument(
@@ -516,6 +537,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.warmup_epochs = min(40, args.epochs / 5)
     if args.crop_min is None:
         args.crop_min = 0.2 if args.method == "mocov2" else 0.08
+    if args.local_size is None:
+        args.local_size = max(16, 16 * round(args.img_size * 3 / 7 / 16))
     if args.blur is None:
         args.blur = args.img_size > 32
     check(args, world_size=int(os.environ.get("WORLD_SIZE", 1)))
@@ -658,6 +681,8 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             f"--batch-size {args.batch_size} is global and must be divisible by the {world_size} ranks"
         )
     check_backbone(args)
+    if args.local_views:
+        check_local_views(args)
     if args.method == "snclr" and args.topk > args.bank_size:
         raise UsageError(f"--topk {args.topk} exceeds --bank-size {args.bank_size}")
     if args.threshold and (args.weights == "uniform" or args.topk == 1):
@@ -678,6 +703,20 @@ def check(args: argparse.Namespace, world_size: int) -> None:
     if args.init_from is not None and not os.path.isfile(args.init_from):
         raise UsageError(f"--init-from {args.init_from}: there is no such file")
     check_workdir(args.workdir, args.resume, ("metrics.jsonl", "checkpoint_last.pth.tar"))
+
+
+def check_local_views(args: argparse.Namespace) -> None:
+    """Local views that cannot work. Raises UsageError."""
+    if args.method == "mocov2":
+        raise UsageError("--method mocov2 compares one view with one other: no --local-views")
+    if not 0.05 <= args.local_crop_max <= 1:
+        raise UsageError(
+            f"--local-crop-max must be between 0.05 and 1, found {args.local_crop_max}"
+        )
+    if args.arch.startswith("vit") and args.local_size % args.patch_size:
+        raise UsageError(
+            f"--local-size {args.local_size} is not a multiple of --patch-size {args.patch_size}"
+        )
 
 
 def check_workdir(workdir: str | None, resume: str | None, leftovers: tuple[str, ...]) -> None:

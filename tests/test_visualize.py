@@ -102,9 +102,7 @@ def test_views_are_shown_in_their_own_colours():
     x = augment.normalize_(pixels.float() / 255, torch.tensor(MEAN), torch.tensor(STD))
     shown = steps.denormalize(x, torch.tensor(MEAN), torch.tensor(STD))
     assert np.array_equal(shown, pixels.permute(0, 2, 3, 1).numpy())
-    picture = steps.view_picture(
-        Batch(torch.arange(2), [x, x.flip(3)]), plain_images(), "a title"
-    )
+    picture = steps.view_picture(Batch(torch.arange(2), [x, x.flip(3)]), plain_images(), "a title")
     area = np.asarray(picture)[
         canvas.MARGIN + 26 + 19 + canvas.GAP + canvas.FRAME :, canvas.MARGIN + canvas.FRAME :
     ]
