@@ -134,7 +134,7 @@ def content(folder):
         ("--snclr-m nan", "--snclr-m must be between 0 and 1"),
         ("--crop-min 1.5", "--crop-min must be between 0 and 1"),
         ("--crop-min 0", "--crop-min must be above 0"),
-        ("--local-views 2 --method mocov2", "--method mocov2 compares one view .*no --local-views"),
+        ("--local-views 2 --method mocov2", "--method mocov2 compares one view with one other"),
         ("--local-views 2 --local-crop-max 0.01", "--local-crop-max must be between 0.05 and 1"),
         ("--local-views 2 --local-size 0", "--local-size must be above 0"),
         (
