@@ -27,7 +27,7 @@ LOCAL_CROP_MIN = 0.05  # DINO's (Caron et al. 2021)
 SMALL = 64  # px; on a CPU larger views are processed one by one, to stay in its cache
 AT_ONCE = 2**26  # values that a GPU augments at a time, which bounds the memory
 
-# -- the table of views --------------------------------------------------------------------------
+# -- the table of views ---------------------------------------------------------------------------
 
 
 class View(NamedTuple):
@@ -94,7 +94,7 @@ def by_size(recipe: Recipe, numbers: Iterable[int]) -> list[tuple[int, list[int]
     return [(size, list(group)) for size, group in groups]
 
 
-# -- drawing -------------------------------------------------------------------------------------
+# -- drawing --------------------------------------------------------------------------------------
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
@@ -217,7 +217,7 @@ def _draw_crops(u, settings, heights, widths):
     return np.stack([top, left, h, w], axis=1).astype(np.int64)
 
 
-# -- applying ------------------------------------------------------------------------------------
+# -- applying -------------------------------------------------------------------------------------
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:

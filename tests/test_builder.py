@@ -7,7 +7,6 @@ import oracles
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import normalize
 
 from snclr import builder, heads, options
 from snclr.builder import SNCLR
