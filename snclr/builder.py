@@ -3,7 +3,6 @@
 import copy
 import itertools
 from argparse import Namespace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,30 +22,9 @@ from .objectives import (
 )
 from .running.distributed import all_gather, world_size
 from .running.errors import UsageError, first_line
+from .running.metrics import StepView
 from .running.precision import unit
 from .running.recompute import recomputed
-
-
-class StepView(NamedTuple):
-    """What the monitor logs of a step, without gradient: of the first direction, and of this rank
-    unless the list says otherwise. K and M are 0 for the methods without neighbours.
-
-    projection (B, D)       online projection of view 1
-    scores (B, K)           cosines of the searched vectors with their neighbours
-    neighbour_ids (B, K)    data-set indices, -1 for none
-    weights (B, K)          positiveness
-    counts (M,)             how often the global batch picked each bank row
-    num_candidates ()       of one sample
-    bank_fill ()            share of the bank that was written before this step; None without a bank
-    """
-
-    projection: Tensor
-    scores: Tensor
-    neighbour_ids: Tensor
-    weights: Tensor
-    counts: Tensor
-    num_candidates: Tensor
-    bank_fill: Tensor | None
 
 
 def pairs(num_views: int) -> list[tuple[int, int]]:
@@ -129,7 +107,8 @@ class SNCLR(nn.Module):
         loss, keys, shown = step(views, ids, momentum, use_neighbours)
         if self.memory_bank is not None:
             self.memory_bank.enqueue(keys, all_gather(ids))
-        return loss, shown
+        loss = loss + sum(shown.terms.values())
+        return loss, shown._replace(terms={name: x.detach() for name, x in shown.terms.items()})
 
     def _snclr(self, views, ids, momentum, use_neighbours):
         args, bank = self.args, self.memory_bank
@@ -283,6 +262,7 @@ class SNCLR(nn.Module):
             counts,
             num_candidates + torch.zeros((), dtype=torch.long, device=device),
             None if bank is None else bank.filled / len(bank),
+            {},
         )
 
 

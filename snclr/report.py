@@ -1,7 +1,9 @@
-"""One HTML file that tells a run, or several side by side: python -m snclr.report W1 [W2 ...] [--out FILE]
+"""One HTML file about a run, or about several side by side.
 
-Everything is inside it (styles, curves as SVG, pictures as data URIs), so that it can be mailed. Runs that differ in their seed
-alone are one row: mean and sample standard deviation.
+    python -m snclr.report W1 [W2 ...] [--out FILE]
+
+Everything is inside the file (styles, curves as SVG, pictures as data URIs), so that it can be
+sent by mail. Runs that differ only in their seed are one row: mean and sample standard deviation.
 """
 
 import os
@@ -9,17 +11,21 @@ import sys
 
 from .options import new_parser
 from .pictures.report import write
-from .running.errors import one_clear_line
+from .running.errors import UsageError, one_clear_line
 
 
 def main(argv: list[str]) -> None:
-    parser = new_parser("snclr.report", "Tells runs in one HTML file that needs nothing else.")
+    parser = new_parser("snclr.report", "Describes runs in one HTML file that needs nothing else.")
     parser.add_argument(
-        "workdirs", nargs="+", metavar="W", help="workdir of a run; several are shown side by side"
+        "workdirs", nargs="+", metavar="W", help="workdir of a run; several are compared"
     )
-    parser.add_argument("--out", metavar="FILE", help="default: report.html in the first workdir")
+    parser.add_argument(
+        "--out", metavar="FILE", help="file to write (default: report.html in the first workdir)"
+    )
     args = parser.parse_args(argv)
     out = args.out or os.path.join(args.workdirs[0], "report.html")
+    if os.path.exists(out) and not os.path.isfile(out):
+        raise UsageError(f"--out {out} is no regular file: name another one")
     write(args.workdirs, out)
     print(out)
 

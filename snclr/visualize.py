@@ -1,23 +1,25 @@
-"""See what is learned: pictures of a training step (main_snclr.py shows them in TensorBoard) and of finished encoders.
+"""Pictures of what an encoder has learned, alone or beside another one.
 
-    python -m snclr.visualize runs/NAME/checkpoint_last.pth.tar DATA --against untrained --image photo.jpg
+    python -m snclr.visualize runs/NAME/checkpoint_last.pth.tar DATA --against untrained
 
-writes neighbours, attention maps (of ViTs), a map of the features and what is nearest to the photo, as PNG files. The same
-flags and seed draw the same pictures.
+writes PNG files: nearest images, attention maps (of ViTs), a map of the features and, with --image
+photo.jpg, the images nearest to the photo. The same flags and seed draw the same pictures.
 """
 
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from . import augment, options
 from .datasets import sources
-from .datasets.images import ImageFiles
+from .datasets.images import ImageFiles, ImageSet
 from .evaluation import knn
 from .pictures.encoders import (
     Encoder,
@@ -30,7 +32,7 @@ from .pictures.encoders import (
 from .pictures.steps import denormalize
 from .running import process_group
 from .running.errors import RunError, UsageError, one_clear_line
-from .running.safe_files import writing
+from .running.safe_files import new_file, writing
 from .weights import reading as weights
 
 
@@ -46,32 +48,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--encoder",
         choices=("online", "momentum", "untrained"),
         default="online",
-        help="untrained: as it started",
+        help="encoder of FILE; untrained: the same architecture before training",
     )
     g.add_argument(
         "--against",
         metavar="FILE",
-        help="a second encoder beside it; untrained: the same before training",
+        help="second encoder, for comparison; untrained: the first one before training",
     )
-    g.add_argument("-a", "--arch", help="architecture, where FILE does not say it")
+    g.add_argument("-a", "--arch", help="architecture, if FILE does not name it")
     g.add_argument(
-        "--image", metavar="PATH", help="an image file whose nearest training images are shown, too"
+        "--image", metavar="PATH", help="image file; its nearest training images are shown as well"
     )
     g.add_argument("--count", type=int, default=8, metavar="N", help="images in a picture")
     g.add_argument("--topk", type=int, default=6, metavar="K", help="nearest images of each")
     g.add_argument(
-        "--pool",
-        type=int,
-        default=5000,
-        metavar="N",
-        help="training images among which they are looked for",
+        "--pool", type=int, default=5000, metavar="N", help="training images that are searched"
     )
-    g.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of images")
+    g.add_argument("--seed", type=int, default=0, metavar="N", help="seed that chooses the images")
     g.add_argument(
         "--out", metavar="DIR", help="folder of the pictures (default: pictures beside FILE)"
     )
     args = parser.parse_args(argv)
-    args.workdir = None  # where an index of shards goes that cannot lie beside them
+    args.workdir = None  # a run's folder takes the index of shards on read-only disks; none here
     options.resolve_data(args)
     options.check_data(args, ("count", "topk", "pool"))
     if args.image is not None and not os.path.isfile(args.image):
@@ -82,84 +80,108 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     device = process_group.own_device()
-    torch.manual_seed(args.seed)  # for the start of an untrained encoder
-    wanted = [("A", args.file, args.encoder)]
+    torch.manual_seed(args.seed)  # of an untrained encoder's weights
+    loader_args = {"device": device, "workers": args.workers}
+    encoders = [_open_encoder(args, args.file, args.encoder, letter="A")]
+    args.mean, args.std = encoders[0].info["mean"], encoders[0].info["std"]
+    args.grey_range = encoders[0].info["grey_range"]
+    train, val, _ = sources.open_data(args)
+    encoders[0] = _ready(encoders[0], args.encoder, train, loader_args)
     if args.against is not None:
-        wanted.append(
-            ("B", args.file, "untrained")
-            if args.against == "untrained"
-            else ("B", args.against, args.encoder)
-        )
-    encoders, data = [], {"device": device, "workers": args.workers}
-    for letter, path, which in wanted:
-        said = {
-            name: getattr(args, name)
-            for name in ("arch", "img_size", "mean", "std")
-            if letter == "A"
-        }
-        module, info = weights.open_encoder(path, which, **said)
-        if letter == "A":
-            args.mean, args.std = info["mean"], info["std"]
-            train, val, _ = sources.open_data(args)
-        module = module.to(device)
-        if which == "untrained":
-            module = knn.calibrated_copy(module, train, size=info["img_size"], **data)
-        epoch = f", epoch {info['epoch']}" if info["epoch"] else ""
-        name = f"{info['arch']} ({which}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
-        encoders.append(Encoder(module, info, f"{letter}: {name}" if len(wanted) > 1 else name))
-    size, queries = encoders[0].info["img_size"], train if val is None else val
-    offered, asked = (
-        _readable(images, augment.epoch_order(args.seed, 0, len(images)))
-        for images in (train, queries)
-    )
-    offered, asked = (
-        np.array(sorted(islice(offered, args.pool))),
-        np.array([*islice(asked, args.count)]),
-    )
-    if len(offered) < 3:
-        raise UsageError(
-            f"neighbours and a map need three training images at least, found {len(offered)}"
-        )
-    pools = {encoder.name: encoder.features(train, offered, **data) for encoder in encoders}
-
-    def retrieval(images, indices, title):
-        features = {
-            encoder.name: (encoder.features(images, indices, **data), pools[encoder.name])
-            for encoder in encoders
-        }
-        return retrieval_picture(images, indices, train, offered, features, args.topk, size, title)
-
-    pictures = {
-        "neighbours": retrieval(queries, asked, f"Nearest of {len(offered)} training images")
-    }
-    if args.image is not None:
-        photo = ImageFiles([args.image], None, [], (args.mean, args.std))
-        pictures["retrieval"] = retrieval(
-            photo, np.array([0]), f"Nearest to {os.path.basename(args.image)}"
-        )
-    labels = None if train.labels is None else train.labels[offered].numpy()
-    maps = {
-        f"{method} of {name}": points
-        for name in pools
-        for method, points in projections(pools[name], args.seed).items()
-    }
-    pictures["map"] = map_picture(maps, labels, train.classes)
-    for encoder, suffix in zip(encoders, ("", "_against"), strict=False):
-        if isinstance(encoder.module, VisionTransformer):
-            batch = next(encoder.batches(queries, asked, **data))
-            maps = attention_maps(encoder.module, batch).cpu()
-            images = denormalize(batch, queries.mean, queries.std)
-            pictures[f"attention{suffix}"] = attention_picture(maps, images, encoder.name)
+        untrained = args.against == "untrained"
+        path, which = (args.file, "untrained") if untrained else (args.against, args.encoder)
+        second = _open_encoder(args, path, which, letter="B")
+        encoders.append(_ready(second, which, train, loader_args))
+    pictures = _draw(args, encoders, train, val, loader_args)
     out = args.out or os.path.join(os.path.dirname(os.path.abspath(args.file)), "pictures")
     with writing(out):
         os.makedirs(out, exist_ok=True)
         for name, picture in pictures.items():
-            picture.save(os.path.join(out, f"{name}.png"))
-            print(os.path.join(out, f"{name}.png"))
+            path = os.path.join(out, f"{name}.png")
+            with new_file(path) as file:
+                picture.save(file, format="png")
+            print(path)
 
 
-def _readable(images, indices):
-    """Those of the indices whose images can be read, where --on-bad-image lets the others be."""
+def _open_encoder(args: argparse.Namespace, path: str, which: str, letter: str) -> Encoder:
+    """The encoder A or B; the flags on architecture, size and normalisation concern A."""
+    settings = {
+        name: getattr(args, name) for name in ("arch", "img_size", "mean", "std", "grey_range")
+    }
+    module, info = weights.open_encoder(path, which, **(settings if letter == "A" else {}))
+    epoch = f", epoch {info['epoch']}" if info["epoch"] else ""
+    name = f"{info['arch']} ({which}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
+    return Encoder(module, info, f"{letter}: {name}" if args.against is not None else name)
+
+
+def _ready(encoder: Encoder, which: str, train: ImageSet, loader_args: dict) -> Encoder:
+    """The encoder on its device; an untrained one with batch norms calibrated on train."""
+    module = encoder.module.to(loader_args["device"])
+    if which == "untrained":
+        size = encoder.info["img_size"]
+        module = knn.calibrated_copy(module, train, size=size, **loader_args)
+    return encoder._replace(module=module)
+
+
+def _draw(
+    args: argparse.Namespace,
+    encoders: list[Encoder],
+    train: ImageSet,
+    val: ImageSet | None,
+    loader_args: dict,
+) -> dict[str, Image.Image]:
+    """All pictures, by file name without suffix."""
+    size, queries = encoders[0].info["img_size"], train if val is None else val
+    pool, chosen = (
+        _readable(images, augment.epoch_order(args.seed, 0, len(images)))
+        for images in (train, queries)
+    )
+    pool, chosen = (
+        np.array(sorted(islice(pool, args.pool))),
+        np.array([*islice(chosen, args.count)]),
+    )
+    if len(pool) < 3:
+        raise UsageError(
+            f"neighbours and a map need three training images at least, found {len(pool)}"
+        )
+    features = {encoder.name: encoder.features(train, pool, **loader_args) for encoder in encoders}
+
+    def retrieval(images, indices, title):
+        pairs = {
+            encoder.name: (
+                encoder.features(images, indices, **loader_args),
+                features[encoder.name],
+            )
+            for encoder in encoders
+        }
+        return retrieval_picture(images, indices, train, pool, pairs, args.topk, size, title)
+
+    pictures = {"neighbours": retrieval(queries, chosen, f"Nearest of {len(pool)} training images")}
+    if args.image is not None:
+        photo = ImageFiles([args.image], None, [], (args.mean, args.std))
+        photo.grey_range = args.grey_range
+        title = f"Nearest to {os.path.basename(args.image)}"
+        pictures["retrieval"] = retrieval(photo, np.array([0]), title)
+    maps = {
+        f"{method} of {name}": points
+        for name in features
+        for method, points in projections(features[name], args.seed).items()
+    }
+    labels = None if train.labels is None else train.labels[pool].numpy()
+    pictures["map"] = map_picture(maps, labels, train.classes)
+    for encoder, suffix in zip(encoders, ("", "_against"), strict=False):
+        if isinstance(encoder.module, VisionTransformer):
+            batch = next(encoder.batches(queries, chosen, **loader_args))
+            maps = attention_maps(encoder.module, batch).cpu()
+            pixels = denormalize(batch, queries.mean, queries.std)
+            pictures[f"attention{suffix}"] = attention_picture(maps, pixels, encoder.name)
+    return pictures
+
+
+def _readable(images: ImageSet, indices: np.ndarray) -> Iterator[int]:
+    """The indices of images that can be read; all of them, without a test, unless --on-bad-image
+    allows bad ones.
+    """
     for index in indices:
         try:
             if images.skip_bad:

@@ -132,10 +132,10 @@ def content(folder):
         ("--snclr-m 1.01", "--snclr-m must be between 0 and 1"),
         ("--snclr-m -0.1", "--snclr-m must be between 0 and 1"),
         ("--snclr-m nan", "--snclr-m must be between 0 and 1"),
-        ("--crop-min 1.5", "--crop-min must be between 0 and 1"),
+        ("--crop-min 1.5", "--crop-min must be above 0 and at most 1, found 1.5"),
         ("--crop-min 0", "--crop-min must be above 0"),
         ("--local-views 2 --method mocov2", "--method mocov2 compares one view with one other"),
-        ("--local-views 2 --local-crop-max 0.01", "--local-crop-max must be between 0.05 and 1"),
+        ("--local-views 2 --local-crop-max 0.01", "--local-crop-max must be at least 0.05"),
         ("--local-views 2 --local-size 0", "--local-size must be above 0"),
         (
             "--local-views 2 -a vit_tiny --local-size 20",
@@ -204,7 +204,9 @@ def test_parsing_does_not_import_what_is_slow(process):
     assert (result.stdout, result.stderr) == ("set()\n", "")
 
 
-DATA_FLAGS_ARE_READ_IN = ["snclr/datasets/sources.py"]
+DATA_FLAGS_ARE_READ_IN = [
+    f"snclr/datasets/{name}.py" for name in ("sources", "files", "torchvision_sets")
+]
 PROGRAMS = {
     options.parse: [
         "main_snclr.py",
@@ -214,7 +216,15 @@ PROGRAMS = {
             if path.stem != "options"
         ),
     ],
-    lincls_options.parse: ["main_lincls.py", *DATA_FLAGS_ARE_READ_IN],
+    lincls_options.parse: [
+        "main_lincls.py",
+        *DATA_FLAGS_ARE_READ_IN,
+        *(
+            str(path.relative_to(ROOT))
+            for path in (ROOT / "snclr/evaluation").glob("*.py")
+            if path.stem != "options"
+        ),
+    ],
     visualize.parse: ["snclr/visualize.py", *DATA_FLAGS_ARE_READ_IN],
     export.main: ["snclr/export.py"],
     report.main: ["snclr/report.py"],
@@ -236,10 +246,11 @@ def test_every_flag_is_read_by_its_program(start, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         start([])
     text = "".join((ROOT / name).read_text() for name in PROGRAMS[start])
+    text = re.sub(r"\s+", " ", text)  # however the lines are broken
     flags = {action.dest for action in parsers[0]._actions} - {"help"}
     by_name = {
         name
-        for names in re.findall(r"getattr\(args, name\) for name in \(([^)]*)\)", text)
+        for names in re.findall(r"getattr\(args, name\)\s+for name in \(([^)]*)\)", text)
         for name in re.findall(r"\w+", names)
     }
     assert {flag for flag in flags - by_name if not re.search(rf"\bargs\.{flag}\b", text)} == set()
@@ -247,6 +258,51 @@ def test_every_flag_is_read_by_its_program(start, monkeypatch):
 
 def test_every_flag_is_explained():
     assert [flag.dest for flag in FLAGS if not flag.help] == []
+
+
+def test_every_flag_says_what_a_resumed_run_does_with_it():
+    assert set(options.ON_RESUME) == {flag.dest for flag in FLAGS}
+    with pytest.raises(ValueError, match="must be fixed, reported or free, found 'never'"):
+        options.flag(argparse.ArgumentParser(), "--new", on_resume="never")
+
+
+@pytest.mark.parametrize(
+    "kind, limits, text, expected",
+    [
+        (int, {}, "0", 0),
+        (int, {}, "-1", "must be 0 or more, found -1"),
+        (int, {"above_zero": True}, "0", "must be above 0, found 0"),
+        (float, {"above_zero": True}, "1e-9", 1e-9),
+        (float, {}, "inf", "must be 0 or more, found inf"),
+        (float, {}, "nan", "must be 0 or more, found nan"),
+        (float, {"most": 1}, "1.01", "must be between 0 and 1, found 1.01"),
+        (float, {"above_zero": True, "most": 1}, "0", "must be above 0 and at most 1, found 0"),
+        (float, {"above_zero": True, "most": 1}, "1", 1.0),
+    ],
+)
+def test_a_number_has_limits(kind, limits, text, expected):
+    convert = options.number(kind, **limits)
+    if isinstance(expected, str):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{expected}$"):
+            convert(text)
+    else:
+        assert convert(text) == expected and type(convert(text)) is kind
+
+
+@pytest.mark.parametrize(
+    "flags, width",
+    [
+        ("", 24),  # the embedded recipe's
+        ("-a resnet8", 24),
+        ("-a resnet18", None),
+        ("-a resnet18 --width 24", 24),
+        ("--width 8 --arch resnet18", 8),
+        ("--arch timm:resnet18", None),
+        ("@configs/cifar10_resnet18.args . -a resnet50", None),
+    ],
+)
+def test_a_recipes_width_is_for_the_recipes_architecture(flags, width):
+    assert parse(*flags.split()).width == width
 
 
 def test_defaults_follow_from_the_data(images):

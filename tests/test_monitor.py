@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from snclr.builder import StepView
 from snclr.objectives import (
     FORMS,
     loss_at_chance,
@@ -18,8 +17,8 @@ from snclr.objectives import (
     snclr_loss,
 )
 from snclr.running import log as run_log
-from snclr.running.metrics import Waits, step_metrics
-from snclr.running.provenance import save_settings
+from snclr.running.metrics import StepView, Waits, step_metrics
+from snclr.running.settings import save_settings
 from snclr.running.summary import describe, final_lines
 
 SNCLR = dict(method="snclr", form="sum_of_logs", temperature=0.2)

@@ -1,5 +1,6 @@
 import base64
 import json
+import os
 import re
 import shutil
 import statistics
@@ -11,7 +12,8 @@ from test_ranks import SMALL, write_images
 
 import main_snclr
 from snclr import report as command
-from snclr.pictures import report
+from snclr.pictures import curves, report
+from snclr.pictures.runs import load, mean_and_deviation
 from snclr.running.errors import RunError, UsageError
 
 PIXEL = b"\x89PNG\r\n\x1a\n of which the report reads nothing"
@@ -91,7 +93,7 @@ def write_run(folder, knn=50.0, pictures=(), results=None, lines=(), **settings)
 
 
 def page_of(*folders):
-    return Page(report.page([report.load(str(folder)) for folder in folders]))
+    return Page(report.page([load(str(folder)) for folder in folders]))
 
 
 def test_one_run_is_told_by_its_last_evaluation_and_its_last_epoch(tmp_path):
@@ -153,7 +155,7 @@ def test_runs_of_one_setting_are_named_by_what_their_folders_have_in_common(tmp_
     ],
 )
 def test_numbers_are_as_long_as_they_are_worth(values, told):
-    assert report.mean_and_deviation(values) == told
+    assert mean_and_deviation(values) == told
 
 
 def test_what_a_run_may_change_does_not_set_runs_apart(tmp_path):
@@ -183,12 +185,12 @@ def test_many_differences_are_a_table_of_their_own(tmp_path):
 
 
 def test_curves_go_through_the_numbers_of_the_run(tmp_path):
-    text = report.page([report.load(str(write_run(tmp_path / "run")))])
+    text = report.page([load(str(write_run(tmp_path / "run")))])
     svg = re.search(r'<svg[^>]*aria-label="loss".*?</svg>', text).group()
     (way,) = re.findall(r'stroke="#0072b2" d="M([^h"]*)"', svg)
     points = [tuple(map(float, point.split())) for point in way.split("L")]
-    right, bottom = report.WIDTH - 8, report.HEIGHT - report.BELOW - 8
-    xs = [report.LEFT + (right - report.LEFT) * epoch / 2 for epoch in (0.5, 1, 1.5, 2)]
+    right, bottom = curves.WIDTH - 8, curves.HEIGHT - curves.BELOW - 8
+    xs = [curves.LEFT + (right - curves.LEFT) * epoch / 2 for epoch in (0.5, 1, 1.5, 2)]
     ys = [8 + (bottom - 8) * share for share in (0, 1 / 3, 2 / 3, 1)]  # 8, 7, 6, 5
     assert points == [pytest.approx(point, abs=0.06) for point in zip(xs, ys, strict=True)]
     assert [float(tick) for tick in re.findall(r'text-anchor="end">([^<]*)', svg)] == [5, 6, 7, 8]
@@ -200,9 +202,9 @@ def test_seeds_are_one_line_through_their_mean_in_a_band_from_the_lowest_to_the_
         for seed, knn in enumerate([30.0, 50.0, 40.0])
     ]
     runs += [write_run(tmp_path / "b", 60.0, topk=9)]
-    text = report.page([report.load(str(run)) for run in runs])
+    text = report.page([load(str(run)) for run in runs])
     svg = re.search(r'<svg[^>]*aria-label="kNN.*?</svg>', text).group()
-    bottom, top = report.HEIGHT - report.BELOW - 8, 8  # 20 and 60 percent
+    bottom, top = curves.HEIGHT - curves.BELOW - 8, 8  # 20 and 60 percent
 
     def values(way):
         return [
@@ -256,7 +258,7 @@ def test_what_stands_in_the_files_is_words_and_never_markup(tmp_path):
         results={"linear_top1": 5, "encoder": attack},
     )
     other = write_run(tmp_path / "<b>other", topk=attack)
-    text = report.page([report.load(str(run)), report.load(str(other))])
+    text = report.page([load(str(run)), load(str(other))])
     assert "<script" not in text and "<b>" not in text
     Page(text)
 
@@ -322,6 +324,77 @@ def test_a_report_that_fails_is_a_line_at_the_end_of_a_run(tmp_path, monkeypatch
     assert report.write_into(str(tmp_path)).startswith("no report: ")
     monkeypatch.setattr(report, "page", lambda runs: 1 / 0)
     assert report.write_into(str(write_run(tmp_path / "run"))) == "no report: division by zero"
+
+
+# -- workdirs from others ----------------------------------------------------------------------------------------------
+
+
+def images_of(page):
+    return [source for source in page.addresses if source.startswith("data:image/png")]
+
+
+def test_only_regular_png_files_are_embedded(tmp_path):
+    run = write_run(tmp_path / "run", pictures=["neighbours_0000004.png"])
+    assert len(images_of(page_of(run))) == 1
+    secret = tmp_path / "secret"
+    secret.write_bytes(PIXEL)
+    last = run / "pictures" / "neighbours_0000009.png"
+    for make in (
+        lambda: last.symlink_to(secret),
+        lambda: last.write_bytes(b"root:x:0:0"),
+        lambda: os.mkfifo(last),
+        lambda: (last.touch(), os.truncate(last, 2**40)),
+        last.mkdir,
+    ):
+        make()
+        assert len(images_of(page_of(run))) == 1  # the first picture
+        last.rmdir() if last.is_dir() else last.unlink()
+
+
+@pytest.mark.parametrize("name", ["args.json", "metrics.jsonl", "probe/results.json"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "sparse", "deep", "binary"])
+def test_files_that_would_block_or_fill_the_memory_are_answered_at_once(name, kind, tmp_path):
+    run = write_run(tmp_path / "run", results={"linear_top1": 61.5})
+    path = run / name
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "sparse":
+        with open(path, "wb") as file:
+            file.truncate(2**40)
+    else:
+        path.write_bytes(b"[" * 100_000 if kind == "deep" else bytes(range(256)))
+    if name == "args.json" or (name == "metrics.jsonl" and kind in ("fifo", "device", "sparse")):
+        with pytest.raises(UsageError, match=f"no {name} that can be read"):
+            load(str(run))
+    else:
+        page_of(run)
+
+
+def test_settings_with_half_a_character_are_written(tmp_path):
+    run = write_run(tmp_path / "run", arch="half \ud800")
+    command.main([str(run)])
+    assert "half ?" in (run / "report.html").read_text()
+
+
+def test_folders_that_link_to_each_other_are_read_once(tmp_path):
+    run = write_run(tmp_path / "run", results={"linear_top1": 61.5})
+    for name in ("a", "b", "c"):
+        (run / name).symlink_to("..")
+        (run / "probe" / name).symlink_to("..")
+    assert [folder for folder, _ in load(str(run)).results] == ["probe"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/null", path)])
+def test_out_that_is_no_regular_file_is_refused(make, tmp_path):
+    run, out = write_run(tmp_path / "run"), tmp_path / "out.html"
+    make(out)
+    before = out.lstat()
+    with pytest.raises(UsageError, match=r"--out .*out\.html is no regular file"):
+        command.main([str(run), "--out", str(out)])
+    assert (out.lstat().st_ino, out.lstat().st_mode) == (before.st_ino, before.st_mode)
 
 
 # -- in a browser --------------------------------------------------------------------------------------------------------

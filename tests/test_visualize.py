@@ -13,13 +13,13 @@ from test_ranks import CLOCK, SMALL, read_lines, write_images
 
 import main_snclr
 from snclr import augment, visualize
-from snclr.builder import StepView
 from snclr.datasets.images import ResidentImages
 from snclr.loader import Batch
 from snclr.memory_bank import MemoryBank
 from snclr.pictures import canvas, encoders, steps
 from snclr.running.errors import RunError, UsageError
 from snclr.running.log import Log
+from snclr.running.metrics import StepView
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 LEVELS = np.arange(10, 250, 24)  # of ten plain images

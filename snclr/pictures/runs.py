@@ -1,133 +1,112 @@
-"""The workdirs of runs: read, grouped by what differs, and their numbers."""
+"""Finished and running runs, read from their workdirs: numbers of a run, groups of runs.
 
-import glob
+A workdir may come from someone else: any file in it may be missing or hold anything.
+"""
+
 import json
 import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from ..running.checkpoint import RUNNING
+from ..options import ON_RESUME
 from ..running.errors import UsageError
+from ..running.safe_files import json_object, read_bytes, read_json_lines
 
-ABOUT = (
-    "command",
-    "versions",
-    "git",
-    "world_size",
-    "amp_used",
-    "device",
-)  # in args.json beside the settings
-
-
-FEW = 3  # differing settings that still make a name
+# in args.json beside the settings
+ABOUT = ("command", "versions", "git", "world_size", "amp_used", "device")
+FEW = 3  # runs that differ in at most so many settings are named by them
 
 
 class Run(NamedTuple):
-    """What a workdir tells: args.json, the lines of metrics.jsonl, results.json files below it, its neighbour pictures."""
+    """The content of a workdir."""
 
     path: str
-    settings: dict
-    lines: list[dict]
-    results: list[tuple[str, dict]]
-    pictures: list[str]
+    settings: dict  # args.json
+    lines: list[dict]  # metrics.jsonl
+    results: list[tuple[str, dict]]  # results.json files of evaluations, each with its folder
+    pictures: list[str]  # paths of the neighbour pictures, in the order of their steps
 
 
 def load(workdir: str) -> Run:
-    """Read a workdir, also of a run that is still going on. Raises UsageError where it holds no run."""
-    settings = _read_json(os.path.join(workdir, "args.json"))
-    if settings is None:
+    """Read a workdir, also of a run that is still going on. Raises UsageError if it has no run."""
+    settings = _read_object(os.path.join(workdir, "args.json"))
+    if not settings:
         raise UsageError(
             f"{workdir} holds no run (no args.json that can be read): give the --workdir of one"
         )
     try:
-        with open(
-            os.path.join(workdir, "metrics.jsonl"), encoding="utf-8", errors="replace"
-        ) as file:
-            lines = [
-                line
-                for line in map(_object, file)
-                if number_of(line, "step") is not None and number_of(line, "epoch") is not None
-            ]
-    except OSError as error:
+        lines = read_json_lines(os.path.join(workdir, "metrics.jsonl"))
+    except UsageError as error:
         raise UsageError(
-            f"{workdir} has no metrics.jsonl that can be read: {error.strerror}; was the run started?"
+            f"{workdir} has no metrics.jsonl that can be read: {error}; was the run started?"
         ) from error
-    below = sorted(
-        glob.glob(os.path.join(glob.escape(workdir), "**", "results.json"), recursive=True)
-    )
+    lines = [line for line in lines if None not in (number(line, "step"), number(line, "epoch"))]
+    paths = sorted(os.path.join(folder, "results.json") for folder in _folders_below(workdir))
     results = [
-        (os.path.relpath(os.path.dirname(path), workdir), found)
-        for path in below
-        if (found := _read_json(path))
+        (os.path.relpath(os.path.dirname(path), workdir), result)
+        for path in paths
+        if (result := _read_object(path))
     ]
-    pictures = sorted(glob.glob(os.path.join(glob.escape(workdir), "pictures", "neighbours_*.png")))
+    folder = os.path.join(workdir, "pictures")
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    pictures = [
+        os.path.join(folder, name) for name in names if re.fullmatch(r"neighbours_.*\.png", name)
+    ]
     return Run(workdir, settings, lines, results, pictures)
 
 
-def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs by a name that says what sets them apart; those that differ in their seed alone are together."""
-    kinds: dict[str, list[Run]] = {}
-    for run in runs:
-        kinds.setdefault(json.dumps(_kind(run), sort_keys=True, default=str), []).append(run)
-    first = [members[0].settings for members in kinds.values()]
-    differing = differences([members[0] for members in kinds.values()])
-    usual = {
-        name: statistics.mode(str(settings.get(name)) for settings in first) for name in differing
-    }
-    named = {}
-    for settings, members in zip(first, kinds.values(), strict=True):
-        own = [
-            name
-            for name in differing
-            if len(differing) <= FEW or str(settings.get(name)) != usual[name]
-        ]
-        name = ", ".join(f"{name} {settings.get(name)}" for name in own)
-        if not 0 < len(own) <= FEW:
-            folders = [os.path.basename(os.path.abspath(run.path)) for run in members]
-            common = os.path.commonprefix(folders)  # noqa: RUF071 - letters, not folders
-            name = re.sub(r"[-_. ]*(seed)?[-_. ]*$", "", common) or folders[0]
-        named[name if name not in named else members[0].path] = members
-    return named
+def _folders_below(workdir: str) -> Iterator[str]:
+    # links to folders are not followed: they may form a circle
+    return (folder for folder, _, _ in os.walk(workdir))
 
 
-def differences(runs: Sequence[Run]) -> list[str]:
-    """Names of the settings that are not the same in all runs, seed and what a run may change apart."""
-    kinds = [_kind(run) for run in runs]
-    names = dict.fromkeys(name for kind in kinds for name in kind)
-    return [name for name in names if any(kind.get(name) != kinds[0].get(name) for kind in kinds)]
+def _read_object(path: str) -> dict:
+    try:
+        return json_object(read_bytes(path))
+    except UsageError:
+        return {}
 
 
-def value(run: Run, metric: str, which: str) -> float | None:
-    """One number of a run for a table (see COLUMNS); None where it has none."""
-    if which == "results":
-        return next(
-            (
-                found
-                for _, result in run.results
-                if (found := number_of(result, metric)) is not None
-            ),
-            None,
-        )
-    told = [
-        (line["epoch"], found)
-        for line in run.lines
-        if (found := number_of(line, metric)) is not None
-    ]
-    told = told[:1] if which == "first" else told
-    if not told or (which == "first" and told[0][0] != 0):
+def number(line: dict, name: str) -> float | None:
+    """A number of a line of the log; None if it has none."""
+    x = line.get(name)
+    is_number = isinstance(x, (int, float)) and not isinstance(x, bool)
+    return x if is_number and abs(x) < 1e15 else None  # nan is not below
+
+
+def value(run: Run, metric: str, kind: str) -> float | None:
+    """One number of a run for a table; None if it has none.
+
+    kind: 'last', of its last evaluation; 'first', of the one before training, for 'untrained' and
+    'start' only if the encoder was untrained, or started from the weights of --init-from; 'mean',
+    over its last epoch; 'median', over all lines; 'results', of an evaluation by main_lincls.py.
+    """
+    if kind == "results":
+        values = (number(result, metric) for _, result in run.results)
+        return next((x for x in values if x is not None), None)
+    lines = run.lines
+    if kind in ("first", "untrained", "start"):
+        lines = [line for line in lines if line["epoch"] == 0]
+    if kind in ("untrained", "start"):  # main_snclr.py writes 'start (from FILE)'
+        is_start = kind == "start"
+        lines = [x for x in lines if str(x.get("encoder")).startswith("start") == is_start]
+    values = [(line["epoch"], number(line, metric)) for line in lines]
+    values = [(epoch, x) for epoch, x in values if x is not None]
+    if not values:
         return None
-    if which == "median":
-        return statistics.median(found for _, found in told)
-    last = [found for epoch, found in told if epoch == told[-1][0]]
-    return statistics.fmean(last) if which == "mean" else last[-1]
+    if kind == "median":
+        return statistics.median(x for _, x in values)
+    last_epoch = values[-1][0]
+    last = [x for epoch, x in values if epoch == last_epoch]
+    return statistics.fmean(last) if kind == "mean" else last[-1]
 
 
 def mean_and_deviation(values: Sequence[float | None]) -> str:
-    """'mean ± sample standard deviation' of what is known, '' for nothing."""
-    known = [found for found in values if found is not None]
+    """'mean ± sample standard deviation' of the values that are not None; '' if there are none."""
+    known = [x for x in values if x is not None]
     if not known:
         return ""
     mean = statistics.fmean(known)
@@ -137,34 +116,42 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
     return f"{mean:.{digits}f}{spread}"
 
 
-def _kind(run: Run) -> dict:
-    return {
-        name: found
-        for name, found in run.settings.items()
-        if name not in {*RUNNING, *ABOUT, "seed"}
+def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs by a name of what distinguishes them; a group differs only in its seeds."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        key = json.dumps(_settings_of_kind(run), sort_keys=True, default=str)
+        groups.setdefault(key, []).append(run)
+    first = [members[0].settings for members in groups.values()]
+    differing = differences([members[0] for members in groups.values()])
+    usual = {
+        name: statistics.mode(str(settings.get(name)) for settings in first) for name in differing
     }
+    named = {}
+    for settings, members in zip(first, groups.values(), strict=True):
+        own = [
+            name
+            for name in differing
+            if len(differing) <= FEW or str(settings.get(name)) != usual[name]
+        ]
+        name = ", ".join(f"{name} {settings.get(name)}" for name in own)
+        if not 0 < len(own) <= FEW:
+            folders = [os.path.basename(os.path.abspath(run.path)) for run in members]
+            common = os.path.commonprefix(folders)  # noqa: RUF071 - of letters, not of folders
+            name = re.sub(r"[-_. ]*(seed)?[-_. ]*$", "", common) or folders[0]
+        named[name if name not in named else members[0].path] = members
+    return named
 
 
-def _read_json(path: str) -> dict | None:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return _object(file.read()) or None
-    except OSError:
-        return None
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Names of the settings that differ between runs, without the seed and those that change no
+    result (on_resume "free" in snclr/options.py).
+    """
+    kinds = [_settings_of_kind(run) for run in runs]
+    names = dict.fromkeys(name for kind in kinds for name in kind)
+    return [name for name in names if any(kind.get(name) != kinds[0].get(name) for kind in kinds)]
 
 
-def _object(text: str) -> dict:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {}
-
-
-def number_of(line: dict, name: str) -> float | None:
-    found = line.get(name)
-    return (
-        found
-        if isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) < 1e15
-        else None
-    )
+def _settings_of_kind(run: Run) -> dict:
+    left_out = {name for name, rule in ON_RESUME.items() if rule == "free"} | {*ABOUT, "seed"}
+    return {name: x for name, x in run.settings.items() if name not in left_out}

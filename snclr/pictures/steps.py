@@ -6,19 +6,22 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..builder import StepView
 from ..datasets.images import ImageSet
 from ..loader import Batch
+from ..running.metrics import StepView
 from .canvas import Tile, sheet
 from .tiles import key_of, row_of
 
-QUERIES, ACROSS = 8, 10  # rows of the pictures of a step, and the most neighbours in a row
+QUERIES, ACROSS = 8, 10  # rows of a picture, and most neighbours in a row
+NEIGHBOUR_LINES = """Images of the batch, and their neighbours in the bank, those of largest \
+positiveness first.
+weight: positiveness of the neighbour; cosine: its similarity to the image's key."""
 
 
 def of_step(
     batch: Batch, shown: StepView, images: ImageSet, args: argparse.Namespace, step: int
 ) -> tuple[dict[str, Image.Image], dict[str, Tensor]]:
-    """Pictures and histograms by name of what this rank's part of a step was trained on; step: its number, from 1."""
+    """Pictures and histograms, by name, of this rank's part of a step. step: its number, from 1."""
     pictures = {"views": view_picture(batch, images, f"Views at step {step}")}
     valid = shown.neighbour_ids >= 0
     if not valid.any():
@@ -35,49 +38,42 @@ def of_step(
 def neighbour_picture(
     ids: Tensor, shown: StepView, images: ImageSet, size: int, title: str
 ) -> Image.Image:
-    """Images of a step beside the bank's neighbours that served as their positives, those of largest weight first.
+    """Images of a step beside the neighbours in the bank that were their positives, those of
+    largest weight first.
 
-    ids (B,) data-set indices; shown: what the step showed of these images; size: side in px at which images are read.
+    ids (B,) data-set indices; shown: what the step showed of these images; size: side in px at
+    which images are read.
     """
-    rows, best = (
-        [],
-        shown.weights[:QUERIES].float().argsort(dim=1, descending=True, stable=True)[:, :ACROSS],
-    )
-    parts = [
-        part[:QUERIES].gather(1, best).tolist()
-        for part in (shown.neighbour_ids, shown.weights, shown.scores)
+    weights = shown.weights[:QUERIES]
+    order = weights.float().argsort(dim=1, descending=True, stable=True)[:, :ACROSS]
+    columns = [
+        values[:QUERIES].gather(1, order).tolist()
+        for values in (shown.neighbour_ids, shown.weights, shown.scores)
     ]
-    for query, *found in zip(ids[:QUERIES].tolist(), *parts, strict=True):
-        found = [
-            (i, f"weight {weight:.3f}", f"cosine {cosine:.2f}")
-            for i, weight, cosine in zip(*found, strict=True)
-            if i >= 0
+    rows = []
+    for query, *values in zip(ids[:QUERIES].tolist(), *columns, strict=True):
+        neighbours = [
+            (index, f"weight {weight:.3f}", f"cosine {cosine:.2f}")
+            for index, weight, cosine in zip(*values, strict=True)
+            if index >= 0
         ]
-        rows.append(row_of(images, query, images, found, size))
-    told = (
-        "Images of the batch, and their neighbours in the bank by falling weight (positiveness).\n"
-    )
-    told += "weight: what the online projection gives the neighbour; cosine: its similarity to the image's key."
-    return sheet(rows, title, told, key_of(rows), ("image", "neighbours"))
+        rows.append(row_of(images, query, images, neighbours, size))
+    return sheet(rows, title, NEIGHBOUR_LINES, key_of(rows), ("image", "neighbours"))
 
 
 def view_picture(batch: Batch, images: ImageSet, title: str) -> Image.Image:
-    """The two views of images of a batch as they entered the network, in the images' own colours again."""
+    """Views 1 and 2 of images of a batch as they entered the network, but not normalised."""
     views = [denormalize(view[:QUERIES], images.mean, images.std) for view in batch.views[:2]]
     rows = [[Tile(image) for image in view] for view in views]
-    return sheet(
-        rows,
-        title,
-        "Above: view 1, below: view 2 of the same image, as the network sees them.",
-        side=128,
-    )
+    line = "Above: view 1, below: view 2 of the same image, as the network sees them."
+    return sheet(rows, title, line, side=128)
 
 
 def bank_ages(counts: Tensor, step: int, batch_size: int) -> Tensor:
-    """For each pick of a bank row by the global batch of a step, how many steps ago the row was written: (picks,) floats.
+    """The age in steps of each bank row that the global batch of a step picked: (picks,) floats.
 
-    counts (M,) picks of each row; step: its number, from 1. Key n of the run lies in row n modulo M; from 1, for the newest
-    key of the step before, in fractions for the place in the batch.
+    counts (M,) picks of each row; step: its number, from 1. Key n of the run lies in row n modulo
+    M. The newest key of the previous step has age 1; the position in its batch adds a fraction.
     """
     rows = counts.nonzero()[:, 0]
     ages = ((step - 1) * batch_size - 1 - rows) % len(counts) / batch_size + 1

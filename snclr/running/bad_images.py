@@ -1,38 +1,42 @@
-"""The list of images that could not be read."""
+"""The list of images of a run that could not be read."""
 
+import contextlib
 import os
 
-from ..loader import ViewLoader
+from ..datasets.images import ImageSet
 from .distributed import rank, union
-from .errors import RunError, one_line
-from .safe_files import save_text
+from .errors import RunError, UsageError, one_line
+from .safe_files import read_text, save_text
 
 
-def record_bad_images(loader: ViewLoader, workdir: str) -> str | None:
-    """Add the images that could not be read since the last call, on any rank, to workdir/bad_images.txt; a line for the log
-    where there are new ones, or where they cannot be written down. Collective."""
-    found = union(loader.replaced)
-    loader.replaced.clear()
-    path, known = os.path.join(workdir, "bad_images.txt"), set()
-    if rank() != 0 or not found:
+def record_bad_images(images: ImageSet, replaced: set[int], workdir: str) -> str | None:
+    """Add images that could not be read to workdir/bad_images.txt; returns a line for the log if
+    there are new ones. Collective.
+
+    replaced: indices of the images that this rank replaced since the last call; emptied.
+    """
+    indices = union(replaced)
+    replaced.clear()
+    if rank() != 0 or not indices:
         return None
+    path = os.path.join(workdir, "bad_images.txt")
+    known = set()
     if os.path.exists(path):
-        with open(path) as file:
-            known = set(file.read().splitlines())
-    told = set()
-    for index in found:
-        try:
-            loader.images.image(index)
-            told.add(f"image {index} could not be read once")
-        except RunError as error:
-            told.add(one_line(error).partition("cannot read image ")[2].partition("; remove")[0])
+        with contextlib.suppress(UsageError):  # no file, and to write it will fail
+            known = set(read_text(path).splitlines())
+    reasons = {_why_unreadable(images, index) for index in indices}
     try:
-        save_text(path, "".join(f"{line}\n" for line in sorted(known | told)))
+        save_text(path, "".join(f"{line}\n" for line in sorted(known | reasons)))
     except RunError as error:  # a full disk: no reason to stop a run
         path = str(error)
-    new = sorted(told - known)
-    return (
-        f"{len(new)} more images cannot be read and are replaced, see {path}: {new[0]}"
-        if new
-        else None
-    )
+    if not (new := sorted(reasons - known)):
+        return None
+    return f"{len(new)} more images cannot be read and are replaced, see {path}: {new[0]}"
+
+
+def _why_unreadable(images: ImageSet, index: int) -> str:
+    try:
+        images.image(index)
+    except RunError as error:
+        return one_line(error).partition("cannot read image ")[2].partition("; remove")[0]
+    return f"image {index} could not be read once"

@@ -9,11 +9,12 @@ from .precision import widen
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm with the statistics of all ranks' batches, on any device; no host waits for its GPU (torch's does, and refuses
-    CPU tensors). Heads and probes are made of it.
+    """Batch norm with the statistics of all ranks' batches, on any device. Heads and probes use it.
 
-    Needs the same batch size on all ranks. They exchange mean and variance of their parts, once each way; the whole's variance
-    is the mean of the variances and the variance of the means (no difference of large sums: 1 and 4 ranks agree to rounding).
+    torch's SyncBatchNorm refuses CPU tensors and makes the host wait for its GPU; this one does
+    not. All ranks need the same batch size. They exchange mean and variance of their parts, once in
+    each direction. The variance of the whole is the mean of the variances plus the variance of the
+    means: no difference of large sums, so that 1 and 4 ranks agree to rounding.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -47,16 +48,20 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class GlobalBatchNormAct(GlobalBatchNorm):
-    """The same for timm's batch norm with an activation of its own (EfficientNets, RegNets and others)."""
+    """The same for timm's batch norm with an activation of its own (EfficientNets, RegNets,
+    others).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(x)))
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Let every batch norm in module see the whole global batch. A no-op with one rank; names and buffers stay the same.
+    """Let every batch norm in module see the whole global batch; nothing to do with one rank. Names
+    and buffers stay the same.
 
-    On CUDA those of backbones become torch's SyncBatchNorm, which is fused and takes less memory, but makes the host wait.
+    On CUDA those of backbones become torch's SyncBatchNorm, which is fused and takes less memory,
+    but makes the host wait.
     """
     if world_size() == 1:
         return module
@@ -67,9 +72,8 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
             ):
                 continue
             if device.type == "cuda":
-                setattr(
-                    parent, name, convert_sync_batchnorm(child)
-                )  # timm's: torch's own drops a BatchNormAct2d's activation
+                # timm's function: torch's own drops the activation of a BatchNormAct2d
+                setattr(parent, name, convert_sync_batchnorm(child))
             else:  # same parameters, buffers and settings; only forward differs
                 child.__class__ = (
                     GlobalBatchNormAct if isinstance(child, BatchNormAct2d) else GlobalBatchNorm

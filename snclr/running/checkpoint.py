@@ -1,9 +1,10 @@
-"""Checkpoints: written whole or not at all, verified before they are loaded, strict about what they are loaded into.
+"""Checkpoints: the state of a run, and how a run goes on from it.
 
-A file is a dictionary that torch.load(weights_only=True) reads: 'format', 'epoch' and 'step' (both completed), 'arch',
-'state_dict' (MoCo v3's layout: module.base_encoder.*, module.momentum_encoder.*, module.predictor.*, and
-module.memory_bank.*), 'optimizer', 'scaler', 'args', 'images' and 'fingerprint' (of the training set: how many, and which),
-'provenance'. checkpoint_last.pth.tar is the newest; the ones before it are checkpoint_last-1.pth.tar, -2 and so on.
+A file is a dictionary that torch.load(weights_only=True) reads: 'format', 'epoch' and 'step' (both
+completed), 'arch', 'state_dict' (MoCo v3's layout: module.base_encoder.*,
+module.momentum_encoder.*, module.predictor.*, and module.memory_bank.*), 'optimizer', 'scaler',
+'args', 'images' and 'fingerprint' (number and identity of the training images), 'provenance'.
+checkpoint_last.pth.tar is the newest; older ones are checkpoint_last-1.pth.tar, -2 and so on.
 """
 
 import copy
@@ -15,54 +16,18 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from . import provenance, tensor_files
+from . import provenance, settings, tensor_files
 from .errors import UsageError, first_few, first_line
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
 PREFIX = "module."
 
-# A resumed run is the same run: these decide which images it sees and what its state means.
-# Others may change on purpose (a longer schedule, another temperature); that is said. RUNNING ones are of no account.
-FIXED = (
-    "arch",
-    "method",
-    "optimizer",
-    "batch_size",
-    "seed",
-    "dataset",
-    "img_size",
-    "crop_min",
-    "blur",
-    "small_stem",
-)
-FIXED += ("timm_kwargs", "subset", "subset_seed")
-RUNNING = {
-    "data",
-    "val",
-    "labels",
-    "val_labels",
-    "download",
-    "workers",
-    "workdir",
-    "resume",
-    "stop_after_epochs",
-    "stop_after_steps",
-}
-RUNNING |= {
-    "save_freq",
-    "save_every_minutes",
-    "keep",
-    "print_freq",
-    "eval_freq",
-    "eval_encoder",
-    "viz_freq",
-}
-RUNNING |= {"compile", "grad_checkpointing", "on_bad_image", "skip_non_finite", "timeout_minutes"}
-
 
 def load(path: str) -> dict:
-    """Read a checkpoint of this project, as `read` does. Raises UsageError, too, where it is something else."""
+    """Read a checkpoint of this project. Raises UsageError where tensor_files.read does, and where
+    the file is something else.
+    """
     state = tensor_files.read(path)
     kinds = dict(
         epoch=int, step=int, arch=str, state_dict=dict, optimizer=dict, args=dict, images=int
@@ -74,16 +39,10 @@ def load(path: str) -> dict:
         raise UsageError(
             f"checkpoint {path} has format {state['format']}; this version reads up to {FORMAT}"
         )
-    odd = [key for key, kind in kinds.items() if type(state[key]) is not kind]
-    odd += (
-        [
-            str(name)
-            for name, value in state["state_dict"].items()
-            if not (isinstance(name, str) and tensor_files.is_plain(value))
-        ]
-        if not odd
-        else []
-    )
+    odd = tensor_files.wrong_entries(state, kinds)
+    if not odd:
+        plain = tensor_files.plain_tensors(state["state_dict"])
+        odd = [str(name) for name in state["state_dict"] if name not in plain]
     if odd or state["step"] < 0:
         raise UsageError(
             f"checkpoint {path} cannot be resumed: no sensible {first_few(odd or ['step'])} in it"
@@ -92,10 +51,11 @@ def load(path: str) -> dict:
 
 
 def newest(workdir: str) -> tuple[str | None, list[str]]:
-    """The checkpoint that --resume auto takes: the one of the latest step among the whole ones in workdir, None where there is
-    no checkpoint at all; and a line about each later one that is damaged, which is renamed NAME.damaged.
+    """The checkpoint for --resume auto, and lines for the log.
 
-    Raises UsageError where there are checkpoints, but no whole one.
+    That is the undamaged one of the latest step in workdir, None where there is no checkpoint. Each
+    later one, being damaged, is renamed NAME.damaged, with a line about it. Raises UsageError where
+    all checkpoints are damaged.
     """
     names = os.listdir(workdir) if os.path.isdir(workdir) else []
     names = [name for name in names if name.startswith("checkpoint_") and name.endswith(".pth.tar")]
@@ -119,10 +79,12 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
 
 
 def _step(path: str) -> float:
-    """The step of a checkpoint; infinity where it cannot be read: the file was the newest for all we know."""
+    """The step of a checkpoint; infinity if it cannot be read, since it may have been the newest."""
+    if not os.path.isfile(path):  # opening a fifo would block
+        return float("inf")
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
-    except Exception:  # whatever damaged bytes lead to
+    except Exception:  # damaged bytes can raise anything
         return float("inf")
 
 
@@ -137,8 +99,10 @@ def pack(
     images: int,
     fingerprint: str | None = None,
 ) -> dict:
-    """Everything a run needs to go on. model: without DDP; images, fingerprint: size and ImageSet.fingerprint of the training
-    set."""
+    """Everything that a run needs to go on.
+
+    model: without DDP. images, fingerprint: size of the training set, and ImageSet.fingerprint.
+    """
     return {
         "format": FORMAT,
         "epoch": epoch,
@@ -155,22 +119,24 @@ def pack(
 
 
 def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int) -> dict:
-    """The backbone alone, under its own names, with what is needed to rebuild it: small, and read by snclr.load_encoder."""
+    """Only the backbone, under its own names, with what is needed to rebuild it: a small file for
+    snclr.load_encoder. which: 'online' or 'momentum', as recorded in the file.
+    """
     head = (
         next(name for name, module in encoder.named_modules() if module is encoder.projector) + "."
     )
     backbone = {
         name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)
     }
-    state = {
+    return {
         "format": FORMAT,
         "epoch": epoch,
         "arch": args.arch,
         "args": vars(args),
         "encoder": which,
         "state_dict": backbone,
+        "provenance": provenance.versions_and_commit(),
     }
-    return state | {"provenance": provenance.versions_and_commit()}
 
 
 def resume(
@@ -183,17 +149,14 @@ def resume(
     images: int,
     fingerprint: str | None = None,
 ) -> tuple[int, list[str]]:
-    """Load a checkpoint into a run with the same settings: its completed steps, and the settings that changed on the way.
+    """Load a checkpoint into a run with the same settings; returns the number of completed steps
+    and the settings that have changed.
 
-    UsageError names every setting that must not change, and every key or shape that differs.
+    Raises UsageError, which names every setting that must not change, and every key or shape that
+    differs.
     """
     state = load(path)
-    now, saved = vars(args), state["args"]
-    changed = [
-        name for name in now if name in saved and tensor_files.differ(saved[name], now[name])
-    ]
-    changes = {name: f"{name} {saved[name]!r} -> {now[name]!r}" for name in changed}
-    refused = [change for name, change in changes.items() if name in FIXED]
+    refused, changes = settings.changes(state["args"], args)
     if state["images"] != images:
         refused.append(f"training images {state['images']} -> {images}")
     elif (
@@ -204,13 +167,14 @@ def resume(
         )
     if refused:
         raise UsageError(
-            f"{path} is of another run: {', '.join(refused)}; repeat its settings or choose a new --workdir"
+            f"{path} is of another run: {', '.join(refused)};"
+            " repeat its settings or choose a new --workdir"
         )
     load_strictly(path, state["state_dict"], model)
     load_optimizer(path, state["optimizer"], optimizer)
     if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-    return state["step"], [change for name, change in changes.items() if name not in RUNNING]
+    return state["step"], changes
 
 
 def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
@@ -236,7 +200,9 @@ def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
 
 
 def _state_after_a_step(optimizer):
-    """What the optimiser keeps for each parameter, by the numbers of its state_dict: found by a step of a copy."""
+    """What the optimiser keeps for each parameter, by its number in the state_dict: from a step of a
+    copy.
+    """
     trial = copy.deepcopy(optimizer)
     for group in trial.param_groups:
         for parameter in group["params"]:
@@ -252,21 +218,23 @@ def _is_alike(value, expected):
 
 
 def load_strictly(path: str, tensors: dict, model: nn.Module) -> None:
-    """Copy tensors named module.* into model; UsageError lists missing and unexpected keys and shapes that differ."""
+    """Copy tensors named module.* into model. Raises UsageError, which lists missing and unexpected
+    keys and shapes that differ.
+    """
     expected = {PREFIX + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
+        "missing": [name for name in expected if name not in shapes],
+        "unexpected": [name for name in shapes if name not in expected],
         "of another shape": [
-            f"{name} {found[name]} instead of {shape}"
+            f"{name} {shapes[name]} instead of {shape}"
             for name, shape in expected.items()
-            if found.get(name, shape) != shape
+            if shapes.get(name, shape) != shape
         ],
     }
-    told = [
+    messages = [
         f"{len(names)} keys {kind}: {first_few(names)}" for kind, names in problems.items() if names
     ]
-    if told:
-        raise UsageError(f"{path} does not fit this model: {'; '.join(told)}")
+    if messages:
+        raise UsageError(f"{path} does not fit this model: {'; '.join(messages)}")
     model.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})

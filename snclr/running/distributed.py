@@ -1,6 +1,7 @@
 """Ranks and the collectives between them.
 
-Every function also works without a process group, as rank 0 of 1; nothing else in the project asks whether there is one.
+Every function also works without a process group, as rank 0 of 1: nothing else in the project asks
+whether there is one.
 """
 
 import contextlib
@@ -38,8 +39,10 @@ def barrier() -> None:
 
 
 class LaggedMaximum:
-    """The largest number of all ranks, as of the call before: exchanged in the background, on the CPU, so that neither the
-    host nor a GPU waits. 0 at the first call. Collective."""
+    """The largest number that any rank gave in the previous call; 0 in the first call. Collective.
+
+    The exchange runs in the background, on the CPU: neither the host nor a GPU waits for it.
+    """
 
     def __init__(self, timeout_minutes: float):
         timeout = datetime.timedelta(minutes=timeout_minutes)
@@ -52,19 +55,23 @@ class LaggedMaximum:
         before = 0
         if self.work is not None:
             self.work.wait()
-            before = int(self.found)
-        self.found = torch.tensor(number)
-        self.work = dist.all_reduce(self.found, dist.ReduceOp.MAX, group=self.group, async_op=True)
+            before = int(self.largest)
+        self.largest = torch.tensor(number)
+        self.work = dist.all_reduce(
+            self.largest, dist.ReduceOp.MAX, group=self.group, async_op=True
+        )
         return before
 
     def finish(self) -> None:
-        """Wait for the last exchange: with one under way the group's destructor and its thread may wait for each other."""
+        """Wait for the last exchange. While one runs, the group's destructor and its thread may
+        wait for each other.
+        """
         if self.work is not None:
             self.work.wait()
 
 
 def on_rank_zero(function: Callable) -> object:
-    """What function() returns, or the UsageError that it raises, on rank 0 alone, for every rank."""
+    """Call function() on rank 0 only; every rank returns its result, or raises its UsageError."""
     answer = [None, None]
     if rank() == 0:
         try:
@@ -78,17 +85,17 @@ def on_rank_zero(function: Callable) -> object:
     return answer[0]
 
 
-def union(found: set) -> set:
-    """What any rank has found."""
-    parts = [found] * world_size()
+def union(items: set) -> set:
+    """The union of every rank's set."""
+    parts = [items] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(parts, found)
+        dist.all_gather_object(parts, items)
     return set().union(*parts)
 
 
 @contextlib.contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """Let one process of each machine do the block before the others do: it may write what they then find."""
+    """Let one process of each machine run the block before the others: it may write what they read."""
     first = local_rank_zero()
     if not first:
         barrier()
@@ -100,7 +107,10 @@ def local_rank_zero_first() -> Iterator[None]:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """x (B, ...) of every rank joined in rank order: (B * world_size, ...). Same shape on all ranks; no gradient."""
+    """x (B, ...) of every rank, joined in rank order: (B * world_size, ...).
+
+    All ranks need the same shape; no gradient.
+    """
     if world_size() == 1:
         return x.detach()
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -117,7 +127,7 @@ def all_sum(x: Tensor) -> Tensor:
 
 
 class _GatherOverRanks(torch.autograd.Function):
-    """all_gather with a gradient: a rank's rows collect what all ranks' losses say of them."""
+    """all_gather with a gradient: that of a rank's rows is the sum over the losses of all ranks."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -130,22 +140,24 @@ class _GatherOverRanks(torch.autograd.Function):
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
-    """As all_gather, and differentiable. With losses that are rank means, DDP's averaging then gives the global gradient."""
+    """As all_gather, with a gradient. If losses are means over a rank, DDP's averaging then gives
+    the global gradient.
+    """
     return x if world_size() == 1 else _GatherOverRanks.apply(x)
 
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
-    """module with the gradients of its trained parameters averaged over the ranks; itself with one rank.
+    """module, with the gradients of its trained parameters averaged over the ranks; itself with one
+    rank.
 
-    Its buffers stay as they are: the bank is already the same on all ranks, and it is large.
+    Its buffers are not exchanged: the bank is the same on all ranks already, and it is large.
     """
     if world_size() == 1:
         return module
-    with (
-        warnings.catch_warnings()
-    ):  # torch 2.14 announces another name, which does not mean the same yet
+    device_ids = [device] if device.type == "cuda" else None
+    # torch 2.14 announces another name for broadcast_buffers, which does not mean the same yet
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        where = [device] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(
-            module, device_ids=where, broadcast_buffers=False
+            module, device_ids=device_ids, broadcast_buffers=False
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 class UsageError(ValueError):
-    """Wrong flags, paths, data or checkpoints: nothing has been trained or overwritten. Exit code 2."""
+    """Wrong flags, paths, data or checkpoints: nothing was trained or overwritten. Exit code 2."""
 
 
 class RunError(RuntimeError):
@@ -16,31 +16,33 @@ class RunError(RuntimeError):
 
 
 class Interrupted(BaseException):
-    """A signal ended the run, and everything is saved. Exit code 75 (EX_TEMPFAIL: to be tried again).
+    """A signal ended the run, and everything is saved. Exit code 75 (EX_TEMPFAIL: try again).
 
-    No Exception, as KeyboardInterrupt: raised anywhere, it must not be taken for an image that cannot be read.
+    It is no Exception, like KeyboardInterrupt: wherever it is raised, it must not be taken for an
+    image that cannot be read.
     """
 
 
 def one_line(error: Exception) -> str:
-    """Its message without what a terminal would not print as it stands: names of files and flags may hold anything."""
-    return "".join(
-        c if c.isprintable() else "?" for c in str(error).encode(errors="replace").decode()
-    )
+    """The message of an error with only printable characters: file names and flags may hold any."""
+    message = str(error).encode(errors="replace").decode()
+    return "".join(c if c.isprintable() else "?" for c in message)
 
 
 def first_line(error: Exception) -> str:
-    """Of its message, or its name where it has none."""
+    """The first line of an error's message, or the error's name if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def first_few(names: list[str], limit: int = 3) -> str:
-    """The first names, for a message."""
+    """The first names of a list, for a message."""
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
 
 
 def end_process(code: int) -> None:
-    """End this process. A rank's ends at once: what is left of a process group that failed may wait for others forever."""
+    """End this process. A rank ends at once: what is left of a process group that failed may wait
+    for other ranks forever.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if "WORLD_SIZE" in os.environ:
@@ -48,40 +50,39 @@ def end_process(code: int) -> None:
     sys.exit(code)
 
 
-def _tell(text: str) -> None:
-    # in one piece: print writes the end of a line by itself, and what several ranks say at once would share lines
-    sys.stderr.write(f"{text}\n")
+def _print_line(line: str) -> None:
+    # one write: print writes the line's end separately, so that the lines of two ranks could mix
+    sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
 
 @contextlib.contextmanager
 def one_clear_line(program: str) -> Iterator[None]:
-    """Turn the project's own errors into one line on stderr and an exit code; let real bugs keep their traceback.
+    """Turn the project's own errors into one line on stderr and an exit code; bugs keep their
+    traceback.
 
-    All ranks meet the same usage error, so only rank 0 prints it; a run error belongs to a rank, which it names.
+    All ranks meet the same usage error, so only rank 0 prints it; a run error names its rank.
     """
     rank = int(os.environ.get("RANK", 0))
     try:
         yield
     except UsageError as error:
         if rank == 0:
-            _tell(f"{program}: error: {one_line(error)}")
+            _print_line(f"{program}: error: {one_line(error)}")
         end_process(2)
     except Interrupted as error:
         if rank == 0:
-            _tell(f"{program}: {error}")
+            _print_line(f"{program}: {error}")
         end_process(75)
     except RuntimeError as error:
-        told = one_line(error)
-        if told.startswith(
-            "DataLoader worker"
-        ):  # torch's words for it, which its signal handler raises anywhere
-            told = f"{told.partition('.')[0]}: out of memory? fewer --workers need less of it"
+        message = one_line(error)
+        if message.startswith("DataLoader worker"):  # torch's signal handler raises it anywhere
+            message = f"{message.partition('.')[0]}: out of memory? fewer --workers need less of it"
         elif not isinstance(error, RunError):
             raise
-        _tell(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {told}")
+        _print_line(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {message}")
         end_process(1)
     except KeyboardInterrupt:
         if rank == 0:
-            _tell(f"{program}: interrupted")
+            _print_line(f"{program}: interrupted")
         end_process(130)

@@ -1,10 +1,12 @@
-"""What a run tells: metrics of a step, metrics.jsonl, TensorBoard scalars and the lines on the console."""
+"""The log of a run: metrics.jsonl, TensorBoard, pictures, and lines on the console."""
 
 import contextlib
 import json
 import math
 import os
 import sys
+from collections.abc import Iterable
+from typing import BinaryIO
 
 import numpy as np
 from torch import Tensor
@@ -12,9 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .errors import RunError
-from .safe_files import writing
+from .safe_files import json_object, new_file, open_regular, read_json_lines, writing
 
-# TensorBoard group of each metric of a training or evaluation line
+# TensorBoard group of each metric of a training or evaluation line; all others: loss
 GROUPS = {
     "loss": ("loss", "loss_ratio"),
     "optim": ("lr", "momentum", "grad_norm"),
@@ -22,15 +24,15 @@ GROUPS = {
     "neighbours": ("neighbour_similarity", "positiveness_entropy", "neighbour_purity"),
     "features": ("feature_std", "effective_rank", "view_agreement"),
     "speed": ("images_per_s", "data_wait", "slowest_step_s"),
-    "eval": ("knn_top1",),
+    "eval": ("knn_top1", "knn200_top1", "raw_pixels_knn_top1"),
 }
 
 
 class Log:
-    """metrics.jsonl and TensorBoard events in workdir, and the console; silent on every rank but 0.
+    """metrics.jsonl and TensorBoard events in workdir, and the console; silent on all other ranks.
 
-    step: completed steps of a resumed run, else 0. Lines of later steps, and a line torn by a crash, are cut off, so that
-    each step stands there once.
+    step: completed steps of a resumed run, else 0. Lines of later steps, and a line that a crash
+    cut short, are removed, so that each step stands in the file once.
     """
 
     def __init__(self, workdir: str, *, step: int, enabled: bool):
@@ -39,37 +41,35 @@ class Log:
         if not enabled:
             return
         self.path, self.pending = os.path.join(workdir, "metrics.jsonl"), b""
+        self.folder = os.path.join(workdir, "tensorboard")
         with writing(workdir):
-            cut_back(
-                self.path, step if step else -1
-            )  # a run that starts anew says its beginning anew
+            # a run that starts anew also evaluates its start anew
+            cut_back(self.path, step if step else -1)
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
-            self.events = SummaryWriter(
-                os.path.join(workdir, "tensorboard"), purge_step=step + 1 if step else None
-            )
+            self.events = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
 
     def line(self, metrics: dict) -> None:
-        """Append one line with 'step' to metrics.jsonl and its numbers to TensorBoard."""
+        """Append one line with 'step' to metrics.jsonl, and its numbers to TensorBoard."""
         if not self.enabled:
             return
-        self.pending += (
-            json.dumps({name: _rounded(value) for name, value in metrics.items()}).encode() + b"\n"
-        )
+        rounded = {name: _rounded(value) for name, value in metrics.items()}
+        self.pending += json.dumps(rounded).encode() + b"\n"
         self.flush()
         try:
-            self.events = self.events or SummaryWriter(
-                os.path.join(os.path.dirname(self.path), "tensorboard")
-            )
-            for group, names in GROUPS.items():
-                for name in names:
-                    if metrics.get(name) is not None:
-                        self.events.add_scalar(f"{group}/{name}", metrics[name], metrics["step"])
-        except OSError:  # a full disk ends its thread: another one at the next line
+            self.events = self.events or SummaryWriter(self.folder)
+            for name, value in metrics.items():
+                if name not in ("epoch", "step") and isinstance(value, (int, float)):
+                    group = next((g for g, names in GROUPS.items() if name in names), "loss")
+                    self.events.add_scalar(f"{group}/{name}", value, metrics["step"])
+        except OSError:  # a full disk ended the writer's thread: the next line starts a new one
             self.events = None
 
     def flush(self, durable: bool = False) -> None:
-        """Write the lines that wait, which on a full disk they do. durable: so that a checkpoint that follows finds them after
-        a crash of the machine, or RunError."""
+        """Write the pending lines; on a full disk they stay pending.
+
+        durable: a checkpoint follows, which must find its lines even after the machine crashes;
+        raises RunError where they cannot be written.
+        """
         try:
             with writing(self.path):
                 while self.pending:
@@ -82,20 +82,21 @@ class Log:
 
     def last_evaluation(self) -> int | None:
         """The step of the last evaluation in metrics.jsonl."""
-        with open(self.path) as file:
-            return max(
-                (line["step"] for line in map(json.loads, file) if "loss" not in line), default=None
-            )
+        lines = read_json_lines(self.path)
+        return max((line["step"] for line in lines if "loss" not in line), default=None)
 
     def pictures(self, step: int, pictures: dict, histograms: dict[str, Tensor]) -> None:
-        """PIL images and values (n,) by name to TensorBoard; the images also to pictures/, as NAME_STEP.png."""
+        """Add PIL images and values (n,), by name, to TensorBoard; save the images also as
+        pictures/NAME_STEP.png.
+        """
         if not self.enabled:
             return
         folder = os.path.join(os.path.dirname(self.path), "pictures")
         try:
             os.makedirs(folder, exist_ok=True)
             for name, picture in pictures.items():
-                picture.save(os.path.join(folder, f"{name}_{step:07d}.png"))
+                with new_file(os.path.join(folder, f"{name}_{step:07d}.png")) as file:
+                    picture.save(file, format="png")
                 self.events.add_image(name, np.asarray(picture), step, dataformats="HWC")
             for name, values in histograms.items():
                 self.events.add_histogram(
@@ -105,27 +106,26 @@ class Log:
             self.say(f"note: no pictures of step {step}: {error}")
 
     def say(self, text: str) -> None:
-        """One line on the console, above the progress bar if there is one."""
+        """Print one line on the console, above the progress bar if there is one."""
         if self.enabled:
-            tqdm.write(
-                text.encode(errors="replace").decode(), file=sys.stdout
-            )  # names of files may hold anything
+            # the name of a file may hold half a character
+            tqdm.write(text.encode(errors="replace").decode(), file=sys.stdout)
             sys.stdout.flush()
 
     def progress(self, total: int, done: int, label: str) -> None:
-        """Start a progress bar, on a terminal; elsewhere the lines of `say` have to do."""
+        """Start a progress bar on a terminal; elsewhere only the lines of `say` appear."""
         if self.enabled and sys.stderr.isatty():
             self.bar = tqdm(
                 total=total, initial=done, desc=label, unit="step", leave=False, dynamic_ncols=True
             )
 
     def advance(self) -> None:
-        """One step further on the progress bar."""
+        """Move the progress bar by one step."""
         if self.bar is not None:
             self.bar.update()
 
     def end_progress(self) -> None:
-        """Take the progress bar away."""
+        """Remove the progress bar."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -140,25 +140,23 @@ class Log:
 
 
 def cut_back(path: str, step: int) -> None:
-    """Drop from a metrics file what comes after `step`, and lines that are no whole JSON object; atomically."""
-    if not os.path.exists(path):
+    """Remove from a metrics file the lines after `step`, and lines that are no whole JSON object;
+    atomically. Raises UsageError where path is something else than a file, OSError on a full disk.
+    """
+    if not os.path.lexists(path):
         return
-    with open(path, "rb") as file:
-        kept = [line for line in file if (number := _step_of(line)) is not None and number <= step]
-    with open(f"{path}.tmp", "wb") as file:
-        file.writelines(kept)
-    os.replace(f"{path}.tmp", path)
+    with open_regular(path) as old, new_file(path) as file:
+        file.writelines(_lines_until(old, step))
 
 
-def _step_of(line: bytes) -> int | None:
-    try:
-        step = json.loads(line)["step"] if line.endswith(b"\n") else None
-    except (ValueError, KeyError, TypeError):
-        return None
-    return step if isinstance(step, int) else None
+def _lines_until(file: BinaryIO, last_step: int) -> Iterable[bytes]:
+    for line in file:
+        step = json_object(line).get("step") if line.endswith(b"\n") else None
+        if isinstance(step, int) and step <= last_step:
+            yield line
 
 
 def _rounded(value):
     if not isinstance(value, float):
         return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None  # JSON knows no nan
+    return float(f"{value:.6g}") if math.isfinite(value) else None  # JSON has no nan

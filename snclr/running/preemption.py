@@ -1,4 +1,5 @@
-"""Signals that end a run in good order: finish the step, save, leave on all ranks; under SLURM, ask to be started again."""
+"""Signals that end a run in good order: finish the step, save, and end on all ranks; under SLURM,
+ask to be started again."""
 
 import contextlib
 import os
@@ -16,8 +17,11 @@ SAVE = 1  # a larger number is the signal that ends the run
 
 @contextlib.contextmanager
 def handlers_given_back() -> Iterator[None]:
-    """For a process that goes on after the block: what it did at a signal before, it does again. (Not before failures_named
-    has said which rank was lost: the launcher's SIGTERM would end it first.)"""
+    """Restore the signal handlers after the block, for a process that continues.
+
+    This must enclose failures_named: otherwise the launcher's SIGTERM would end the process before
+    it has reported which rank was lost.
+    """
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
@@ -28,18 +32,21 @@ def handlers_given_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """Signals that come during the block are heeded after it: torch's writer of files aborts the process when it is left."""
-    came = []
+    """Handle signals that arrive during the block after it: an exception inside torch's file writer
+    would abort the process.
+    """
+    received = []
     with handlers_given_back():
         for number in SIGNALS:
-            signal.signal(number, lambda number, frame: came.append(number))
+            signal.signal(number, lambda number, frame: received.append(number))
         yield
-    for number in came:
+    for number in received:
         signal.raise_signal(number)
 
 
 class Interruptions:
-    """What makes a run save in the middle of an epoch: a signal, or save_every_minutes since it last did (0: nothing).
+    """Decides when a run saves in the middle of an epoch: at a signal, or save_every_minutes after
+    the last save (0: only at signals).
 
     A second SIGINT ends the process at once.
     """
@@ -47,7 +54,7 @@ class Interruptions:
     def __init__(self, save_every_minutes: float, timeout_minutes: float):
         self.interval = 60 * save_every_minutes or float("inf")
         self.signal, self.agreed = 0, 0
-        self.unsaved = True  # whether leaving now would lose anything
+        self.unsaved = True  # whether ending now would lose work
         self.saved()
         self.maximum = LaggedMaximum(timeout_minutes)
         for number in SIGNALS:
@@ -58,36 +65,35 @@ class Interruptions:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
         if not self.unsaved:
-            interrupt(number, self.told)
+            interrupt(number, self.outcome)
 
     def due(self) -> bool:
-        """Whether all ranks save after this step. To be called once a step by each; no GPU waits for it."""
-        self.agreed = self.maximum(
-            self.signal or int(time.monotonic() - self.since > self.interval)
-        )
+        """Whether all ranks save after this step. Every rank calls it once a step; no GPU waits."""
+        waited = time.monotonic() - self.last_save
+        self.agreed = self.maximum(self.signal or int(waited > self.interval))
         return self.agreed > 0
 
-    def saved(self, told: str = "saved") -> None:
-        """The minutes begin anew. told: what to say of it, on rank 0, when a signal ends the run."""
-        self.since, self.told = time.monotonic(), told
+    def saved(self, outcome: str = "saved") -> None:
+        """Restart the interval. outcome: what rank 0 reports if a signal then ends the run."""
+        self.last_save, self.outcome = time.monotonic(), outcome
 
     @property
     def ending(self) -> int:
-        """The signal for which all ranks end the run after this step, or 0."""
+        """The signal at which all ranks end the run after this step, or 0."""
         return self.agreed if self.agreed > SAVE else 0
 
     @contextlib.contextmanager
     def nothing_unsaved(self) -> Iterator[None]:
-        """While the block runs, which may be long, a signal ends it at once."""
+        """During the block, which may take long, a signal ends the run at once."""
         self.unsaved = False
         if self.signal:
-            interrupt(self.signal, self.told)
+            interrupt(self.signal, self.outcome)
         yield
         self.unsaved = True
 
 
-def leave_at_once() -> None:
-    """For work whose files are whole at any moment: from now on a signal ends it where it is."""
+def end_at_once() -> None:
+    """From now on a signal ends the run at once: for work whose files are whole at any moment."""
 
     def receive(number, frame):
         if number == signal.SIGINT:
@@ -98,17 +104,23 @@ def leave_at_once() -> None:
         signal.signal(number, receive)
 
 
-def interrupt(number: int, told: str) -> None:
-    """Raise Interrupted. SIGUSR1 is how SLURM, asked to (--signal), announces the time limit: the job is put in line again.
-    Not so for SIGTERM, which scancel sends."""
-    told = f"{signal.Signals(number).name}: {told}; the same command with --resume auto goes on"
+def interrupt(number: int, outcome: str) -> None:
+    """Raise Interrupted for a signal.
+
+    SLURM can send SIGUSR1 before the time limit (sbatch --signal): then the job is requeued. Not so
+    for SIGTERM, which scancel sends.
+    """
+    message = (
+        f"{signal.Signals(number).name}: {outcome}; the same command with --resume auto goes on"
+    )
     job = os.environ.get("SLURM_JOB_ID")
     if number == signal.SIGUSR1 and job and os.environ.get("RANK", "0") == "0":
         try:
             subprocess.run(
                 ["scontrol", "requeue", job], capture_output=True, text=True, check=True, timeout=60
             )
-            told += f", as job {job} will"
+            message += f", as job {job} will"
         except (OSError, subprocess.SubprocessError) as error:  # a container may have no scontrol
-            told += f" (requeue of job {job} failed: {(getattr(error, 'stderr', None) or first_line(error)).strip()})"
-    raise Interrupted(told)
+            reason = (getattr(error, "stderr", None) or first_line(error)).strip()
+            message += f" (requeue of job {job} failed: {reason})"
+    raise Interrupted(message)

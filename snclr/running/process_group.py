@@ -1,4 +1,4 @@
-"""The processes of a run: joining them from torchrun's environment, leaving, and naming ranks that were lost."""
+"""The processes of a run: how they meet, how they end, and which ones were lost."""
 
 import contextlib
 import ctypes
@@ -17,59 +17,66 @@ import torch.distributed as dist
 from .distributed import rank, world_size
 from .errors import RunError, first_line
 
-GRACE = 5  # seconds in which every rank that still lives has noticed that another one does not
+# seconds until every living rank has noticed that another one is lost
+GRACE = 5
 
 
 def own_device() -> torch.device:
     """The GPU of this process, if the machine has one, else the CPU."""
-    cuda = torch.cuda.is_available()
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    )
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def start(timeout_minutes: float = 30) -> torch.device:
-    """Join the process group that torchrun describes, if it started us, and return this rank's device.
+    """Join the process group that torchrun's environment describes, if there is one; returns this
+    rank's device.
 
-    NCCL on CUDA, gloo on CPU. A collective that is not complete after timeout_minutes fails.
+    NCCL on CUDA, gloo on CPU. A collective that is not complete after timeout_minutes fails. Raises
+    RunError where the ranks do not meet.
     """
-    here = own_device()
-    cuda = here.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(here)
+    device = own_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGTERM
-        )  # PR_SET_PDEATHSIG: a rank does not outlive a launcher that was killed
-        if (
-            os.environ.get("SNCLR_LAUNCHER", parent := str(os.getppid())) != parent
-        ):  # before this line
+        # PR_SET_PDEATHSIG: a rank does not outlive its launcher, also if that is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        parent = str(os.getppid())
+        if os.environ.get("SNCLR_LAUNCHER", parent) != parent:  # it ended before the line above
             raise RunError(f"the launcher has ended (process {os.environ['SNCLR_LAUNCHER']})")
     if "WORLD_SIZE" in os.environ:
-        timeout = datetime.timedelta(minutes=timeout_minutes)
         try:
-            store, number, count = next(dist.rendezvous("env://", timeout=timeout))
-            if (
-                os.environ.get("GROUP_WORLD_SIZE") == "1"
-            ):  # torchrun's restarts leave the addresses of dead ranks in its store
-                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-            which = dict(store=store, rank=number, world_size=count, timeout=timeout)
-            dist.init_process_group(
-                "nccl" if cuda else "gloo", device_id=here if cuda else None, **which
-            )
+            _join(device, datetime.timedelta(minutes=timeout_minutes))
         except (RuntimeError, ValueError) as error:
             raise RunError(
                 f"the ranks did not meet within {timeout_minutes:g} minutes: {_sentence(error)}"
             ) from error
         _store().set(f"host/{rank()}", socket.gethostname())
-    return here
+    return device
+
+
+def _join(device: torch.device, timeout: datetime.timedelta) -> None:
+    store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # after a restart, torchrun's store still holds the addresses of the dead ranks
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        device_id=device if on_gpu else None,
+        store=store,
+        rank=number,
+        world_size=count,
+        timeout=timeout,
+    )
 
 
 def stop() -> None:
-    """Wait for all ranks, and leave the process group, if any.
+    """Wait for all ranks and leave the process group, if there is one.
 
-    gloo's thread needs the interpreter to let go of the last exchange, and a group that is destroyed waits for that thread
-    without giving the interpreter away (torch 2.6): forever, unless it had a moment before.
+    gloo's thread needs the interpreter lock to release the last exchange. A group that is destroyed
+    waits for that thread while it holds the lock (torch 2.6), forever, unless the thread had a
+    moment before.
     """
     if dist.is_initialized():
         dist.barrier()
@@ -79,30 +86,34 @@ def stop() -> None:
 
 @contextlib.contextmanager
 def failures_named() -> Iterator[None]:
-    """Turn a failed collective into a RunError that says which ranks, on which machines, no longer answer."""
+    """Turn a failed collective into a RunError that names the ranks that no longer answer, and
+    their machines.
+    """
     try:
         yield
     except RuntimeError as error:
         known = any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
         if world_size() == 1 or isinstance(error, RunError) or not known:
             raise
-        told = _sentence(error)
-        raise RunError(f"{_silent_ranks()}: {told}") from error
+        cause = _sentence(error)
+        raise RunError(f"{_silent_ranks()}: {cause}") from error
 
 
 def _silent_ranks() -> str:
     store, number, count = _store(), rank(), world_size()
     try:
         store.set(f"lost/{number}", "")
-        dist.destroy_process_group()  # closes our connections, by which those who wait for us notice, too
+        # closes our connections, so that ranks that wait for this one notice as well
+        dist.destroy_process_group()
         time.sleep(GRACE)
         silent = [other for other in range(count) if not store.check([f"lost/{other}"])]
-        told = ", ".join(
+        names = ", ".join(
             f"rank {other} on {store.get(f'host/{other}').decode()}" for other in silent[:8]
         )
-        return f"lost contact with {told}" if told else "lost contact for a while with another rank"
+        return f"lost contact with {names or 'another rank for a while'}"
     except RuntimeError:
-        return f"lost contact with the launcher on {os.environ.get('MASTER_ADDR')}, where the ranks meet"
+        address = os.environ.get("MASTER_ADDR")
+        return f"lost contact with the launcher on {address}, where the ranks meet"
 
 
 def _store():
@@ -110,5 +121,5 @@ def _store():
 
 
 def _sentence(error) -> str:
-    """Of torch's message the sentence that says what happened, without the place in its source and the advice."""
+    """The sentence of torch's message that says what happened, without source line and advice."""
     return re.sub(r"^\[\S*\] ", "", first_line(error)).partition(". ")[0]

@@ -1,13 +1,13 @@
 """Lines about a run for people: of a training step, and at the end."""
 
-import json
 import os
 
 from .checkpoint import LAST
+from .safe_files import read_json_lines
 
 
 def describe(metrics: dict, epochs: int, total_steps: int) -> str:
-    """A training line for people."""
+    """The console's line of a logged step."""
     ratio = metrics["loss_ratio"]
     parts = [
         f"epoch {metrics['epoch']}/{epochs}",
@@ -24,36 +24,32 @@ def describe(metrics: dict, epochs: int, total_steps: int) -> str:
 
 
 def final_lines(workdir: str, done: bool) -> str:
-    """What came out, where it lies, and what to do next."""
-    with open(os.path.join(workdir, "metrics.jsonl")) as file:
-        found = [line for line in map(json.loads, file) if "loss" not in line]  # evaluations
-    lines = []
-    for name, title, unit_of in (
-        ("knn_top1", "kNN top-1", " %"),
-        ("effective_rank", "effective rank", ""),
-    ):
-        told = []
-        for line in found[:1] if found and found[0]["epoch"] == 0 else []:
-            first = {"raw pixels": line.get(f"raw_pixels_{name}"), "untrained": line.get(name)}
-            told += [
-                f"{what} {value:.1f}{unit_of}" for what, value in first.items() if value is not None
-            ]
-        told += [
-            f"epoch {line['epoch']}: {line[name]:.1f}{unit_of}"
-            for line in found[-1:]
-            if line["epoch"] and name in line
-        ]
-        lines += [f"{title}: {', '.join(told)}"] if told else []
-    lines.append(f"checkpoint: {os.path.join(workdir, LAST)}")
-    lines.append(
-        f"curves: tensorboard --logdir {workdir}   (numbers: {os.path.join(workdir, 'metrics.jsonl')})"
-    )
-    if done:
-        lines.append(
-            "next: your own images, with labels or without: bash start.sh @configs/vit_small_imagenet.args DATA"
-        )
-    else:
-        lines.append(
-            "stopped early; the same command with --resume auto and without the stop goes on"
-        )
-    return "\n".join(lines)
+    """The results of a run, where its files are, and what to do next.
+
+    done: the run has trained to its end.
+    """
+    metrics_path = os.path.join(workdir, "metrics.jsonl")
+    evaluations = [line for line in read_json_lines(metrics_path) if "loss" not in line]
+    lines = [
+        _progress(evaluations, "knn_top1", "kNN top-1", " %"),
+        _progress(evaluations, "effective_rank", "effective rank", ""),
+        f"checkpoint: {os.path.join(workdir, LAST)}",
+        f"curves: tensorboard --logdir {workdir}   (numbers: {metrics_path})",
+        "next: your own images, with labels or without: "
+        "bash start.sh @configs/vit_small_imagenet.args DATA"
+        if done
+        else "stopped early; the same command with --resume auto and without the stop goes on",
+    ]
+    return "\n".join(filter(None, lines))
+
+
+def _progress(evaluations: list[dict], metric: str, title: str, unit: str) -> str:
+    """'TITLE: raw pixels 30.1 %, untrained 31.2 %, epoch 5: 40.3 %', as far as it was measured."""
+    values = {}
+    if evaluations and evaluations[0].get("epoch") == 0:
+        values["raw pixels"] = evaluations[0].get(f"raw_pixels_{metric}")
+        values[evaluations[0].get("encoder", "untrained")] = evaluations[0].get(metric)
+    if evaluations and evaluations[-1].get("epoch"):
+        values[f"epoch {evaluations[-1]['epoch']}:"] = evaluations[-1].get(metric)
+    parts = [f"{name} {value:.1f}{unit}" for name, value in values.items() if value is not None]
+    return f"{title}: {', '.join(parts)}" if parts else ""

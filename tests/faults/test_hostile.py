@@ -15,7 +15,8 @@ import main_lincls
 import main_snclr
 import snclr
 from snclr import export
-from snclr.datasets import shards, sources
+from snclr.datasets import files, shards
+from snclr.evaluation.options import STATE_FILE
 from snclr.running.errors import UsageError
 
 
@@ -97,7 +98,7 @@ def test_neither_the_state_of_a_probe_nor_a_feature_cache_nor_an_index_runs_code
     target = tmp_path / "executed"
     work = tmp_path / "probe"
     work.mkdir()
-    torch.save({"epoch": 1, "model": Malicious(target)}, work / main_lincls.LAST)
+    torch.save({"epoch": 1, "model": Malicious(target)}, work / STATE_FILE)
     with pytest.raises(UsageError, match="nothing else is loaded"):
         lincls(images, finished / "encoder_last.pth.tar", work, "--resume", "auto")
     # a cache is raw numbers, whatever its bytes are: it is mapped, never parsed
@@ -113,13 +114,13 @@ def test_neither_the_state_of_a_probe_nor_a_feature_cache_nor_an_index_runs_code
     assert cache.stat().st_size % 4 == 0 and not zipfile.is_zipfile(cache)
     (tmp_path / "shards").mkdir()
     fuzz.Seeds(tmp_path).write("shards/a.tar", fuzz.Seeds(tmp_path).tar)
-    good = shards.open_index(str(tmp_path / "shards"), sources.EXTENSIONS, None)
+    good = shards.open_index(str(tmp_path / "shards"), files.EXTENSIONS, None)
     np.savez(
         tmp_path / "shards/snclr_index.npz",
         key=np.array([Malicious(target)], dtype=object),
         allow_pickle=True,
     )
-    again = shards.open_index(str(tmp_path / "shards"), sources.EXTENSIONS, None)
+    again = shards.open_index(str(tmp_path / "shards"), files.EXTENSIONS, None)
     assert (
         all(np.array_equal(a, b) for a, b in zip(good, again, strict=True)) and not target.exists()
     )
@@ -177,7 +178,7 @@ def test_an_index_that_points_elsewhere_is_made_anew(tmp_path):
     (tmp_path / "shards").mkdir()
     seeds = fuzz.Seeds(tmp_path)
     seeds.write("shards/a.tar", seeds.tar)
-    good = shards.open_index(str(tmp_path / "shards"), sources.EXTENSIONS, None)
+    good = shards.open_index(str(tmp_path / "shards"), files.EXTENSIONS, None)
     path = tmp_path / "shards/snclr_index.npz"
     with np.load(path) as file:
         kept = dict(file)
@@ -190,7 +191,7 @@ def test_an_index_that_points_elsewhere_is_made_anew(tmp_path):
         ("size", -2),
     ):
         np.savez(path, **{**kept, name: np.full_like(kept[name], value)})
-        again = shards.open_index(str(tmp_path / "shards"), sources.EXTENSIONS, None)
+        again = shards.open_index(str(tmp_path / "shards"), files.EXTENSIONS, None)
         assert all(np.array_equal(a, b) for a, b in zip(good, again, strict=True)), name
 
 
