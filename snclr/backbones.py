@@ -94,7 +94,13 @@ class VisionTransformer(timm_vit.VisionTransformer):
         norm = partial(nn.LayerNorm, eps=1e-6)
         size = dict(embed_dim=width, depth=depth, num_heads=num_heads, embed_layer=embed_layer)
         super().__init__(
-            img_size, patch_size, num_classes=0, norm_layer=norm, weight_init="skip", **size
+            img_size,
+            patch_size,
+            num_classes=0,
+            norm_layer=norm,
+            weight_init="skip",
+            dynamic_img_size=True,  # local views: their position embedding is interpolated
+            **size,
         )
         grid = img_size // patch_size
         self.pos_embed = nn.Parameter(

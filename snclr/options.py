@@ -261,6 +261,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text = "Gaussian blur of the views (default: on for images above 32 px)"
     flag(g, "--blur", action=on_off, help=text, on_resume="fixed")
+    text = "small crops of each image, beside the two global views (multi-crop)"
+    kind = number(int)
+    flag(g, "--local-views", type=kind, default=0, metavar="N", help=text, on_resume="fixed")
+    text = "side of a local view (default: 3/7 of --img-size, rounded to a multiple of 16 px)"
+    kind = number(int, above_zero=True)
+    flag(g, "--local-size", type=kind, metavar="PX", help=text, on_resume="fixed")
+    text = "largest area of a local view, as a share of the image; the smallest is 0.05"
+    flag(
+        g,
+        "--local-crop-max",
+        type=number(float, above_zero=True, most=1),
+        default=0.25,
+        metavar="SHARE",
+        help=text,
+        on_resume="fixed",
+    )
 
     g = add_backbone_flags(parser, default_arch="vit_small")
     text = "start from the backbone weights in FILE: a checkpoint or state dict of any known layout"
@@ -434,6 +450,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.warmup_epochs = min(40, args.epochs / 5)
     if args.crop_min is None:
         args.crop_min = 0.2 if args.method == "mocov2" else 0.08
+    if args.local_size is None:
+        args.local_size = max(16, 16 * round(args.img_size * 3 / 7 / 16))
     if args.blur is None:
         args.blur = args.img_size > 32
     if args.num_heads is None and args.init_from is None:
@@ -587,6 +605,8 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             f"the {world_size} ranks"
         )
     check_backbone(args)
+    if args.local_views:
+        check_local_views(args)
     if args.method == "snclr" and args.topk > args.bank_size:
         raise UsageError(f"--topk {args.topk} exceeds --bank-size {args.bank_size}")
     if args.threshold and (args.weights == "uniform" or args.topk == 1):
@@ -606,6 +626,18 @@ def check(args: argparse.Namespace, world_size: int) -> None:
     if args.init_from is not None and not os.path.isfile(args.init_from):
         raise UsageError(f"--init-from {args.init_from}: there is no such file")
     check_workdir(args.workdir, args.resume, ("metrics.jsonl", "checkpoint_last.pth.tar"))
+
+
+def check_local_views(args: argparse.Namespace) -> None:
+    """Raise UsageError for local views that cannot work."""
+    if args.method == "mocov2":
+        raise UsageError("--method mocov2 compares one view with one other: no --local-views")
+    if args.local_crop_max < 0.05:
+        raise UsageError(f"--local-crop-max must be at least 0.05, found {args.local_crop_max}")
+    if args.arch.startswith("vit") and args.local_size % args.patch_size:
+        raise UsageError(
+            f"--local-size {args.local_size} is not a multiple of --patch-size {args.patch_size}"
+        )
 
 
 def check_workdir(workdir: str | None, resume: str | None, run_files: tuple[str, ...]) -> None:

@@ -135,6 +135,13 @@ def content(folder):
         ("--snclr-m nan", "--snclr-m must be between 0 and 1"),
         ("--crop-min 1.5", "--crop-min must be above 0 and at most 1, found 1.5"),
         ("--crop-min 0", "--crop-min must be above 0"),
+        ("--local-views 2 --method mocov2", "--method mocov2 compares one view with one other"),
+        ("--local-views 2 --local-crop-max 0.01", "--local-crop-max must be at least 0.05"),
+        ("--local-views 2 --local-size 0", "--local-size must be above 0"),
+        (
+            "--local-views 2 -a vit_tiny --local-size 20",
+            "--local-size 20 is not a multiple of --patch-size 16",
+        ),
         ("--epochs 5 --warmup-epochs 6", "--warmup-epochs 6 exceeds --epochs 5"),
         ("--epochs 5 --nn-warmup-epochs 5.5", "--nn-warmup-epochs 5.5 exceeds --epochs 5"),
         ("--topk 31 --bank-size 30", "--topk 31 exceeds --bank-size 30"),
@@ -313,6 +320,7 @@ def test_defaults_follow_from_the_data(images):
     assert parse(images, "--epochs", 20).warmup_epochs == 4
     assert parse(images, "--no-blur").blur is False and parse("--blur").blur is True
     assert parse(images, "--warmup-epochs", 0).warmup_epochs == 0
+    assert (large.local_views, large.local_size, small.local_size) == (0, 96, 16)
     assert (large.crop_min, parse(images, "--method", "mocov2").crop_min) == (0.08, 0.2)
     assert parse(images, "--method", "mocov2", "--crop-min", 0.5).crop_min == 0.5
 
