@@ -533,13 +533,8 @@ def _recognise_dataset(data):
     return "folder" if has_classes or not os.path.isdir(data) else "tree"
 
 
-def check_data(args: argparse.Namespace, positive: tuple[str, ...] = ()) -> None:
+def check_data(args: argparse.Namespace) -> None:
     """Raise UsageError for data flags that cannot work."""
-    for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not name.endswith("seed"):
-            least = "above 0" if name in positive else "0 or more"
-            if not (math.isfinite(value) and value >= 0) or (value == 0 and name in positive):
-                raise UsageError(f"--{name.replace('_', '-')} must be {least}, found {value}")
     low, high = args.grey_range or (0, 1)
     if not -math.inf < low < high < math.inf:
         raise UsageError(f"--grey-range needs LOW below HIGH, both finite, found {low:g} {high:g}")

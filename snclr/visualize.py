@@ -58,10 +58,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     g.add_argument(
         "--image", metavar="PATH", help="image file; its nearest training images are shown as well"
     )
-    g.add_argument("--count", type=int, default=8, metavar="N", help="images in a picture")
-    g.add_argument("--topk", type=int, default=6, metavar="K", help="nearest images of each")
+    positive = options.number(int, above_zero=True)
+    g.add_argument("--count", type=positive, default=8, metavar="N", help="images in a picture")
+    g.add_argument("--topk", type=positive, default=6, metavar="K", help="nearest images of each")
     g.add_argument(
-        "--pool", type=int, default=5000, metavar="N", help="training images that are searched"
+        "--pool", type=positive, default=5000, metavar="N", help="training images that are searched"
     )
     g.add_argument("--seed", type=int, default=0, metavar="N", help="seed that chooses the images")
     g.add_argument(
@@ -72,7 +73,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.workdir = None  # a run's folder takes the index of shards on read-only disks; none here
     options.resolve_data(args)
-    options.check_data(args, ("count", "topk", "pool"))
+    options.check_data(args)
     if args.image is not None and not os.path.isfile(args.image):
         raise UsageError(f"--image {args.image}: there is no such file")
     return args
