@@ -7,47 +7,73 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("datasets", "evaluation", "pictures", "running", "weights")
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in sorted(ROOT.glob("snclr/**/*.py"))
 }
-ROOMS = ("datasets", "evaluation", "pictures", "running", "weights")
-# commands: python -m snclr.NAME
-COMMANDS = {
-    name
-    for name, path in FILES.items()
-    if '__name__ == "__main__"' in path.read_text() and not name.endswith("options")
-}
-SCRIPTS = {"main_snclr", "main_lincls"} | COMMANDS
+# the ground floor, which every file may import: errors, ranks, number formats
+GROUND = {"snclr.running.errors", "snclr.running.distributed", "snclr.running.precision"}
+# python -m snclr.NAME, and what the package itself offers: like the scripts, nothing imports them
+COMMANDS = {"snclr.export", "snclr.mean_std", "snclr.report", "snclr.visualize"}
+TOP = {"main_snclr", "main_lincls", "snclr.__init__"} | COMMANDS
+# the longest way from a file down to the ground floor, both not counted, in files: for the model it
+# is builder, backbones, heads, batch_norm; for data sources, shards, images, decoding
+LONGEST_CHAIN = 4
+LONGEST_FILE = 250
+# longer ones: a list of flags, a table of augmentations
+LONGER = {"snclr.options": 720, "snclr.augment": 460}
 
 
 @cache
 def imports_of(name: str) -> frozenset[str]:
     """The files of the project that a file imports, at its top or inside a function."""
-    path, found = FILES[name], set()
-    package = name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    package, names = name.split(".")[:-1], set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*base, *([node.module] if node.module else [])])
-            # from .running import checkpoint: a file of its own; from .errors import RunError: a name in it
-            found |= {f"{base}.{alias.name}" for alias in node.names} | {base}
-    return frozenset(found & (FILES.keys() | SCRIPTS) - {name})
+            # either a file (from .running import checkpoint) or a name in one
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return frozenset(names & (FILES.keys() | TOP))
 
 
-def longest_chain(name: str, above: tuple = ()) -> tuple:
-    assert name not in above, f"a cycle of imports: {' -> '.join([*above, name])}"
-    chains = [longest_chain(other, (*above, name)) for other in imports_of(name)]
+def chain(name: str, above: tuple = ()) -> tuple:
+    """The longest chain of imports that begins with a file, without the ground floor."""
+    assert name not in above, f"a circle of imports: {' -> '.join([*above, name])}"
+    chains = [chain(other, (*above, name)) for other in imports_of(name) - GROUND]
     return (name, *max(chains, key=len, default=()))
 
 
-if __name__ == "__main__":
-    for name in FILES:
-        chain = longest_chain(name)
-        print(
-            len(chain),
-            " <- ".join(c.removeprefix("snclr.") for c in chain),
-            "COMMAND" if name in COMMANDS else "",
-        )
+def test_the_graph_has_edges():
+    assert "snclr.running.safe_files" in imports_of("snclr.running.tensor_files")
+    assert "snclr.heads" in imports_of("snclr.backbones")
+    assert "snclr.weights.reading" not in imports_of("snclr.backbones")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_down_in_short_chains(name):
+    longest = chain(name)
+    if name not in TOP:
+        assert len(longest) <= LONGEST_CHAIN, " -> ".join(longest)
+    assert imports_of(name) & TOP == set()
+    if name in GROUND:
+        assert imports_of(name) <= GROUND
+
+
+def test_commands_are_those_files_that_run():
+    runs = {name for name, path in FILES.items() if '__name__ == "__main__"' in path.read_text()}
+    assert runs - COMMANDS == {name for name in runs if name.endswith("options")}  # they only check
+    assert runs >= COMMANDS
+
+
+def test_rooms_are_the_folders():
+    assert {name.split(".")[1] for name in FILES if name.count(".") > 1} == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_short(name):
+    lines = len(FILES[name].read_text().splitlines())
+    assert lines <= LONGER.get(name, LONGEST_FILE)
