@@ -39,9 +39,8 @@ from snclr.running.batch_norm import synchronise_batch_norm
 from snclr.running.lock import hold
 from snclr.running.precision import autocast, resolve_amp, widen
 from snclr.running.preemption import end_at_once, handlers_given_back, signals_wait
-from snclr.running.provenance import versions_and_commit
+from snclr.running.provenance import save_settings, versions_and_commit
 from snclr.running.safe_files import save_json, writing
-from snclr.running.settings import differ, save_settings
 from snclr.weights import reading as weights
 
 LAST = "lincls_last.pth.tar"
@@ -520,7 +519,7 @@ def resume(task, model, optimizer) -> int:
     changed = [
         str(name)
         for name, value in state["args"].items()
-        if differ(value, vars(task.args).get(name))
+        if tensor_files.differ(value, vars(task.args).get(name))
     ]
     changed += ["the encoder"] if state["encoder_digest"] != task.digest else []
     if changed:
@@ -529,7 +528,10 @@ def resume(task, model, optimizer) -> int:
         )
     try:
         plain = tensor_files.plain_tensors(state["model"])
-        if state["epoch"] not in range(task.args.epochs + 1) or plain.keys() != state["model"].keys():
+        if (
+            state["epoch"] not in range(task.args.epochs + 1)
+            or plain.keys() != state["model"].keys()
+        ):
             raise ValueError("no sensible epoch or weights")
         model.load_state_dict(state["model"])
     except Exception as error:  # whatever odd content leads to

@@ -1,30 +1,35 @@
 #!/usr/bin/env python3
 """Pretraining.
 
-    python main_snclr.py                                                    the embedded data set, to see it work
-    python main_snclr.py @configs/vit_small_imagenet.args /data/imagenet    a recipe; later flags override it
-    torchrun --nproc_per_node 8 main_snclr.py @configs/... /data/imagenet   the same on all GPUs of a node
+    python main_snclr.py                           the small embedded data set, as a first try
+    python main_snclr.py @configs/vit_small_imagenet.args /data/imagenet     a recipe and its data
+    torchrun --nproc_per_node 8 main_snclr.py @configs/... /data/imagenet    all GPUs of a node
 
-Reads from top to bottom: settings, data, model, optimiser, resume, epochs (train, evaluate, save).
+Flags after a recipe override it. This file reads from top to bottom: settings, data, model,
+optimiser, resume, then epochs (evaluate, train, save).
 """
 
+import argparse
 import datetime
 import os
 import sys
 import time
+from typing import NamedTuple
 
 from snclr import options
 from snclr.running.errors import RunError, UsageError, one_clear_line
 
 if __name__ == "__main__":
     with one_clear_line("main_snclr.py"):
-        options.parse(sys.argv[1:])  # a wrong flag is answered here, before the slow imports
+        options.parse(sys.argv[1:])  # report a wrong flag before the slow imports
 
 import torch
+from torch import nn
 
 from snclr import augment, optim
-from snclr.builder import build_model
+from snclr.builder import SNCLR, build_model
 from snclr.datasets import sources
+from snclr.datasets.images import ImageSet
 from snclr.evaluation import knn, label_free
 from snclr.evaluation.features import digest
 from snclr.loader import TwoViewLoader
@@ -38,8 +43,39 @@ from snclr.running.log import Log
 from snclr.running.metrics import Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
 from snclr.running.preemption import Interruptions, end_at_once, handlers_given_back, interrupt
-from snclr.running.settings import save_settings
+from snclr.running.provenance import save_settings
 from snclr.weights import reading as weights
+
+
+class Run(NamedTuple):
+    """What a training run works with."""
+
+    args: argparse.Namespace
+    workdir: str
+    last_step: int  # the number of completed steps at which this start ends
+    amp: str  # precision of the encoders: 'off', 'bf16' or 'fp16'
+    model: SNCLR
+    network: nn.Module  # the model, on several ranks within DistributedDataParallel
+    loader: TwoViewLoader
+    fingerprint: str  # of the training images
+    val: ImageSet | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # disabled unless amp is 'fp16'
+    guard: Guard
+    interruptions: Interruptions
+    log: Log
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole schedule."""
+        return self.args.epochs * self.loader.steps_per_epoch
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder that is evaluated, and saved as a separate file."""
+        if self.args.eval_encoder == "momentum":
+            return self.model.momentum_encoder
+        return self.model.base_encoder
 
 
 @handlers_given_back()
@@ -47,7 +83,7 @@ from snclr.weights import reading as weights
 def main(argv: list[str]) -> None:
     args = options.parse(argv)
 
-    # -- devices and data ------------------------------------------------------------------------------------------------
+    # -- devices and data --------------------------------------------------------------------------
     device = process_group.start(args.timeout_minutes)
     end_at_once()
     train, val, data_notes = sources.open_data(args)
@@ -57,186 +93,175 @@ def main(argv: list[str]) -> None:
     recipe = augment.Recipe(args.seed, augment.build_views(args))
     loader = TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
     steps_per_epoch = loader.steps_per_epoch
-    total_steps = args.epochs * steps_per_epoch
 
-    # -- model and optimiser ---------------------------------------------------------------------------------------------
+    # -- model and optimiser -----------------------------------------------------------------------
     torch.manual_seed(args.seed)
     amp = resolve_amp(args.amp, device)
-    # in float32 on a CPU channels-last gains nothing, and torch 2.15 crashes in the backward of narrow convolutions
-    channels_last = device.type == "cuda" or amp != "off"
     model = build_model(args, bfloat16=amp == "bf16")
-    workdir, found, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
-    if args.init_from and not found:
-        start_notes += weights.load_backbone(
-            model.base_encoder, weights.read_encoder(args.init_from)
-        )
-        if model.momentum_encoder is not None:
-            model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
+    workdir, checkpoint_path, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
+    if args.init_from and not checkpoint_path:
+        start_notes += load_initial_weights(model, args.init_from)
     elif args.init_from:
-        start_notes += [f"--init-from {args.init_from} is left aside: the run goes on from {found}"]
-    model = model.to(
-        device, memory_format=torch.channels_last if channels_last else torch.preserve_format
-    )
-    model = synchronise_batch_norm(model, device)
+        start_notes += [f"--init-from {args.init_from} is ignored: {checkpoint_path} is resumed"]
+    # in float32 on a CPU channels-last is not faster, and torch 2.15 crashes in the backward of
+    # narrow convolutions
+    channels_last = device.type == "cuda" or amp != "off"
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    model = synchronise_batch_norm(model.to(device, memory_format=layout), device)
     optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
-    # -- resume ----------------------------------------------------------------------------------------------------------
-    step, changed, which = 0, [], dict(images=len(train), fingerprint=train.fingerprint())
-    if found:
-        step, changed = checkpoint.resume(found, model, optimizer, scaler, args=args, **which)
-    speaks = distributed.rank() == 0
-    if speaks:
+    # -- resume ------------------------------------------------------------------------------------
+    step, changes, fingerprint = 0, [], train.fingerprint()
+    if checkpoint_path:
+        step, changes = checkpoint.resume(
+            checkpoint_path,
+            model,
+            optimizer,
+            scaler,
+            args=args,
+            images=len(train),
+            fingerprint=fingerprint,
+        )
+    is_rank_zero = distributed.rank() == 0
+    if is_rank_zero:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        save_settings(
-            workdir, args, {"world_size": distributed.world_size(), "amp_used": amp, "device": name}
-        )
-    log = Log(workdir, step=step, enabled=speaks)
-    log.say(
-        f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), batch {args.batch_size}"
+        hardware = {"world_size": distributed.world_size(), "amp_used": amp, "device": name}
+        save_settings(workdir, args, hardware)
+    log = Log(workdir, step=step, enabled=is_rank_zero)
+    run = Run(
+        args=args,
+        workdir=workdir,
+        last_step=min(
+            args.epochs * steps_per_epoch,
+            (args.stop_after_epochs or args.epochs) * steps_per_epoch,
+            args.stop_after_steps or args.epochs * steps_per_epoch,
+        ),
+        amp=amp,
+        model=model,
+        network=distributed.replicate(model, device),
+        loader=loader,
+        fingerprint=fingerprint,
+        val=val,
+        optimizer=optimizer,
+        scaler=scaler,
+        guard=Guard(model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled()),
+        interruptions=Interruptions(args.save_every_minutes, args.timeout_minutes),
+        log=log,
     )
     log.say(
-        f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, in {workdir}"
+        f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), "
+        f"batch {args.batch_size}"
     )
-    for note in data_notes + start_notes + notes(args, len(train)):
+    log.say(
+        f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, "
+        f"in {workdir}"
+    )
+    for note in data_notes + start_notes + setting_notes(args, len(train)):
         log.say(f"note: {note}")
-    if found:
-        log.say(
-            f"resumed from {found} after step {step} of {total_steps}"
-            + "".join(f"; {change}" for change in changed)
-        )
+    if checkpoint_path:
+        position = f"{checkpoint_path} after step {step} of {run.total_steps}"
+        log.say("; ".join([f"resumed from {position}", *changes]))
 
-    # -- epochs ----------------------------------------------------------------------------------------------------------
-    network = distributed.replicate(model, device)
-    guard = Guard(model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled())
-    interruptions = Interruptions(args.save_every_minutes, args.timeout_minutes)
-    evaluated = distributed.on_rank_zero(log.last_evaluation)
-    last_step = min(
-        total_steps,
-        (args.stop_after_epochs or args.epochs) * steps_per_epoch,
-        args.stop_after_steps or total_steps,
-    )
+    # -- epochs ------------------------------------------------------------------------------------
+    evaluated_step = distributed.on_rank_zero(log.last_evaluation)
     while True:
-        epoch, inside = divmod(step, steps_per_epoch)
-        if (
-            args.eval_freq
-            and not inside
-            and (epoch % args.eval_freq == 0 or epoch == args.epochs)
-            and step != evaluated
-        ):
-            with interruptions.nothing_unsaved():
-                judged = (model, loader, val, amp, args, log, epoch)
-                result = (
-                    evaluate(*judged) if step else evaluate_start(model, loader, val, args, log)
-                )
-            log.line({"epoch": epoch, "step": step, **result})
-        if step >= last_step:
+        if is_evaluation_due(run, step) and step != evaluated_step:
+            evaluate(run, step)
+        if step >= run.last_step:
             break
-        schedule = dict(amp=amp, step=step, last_step=last_step)
-        step = train_epoch(
-            network, loader, optimizer, scaler, guard, interruptions, log, args, **schedule
-        )
-        if note := record_bad_images(train, loader.replaced, workdir):
-            log.say(f"note: {note}")
-        told = "saved"
-        if speaks:
-            epoch, inside = divmod(step, steps_per_epoch)
-            state = checkpoint.pack(
-                model, optimizer, scaler, args=args, epoch=epoch, step=step, **which
-            )
-            encoder = checkpoint.pack_encoder(
-                judged_encoder(model, args), args.eval_encoder, args=args, epoch=epoch
-            )
-            numbered = args.save_freq and not inside and epoch % args.save_freq == 0
-            try:
-                save(workdir, state, encoder, [f"{epoch:04d}"] if numbered else [], args.keep, log)
-            except RunError as error:
-                if step >= last_step or interruptions.ending:
-                    raise
-                log.say(f"note: {error}; the run goes on and tries again at the next save")
-                told = "not saved, the checkpoint before is whole"
-        interruptions.saved(told)
-        if interruptions.ending:
+        step = train_epoch(run, step)
+        save(run, step)
+        if run.interruptions.ending:
             break
+
+    # -- end ---------------------------------------------------------------------------------------
     digests = distributed.union({digest(model)})
     if distributed.world_size() > 1:
-        agree = "the same" if len(digests) == 1 else "NOT the same"
-        log.say(f"weights and bank of the ranks: {agree}, {', '.join(digests)}")
-    if speaks and not interruptions.ending:
-        log.say(summary.final_lines(workdir, done=step == total_steps))
+        result = "the same" if len(digests) == 1 else "NOT the same"
+        log.say(f"weights and bank of the ranks: {result}, {', '.join(digests)}")
+    if is_rank_zero and not run.interruptions.ending:
+        log.say(summary.final_lines(workdir, done=step == run.total_steps))
         log.say(report.write_into(workdir))
-    interruptions.maximum.finish()
+    run.interruptions.maximum.finish()
     log.close()
     process_group.stop()
-    if interruptions.ending:
-        interrupt(interruptions.ending, "saved")
+    if run.interruptions.ending:
+        interrupt(run.interruptions.ending, "saved")
 
 
-def open_workdir(args) -> tuple[str, str | None, list[str]]:
-    """The folder of this run, locked from now on; the checkpoint to go on from, if any; what a user should know of it."""
+def open_workdir(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
+    """Lock the folder of this run. Returns it, the checkpoint to resume (None: a new run), and
+    lines about damaged checkpoints.
+    """
     path = args.resume if args.resume != "auto" else None
-    workdir = args.workdir or (
-        os.path.dirname(os.path.abspath(path)) if path else default_workdir(args)
-    )
+    workdir = args.workdir
+    if workdir is None:
+        workdir = os.path.dirname(os.path.abspath(path)) if path else default_workdir(args)
     hold(workdir, "main_snclr")
     if args.resume != "auto":
         return workdir, path, []
-    found, told = checkpoint.newest(workdir)
+    newest, notes = checkpoint.newest(workdir)
     last = os.path.join(workdir, checkpoint.LAST)
-    if found not in (
-        None,
-        last,
-    ):  # a crash between two files: what was not written any more is written now
-        tensor_files.save(last, tensor_files.read(found), args.keep)
-    return workdir, found, told
+    if newest not in (None, last):
+        # the run ended after it wrote a numbered checkpoint and before the last one: write that now
+        tensor_files.save(last, tensor_files.read(newest), args.keep)
+    return workdir, newest, notes
 
 
-def save(workdir, state, encoder, numbered: list[str], keep: int, log) -> None:
-    """Leave the encoder alone and the checkpoint, as the last ones and under a number, if one is given. A run goes on from the
-    checkpoint, so that whatever a crash kept from being written before it is written again."""
-    log.flush(durable=True)
-    for name in (*numbered, "last"):
-        tensor_files.save(os.path.join(workdir, f"encoder_{name}.pth.tar"), encoder)
-    for name in numbered:
-        tensor_files.save(os.path.join(workdir, f"checkpoint_{name}.pth.tar"), state)
-    tensor_files.save(os.path.join(workdir, checkpoint.LAST), state, keep)
+def default_workdir(args: argparse.Namespace) -> str:
+    """A folder in runs/, named by settings and start time, or by the SLURM job (it may restart)."""
+    arch = args.arch.replace(":", "-")  # rsync and scp take the part before a colon for a host
+    start = os.environ.get("SLURM_JOB_ID") or f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    return os.path.join("runs", f"{args.method}-{arch}-{args.dataset}-{start}")
 
 
-def train_epoch(
-    network,
-    loader,
-    optimizer,
-    scaler,
-    guard,
-    interruptions,
-    log,
-    args,
-    *,
-    amp: str,
-    step: int,
-    last_step: int,
-) -> int:
-    """Train from `step` (completed so far) to the end of its epoch, at most to last_step or an interruption; returns the
-    completed steps."""
-    network.train()
-    steps_per_epoch = loader.steps_per_epoch
-    total_steps = args.epochs * steps_per_epoch
-    epoch, inside = divmod(step, steps_per_epoch)
-    end = min((epoch + 1) * steps_per_epoch, last_step)
-    labels = (
-        None
-        if loader.images.labels is None
-        else loader.images.labels.to(loader.device, non_blocking=True)
-    )
-    neighbours_from = args.nn_warmup_epochs * steps_per_epoch
+def load_initial_weights(model: SNCLR, path: str) -> list[str]:
+    """Load the backbone of both encoders from a file; returns lines that say what was loaded."""
+    notes = weights.load_backbone(model.base_encoder, weights.read_encoder(path))
+    if model.momentum_encoder is not None:
+        model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
+    return notes
+
+
+def setting_notes(args: argparse.Namespace, num_images: int) -> list[str]:
+    """Lines about settings that work, but may not do what the user expects."""
+    lines = []
+    if args.method != "mocov3" and args.bank_size > num_images:
+        lines.append(
+            f"the bank ({args.bank_size} rows) is larger than the data set ({num_images} images): "
+            "it holds several copies of each image"
+        )
+    if args.method != "snclr":
+        lines.append(
+            f"--method {args.method} does not use soft neighbours: --topk, --form and the flags of "
+            "their weights have no effect"
+        )
+    if not args.arch.startswith("resnet") and (args.width or args.small_stem):
+        lines.append(f"--width and --small-stem are for ResNets: no effect on {args.arch}")
+    if args.arch not in ("vit_tiny", "vit_small", "vit_base") and args.stop_grad_conv1:
+        lines.append(
+            f"--stop-grad-conv1 is for ViTs with a plain patch embedding: no effect on {args.arch}"
+        )
+    return lines
+
+
+def train_epoch(run: Run, step: int) -> int:
+    """Train from `step` completed steps to the end of the epoch. Returns the completed steps.
+
+    An interruption, or run.last_step, ends it earlier.
+    """
+    args, loader, log = run.args, run.loader, run.log
+    run.network.train()
+    epoch, inside = divmod(step, loader.steps_per_epoch)
+    end = min((epoch + 1) * loader.steps_per_epoch, run.last_step)
+    labels = loader.images.labels
+    if labels is not None:
+        labels = labels.to(loader.device, non_blocking=True)
     batches = loader.epoch(epoch, inside)
-    log.progress(steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
-    interval_start, interval_steps, slowest, waits = (
-        time.perf_counter(),
-        0,
-        0.0,
-        Waits(loader.device),
-    )
+    log.progress(loader.steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
+    waits = Waits(loader.device)
+    interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0
 
     while step < end:
         step_start = time.perf_counter()
@@ -246,31 +271,32 @@ def train_epoch(
         lr = optim.learning_rate(
             step,
             peak=args.lr * args.batch_size / 256,
-            steps_per_epoch=steps_per_epoch,
+            steps_per_epoch=loader.steps_per_epoch,
             warmup_epochs=args.warmup_epochs,
             epochs=args.epochs,
         )
         momentum = optim.encoder_momentum(
-            step, start=args.snclr_m, total_steps=total_steps, cosine=args.snclr_m_cos
+            step, start=args.snclr_m, total_steps=run.total_steps, cosine=args.snclr_m_cos
         )
-        optim.set_learning_rate(optimizer, lr)
-        # stochastic layers too draw from a key, so that a resumed run has no generator to restore
+        optim.set_learning_rate(run.optimizer, lr)
+        # seeds dropout and the like by the step, so that a resumed run need not restore a generator
         torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank())) >> 1)
-        with autocast(amp, loader.device):
-            loss, shown = network(batch.views, batch.ids, momentum, step >= neighbours_from)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        use_neighbours = step >= args.nn_warmup_epochs * loader.steps_per_epoch
+        with autocast(run.amp, loader.device):
+            loss, shown = run.network(batch.views, batch.ids, momentum, use_neighbours)
+        run.optimizer.zero_grad(set_to_none=True)
+        run.scaler.scale(loss).backward()
         step += 1
         interval_steps += 1
         log.advance()
-        if interruptions.due():
+        if run.interruptions.due():
             end = step
         is_logged = step % args.print_freq == 0 or step == end
-        scaler.unscale_(optimizer)
-        grad_norm = optim.gradient_norm(optimizer)
-        guard.watch(loss, grad_norm, step)
-        optim.step_if_finite(optimizer, scaler, grad_norm)
-        scaler.update()
+        run.scaler.unscale_(run.optimizer)
+        grad_norm = optim.gradient_norm(run.optimizer)
+        run.guard.watch(loss, grad_norm, step)
+        optim.step_if_finite(run.optimizer, run.scaler, grad_norm)
+        run.scaler.update()
         slowest = max(slowest, time.perf_counter() - step_start)
 
         if is_logged:
@@ -283,8 +309,9 @@ def train_epoch(
                 form=args.form,
                 temperature=args.snclr_t,
             )
-            for told in filter(None, (guard.check(), guard.collapse(metrics["feature_std"]))):
-                log.say(f"note: {told}")
+            for note in (run.guard.check(), run.guard.collapse(metrics["feature_std"])):
+                if note is not None:
+                    log.say(f"note: {note}")
             seconds = time.perf_counter() - interval_start
             metrics = {
                 "epoch": epoch + 1,
@@ -293,104 +320,142 @@ def train_epoch(
                 "lr": lr,
                 "momentum": momentum,
                 "grad_norm": grad_norm.item(),
+                "images_per_s": interval_steps * args.batch_size / seconds,
+                "data_wait": waits.seconds() / seconds,
+                "slowest_step_s": slowest,
             }
-            metrics["images_per_s"] = interval_steps * args.batch_size / seconds
-            metrics["data_wait"] = waits.seconds() / seconds
-            metrics["slowest_step_s"] = slowest
             log.line(metrics)
-            log.say(summary.describe(metrics, args.epochs, total_steps))
+            log.say(summary.describe(metrics, args.epochs, run.total_steps))
             interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0
+
     log.end_progress()
-    completed, inside = divmod(step, steps_per_epoch)
-    if (
-        log.enabled
-        and args.viz_freq
-        and not inside
-        and (completed % args.viz_freq == 0 or completed == args.epochs)
-    ):
+    epoch, inside = divmod(step, loader.steps_per_epoch)
+    is_shown = args.viz_freq and (epoch % args.viz_freq == 0 or epoch == args.epochs)
+    if is_shown and not inside and log.enabled:
         log.pictures(step, *steps.of_step(batch, shown, loader.images, args, step))
+    if note := record_bad_images(loader.images, loader.replaced, run.workdir):
+        log.say(f"note: {note}")
     return step
 
 
-def judged_encoder(model, args):
-    """The encoder that is evaluated, and left beside the checkpoint."""
-    return model.momentum_encoder if args.eval_encoder == "momentum" else model.base_encoder
+def save(run: Run, step: int) -> None:
+    """Save the checkpoint and the encoder, from rank 0; under a number, too, every --save-freq
+    epochs.
 
-
-def evaluate(model, loader, val, amp, args, log, epoch) -> dict:
-    """What the trained encoder's features are worth, with labels (kNN, in percent) and without."""
-    encoder = judged_encoder(model, args)
-    encoder.eval()
-    with autocast(amp, loader.device):
-        result = judge(
-            encoder.embed,
-            loader,
-            val,
-            args,
-            log,
-            f"epoch {epoch}/{args.epochs}  ",
-            f"{args.eval_encoder} encoder",
+    If it fails, the run continues with a note, or raises RunError at its last save.
+    """
+    args, message = run.args, "saved"
+    if distributed.rank() == 0:
+        epoch, inside = divmod(step, run.loader.steps_per_epoch)
+        is_numbered = args.save_freq and not inside and epoch % args.save_freq == 0
+        state = checkpoint.pack(
+            run.model,
+            run.optimizer,
+            run.scaler,
+            args=args,
+            epoch=epoch,
+            step=step,
+            images=len(run.loader.images),
+            fingerprint=run.fingerprint,
         )
-    encoder.train()
-    return {**result, "encoder": args.eval_encoder}
+        encoder = checkpoint.pack_encoder(run.encoder, args.eval_encoder, args=args, epoch=epoch)
+        try:
+            write_files(run, state, encoder, number=f"{epoch:04d}" if is_numbered else None)
+        except RunError as error:
+            if step >= run.last_step or run.interruptions.ending:
+                raise
+            run.log.say(f"note: {error}; the run goes on and tries again at the next save")
+            message = "not saved, the checkpoint before is whole"
+    run.interruptions.saved(message)
 
 
-def evaluate_start(model, loader, val, args, log) -> dict:
-    """The same of the untrained encoder and, for small images, of raw pixels: what learning has to beat."""
-    result, start = {}, f"epoch 0/{args.epochs}  "
-    where = dict(size=args.img_size, device=loader.device, workers=args.workers)
-    if val is not None and args.img_size <= 64:
-        result["raw_pixels_knn_top1"] = knn.accuracy(
-            lambda x: x.flatten(1), loader.images, val, **where
+def write_files(run: Run, state: dict, encoder: dict, number: str | None) -> None:
+    """Write the encoder and the checkpoint, as the last ones and under a number if there is one.
+
+    checkpoint_last is written at the end: after a crash in between, the run resumes from the
+    checkpoint before and writes all files again.
+    """
+    run.log.flush(durable=True)
+    if number is not None:
+        tensor_files.save(os.path.join(run.workdir, f"encoder_{number}.pth.tar"), encoder)
+    tensor_files.save(os.path.join(run.workdir, "encoder_last.pth.tar"), encoder)
+    if number is not None:
+        tensor_files.save(os.path.join(run.workdir, f"checkpoint_{number}.pth.tar"), state)
+    tensor_files.save(os.path.join(run.workdir, checkpoint.LAST), state, run.args.keep)
+
+
+def is_evaluation_due(run: Run, step: int) -> bool:
+    """Whether --eval-freq asks for an evaluation after `step` completed steps."""
+    epoch, inside = divmod(step, run.loader.steps_per_epoch)
+    frequency = run.args.eval_freq
+    return frequency > 0 and not inside and (epoch % frequency == 0 or epoch == run.args.epochs)
+
+
+def evaluate(run: Run, step: int) -> None:
+    """Log how good the features of the encoder are, with labels (kNN) and without.
+
+    At the start of a run the encoder is untrained, or loaded from --init-from; and for small images
+    the raw pixels are evaluated as well: training should exceed both.
+    """
+    args, device, train = run.args, run.loader.device, run.loader.images
+    epoch = step // run.loader.steps_per_epoch
+    result = {}
+    with run.interruptions.nothing_unsaved():
+        if step == 0 and run.val is not None and args.img_size <= 64:
+            result["raw_pixels_knn_top1"] = knn.accuracy(
+                lambda x: x.flatten(1),
+                train,
+                run.val,
+                size=args.img_size,
+                device=device,
+                workers=args.workers,
+            )
+            run.log.say(
+                f"epoch 0/{args.epochs}  kNN top-1 {result['raw_pixels_knn_top1']:.2f} % "
+                "(raw pixels)"
+            )
+        if step == 0 and not args.init_from:
+            # the running statistics of its batch norms are not those of any images yet
+            encoder = knn.calibrated_copy(
+                run.model.base_encoder,
+                train,
+                size=args.img_size,
+                device=device,
+                workers=args.workers,
+            )
+            result |= evaluate_features(run, encoder.embed, epoch, "untrained encoder")
+        else:
+            name = args.eval_encoder if step else f"start (from {args.init_from})"
+            run.encoder.eval()
+            with autocast(run.amp, device):
+                title = f"{name} encoder" if step else name
+                result |= evaluate_features(run, run.encoder.embed, epoch, title)
+            run.encoder.train()
+            result["encoder"] = name
+    run.log.line({"epoch": epoch, "step": step, **result})
+
+
+def evaluate_features(run: Run, embed, epoch: int, title: str) -> dict:
+    """kNN accuracy in percent, if there are validation images, and the signals without labels.
+
+    embed: normalised images (B, 3, S, S) to features (B, F). Prints a line that ends in the title.
+    """
+    args, result, parts = run.args, {}, []
+    if run.val is not None:
+        result["knn_top1"] = knn.accuracy(
+            embed,
+            run.loader.images,
+            run.val,
+            size=args.img_size,
+            device=run.loader.device,
+            workers=args.workers,
         )
-        log.say(f"{start}kNN top-1 {result['raw_pixels_knn_top1']:.2f} % (raw pixels)")
-    untrained = knn.calibrated_copy(model.base_encoder, loader.images, **where)
-    return {**result, **judge(untrained.embed, loader, val, args, log, start, "untrained encoder")}
-
-
-def judge(embed, loader, val, args, log, start: str, what: str) -> dict:
-    """kNN, where there are validation images, and the signals that need no labels."""
-    result, told = {}, []
-    if val is not None:
-        where = dict(size=args.img_size, device=loader.device, workers=args.workers)
-        result["knn_top1"] = knn.accuracy(embed, loader.images, val, **where)
-        told = [f"kNN top-1 {result['knn_top1']:.2f} %"]
-    result |= label_free.signals(embed, loader)
-    told += [
-        f"effective rank {result['effective_rank']:.1f}",
-        f"view agreement {result['view_agreement']:.3f}",
-    ]
-    log.say(f"{start}{'  '.join(told)} ({what})")
+        parts.append(f"kNN top-1 {result['knn_top1']:.2f} %")
+    result |= label_free.signals(embed, run.loader)
+    parts.append(f"effective rank {result['effective_rank']:.1f}")
+    parts.append(f"view agreement {result['view_agreement']:.3f}")
+    run.log.say(f"epoch {epoch}/{args.epochs}  {'  '.join(parts)} ({title})")
     return result
-
-
-def default_workdir(args) -> str:
-    """A new folder in runs/, named by what is run and when, or by SLURM's job, which may be started several times."""
-    arch = args.arch.replace(
-        ":", "-"
-    )  # rsync and scp take what stands before a colon for a machine
-    start = os.environ.get("SLURM_JOB_ID") or f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    return os.path.join("runs", f"{args.method}-{arch}-{args.dataset}-{start}")
-
-
-def notes(args, num_images: int) -> list[str]:
-    """Settings that work, but that a user should know about."""
-    told = []
-    if args.method != "mocov3" and args.bank_size > num_images:
-        told.append(
-            f"the bank ({args.bank_size} rows) is larger than the data set ({num_images} images): it holds old copies"
-        )
-    if args.method != "snclr":
-        told.append(
-            f"method {args.method} does not use soft neighbours: --topk, --form and the weights' flags have no effect"
-        )
-    if not args.arch.startswith("resnet") and (args.width or args.small_stem):
-        told.append(f"--width and --small-stem concern ResNets: no effect on {args.arch}")
-    if args.arch not in ("vit_tiny", "vit_small", "vit_base") and args.stop_grad_conv1:
-        told.append(
-            f"--stop-grad-conv1 concerns ViTs with a plain patch embedding: no effect on {args.arch}"
-        )
-    return told
 
 
 if __name__ == "__main__":

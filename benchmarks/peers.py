@@ -68,23 +68,27 @@ class Ours:
             limit=args.skip_non_finite,
             scaled=scaler.is_enabled(),
         )
-        log = Log(os.curdir, step=0, enabled=False)
-        self.parts = (
-            model,
-            loader,
-            optimizer,
-            scaler,
-            guard,
-            Interruptions(0, args.timeout_minutes),
-            log,
+        self.run = main_snclr.Run(
+            args=args,
+            workdir=os.curdir,
+            last_step=0,
+            amp=self.amp,
+            model=model,
+            network=model,
+            loader=loader,
+            fingerprint="",
+            val=None,
+            optimizer=optimizer,
+            scaler=scaler,
+            guard=guard,
+            interruptions=Interruptions(0, args.timeout_minutes),
+            log=Log(os.curdir, step=0, enabled=False),
         )
 
     def __call__(self):
-        last = self.step + self.turn
-        while self.step < last:
-            self.step = main_snclr.train_epoch(
-                *self.parts, self.args, amp=self.amp, step=self.step, last_step=last
-            )
+        self.run = self.run._replace(last_step=self.step + self.turn)
+        while self.step < self.run.last_step:
+            self.step = main_snclr.train_epoch(self.run, self.step)
 
 
 class Lightly:

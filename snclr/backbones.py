@@ -17,6 +17,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from . import heads
+from .options import ARCHS
 from .running.errors import UsageError, first_line
 from .running.recompute import recomputed
 
@@ -59,7 +60,6 @@ RESNETS = {
 # stem: (kernel, stride, whether a 3x3 stride-2 max pool follows)
 STEMS = {"imagenet": (7, 2, True), "small": (3, 1, False), "light": (3, 2, False)}
 
-ARCHS = (*VITS, *RESNETS)
 TIMM = "timm:"  # what names any other model of timm
 
 

@@ -99,7 +99,8 @@ class SNCLR(nn.Module):
         loss, keys, shown = step(views, ids, momentum, use_neighbours)
         if self.memory_bank is not None:
             self.memory_bank.enqueue(keys, all_gather(ids))
-        return loss, shown
+        loss = loss + sum(shown.terms.values())
+        return loss, shown._replace(terms={name: x.detach() for name, x in shown.terms.items()})
 
     def _snclr(self, views, ids, momentum, use_neighbours):
         args, bank = self.args, self.memory_bank
@@ -235,6 +236,7 @@ class SNCLR(nn.Module):
             counts,
             num_candidates + torch.zeros((), dtype=torch.long, device=device),
             None if bank is None else bank.filled / len(bank),
+            {},
         )
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .memory_bank import gather, on_host
+from .options import FORMS
 from .running.distributed import all_gather, all_gather_with_grad, all_sum, rank
 from .running.precision import full_precision, unit, widen
 
-FORMS = ("sum_of_logs", "log_of_sum")
 CHUNK_ELEMENTS = {
     "cpu": 2**18,
     "cuda": 2**27,

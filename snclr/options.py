@@ -1,110 +1,80 @@
-"""The flags of main_snclr.py: definitions in groups, defaults that depend on other flags, and the checks before anything runs.
+"""The flags of main_snclr.py: their groups, defaults that depend on others, and checks.
 
-Imports neither torch nor anything slow, so that a wrong flag is answered at once; `python -m snclr.options FLAGS` only checks.
+Imports neither torch nor anything slow, so that a wrong flag is answered at once.
+`python -m snclr.options FLAGS` only checks the flags.
 """
 
 import argparse
 import ast
 import math
 import os
+import re
 import shlex
 import sys
+from collections.abc import Callable
 
 from .running.errors import UsageError, one_clear_line
 
 METHODS = ("snclr", "nnclr", "mocov3", "mocov2")
-LOCAL_DATASETS = ("folder", "tree", "list", "shards")  # in the user's own files
-TORCHVISION_DATASETS = (
-    "cifar10",
-    "cifar100",
-    "stl10",
-    "svhn",
-    "flowers102",
-    "pets",
-    "food101",
-    "dtd",
-    "aircraft",
-)
-DATASETS = ("embedded", *LOCAL_DATASETS, *TORCHVISION_DATASETS)
-IMG_SIZES = {
-    "embedded": 32,
-    "cifar10": 32,
-    "cifar100": 32,
-    "svhn": 32,
-    "stl10": 96,
-}  # all others: 224
+FORMS = ("sum_of_logs", "log_of_sum")
 ARCHS = ("vit_tiny", "vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
 ARCHS += ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101")
-OPTIMIZERS = {  # name: class, arguments beside parameter groups and rate (snclr/optim.py builds them)
+OPTIMIZERS = {  # name: class, and its arguments beside the parameter groups and the learning rate
     "adamw": ("torch.optim.AdamW", {"fused": True}),
     "lars": ("snclr.optim.LARS", {}),
     "sgd": ("torch.optim.SGD", {"momentum": 0.9, "fused": True}),
 }
 AMP = ("off", "auto", "bf16", "fp16")
+LOCAL_DATASETS = ("folder", "tree", "list", "shards")  # the user's own files
+TORCHVISION_DATASETS = ("cifar10", "cifar100", "stl10", "svhn", "flowers102", "pets", "food101")
+TORCHVISION_DATASETS += ("dtd", "aircraft")
+DATASETS = ("embedded", *LOCAL_DATASETS, *TORCHVISION_DATASETS)
+# all others: 224
+IMG_SIZES = {"embedded": 32, "cifar10": 32, "cifar100": 32, "svhn": 32, "stl10": 96}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-MEAN_STD = {  # as commonly used; all others take ImageNet's (`python -m snclr.mean_std` measures a set's own)
+# mean and standard deviation as commonly used; all others take ImageNet's
+# (`python -m snclr.mean_std` measures those of a data set)
+MEAN_STD = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
     "embedded": ((0.587, 0.587, 0.587), (0.171, 0.171, 0.171)),
 }
-POSITIVE = (
-    "patch_size",
-    "width",
-    "snclr_dim",
-    "snclr_mlp_dim",
-    "snclr_t",
-    "bank_size",
-    "positiveness_t",
-    "gamma",
-    "epochs",
-)
-POSITIVE += (
-    "batch_size",
-    "lr",
-    "print_freq",
-    "crop_min",
-    "stop_after_epochs",
-    "stop_after_steps",
-    "micro_batch",
-    "keep",
-)
-POSITIVE += ("timeout_minutes",)  # other numbers may be 0
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EMBEDDED_RECIPE = os.path.join(ROOT, "configs", "embedded.args")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reads @file recipes: flags as on a command line, any number a line, # starts a comment; errors become UsageError."""
+    """Reads @FILE recipes: flags as on a command line, any number a line; # starts a comment.
+
+    Every error becomes a UsageError.
+    """
 
     def convert_arg_line_to_args(self, line):
-        return [_where_it_lies(word) for word in shlex.split(line, comments=True)]
+        return [_find_recipe(word) for word in shlex.split(line, comments=True)]
 
     def error(self, message):
         message = message.replace("[Errno 2] No such file or directory:", "there is no recipe")
+        # "argument -b/--batch-size: must be" -> "--batch-size must be"
+        message = re.sub(r"^argument (?:-\w/)?(--[\w-]+): must be", r"\1 must be", message)
         raise UsageError(f"{message} (--help lists all flags)")
 
     def parse_args(self, args=None, namespace=None):
         try:
-            # else FILE --flag DATA would be refused: an optional argument would be looked for beside the one before it alone
-            return super().parse_intermixed_args([_where_it_lies(word) for word in args], namespace)
+            # intermixed: otherwise argparse refuses FILE --flag DATA
+            return super().parse_intermixed_args([_find_recipe(word) for word in args], namespace)
         except UsageError:
             raise
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # an open quote, a binary file, a recipe that reads itself
+        except (ValueError, RecursionError) as error:
+            # an open quote, a binary file, a recipe that reads itself
             raise UsageError(f"a recipe among {' '.join(args)} cannot be read: {error}") from error
 
 
-def _where_it_lies(word: str) -> str:
-    """An @FILE that is not here may be one of the repository's: recipes can name others, wherever they are started from."""
-    there = os.path.join(ROOT, word[1:])
-    return (
-        f"@{there}"
-        if word.startswith("@") and not os.path.exists(word[1:]) and os.path.isfile(there)
-        else word
-    )
+def _find_recipe(word: str) -> str:
+    """An @FILE that is not in the current folder is looked for in this repository."""
+    own = os.path.join(ROOT, word[1:])
+    is_own = word.startswith("@") and not os.path.exists(word[1:]) and os.path.isfile(own)
+    return f"@{own}" if is_own else word
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -126,119 +96,105 @@ def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+def flag(group: argparse._ArgumentGroup, *names: str, on_resume="reported", **arguments) -> None:
+    """Add a flag to a group. arguments: those of argparse.
+
+    on_resume: whether a resumed run may have another value than its checkpoint. 'fixed': no, since
+    it decides which images the run sees, or what its state means; 'reported': yes, and the log
+    names the change; 'free': yes, since it does not change any result.
+    """
+    if on_resume not in ("fixed", "reported", "free"):
+        raise ValueError(f"on_resume must be fixed, reported or free, found {on_resume!r}")
+    group.add_argument(*names, **arguments).on_resume = on_resume
+
+
+def number(kind: type, *, above_zero: bool = False, most: float = math.inf) -> Callable:
+    """An argparse type: a finite int or float of at least 0 (or above 0) and at most `most`."""
+    rule = "above 0" if above_zero else "0 or more"
+    if most < math.inf:
+        rule = f"above 0 and at most {most}" if above_zero else f"between 0 and {most}"
+
+    def convert(text):
+        value = kind(text)
+        if not (math.isfinite(value) and 0 <= value <= most) or (above_zero and value == 0):
+            raise argparse.ArgumentTypeError(f"must be {rule}, found {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse's messages name it
+    return convert
+
+
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which images are opened (snclr/datasets/sources.py), the same for every command."""
+    """The flags that choose the images (snclr/datasets/sources.py), the same for every command."""
     on_off = argparse.BooleanOptionalAction
     g = parser.add_argument_group("data")
-    g.add_argument(
-        "data",
-        nargs="?",
-        metavar="DATA",
-        help="folder, list or tar file of the images; absent: the embedded set",
-    )
-    kinds = (
-        f"what DATA is: {', '.join(DATASETS)} (default: what it looks like; embedded without DATA)"
-    )
-    g.add_argument("--dataset", choices=DATASETS, metavar="KIND", help=kinds)
-    g.add_argument(
-        "--val",
-        metavar="PATH",
-        help="validation images, of the same kind (default: DATA/val beside DATA/train)",
-    )
-    g.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="one label a line, in the order of the images; none: use no labels",
-    )
-    g.add_argument("--val-labels", metavar="FILE", help="the same for the validation images")
-    g.add_argument(
-        "--download",
-        action=on_off,
-        default=False,
-        help="fetch a torchvision set into DATA where it is missing",
-    )
-    g.add_argument(
-        "--subset",
-        type=float,
-        metavar="N",
-        help="train on N images, or on this share of them if below 1",
-    )
-    g.add_argument(
-        "--subset-seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="which ones; a smaller subset is part of a larger",
-    )
-    g.add_argument(
-        "--mean",
-        type=float,
-        nargs=3,
-        metavar="X",
-        help="of the channels, in 0..1 (default: the set's)",
-    )
-    g.add_argument(
-        "--std",
-        type=float,
-        nargs=3,
-        metavar="X",
-        help="as --mean; `python -m snclr.mean_std DATA` measures both",
-    )
-    g.add_argument(
-        "--img-size",
-        type=int,
-        metavar="PX",
-        help="side of a view (default: 224; 32 or 96 for sets of that size)",
-    )
-    bad = "at an image that cannot be read: end the run, or let others take its place and list it in bad_images.txt"
-    g.add_argument("--on-bad-image", choices=("fail", "skip"), default="fail", help=bad)
-    g.add_argument(
-        "-j",
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes a rank that decode (default: one a core, up to 8)",
-    )
+    text = "folder, list (.txt) or .tar file of the images; without it, the embedded data set"
+    flag(g, "data", nargs="?", metavar="DATA", help=text, on_resume="free")
+    text = f"kind of DATA: {', '.join(DATASETS)} (default: found from DATA)"
+    flag(g, "--dataset", choices=DATASETS, metavar="KIND", help=text, on_resume="fixed")
+    text = "validation images, of the same kind as DATA (default: DATA/val beside DATA/train)"
+    flag(g, "--val", metavar="PATH", help=text, on_resume="free")
+    text = "text file with one label a line, in the order of the images; none: ignore all labels"
+    flag(g, "--labels", metavar="FILE", help=text, on_resume="free")
+    text = "the same for the validation images"
+    flag(g, "--val-labels", metavar="FILE", help=text, on_resume="free")
+    text = "download a torchvision data set to DATA if it is missing"
+    flag(g, "--download", action=on_off, default=False, help=text, on_resume="free")
+    text = "train on a random subset: N images, or this share of all images if N is below 1"
+    kind = number(float, above_zero=True)
+    flag(g, "--subset", type=kind, metavar="N", help=text, on_resume="fixed")
+    text = "random seed of --subset; with the same seed a smaller subset is part of a larger one"
+    flag(g, "--subset-seed", type=int, default=0, metavar="N", help=text, on_resume="fixed")
+    text = "mean of the channels in units of 0..1, to normalise (default: that of the data set)"
+    flag(g, "--mean", type=float, nargs=3, metavar="X", help=text)
+    text = "standard deviation, as --mean; `python -m snclr.mean_std DATA` measures both"
+    flag(g, "--std", type=float, nargs=3, metavar="X", help=text)
+    text = "height and width of the encoder's input (default: 224; 32 or 96 for small data sets)"
+    kind = number(int, above_zero=True)
+    flag(g, "--img-size", type=kind, metavar="PX", help=text, on_resume="fixed")
+    text = "what to do about an unreadable image: stop, or replace it and list it in bad_images.txt"
+    flag(g, "--on-bad-image", choices=("fail", "skip"), default="fail", help=text, on_resume="free")
+    text = "worker processes of each rank that load images (default: one a core, at most 8)"
+    flag(g, "-j", "--workers", type=number(int), metavar="N", help=text, on_resume="free")
 
 
 def add_backbone_flags(
     parser: argparse.ArgumentParser, default_arch: str | None
 ) -> argparse._ArgumentGroup:
-    """The flags that name a backbone (snclr/backbones.py); returns their group."""
+    """The flags that describe a backbone (snclr/backbones.py); returns their group."""
+    on_off = argparse.BooleanOptionalAction
     g = parser.add_argument_group("model")
-    archs = f"backbone: {', '.join(ARCHS)}, or timm:NAME for any of timm's"
-    g.add_argument("-a", "--arch", default=default_arch, help=archs)
-    g.add_argument(
+    text = f"backbone: {', '.join(ARCHS)}, or timm:NAME for any model of timm"
+    flag(g, "-a", "--arch", default=default_arch, help=text, on_resume="fixed")
+    flag(
+        g,
         "--timm-kwargs",
         nargs="+",
         type=_key_value,
         metavar="KEY=VALUE",
         help="arguments of a timm:NAME model",
+        on_resume="fixed",
     )
-    g.add_argument("--patch-size", type=int, default=16, metavar="PX", help="side of a ViT's patch")
-    g.add_argument(
-        "--width",
-        type=int,
-        metavar="N",
-        help="channels of a ResNet's first stage (default: the arch's own)",
-    )
-    stem = "ResNet stem for images of about 32 px: 3x3, no pool"
-    g.add_argument("--small-stem", action=argparse.BooleanOptionalAction, default=False, help=stem)
+    kind = number(int, above_zero=True)
+    flag(g, "--patch-size", type=kind, default=16, metavar="PX", help="side of a ViT's patch")
+    text = "channels of a ResNet's first stage (default: that of the architecture)"
+    flag(g, "--width", type=kind, metavar="N", help=text)
+    text = "ResNet stem for images of about 32 px: 3x3 convolution of stride 1, no pooling"
+    flag(g, "--small-stem", action=on_off, default=False, help=text, on_resume="fixed")
     return g
 
 
 def check_backbone(args: argparse.Namespace) -> None:
-    """Backbone flags that cannot work. Raises UsageError."""
+    """Raise UsageError for backbone flags that cannot work."""
     if args.arch not in ARCHS and not args.arch.startswith("timm:"):
         raise UsageError(
-            f"--arch {args.arch} is unknown; known are {', '.join(ARCHS)}, and timm:NAME for any model of timm"
+            f"--arch {args.arch} is unknown; known are {', '.join(ARCHS)}, and timm:NAME for any "
+            "model of timm"
         )
     if args.timm_kwargs and not args.arch.startswith("timm:"):
         raise UsageError(f"--timm-kwargs are for --arch timm:NAME, not for {args.arch}")
     if args.arch.startswith("vit_conv") and args.patch_size != 16:
-        raise UsageError(
-            f"--arch {args.arch} has a stem for --patch-size 16, found {args.patch_size}"
-        )
+        raise UsageError(f"--arch {args.arch} needs --patch-size 16, found {args.patch_size}")
     if args.arch.startswith("vit") and args.img_size % args.patch_size:
         raise UsageError(
             f"--img-size {args.img_size} is not a multiple of --patch-size {args.patch_size}"
@@ -246,7 +202,7 @@ def check_backbone(args: argparse.Namespace) -> None:
 
 
 def _key_value(text: str) -> list:
-    """'key=value' as [key, value], the value a Python literal where it is one."""
+    """'key=value' as [key, value]; the value is read as a Python literal if it is one."""
     key, equals, value = text.partition("=")
     if not (key.isidentifier() and equals):
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, found {text!r}")
@@ -260,252 +216,185 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags of main_snclr.py, in groups."""
     parser = new_parser(
         "main_snclr.py",
-        "Self-supervised pretraining with soft neighbours (SNCLR) and its relatives.",
+        "Self-supervised pretraining with soft neighbours (SNCLR) and related methods.",
     )
     on_off = argparse.BooleanOptionalAction
 
     add_data_flags(parser)
+
     g = parser.add_argument_group("views")
-    g.add_argument(
+    text = "smallest area of a random crop, as a share of the image"
+    flag(
+        g,
         "--crop-min",
-        type=float,
+        type=number(float, above_zero=True, most=1),
         default=0.08,
         metavar="SHARE",
-        help="smallest crop, as a share of the area",
+        help=text,
+        on_resume="fixed",
     )
-    g.add_argument("--blur", action=on_off, help="Gaussian blur (default: on above 32 px)")
+    text = "Gaussian blur of the views (default: on for images above 32 px)"
+    flag(g, "--blur", action=on_off, help=text, on_resume="fixed")
 
     g = add_backbone_flags(parser, default_arch="vit_small")
-    g.add_argument(
-        "--init-from",
-        metavar="FILE",
-        help="backbone weights to start from: a checkpoint or state dict, any layout",
-    )
-    g.add_argument(
-        "--stop-grad-conv1",
-        action=on_off,
-        default=False,
-        help="freeze a ViT's random patch embedding",
-    )
-    g.add_argument(
-        "--snclr-dim",
-        type=int,
-        default=256,
-        metavar="D",
-        help="dimension of projection and prediction",
-    )
-    g.add_argument(
-        "--snclr-mlp-dim",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="hidden width of projector and predictor",
-    )
+    text = "start from the backbone weights in FILE: a checkpoint or state dict of any known layout"
+    flag(g, "--init-from", metavar="FILE", help=text)
+    text = "freeze the randomly initialised patch embedding of a ViT"
+    flag(g, "--stop-grad-conv1", action=on_off, default=False, help=text)
+    positive = number(int, above_zero=True)
+    text = "output dimension of the projector and the predictor"
+    flag(g, "--snclr-dim", type=positive, default=256, metavar="D", help=text)
+    text = "hidden width of the projector and the predictor"
+    flag(g, "--snclr-mlp-dim", type=positive, default=4096, metavar="N", help=text)
 
     g = parser.add_argument_group("objective")
-    g.add_argument("--method", choices=METHODS, default="snclr", help="what is learned")
-    g.add_argument(
-        "--snclr-t", type=float, default=0.2, metavar="T", help="temperature of the contrast"
+    text = "training objective"
+    flag(g, "--method", choices=METHODS, default="snclr", help=text, on_resume="fixed")
+    kind = number(float, above_zero=True)
+    text = "temperature of the contrastive loss"
+    flag(g, "--snclr-t", type=kind, default=0.2, metavar="T", help=text)
+    text = "momentum of the momentum encoder: the share of its old weights kept at each step"
+    flag(g, "--snclr-m", type=number(float, most=1), default=0.99, metavar="M", help=text)
+    text = "increase --snclr-m to 1 over the run, along half a cosine"
+    flag(g, "--snclr-m-cos", action=on_off, default=False, help=text)
+    text = "rows of the memory bank, which all ranks share"
+    flag(g, "--bank-size", type=positive, default=128000, metavar="M", help=text)
+    text = "number of soft neighbours of each image"
+    flag(g, "--topk", type=number(int), default=30, metavar="K", help=text)
+    text = "form of the loss: sum_of_logs as in the released code, log_of_sum as in the paper"
+    flag(g, "--form", choices=FORMS, default="sum_of_logs", help=text)
+    text = (
+        "weights of the neighbours: attention as in the released code, projected with the "
+        "paper's trained layers f1 and f2, uniform for equal weights"
     )
-    g.add_argument(
-        "--snclr-m", type=float, default=0.99, metavar="M", help="momentum of the encoder average"
-    )
-    g.add_argument(
-        "--snclr-m-cos",
-        action=on_off,
-        default=False,
-        help="raise that momentum to 1 by half a cosine",
-    )
-    g.add_argument(
-        "--bank-size", type=int, default=128000, metavar="M", help="rows of the memory bank"
-    )
-    g.add_argument("--topk", type=int, default=30, metavar="K", help="soft neighbours of an image")
-    g.add_argument(
-        "--form",
-        choices=("sum_of_logs", "log_of_sum"),
-        default="sum_of_logs",
-        help="loss: as released or as printed",
-    )
-    weights = "of the neighbours (positiveness): as released, with the paper's trained layers f1 and f2, or all alike"
-    g.add_argument(
-        "--weights",
-        choices=("attention", "projected", "uniform"),
-        default="attention",
-        help=weights,
-    )
-    g.add_argument(
-        "--gamma",
-        type=float,
-        default=1.0,
-        metavar="G",
-        help="divides the neighbours' weights (the paper's scale)",
-    )
-    g.add_argument(
-        "--positiveness-t",
-        type=float,
-        default=1.0,
-        metavar="T",
-        help="temperature of the attention weights",
-    )
-    g.add_argument(
-        "--detach-weights", action=on_off, default=False, help="no gradient through the weights"
-    )
-    g.add_argument(
-        "--threshold", action=on_off, default=False, help="drop weights that are not above uniform"
-    )
-    g.add_argument(
-        "--exclude-own-image",
-        action=on_off,
-        default=True,
-        help="an older copy of an image is no neighbour of it",
-    )
-    g.add_argument(
-        "--nn-warmup-epochs",
-        type=float,
-        default=0,
-        metavar="E",
-        help="epochs before neighbours are used",
-    )
+    choices = ("attention", "projected", "uniform")
+    flag(g, "--weights", choices=choices, default="attention", help=text)
+    text = "the weights of the neighbours are divided by G (the paper's scale)"
+    flag(g, "--gamma", type=kind, default=1.0, metavar="G", help=text)
+    text = "temperature of the softmax that gives the weights of the neighbours"
+    flag(g, "--positiveness-t", type=kind, default=1.0, metavar="T", help=text)
+    text = "no gradient through the weights of the neighbours"
+    flag(g, "--detach-weights", action=on_off, default=False, help=text)
+    text = "set neighbour weights to 0 unless they are above the uniform weight"
+    flag(g, "--threshold", action=on_off, default=False, help=text)
+    text = "never use an older copy of the same image as its neighbour"
+    flag(g, "--exclude-own-image", action=on_off, default=True, help=text)
+    text = "number of epochs at the start that use no neighbours"
+    flag(g, "--nn-warmup-epochs", type=number(float), default=0, metavar="E", help=text)
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=int, default=300, metavar="N", help="length of the schedule")
-    g.add_argument(
+    text = "length of the run and of its schedules, in epochs"
+    flag(g, "--epochs", type=positive, default=300, metavar="N", help=text)
+    text = "images in a global batch, over all ranks"
+    flag(
+        g,
         "-b",
         "--batch-size",
-        type=int,
+        type=positive,
         default=4096,
         metavar="N",
-        help="global batch, over all ranks",
+        help=text,
+        on_resume="fixed",
     )
-    g.add_argument(
+    text = f"optimiser: {', '.join(OPTIMIZERS)}"
+    flag(
+        g,
         "--optimizer",
         choices=OPTIMIZERS,
         default="adamw",
         metavar="NAME",
-        help=", ".join(OPTIMIZERS),
+        help=text,
+        on_resume="fixed",
     )
-    g.add_argument(
-        "--lr",
-        type=float,
-        default=1.5e-4,
-        metavar="LR",
-        help="base rate; the peak is this times batch/256",
-    )
-    g.add_argument(
-        "--wd", type=float, default=0.1, metavar="WD", help="weight decay of matrices and filters"
-    )
-    g.add_argument(
-        "--warmup-epochs",
-        type=float,
-        metavar="E",
-        help="linear warm-up (default: 40, at most a fifth of --epochs)",
-    )
-    g.add_argument(
-        "--amp", choices=AMP, default="off", help="16-bit encoders; auto: where it is native"
-    )
-    g.add_argument(
-        "--micro-batch",
-        type=int,
-        metavar="N",
-        help="views a rank encodes at a time: same gradients, less memory",
-    )
-    g.add_argument(
-        "--grad-checkpointing",
-        action=on_off,
-        default=False,
-        help="recompute each block in backward: less memory",
-    )
-    g.add_argument(
-        "--compile",
-        action=on_off,
-        default=False,
-        help="compile the backbones: the first steps take minutes",
-    )
-    g.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of initialisation, order and augmentation"
-    )
+    text = "base learning rate; the peak learning rate is LR times --batch-size / 256"
+    kind = number(float, above_zero=True)
+    flag(g, "--lr", type=kind, default=1.5e-4, metavar="LR", help=text)
+    text = "weight decay of matrices and filters; biases and norms have none"
+    flag(g, "--wd", type=number(float), default=0.1, metavar="WD", help=text)
+    text = "epochs of linear learning-rate warm-up (default: 40, at most a fifth of --epochs)"
+    flag(g, "--warmup-epochs", type=number(float), metavar="E", help=text)
+    text = "16-bit precision of the encoders; auto: bf16 where the hardware has it"
+    flag(g, "--amp", choices=AMP, default="off", help=text)
+    text = "images of a view that a rank encodes at a time: the same gradients with less memory"
+    flag(g, "--micro-batch", type=positive, metavar="N", help=text)
+    text = "recompute the activations of each block in the backward pass, to save memory"
+    flag(g, "--grad-checkpointing", action=on_off, default=False, help=text, on_resume="free")
+    text = "compile the backbones with torch.compile; the first steps then take minutes"
+    flag(g, "--compile", action=on_off, default=False, help=text, on_resume="free")
+    text = "random seed of the initial weights, the image order and the augmentations"
+    flag(g, "--seed", type=int, default=0, metavar="N", help=text, on_resume="fixed")
 
     g = parser.add_argument_group("run")
-    g.add_argument(
-        "--workdir", metavar="DIR", help="where everything is left (default: a new folder in runs/)"
-    )
-    g.add_argument(
-        "--resume",
-        metavar="PATH",
-        help="checkpoint to go on from; auto: the newest of --workdir, if any",
-    )
-    g.add_argument(
-        "--stop-after-epochs",
-        type=int,
-        metavar="N",
-        help="save and stop early, the schedule unchanged",
-    )
-    g.add_argument(
-        "--stop-after-steps", type=int, metavar="N", help="the same, after N steps in all"
-    )
-    g.add_argument(
-        "--save-freq",
-        type=int,
-        default=0,
-        metavar="E",
-        help="epochs between checkpoints that are kept; 0: none",
-    )
-    g.add_argument(
+    text = "output folder (default: a new folder in runs/)"
+    flag(g, "--workdir", metavar="DIR", help=text, on_resume="free")
+    text = "checkpoint to continue from; auto: the newest one in --workdir, if there is one"
+    flag(g, "--resume", metavar="PATH", help=text, on_resume="free")
+    text = "stop after N epochs and save; the schedules stay those of --epochs"
+    flag(g, "--stop-after-epochs", type=positive, metavar="N", help=text, on_resume="free")
+    text = "stop after N steps, counted from the start of the run, and save"
+    flag(g, "--stop-after-steps", type=positive, metavar="N", help=text, on_resume="free")
+    text = "every E epochs also save a numbered checkpoint that is never deleted; 0: never"
+    flag(g, "--save-freq", type=number(int), default=0, metavar="E", help=text, on_resume="free")
+    text = "minutes between saves within an epoch; 0: save only at the end of an epoch"
+    flag(
+        g,
         "--save-every-minutes",
-        type=float,
+        type=number(float),
         default=30,
         metavar="N",
-        help="save within an epoch, too; 0: do not",
+        help=text,
+        on_resume="free",
     )
-    g.add_argument(
-        "--keep",
-        type=int,
-        default=2,
-        metavar="N",
-        help="last checkpoints to keep, beside those of --save-freq",
-    )
-    g.add_argument(
+    text = "number of recent checkpoints to keep, not counting those of --save-freq"
+    flag(g, "--keep", type=positive, default=2, metavar="N", help=text, on_resume="free")
+    text = "non-finite steps to skip, without a clean log line between them, before the run stops"
+    flag(
+        g,
         "--skip-non-finite",
-        type=int,
+        type=number(int),
         default=3,
         metavar="N",
-        help="bad steps to skip before the run is stopped",
+        help=text,
+        on_resume="free",
     )
-    g.add_argument(
+    text = "minutes that a rank waits for another rank before the run stops"
+    flag(
+        g,
         "--timeout-minutes",
-        type=float,
+        type=number(float, above_zero=True),
         default=30,
         metavar="N",
-        help="wait for another rank before it is given up",
+        help=text,
+        on_resume="free",
     )
-    g.add_argument(
-        "--print-freq", type=int, default=10, metavar="N", help="steps between log lines"
-    )
-    g.add_argument(
-        "--eval-freq",
-        type=int,
-        default=10,
-        metavar="E",
-        help="epochs between kNN evaluations; 0: never",
-    )
-    g.add_argument(
-        "--viz-freq",
-        type=int,
-        default=10,
-        metavar="E",
-        help="epochs between pictures in TensorBoard; 0: never",
-    )
-    g.add_argument(
+    text = "steps between log lines"
+    flag(g, "--print-freq", type=positive, default=10, metavar="N", help=text, on_resume="free")
+    text = "epochs between evaluations with kNN; 0: never evaluate"
+    flag(g, "--eval-freq", type=number(int), default=10, metavar="E", help=text, on_resume="free")
+    text = "epochs between pictures of a training step in TensorBoard; 0: no pictures"
+    flag(g, "--viz-freq", type=number(int), default=10, metavar="E", help=text, on_resume="free")
+    text = "encoder that is evaluated and saved as a separate file"
+    flag(
+        g,
         "--eval-encoder",
         choices=("online", "momentum"),
         default="online",
-        help="encoder that is evaluated",
+        help=text,
+        on_resume="free",
     )
     return parser
 
 
+def flag_property(parser: argparse.ArgumentParser, name: str) -> dict:
+    """A property of each flag (see `flag`), by the name of its setting."""
+    return {a.dest: getattr(a, name) for a in parser._actions if hasattr(a, name)}
+
+
+ON_RESUME = flag_property(build_parser(), "on_resume")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Flags to settings, with the defaults that depend on others filled in, checked. Raises UsageError."""
+    """Parse and check the flags, and fill in defaults that depend on others. Raises UsageError."""
     args = build_parser().parse_args(argv)
     resolve_resume(args)
     resolve_data(args)
@@ -513,6 +402,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     base = f"@{EMBEDDED_RECIPE}"
     if args.dataset == "embedded" and argv[:1] != [base]:
         return parse([base, *argv])  # the general defaults are ImageNet's
+    if _arch_is_changed(argv):
+        args.width = None
     if args.warmup_epochs is None:
         args.warmup_epochs = min(40, args.epochs / 5)
     if args.blur is None:
@@ -521,8 +412,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def _arch_is_changed(argv):
+    """Whether the command line, without a width, replaces the recipe's architecture.
+
+    The recipe's width belongs to the recipe's architecture.
+    """
+    recipes = build_parser().parse_args([word for word in argv if word.startswith("@")])
+    own = [word for word in argv if not word.startswith("@")]
+    own = build_parser().parse_args(own, argparse.Namespace(arch=None, width=None))
+    return own.arch not in (None, recipes.arch) and own.width is None
+
+
 def parse_data(argv: list[str]) -> argparse.Namespace:
-    """The data flags alone, resolved and checked, for commands that only look at images. Raises UsageError."""
+    """The data flags alone, for commands that only look at images. Raises UsageError."""
     parser = new_parser(
         "snclr.mean_std", "Measures the mean and standard deviation of the channels."
     )
@@ -536,14 +438,14 @@ def parse_data(argv: list[str]) -> argparse.Namespace:
 
 
 def resolve_resume(args: argparse.Namespace) -> None:
-    """A run that torchrun, start.sh or SLURM starts again goes on where it was."""
+    """A run that torchrun, start.sh or SLURM starts again continues, without a flag."""
     counts = ("TORCHELASTIC_RESTART_COUNT", "SNCLR_RESTART_COUNT", "SLURM_RESTART_COUNT")
     if any(os.environ.get(name, "0") != "0" for name in counts) and args.resume is None:
         args.resume = "auto"
 
 
 def resolve_views(args: argparse.Namespace) -> None:
-    """Fill in the size of the views and the channels' mean and standard deviation."""
+    """Fill in the size of the views, and the mean and standard deviation of the channels."""
     if args.img_size is None:
         args.img_size = IMG_SIZES.get(args.dataset, 224)
     mean, std = MEAN_STD.get(args.dataset, IMAGENET)
@@ -551,42 +453,40 @@ def resolve_views(args: argparse.Namespace) -> None:
 
 
 def resolve_data(args: argparse.Namespace) -> None:
-    """Fill in what kind of data DATA is, and the number of workers. Raises UsageError for half a normalisation."""
-    if (args.mean is None) != (args.std is None) or any(
-        not 0 < value <= 1 for value in args.std or ()
-    ):
+    """Fill in the kind of DATA and the number of workers. UsageError for half a normalisation."""
+    has_bad_std = any(not 0 < value <= 1 for value in args.std or ())
+    if (args.mean is None) != (args.std is None) or has_bad_std:
         raise UsageError(
-            "--mean and --std belong together, three numbers each, --std above 0 and in units of 0..1"
+            "--mean and --std must be given together, three numbers each in units of 0..1, with "
+            "--std above 0"
         )
     if args.dataset is None:
-        args.dataset = _recognised(args.data)
+        args.dataset = _recognise_dataset(args.data)
     if args.workers is None:
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
-        args.workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        if hasattr(os, "sched_getaffinity"):
+            num_cores = len(os.sched_getaffinity(0))
+        else:
+            num_cores = os.cpu_count() or 1
+        args.workers = max(1, min(8, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def _recognised(data):
+def _recognise_dataset(data):
     if data is None:
         return "embedded"
     if os.path.isfile(data):
         return {".tar": "shards", ".txt": "list"}.get(os.path.splitext(data)[1], "folder")
     train = os.path.join(data, "train")
-    place = train if os.path.isdir(train) else data
-    entries = list(os.scandir(place)) if os.path.isdir(place) else []
+    root = train if os.path.isdir(train) else data
+    entries = list(os.scandir(root)) if os.path.isdir(root) else []
     if any(entry.name.endswith(".tar") for entry in entries):
         return "shards"
-    # a folder that is not there is called one with classes, too: it is refused as such
-    has_classes = place == train and any(entry.is_dir() for entry in entries)
+    has_classes = root == train and any(entry.is_dir() for entry in entries)
+    # a missing folder counts as one with classes, and check_data refuses it as such
     return "folder" if has_classes or not os.path.isdir(data) else "tree"
 
 
 def check_data(args: argparse.Namespace, positive: tuple[str, ...] = ()) -> None:
-    """Data flags that cannot work, and numbers that are not finite, negative, or 0 where `positive` names them: UsageError."""
-    positive = {"img_size", "subset", *positive}
+    """Raise UsageError for data flags that cannot work."""
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not name.endswith("seed"):
             least = "above 0" if name in positive else "0 or more"
@@ -599,52 +499,48 @@ def check_data(args: argparse.Namespace, positive: tuple[str, ...] = ()) -> None
     if args.dataset == "embedded":
         if args.data is not None:
             raise UsageError(
-                f"the embedded data set is drawn, not read: leave out {args.data} or choose another --dataset"
+                f"the embedded data set is drawn by the program and needs no DATA: remove "
+                f"{args.data}, or choose another --dataset"
             )
     elif args.data is None:
-        raise UsageError(f"--dataset {args.dataset} needs DATA, the place of the images")
+        raise UsageError(f"--dataset {args.dataset} needs DATA, the folder or file of the images")
     if args.download and args.dataset not in TORCHVISION_DATASETS:
         raise UsageError(
-            f"--download is for torchvision's sets ({', '.join(TORCHVISION_DATASETS)}), not for {args.dataset}"
+            f"--download is for torchvision's data sets ({', '.join(TORCHVISION_DATASETS)}), "
+            f"not for {args.dataset}"
         )
     needs_file = args.dataset == "list" or (args.data is not None and args.data.endswith(".tar"))
-    if (
-        args.data is not None
-        and not (os.path.isfile if needs_file else os.path.isdir)(args.data)
-        and not args.download
-    ):
-        kind = "file" if needs_file else "folder"
-        hint = "a folder of images or of .tar files, one .tar file, or a .txt file that lists paths"
+    exists = os.path.isfile if needs_file else os.path.isdir
+    if args.data is not None and not exists(args.data) and not args.download:
         raise UsageError(
-            f"--dataset {args.dataset}: there is no {kind} {args.data}; DATA is {hint}"
+            f"--dataset {args.dataset}: there is no {'file' if needs_file else 'folder'} "
+            f"{args.data}; DATA is a folder of images or of .tar files, one .tar file, or a .txt "
+            "file that lists paths"
         )
-    for flag, path in (
+    for name, path in (
         ("--val", args.val),
         ("--labels", args.labels),
         ("--val-labels", args.val_labels),
     ):
-        if path is None or (flag == "--labels" and path == "none"):
+        if path is None or (name == "--labels" and path == "none"):
             continue
-        if args.dataset not in LOCAL_DATASETS or (flag != "--val" and args.dataset == "folder"):
+        if args.dataset not in LOCAL_DATASETS or (name != "--val" and args.dataset == "folder"):
             raise UsageError(
-                f"{flag} {path} has no meaning for --dataset {args.dataset}, which brings its own"
+                f"{name} {path} cannot be used with --dataset {args.dataset}, which has its own"
             )
         if not os.path.exists(path):
-            raise UsageError(f"{flag} {path} does not exist")
+            raise UsageError(f"{name} {path} does not exist")
     if args.val_labels and not args.labels:
-        raise UsageError("--val-labels needs the training images' --labels as well")
+        raise UsageError("--val-labels needs --labels, those of the training images, as well")
 
 
 def check(args: argparse.Namespace, world_size: int) -> None:
-    """Combinations that cannot work, before anything slow or lasting is done. Raises UsageError."""
-    for name in ("crop_min", "snclr_m"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UsageError(
-                f"--{name.replace('_', '-')} must be between 0 and 1, found {getattr(args, name)}"
-            )
-    check_data(args, POSITIVE)
+    """Raise UsageError for combinations of flags that cannot work."""
+    check_data(args)
     if args.batch_size < 2:
-        raise UsageError("--batch-size must be at least 2: batch norm and contrast need company")
+        raise UsageError(
+            "--batch-size must be at least 2: batch norm and contrastive loss need other images"
+        )
     if not -(2**63) <= args.seed < 2**63:
         raise UsageError(f"--seed must fit into 64 bits, found {args.seed}")
     for name in ("warmup_epochs", "nn_warmup_epochs"):
@@ -654,23 +550,23 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             )
     if args.batch_size % world_size:
         raise UsageError(
-            f"--batch-size {args.batch_size} is global and must be divisible by the {world_size} ranks"
+            f"--batch-size {args.batch_size} is for all ranks together and must be divisible by "
+            f"the {world_size} ranks"
         )
     check_backbone(args)
     if args.method == "snclr" and args.topk > args.bank_size:
         raise UsageError(f"--topk {args.topk} exceeds --bank-size {args.bank_size}")
     if args.threshold and (args.weights == "uniform" or args.topk == 1):
         raise UsageError(
-            "--threshold would remove every neighbour with --weights uniform or --topk 1: weights must differ"
+            "--threshold would remove every neighbour with --weights uniform or --topk 1: it needs "
+            "weights that differ"
         )
-    if (
-        args.weights == "projected"
-        and args.method == "snclr"
-        and (args.detach_weights or args.topk < 2)
-    ):
-        found = "--detach-weights" if args.detach_weights else f"--topk {args.topk}"
+    has_no_gradient = args.detach_weights or args.topk < 2
+    if args.weights == "projected" and args.method == "snclr" and has_no_gradient:
+        cause = "--detach-weights" if args.detach_weights else f"--topk {args.topk}"
         raise UsageError(
-            f"--weights projected has layers that {found} would leave without a gradient: leave one of them out"
+            f"--weights projected trains layers that get no gradient with {cause}: change one of "
+            "the two flags"
         )
     if args.eval_encoder == "momentum" and args.method == "nnclr":
         raise UsageError("--method nnclr has no momentum encoder: use --eval-encoder online")
@@ -679,28 +575,30 @@ def check(args: argparse.Namespace, world_size: int) -> None:
     check_workdir(args.workdir, args.resume, ("metrics.jsonl", "checkpoint_last.pth.tar"))
 
 
-def check_workdir(workdir: str | None, resume: str | None, leftovers: tuple[str, ...]) -> None:
-    """That workdir can be written to, and holds no other run (one of the files `leftovers`) than the resumed one."""
+def check_workdir(workdir: str | None, resume: str | None, run_files: tuple[str, ...]) -> None:
+    """Raise UsageError if workdir is not writable, or holds another run than the resumed one.
+
+    run_files: names of files of which a run leaves at least one.
+    """
     parent = os.path.abspath(workdir or ".")
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
         raise UsageError(
-            f"--workdir {workdir} cannot be made: {parent} is a file, or may not be written to"
+            f"--workdir {workdir} cannot be created: {parent} is a file, or is not writable"
         )
     if resume == "auto":
         if workdir is None and "SLURM_JOB_ID" not in os.environ:
-            raise UsageError("--resume auto looks into --workdir, which is not given")
+            raise UsageError("--resume auto needs --workdir, the folder of the run to continue")
         return
     if resume is not None and not os.path.isfile(resume):
         raise UsageError(f"--resume {resume}: there is no such checkpoint")
-    if workdir is not None and any(
-        os.path.exists(os.path.join(workdir, name)) for name in leftovers
-    ):
-        home = os.path.dirname(os.path.abspath(resume)) if resume else None
-        if home != os.path.abspath(workdir):
+    if workdir is not None and any(os.path.exists(os.path.join(workdir, n)) for n in run_files):
+        resumed_workdir = os.path.dirname(os.path.abspath(resume)) if resume else None
+        if resumed_workdir != os.path.abspath(workdir):
             raise UsageError(
-                f"--workdir {workdir} holds another run: add --resume auto to go on, or choose a new one"
+                f"--workdir {workdir} holds another run: add --resume auto to continue it, or "
+                "choose a new folder"
             )
 
 

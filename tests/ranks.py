@@ -1,7 +1,8 @@
 """What the multi-rank tests run in processes of their own: started as `python ranks.py OUT JOB...`, each rank once.
 
 A job is 'pieces' (collectives, batch norm, objectives, bank, kNN on fixed data) or a command line of main_snclr.py, or of
-main_lincls.py with 'main_lincls:' before it; with 'float64:' the whole run is in double precision. Results are left in OUT.
+main_lincls.py with 'main_lincls:' before it; with 'float64:' the whole run is in double precision, with 'term:' the loss has
+a further term. Results are left in OUT.
 """
 
 import os
@@ -15,6 +16,7 @@ from torch.nn.functional import normalize
 
 import main_lincls
 import main_snclr
+from snclr.builder import SNCLR
 from snclr.evaluation import knn
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import mocov2_loss, mocov3_loss, nnclr_loss, positiveness, snclr_loss
@@ -114,6 +116,18 @@ def nearest():
     return [knn.vote(*knn.nearest(queries, features[share], labels[share], 6, chunk=4), 4, 0.07)]
 
 
+def add_term(patch=setattr):
+    """Let the loss have a further term, 'size', as a fork would by one line."""
+    show = SNCLR._show
+
+    def _show(self, projection, *arguments):
+        shown = show(self, projection, *arguments)
+        shown.terms["size"] = 0.1 * projection.square().mean()
+        return shown
+
+    patch(SNCLR, "_show", _show)
+
+
 def pieces(out):
     torch.set_default_dtype(torch.float64)
     process_group.start()
@@ -133,6 +147,9 @@ if __name__ == "__main__":
         os.environ["MASTER_PORT"] = os.environ["PORTS"].split()[number]
         script = main_lincls if job.startswith("main_lincls:") else main_snclr
         job = job.removeprefix("main_lincls:")
+        if job.startswith("term:"):
+            add_term()
+            job = job.removeprefix("term:")
         torch.set_default_dtype(torch.float64 if job.startswith("float64:") else torch.float32)
         if job == "pieces":
             pieces(Path(sys.argv[1]))

@@ -132,7 +132,7 @@ def content(folder):
         ("--snclr-m 1.01", "--snclr-m must be between 0 and 1"),
         ("--snclr-m -0.1", "--snclr-m must be between 0 and 1"),
         ("--snclr-m nan", "--snclr-m must be between 0 and 1"),
-        ("--crop-min 1.5", "--crop-min must be between 0 and 1"),
+        ("--crop-min 1.5", "--crop-min must be above 0 and at most 1, found 1.5"),
         ("--crop-min 0", "--crop-min must be above 0"),
         ("--epochs 5 --warmup-epochs 6", "--warmup-epochs 6 exceeds --epochs 5"),
         ("--epochs 5 --nn-warmup-epochs 5.5", "--nn-warmup-epochs 5.5 exceeds --epochs 5"),
@@ -229,6 +229,7 @@ def test_every_flag_is_read_by_its_program(start, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         start([])
     text = "".join((ROOT / name).read_text() for name in PROGRAMS[start])
+    text = re.sub(r"\s+", " ", text)  # however the lines are broken
     flags = {action.dest for action in parsers[0]._actions} - {"help"}
     by_name = {
         name
@@ -240,6 +241,51 @@ def test_every_flag_is_read_by_its_program(start, monkeypatch):
 
 def test_every_flag_is_explained():
     assert [flag.dest for flag in FLAGS if not flag.help] == []
+
+
+def test_every_flag_says_what_a_resumed_run_does_with_it():
+    assert set(options.ON_RESUME) == {flag.dest for flag in FLAGS}
+    with pytest.raises(ValueError, match="must be fixed, reported or free, found 'never'"):
+        options.flag(argparse.ArgumentParser(), "--new", on_resume="never")
+
+
+@pytest.mark.parametrize(
+    "kind, limits, text, expected",
+    [
+        (int, {}, "0", 0),
+        (int, {}, "-1", "must be 0 or more, found -1"),
+        (int, {"above_zero": True}, "0", "must be above 0, found 0"),
+        (float, {"above_zero": True}, "1e-9", 1e-9),
+        (float, {}, "inf", "must be 0 or more, found inf"),
+        (float, {}, "nan", "must be 0 or more, found nan"),
+        (float, {"most": 1}, "1.01", "must be between 0 and 1, found 1.01"),
+        (float, {"above_zero": True, "most": 1}, "0", "must be above 0 and at most 1, found 0"),
+        (float, {"above_zero": True, "most": 1}, "1", 1.0),
+    ],
+)
+def test_a_number_has_limits(kind, limits, text, expected):
+    convert = options.number(kind, **limits)
+    if isinstance(expected, str):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{expected}$"):
+            convert(text)
+    else:
+        assert convert(text) == expected and type(convert(text)) is kind
+
+
+@pytest.mark.parametrize(
+    "flags, width",
+    [
+        ("", 24),  # the embedded recipe's
+        ("-a resnet8", 24),
+        ("-a resnet18", None),
+        ("-a resnet18 --width 24", 24),
+        ("--width 8 --arch resnet18", 8),
+        ("--arch timm:resnet18", None),
+        ("@configs/cifar10_resnet18.args . -a resnet50", None),
+    ],
+)
+def test_a_recipes_width_is_for_the_recipes_architecture(flags, width):
+    assert parse(*flags.split()).width == width
 
 
 def test_defaults_follow_from_the_data(images):

@@ -1,12 +1,15 @@
 """Whole runs of main_snclr.py in this process, on a few small images."""
 
+import copy
 import json
 import math
 import os
 
 import pytest
 import torch
-from test_ranks import SMALL, write_images
+from ranks import add_term
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_ranks import CLOCK, SMALL, read_lines, start_ranks, write_images
 
 import main_snclr
 from snclr import augment, backbones, builder, objectives, options
@@ -162,6 +165,52 @@ def test_frozen_patch_embedding_stays(images, tmp_path):
     assert torch.equal(weights[0][name], weights[1][name])
     other = "module.base_encoder.blocks.0.attn.qkv.weight"
     assert not torch.equal(weights[0][other], weights[1][other])
+
+
+@pytest.mark.parametrize("method", options.METHODS)
+def test_a_further_term_adds_its_value_and_its_gradient_to_the_loss(monkeypatch, method):
+    """By linearity: from the same start, the gradient grows by that of the term."""
+    torch.manual_seed(0)
+    flags = "--img-size 16 --arch resnet8 --width 2 --snclr-dim 4 --snclr-mlp-dim 4 -b 6"
+    model = builder.build_model(options.parse([*flags.split(), "--method", method])).double()
+    views, ids = list(torch.randn(2, 6, 3, 16, 16, dtype=torch.float64)), torch.arange(6)
+
+    def loss_and_gradient(copy):
+        loss, shown = copy(views, ids, 0.9)
+        loss.backward()
+        parts = [p.grad.flatten() for p in copy.base_encoder.parameters()]
+        return loss.detach(), torch.cat(parts), shown
+
+    loss, gradient, shown = loss_and_gradient(copy.deepcopy(model))
+    assert not shown.terms
+    alone = copy.deepcopy(model)
+    term = 0.1 * alone._project(alone.base_encoder, views)[0].square().mean()
+    term.backward()
+    term_gradient = torch.cat([p.grad.flatten() for p in alone.base_encoder.parameters()])
+    add_term(monkeypatch.setattr)
+    with_term, with_gradient, shown = loss_and_gradient(model)
+    torch.testing.assert_close(shown.terms, {"size": term.detach()}, rtol=1e-12, atol=0)
+    torch.testing.assert_close(with_term, loss + term.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(with_gradient, gradient + term_gradient, rtol=1e-9, atol=1e-12)
+    assert term_gradient.norm() > 1e-6
+
+
+def test_a_further_term_is_logged_and_shown_the_same_on_two_ranks(images, tmp_path):
+    for ranks in (1, 2):
+        flags = f"{images} {SMALL} --eval-freq 0 --stop-after-steps 5 --workdir {tmp_path}/{ranks}"
+        start_ranks(ranks, tmp_path, [f"term:float64:{flags}"])
+    one, two = (read_lines(tmp_path / name, CLOCK) for name in ("1", "2"))
+    for line, expected in zip(two, one, strict=True):
+        assert line.pop("loss_ratio") is expected.pop("loss_ratio") is None
+        assert line == pytest.approx(expected, rel=1e-5) and line["term_size"] > 0
+    states = [torch.load(tmp_path / f"{n}/checkpoint_last.pth.tar") for n in (1, 2)]
+    for name, tensor in states[0]["state_dict"].items():
+        torch.testing.assert_close(states[1]["state_dict"][name], tensor, rtol=1e-8, atol=1e-9)
+    events = EventAccumulator(str(tmp_path / "2/tensorboard")).Reload()
+    assert {"loss/loss", "loss/term_size", "optim/lr"} <= set(events.Tags()["scalars"])
+    assert "loss/loss_ratio" not in events.Tags()["scalars"]
+    shown = [event.value for event in events.Scalars("loss/term_size")]
+    assert shown == pytest.approx([line["term_size"] for line in two], rel=1e-5)
 
 
 @pytest.fixture

@@ -372,7 +372,36 @@ def test_a_run_starts_from_given_weights_in_both_encoders_and_says_so(images, tm
     # a resumed run has its own weights
     run(images, tmp_path / "second", *flags, "--resume", "auto", "--stop-after-steps", 3)
     out = capsys.readouterr().out
-    assert "backbone tensors" not in out and "is left aside: the run goes on from" in out
+    assert "backbone tensors" not in out and "second/checkpoint_last.pth.tar is resumed" in out
+
+
+@pytest.mark.parametrize("encoder", ["online", "momentum"])
+def test_the_start_of_a_run_from_given_weights_is_these_weights(images, tmp_path, capsys, encoder):
+    """Its evaluation is that of the encoder that was loaded, with the batch norms that it has."""
+    flags = ["--stop-after-steps", 5, "--eval-freq", 1, "--eval-encoder", encoder]
+    run(images, tmp_path / "first", *flags)
+    file = tmp_path / "first/encoder_last.pth.tar"
+    run(images, tmp_path / "second", *flags, "--init-from", file)
+    out = capsys.readouterr().out
+    first, second = (
+        [
+            json.loads(line)
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            if "loss" not in line
+        ]
+        for name in ("first", "second")
+    )
+    loaded, start = first[-1], second[0]
+    assert start["encoder"] == f"start (from {file})" and start["step"] == 0
+    assert (loaded["encoder"], loaded["step"], second[-1]["encoder"]) == (encoder, 5, encoder)
+    for name in ("knn_top1", "effective_rank", "view_agreement"):
+        assert start[name] == loaded[name]
+    assert "raw_pixels_knn_top1" in start and "encoder" not in first[0]
+    assert f"view agreement {start['view_agreement']:.3f} (start (from {file}))" in out
+    assert f"start (from {file}) {start['knn_top1']:.1f} %, epoch 1: " in out
+    page = (tmp_path / "second/report.html").read_text()
+    assert "start (from --init-from) %" in page and "untrained %" not in page
+    assert "untrained %" in (tmp_path / "first/report.html").read_text()
 
 
 @pytest.mark.parametrize(

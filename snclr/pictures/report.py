@@ -14,7 +14,8 @@ from .runs import ABOUT, FEW, Run, differences, group, load, mean_and_deviation,
 # title, metric, and which of a run's values (runs.value)
 COLUMNS = (
     ("kNN top-1 %", "knn_top1", "last"),
-    ("untrained %", "knn_top1", "first"),
+    ("untrained %", "knn_top1", "untrained"),
+    ("start (from --init-from) %", "knn_top1", "start"),
     ("raw pixels %", "raw_pixels_knn_top1", "first"),
     ("linear probe %", "linear_top1", "results"),
     ("loss / chance", "loss_ratio", "mean"),

@@ -11,9 +11,9 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from ..options import ON_RESUME
 from ..running.errors import UsageError
 from ..running.safe_files import json_object, read_bytes, read_json_lines
-from ..running.settings import RUNNING
 
 # in args.json beside the settings
 ABOUT = ("command", "versions", "git", "world_size", "amp_used", "device")
@@ -80,19 +80,23 @@ def number(line: dict, name: str) -> float | None:
 def value(run: Run, metric: str, kind: str) -> float | None:
     """One number of a run for a table; None if it has none.
 
-    kind: 'last', of its last evaluation; 'first', of the untrained encoder; 'mean', over its last
-    epoch; 'median', over all lines; 'results', of an evaluation by main_lincls.py.
+    kind: 'last', of its last evaluation; 'first', of the evaluation before training; 'untrained',
+    'start', the same if it was of an untrained encoder, or of the weights of --init-from; 'mean',
+    over its last epoch; 'median', over all lines; 'results', of an evaluation by main_lincls.py.
     """
     if kind == "results":
         values = (number(result, metric) for _, result in run.results)
         return next((x for x in values if x is not None), None)
-    values = [(line["epoch"], number(line, metric)) for line in run.lines]
+    lines = run.lines
+    if kind in ("first", "untrained", "start"):
+        lines = [line for line in lines if line["epoch"] == 0]
+    if kind in ("untrained", "start"):  # its encoder is called 'start (from FILE)'
+        is_start = kind == "start"
+        lines = [x for x in lines if str(x.get("encoder")).startswith("start") == is_start]
+    values = [(line["epoch"], number(line, metric)) for line in lines]
     values = [(epoch, x) for epoch, x in values if x is not None]
     if not values:
         return None
-    if kind == "first":
-        epoch, x = values[0]
-        return x if epoch == 0 else None
     if kind == "median":
         return statistics.median(x for _, x in values)
     last_epoch = values[-1][0]
@@ -141,7 +145,7 @@ def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 def differences(runs: Sequence[Run]) -> list[str]:
     """Names of the settings that differ between runs, without the seed and what does not change a
-    run (settings.RUNNING).
+    run (options.ON_RESUME).
     """
     kinds = [_settings_of_kind(run) for run in runs]
     names = dict.fromkeys(name for kind in kinds for name in kind)
@@ -149,5 +153,8 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 
 def _settings_of_kind(run: Run) -> dict:
-    left_out = {*RUNNING, *ABOUT, "seed"}
-    return {name: x for name, x in run.settings.items() if name not in left_out}
+    return {
+        name: x
+        for name, x in run.settings.items()
+        if ON_RESUME.get(name) != "free" and name not in (*ABOUT, "seed")
+    }

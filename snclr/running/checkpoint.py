@@ -16,7 +16,8 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from . import provenance, settings, tensor_files
+from ..options import ON_RESUME
+from . import provenance, tensor_files
 from .errors import UsageError, first_few, first_line
 
 FORMAT = 1
@@ -156,7 +157,13 @@ def resume(
     differs.
     """
     state = load(path)
-    refused, changes = settings.changes(state["args"], args)
+    now, saved = vars(args), state["args"]
+    changes = {
+        name: f"{name} {saved[name]!r} -> {now[name]!r}"
+        for name in now
+        if name in saved and tensor_files.differ(saved[name], now[name])
+    }
+    refused = [change for name, change in changes.items() if ON_RESUME.get(name) == "fixed"]
     if state["images"] != images:
         refused.append(f"training images {state['images']} -> {images}")
     elif (
@@ -174,7 +181,8 @@ def resume(
     load_optimizer(path, state["optimizer"], optimizer)
     if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-    return state["step"], changes
+    reported = [change for name, change in changes.items() if ON_RESUME.get(name) != "free"]
+    return state["step"], reported
 
 
 def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:

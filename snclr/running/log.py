@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .errors import RunError
 from .safe_files import json_object, new_file, open_regular, read_json_lines, writing
 
-# TensorBoard group of each metric of a training or evaluation line
+# TensorBoard group of each metric of a training or evaluation line; all others: loss
 GROUPS = {
     "loss": ("loss", "loss_ratio"),
     "optim": ("lr", "momentum", "grad_norm"),
@@ -24,7 +24,7 @@ GROUPS = {
     "neighbours": ("neighbour_similarity", "positiveness_entropy", "neighbour_purity"),
     "features": ("feature_std", "effective_rank", "view_agreement"),
     "speed": ("images_per_s", "data_wait", "slowest_step_s"),
-    "eval": ("knn_top1",),
+    "eval": ("knn_top1", "raw_pixels_knn_top1"),
 }
 
 
@@ -57,10 +57,10 @@ class Log:
         self.flush()
         try:
             self.events = self.events or SummaryWriter(self.folder)
-            for group, names in GROUPS.items():
-                for name in names:
-                    if metrics.get(name) is not None:
-                        self.events.add_scalar(f"{group}/{name}", metrics[name], metrics["step"])
+            for name, value in metrics.items():
+                if name not in ("epoch", "step") and isinstance(value, (int, float)):
+                    group = next((g for g, names in GROUPS.items() if name in names), "loss")
+                    self.events.add_scalar(f"{group}/{name}", value, metrics["step"])
         except OSError:  # a full disk ended the writer's thread: the next line starts a new one
             self.events = None
 

@@ -1,6 +1,9 @@
-"""What a training step is measured by: metrics over the global batch, and the time spent waiting."""
+"""What a training step is measured by: metrics over the global batch, and the time spent waiting.
+"""
 
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -19,7 +22,9 @@ class StepView(NamedTuple):
     with their neighbours; neighbour_ids (B, K) data-set indices, -1 for none; weights (B, K)
     positiveness; counts (M,) picks of each bank row by the global batch; num_candidates () of one
     sample; bank_fill () share of the bank's rows that were written before this step, None without a
-    bank. K and M are 0 for the methods without neighbours.
+    bank. K and M are 0 for the methods without neighbours. terms: further terms of the loss by
+    name, scalars (), this rank's mean; forward adds them to the loss, and they are logged as
+    term_NAME.
     """
 
     projection: Tensor
@@ -29,6 +34,7 @@ class StepView(NamedTuple):
     counts: Tensor
     num_candidates: Tensor
     bank_fill: Tensor | None
+    terms: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @torch.no_grad()
@@ -45,69 +51,67 @@ def step_metrics(
     """Metrics of one step over the global batch, the same on every rank. Collective: one
     all-reduce.
 
-    loss, and loss_ratio to the loss at chance (None if undefined); feature_std: standard deviation
-    of the unit projections over the batch times sqrt(D), about 1 when they are spread over the
-    sphere, 0 at collapse; bank_fill. After a search in the bank: neighbour_similarity (mean
-    cosine), positiveness_entropy (relative to uniform weights), distinct_rows and largest_count of
-    the picks, and neighbour_purity (share of the neighbours that have the query's label, among
-    those where both have one).
+    loss; loss_ratio, the loss over the loss at chance (None if that is undefined, or there are
+    further terms); term_NAME, each term of shown.terms; feature_std, the standard deviation of the
+    unit projections over the batch times sqrt(D): about 1 if they are spread over the sphere, 0 at
+    collapse; bank_fill. If the bank was searched: neighbour_similarity, the mean cosine;
+    positiveness_entropy, as a share of the uniform weights' entropy; distinct_rows and
+    largest_count of the picks; and neighbour_purity: of the neighbours with a label of an image
+    with a label, the share whose label is the same.
     """
     projection = unit(shown.projection).double()
     valid = shown.neighbour_ids >= 0
-    number = valid.sum(dim=1)
+    num_valid = valid.sum(dim=1)
     weights = shown.weights.double()
-    # with a threshold the sums are below 1
+    # a threshold leaves sums below 1
     shares = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-12)
-    several = number > 1
-    entropy = torch.special.entr(shares).sum(dim=1)[several] / number[several].log()
+    has_several = num_valid > 1
+    entropy = torch.special.entr(shares).sum(dim=1)[has_several] / num_valid[has_several].log()
     known = same = valid.new_zeros(())
     if labels is not None:
-        theirs, own = labels[shown.neighbour_ids], labels[ids][:, None]
-        known = valid & (theirs >= 0) & (own >= 0)
-        same = known & (theirs == own)
-    sums = (
-        loss.detach(),
-        ids.new_tensor(len(ids)),
-        weights.sum(),
-        valid.sum(),
-        shown.scores[valid].sum(),
-        entropy.sum(),
-        several.sum(),
-        known.sum(),
-        same.sum(),
-    )
-    mine = torch.cat(
-        [
-            torch.stack([x.double() for x in sums]),
-            projection.sum(dim=0),
-            projection.square().sum(dim=0),
-        ]
-    )
-    total, first, second = all_sum(mine).split(
-        [len(sums), projection.shape[1], projection.shape[1]]
-    )
-    loss_sum, images, weight_sum, picks, score_sum, entropy_sum, entropies, known_sum, same_sum = (
-        total.tolist()
-    )
-    mean_loss = loss_sum / world_size()
-    chance = loss_at_chance(
-        method, form, temperature, int(shown.num_candidates), 1 + weight_sum / images
-    )
-    variance = second / images - (first / images).square()
+        neighbour_labels, own_labels = labels[shown.neighbour_ids], labels[ids][:, None]
+        known = valid & (neighbour_labels >= 0) & (own_labels >= 0)
+        same = known & (neighbour_labels == own_labels)
+    terms = {f"term_{name}": term for name, term in shown.terms.items()}
+    sums = {
+        "loss": loss.detach(),
+        "images": ids.new_tensor(len(ids)),
+        "weights": weights.sum(),
+        "picks": valid.sum(),
+        "scores": shown.scores[valid].sum(),
+        "entropy": entropy.sum(),
+        "entropies": has_several.sum(),
+        "known": known.sum(),
+        "same": same.sum(),
+        **terms,
+    }
+    scalars = torch.stack([x.double() for x in sums.values()])
+    moments = [projection.sum(dim=0), projection.square().sum(dim=0)]
+    total = all_sum(torch.cat([scalars, *moments]))
+    scalars, first, second = total.split([len(sums), *map(len, moments)])
+    total = dict(zip(sums, scalars.tolist(), strict=True))
+
+    images, mean_loss = total["images"], total["loss"] / world_size()
+    mean_weight = 1 + total["weights"] / images  # with that of the image's own key
+    chance = loss_at_chance(method, form, temperature, int(shown.num_candidates), mean_weight)
+    variance = (second / images - (first / images).square()).clamp(min=0)
     metrics = {
         "loss": mean_loss,
-        "loss_ratio": mean_loss / chance if chance else None,
-        "feature_std": (variance.clamp(min=0).sqrt().mean() * projection.shape[1] ** 0.5).item(),
+        "loss_ratio": mean_loss / chance if chance and not terms else None,
+        **{name: total[name] / world_size() for name in terms},
+        "feature_std": (variance.sqrt().mean() * projection.shape[1] ** 0.5).item(),
     }
     if shown.bank_fill is not None:
         metrics["bank_fill"] = shown.bank_fill.item()
-    if picks:
-        metrics["neighbour_similarity"] = score_sum / picks
-        metrics["positiveness_entropy"] = entropy_sum / entropies if entropies else None
+    if total["picks"]:
+        metrics["neighbour_similarity"] = total["scores"] / total["picks"]
+        metrics["positiveness_entropy"] = None
+        if total["entropies"]:
+            metrics["positiveness_entropy"] = total["entropy"] / total["entropies"]
         metrics["distinct_rows"] = int((shown.counts > 0).sum())
         metrics["largest_count"] = int(shown.counts.max())
-        if known_sum:
-            metrics["neighbour_purity"] = same_sum / known_sum
+        if total["known"]:
+            metrics["neighbour_purity"] = total["same"] / total["known"]
     return metrics
 
 

@@ -118,3 +118,11 @@ def wrong_entries(content: object, kinds: dict[str, type]) -> list[str]:
     """The names in `kinds` under which a value from a file has no entry of exactly that type."""
     entries = content if isinstance(content, dict) else {}
     return [name for name, kind in kinds.items() if type(entries.get(name)) is not kind]
+
+
+def differ(saved: object, now: object) -> bool:
+    """Whether a saved setting differs. The file may hold any object, so comparison can raise."""
+    try:
+        return bool(saved != now)
+    except Exception:  # as for a tensor of several values
+        return True

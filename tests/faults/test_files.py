@@ -311,9 +311,9 @@ def test_on_a_full_disk_the_old_checkpoint_stays_the_run_goes_on_and_tries_again
 ):
     """Full from the second save to the fourth; what a run then leaves is what it would have left."""
     train(images, tmp_path / "alone", "--epochs", "6")
-    saves, original, ballast, seen = [], main_snclr.save, small_disk / "ballast", []
+    saves, original, ballast, seen = [], main_snclr.write_files, small_disk / "ballast", []
 
-    def save(workdir, state, *rest):
+    def write_files(run, state, *rest, **number):
         saves.append(state["step"])
         if len(saves) == 2:
             with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
@@ -322,13 +322,13 @@ def test_on_a_full_disk_the_old_checkpoint_stays_the_run_goes_on_and_tries_again
         if len(saves) == 5:
             ballast.unlink()
         try:
-            original(workdir, state, *rest)
+            original(run, state, *rest, **number)
         finally:
             seen.append(
                 torch.load(small_disk / "run/checkpoint_last.pth.tar", weights_only=True)["step"]
             )
 
-    monkeypatch.setattr(main_snclr, "save", save)
+    monkeypatch.setattr(main_snclr, "write_files", write_files)
     train(images, small_disk / "run", "--epochs", "6")
     assert saves == [5, 10, 15, 20, 25, 30] and seen == [5, 5, 5, 5, 25, 30]
     out = capsys.readouterr().out

@@ -210,10 +210,10 @@ def test_a_probe_finishes_the_file_that_it_writes_before_it_heeds_a_signal(
 
 
 def test_a_save_that_failed_is_not_called_saved(images, tmp_path, monkeypatch):
-    def full(*args):
+    def full(*args, **number):
         raise RunError("cannot write it: No space left on device")
 
-    monkeypatch.setattr(main_snclr, "save", full)
+    monkeypatch.setattr(main_snclr, "write_files", full)
     third = signalled(knn.accuracy, 3, signal.SIGTERM)  # raw pixels, untrained, epoch 1
     monkeypatch.setattr(knn, "accuracy", third)
     with pytest.raises(
@@ -247,7 +247,7 @@ def test_without_scontrol_the_job_is_not_put_in_line_again_and_that_is_said(
 def test_every_so_many_minutes_it_saves_within_an_epoch(images, alone, tmp_path, monkeypatch):
     saved, original = [], main_snclr.save
     monkeypatch.setattr(
-        main_snclr, "save", lambda *args: (saved.append(args[1]["step"]), original(*args))
+        main_snclr, "save", lambda run, step: (saved.append(step), original(run, step))
     )
     train(images, tmp_path, "--save-every-minutes", "1e-9")
     assert saved == list(range(1, 11))
