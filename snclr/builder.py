@@ -80,6 +80,13 @@ class SNCLR(nn.Module):
         if args.method == "snclr" and args.weights == "projected":
             self.attention = heads.AttentionProjections(memory_bank.features.shape[1])
 
+    def train(self, mode: bool = True) -> "SNCLR":
+        """As of any module; the momentum encoder of mocov2 always uses its averaged statistics."""
+        super().train(mode)
+        if self.args.method == "mocov2":
+            self.momentum_encoder.eval()
+        return self
+
     def forward(
         self, views: list[Tensor], ids: Tensor, momentum: float, use_neighbours: bool = True
     ) -> tuple[Tensor, StepView]:
@@ -181,8 +188,23 @@ class SNCLR(nn.Module):
         return sum(losses) / len(losses), all_gather(searched.chunk(2)[1]), shown
 
     def _mocov2(self, views, ids, momentum, use_neighbours):
-        (y1,) = self._project(self.base_encoder, views[:1])
+        """MoCo v2 (He et al. 2020, Chen et al. 2020). Deviations from its published code:
+
+        - In place of ShuffleBN, the key encoder's batch norms use moving averages of the online
+          encoder's running statistics, with the momentum of the weights, as EMAN does (Cai et al.
+          2021). A key then depends on its own image only: it cannot be recognised by the statistics
+          that it shares with the query's batch. This works with one GPU as with many. Dropout and
+          drop-path are off in the key encoder.
+        - The online encoder's batch norms take their statistics over all ranks, not per GPU.
+        - The bank is global and starts empty: until it is full there are fewer negatives. MoCo's
+          starts with random vectors. As in MoCo, an older key of the same image is a negative.
+        - The hidden width of the projector is --snclr-mlp-dim; MoCo v2's is that of the features.
+        - Bottleneck ResNets start with zeros in the last norm of each branch, as MoCo v3's.
+        - Optimiser, schedule, temperature, momentum and sizes are those of the flags.
+        """
+        # keys first: the averaged statistics of their batch norms do not yet contain this batch
         (k2,) = self._momentum_projections(momentum, views[1:2])
+        (y1,) = self._project(self.base_encoder, views[:1])
         bank = self.memory_bank
         loss = mocov2_loss(y1, k2, bank.products, bank.valid(), temperature=self.args.snclr_t)
         return loss, all_gather(unit(k2)), self._show(y1, 1 + bank.filled)
@@ -191,6 +213,11 @@ class SNCLR(nn.Module):
     def _momentum_projections(self, momentum, views):
         online = list(self.base_encoder.parameters())
         torch._foreach_lerp_(list(self.momentum_encoder.parameters()), online, 1 - momentum)
+        if self.args.method == "mocov2":
+            buffers = zip(self.momentum_encoder.buffers(), self.base_encoder.buffers(), strict=True)
+            for average, new in buffers:
+                if average.is_floating_point():
+                    average.lerp_(new, 1 - momentum)
         return self._project(self.momentum_encoder, views)
 
     def _project(self, encoder, views):
@@ -262,7 +289,11 @@ def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
         out_dim=args.snclr_dim,
     )
     predictor = bank = None
-    if args.method != "mocov2":
+    if args.method == "mocov2":
+        name = next(n for n, module in encoder.named_modules() if module is encoder.projector)
+        sizes = encoder.num_features, args.snclr_mlp_dim, args.snclr_dim
+        encoder.set_submodule(name, heads.plain_projector(*sizes))
+    else:
         predictor = heads.predictor(encoder.kind, args.snclr_dim, args.snclr_mlp_dim)
     if args.method != "mocov3":
         bank = MemoryBank(args.bank_size, args.snclr_dim, bfloat16)

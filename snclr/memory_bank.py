@@ -1,4 +1,6 @@
-"""The memory bank: the last M projections of the whole global batch, in the same order on every rank."""
+"""The memory bank: the last M projections of the whole global batch, in the same order on every
+rank.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +15,12 @@ GROUP = 16
 class MemoryBank(nn.Module):
     """First-in first-out bank of unit features, each with the data-set index of its image.
 
-    features (M, D) unit rows; ids (M,) data-set index, -1 where nothing was written; pointer () next row to write;
-    filled () rows written so far, at most M. All are buffers, so the bank travels in the checkpoint. With bfloat16, a copy of
-    the features in that format is kept beside them for the large products; it is made anew from a checkpoint.
-    The caller enqueues the keys of ALL ranks in rank order: then the bank is identical everywhere, and a run may resume
-    on another number of ranks. Nothing here moves a value to the host, so a GPU never waits.
+    features (M, D) unit rows; ids (M,) data-set index, -1 where nothing was written; pointer ()
+    next row to write; filled () rows written so far, at most M. All are buffers, so the bank
+    travels in the checkpoint. With bfloat16, a copy of the features in that format is kept beside
+    them for the large products; it is made anew from a checkpoint. The caller enqueues the keys of
+    ALL ranks in rank order: then the bank is identical everywhere, and a run may resume on another
+    number of ranks. Nothing here moves a value to the host, so a GPU never waits.
     """
 
     features: Tensor
@@ -65,11 +68,12 @@ class MemoryBank(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The k rows of highest cosine to each query, best first.
 
-        queries (B, D), of any length; ids (B,) data-set indices of the queries' images: a row of the same image is left
-        out (None: nothing is). Returns scores (B, k) cosines and rows (B, k); where fewer than k rows are eligible the
-        rest has score -inf and row -1. With the bfloat16 copy, the best 2k of it are compared again in full precision.
-        Streams over queries and bank (chunk rows at a time; None: what suits the device), so memory is bounded.
-        Raises ValueError where k exceeds the bank or the shapes do not fit.
+        queries (B, D), of any length; ids (B,) data-set indices of the queries' images: a row of
+        the same image is left out (None: nothing is). Returns scores (B, k) cosines and rows (B,
+        k); where fewer than k rows are eligible the rest has score -inf and row -1. With the
+        bfloat16 copy, the best 2k of it are compared again in full precision. Streams over queries
+        and bank (chunk rows at a time; None: what suits the device), so memory is bounded. Raises
+        ValueError where k exceeds the bank or the shapes do not fit.
         """
         size, dim = self.features.shape
         if queries.dim() != 2 or queries.shape[1] != dim:
@@ -101,7 +105,8 @@ class MemoryBank(nn.Module):
     def _search(self, queries, k, ids, chunk):
         narrow, fetched, offset = queries.to(self.products.dtype), k, None
         if self.features16 is not None:
-            # bfloat16 is coarse at 1 and fine at 0: where features crowd, only the distance to about the best orders them
+            # bfloat16 is coarse at 1 and fine at 0: where features crowd, only the distance to
+            # about the best orders them
             fetched = min(2 * k, len(self))
             offset = -(narrow @ self.features16[::16].T).amax(dim=1, keepdim=True)
         written = int(self.filled) if on_host(self.filled) else len(self)
@@ -139,9 +144,11 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor) -> None:
-        """Write keys (N, D) of all ranks, normalised, with their data-set indices ids (N,) over the oldest rows.
+        """Write keys (N, D) of all ranks, normalised, with their data-set indices ids (N,) over the
+        oldest rows.
 
-        Any N: of a batch larger than the bank only the last M keys stay, where they would have ended up one by one.
+        Any N: of a batch larger than the bank only the last M keys stay, where they would have
+        ended up one by one.
         """
         size, dim = self.features.shape
         if keys.dim() != 2 or keys.shape[1] != dim or ids.shape != keys.shape[:1]:
@@ -173,7 +180,9 @@ def gather(features: Tensor, rows: Tensor) -> Tensor:
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether the host may look at x without waiting. Where not, on a GPU, all is multiplied, and masked where need be."""
+    """Whether the host may look at x without waiting. Where not, on a GPU, all is multiplied, and
+    masked where need be.
+    """
     return x.device.type == "cpu"
 
 
@@ -194,8 +203,8 @@ def _mask_same(cosines: Tensor, ids: Tensor, their_ids: Tensor) -> None:
 def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As scores.topk(min(k, n)) of (B, n), many times faster for wide rows.
 
-    The k largest lie in the k groups of columns whose maxima are largest; a group is every (n / GROUP)-th column, so that the
-    maxima are taken of whole rows.
+    The k largest lie in the k groups of columns whose maxima are largest; a group is every (n /
+    GROUP)-th column, so that the maxima are taken of whole rows.
     """
     width = scores.shape[1]
     groups = width // GROUP

@@ -1,12 +1,13 @@
 """The objectives: soft neighbours (SNCLR) and its relatives, each a function without state.
 
-Notation, as in the paper (Ge et al., ICLR 2023): B images on this rank, N in the global batch, D dimensions, K
-neighbours, M bank rows, T temperature. z is the prediction of one view (query), y its online projection, k the momentum
-projection of the other view (key), C the bank, NN_1..K its rows nearest to k, NN_0 = k itself.
+Notation, as in the paper (Ge et al., ICLR 2023): B images on this rank, N in the global batch, D
+dimensions, K neighbours, M bank rows, T temperature. z is the prediction of one view (query), y its
+online projection, k the momentum projection of the other view (key), C the bank, NN_1..K its rows
+nearest to k, NN_0 = k itself.
 
-All functions normalise query, online and key themselves, compute in at least float32 (float64 stays), need the same B on
-every rank, gather what they need from all ranks, and return this rank's mean, so that DDP's averaging of gradients gives
-the gradient of the global mean.
+All functions normalise query, online and key themselves, compute in at least float32 (float64
+stays), need the same B on every rank, gather what they need from all ranks, and return this rank's
+mean, so that DDP's averaging of gradients gives the gradient of the global mean.
 """
 
 import math
@@ -30,9 +31,10 @@ CHUNK_ELEMENTS = {
 class Candidates(NamedTuple):
     """What every query of the global batch is compared with, as one multiset.
 
-    keys (N, D) unit momentum keys of all ranks, in rank order, each once;
-    counts (M,) int32, how often each bank row was picked by the whole batch (0: it is no candidate).
-    Sending counts instead of the picked features is what makes the objective cheap: M integers, whatever N, K and D are.
+    keys (N, D) unit momentum keys of all ranks, in rank order, each once; counts (M,) int32, how
+    often each bank row was picked by the whole batch (0: it is no candidate). Sending counts
+    instead of the picked features is what makes the objective cheap: M integers, whatever N, K and
+    D are.
     """
 
     keys: Tensor
@@ -40,7 +42,9 @@ class Candidates(NamedTuple):
 
 
 def count_picks(rows: Tensor, bank_size: int) -> Tensor:
-    """How often the whole global batch picked each bank row: rows (B, K) of this rank, -1 for none -> (M,) int32."""
+    """How often the whole global batch picked each bank row: rows (B, K) of this rank, -1 for none
+    -> (M,) int32.
+    """
     picks = rows.flatten() + 1  # slot 0 takes the -1s
     counts = torch.zeros(bank_size + 1, dtype=torch.int32, device=rows.device)
     counts.scatter_add_(0, picks, torch.ones_like(picks, dtype=torch.int32))
@@ -49,12 +53,16 @@ def count_picks(rows: Tensor, bank_size: int) -> Tensor:
 
 @full_precision
 def gather_candidates(key: Tensor, rows: Tensor, bank_size: int) -> Candidates:
-    """Candidates from this rank's keys (B, D) and neighbour rows (B, K): one all-gather, one all-reduce of integers."""
+    """Candidates from this rank's keys (B, D) and neighbour rows (B, K): one all-gather, one
+    all-reduce of integers.
+    """
     return Candidates(all_gather(unit(key)), count_picks(rows, bank_size))
 
 
 def gather_neighbours(bank: Tensor, rows: Tensor) -> Tensor:
-    """bank[rows] (B, K, D) of bank (M, D) and rows (B, K); any row for a -1. Attention and loss of a direction share it."""
+    """bank[rows] (B, K, D) of bank (M, D) and rows (B, K); any row for a -1. Attention and loss of
+    a direction share it.
+    """
     return gather(bank, rows.clamp(min=0))
 
 
@@ -69,15 +77,17 @@ def positiveness(
     projections: tuple[Tensor, Tensor] | None = None,
     neighbours: Tensor | None = None,
 ) -> Tensor:
-    """Soft weights of the neighbours: w_ik = softmax_k( y_i . C[rows_ik] / temperature ), over the valid rows.
+    """Soft weights of the neighbours: w_ik = softmax_k( y_i . C[rows_ik] / temperature ), over the
+    valid rows.
 
-    With projections (f1, f2), two (D', D) matrices with gradient, the paper's cross-attention (Ge et al., eq. 2):
-    softmax_k( f1 y_i . f2 C[rows_ik] / temperature ), the projected vectors not normalised again.
+    With projections (f1, f2), two (D', D) matrices with gradient, the paper's cross-attention (Ge
+    et al., eq. 2): softmax_k( f1 y_i . f2 C[rows_ik] / temperature ), the projected vectors not
+    normalised again.
 
-    online (B, D) projections, with gradient; bank (M, D) unit rows; rows (B, K) neighbours, -1 for none.
-    Temperature 1 is the released plain cosine attention. With threshold, a weight that is not strictly above
-    1/(number of valid rows) becomes 0, without renormalisation. neighbours: from gather_neighbours, where the caller has them
-    already. Returns (B, K); invalid rows weigh 0.
+    online (B, D) projections, with gradient; bank (M, D) unit rows; rows (B, K) neighbours, -1 for
+    none. Temperature 1 is the released plain cosine attention. With threshold, a weight that is not
+    strictly above 1/(number of valid rows) becomes 0, without renormalisation. neighbours: from
+    gather_neighbours, where the caller has them already. Returns (B, K); invalid rows weigh 0.
     """
     valid = rows >= 0
     attending = unit(online)
@@ -109,19 +119,23 @@ def snclr_loss(
     candidates: Candidates | None = None,
     neighbours: Tensor | None = None,
 ) -> Tensor:
-    """Contrast against the own key and its soft neighbours, one direction (Ge et al., eq. 3; released form by default).
+    """Contrast against the own key and its soft neighbours, one direction (Ge et al., eq. 3;
+    released form by default).
 
-    With s_ik = z_i . NN_ik / T, w_i0 = 1 and all candidates of the global batch, Z_i = sum_n sum_k exp(z_i . NN_nk / T):
+    With s_ik = z_i . NN_ik / T, w_i0 = 1 and all candidates of the global batch, Z_i = sum_n sum_k
+    exp(z_i . NN_nk / T):
 
         sum_of_logs   L_i = sum_k w_ik * (log Z_i - s_ik)            as released
         log_of_sum    L_i = log Z_i - log sum_k w_ik exp(s_ik)       as printed in the paper
         loss = 2T * mean_i L_i
 
-    A bank row picked by five images counts five times in Z_i, hence Z_i = sum_n exp(z.k_n/T) + sum_m count_m exp(z.C_m/T).
+    A bank row picked by five images counts five times in Z_i, hence Z_i = sum_n exp(z.k_n/T) +
+    sum_m count_m exp(z.C_m/T).
 
-    query (B, D) predictions, with gradient; key (B, D) momentum projections of the other view; bank (M, D) unit rows;
-    rows (B, K) neighbours of the keys, -1 for none; weights (B, K), with or without gradient.
-    candidates, neighbours: from gather_candidates and gather_neighbours, where the caller has them already. Returns a scalar.
+    query (B, D) predictions, with gradient; key (B, D) momentum projections of the other view; bank
+    (M, D) unit rows; rows (B, K) neighbours of the keys, -1 for none; weights (B, K), with or
+    without gradient. candidates, neighbours: from gather_candidates and gather_neighbours, where
+    the caller has them already. Returns a scalar.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, found {form!r}")
@@ -147,11 +161,13 @@ def snclr_loss(
 
 
 def mocov3_loss(query: Tensor, key: Tensor, *, temperature: float) -> Tensor:
-    """Contrast with the own key among the N fresh keys, one direction (Chen et al. 2021, algorithm 1).
+    """Contrast with the own key among the N fresh keys, one direction (Chen et al. 2021, algorithm
+    1).
 
         loss = 2T * mean_i ( log sum_n exp(z_i . k_n / T) - z_i . k_i / T )
 
-    query (B, D) with gradient, key (B, D). It is snclr_loss without neighbours (K = 0), to the last digit.
+    query (B, D) with gradient, key (B, D). It is snclr_loss without neighbours (K = 0), to the last
+    digit.
     """
     nothing = key.new_zeros(0, key.shape[1])
     no_rows = torch.empty(len(key), 0, dtype=torch.long, device=key.device)
@@ -161,12 +177,15 @@ def mocov3_loss(query: Tensor, key: Tensor, *, temperature: float) -> Tensor:
 
 @full_precision
 def nnclr_loss(neighbour: Tensor, prediction: Tensor, *, temperature: float) -> Tensor:
-    """Nearest neighbours as queries, predictions as candidates, one direction (Dwibedi et al. 2021, eq. 3).
+    """Nearest neighbours as queries, predictions as candidates, one direction (Dwibedi et al. 2021,
+    eq. 3).
 
-        loss = mean_i ( log sum_j exp(NN(y1_i) . z2_j / T) - NN(y1_i) . z2_i / T ),   j over the global batch
+        loss = mean_i ( log sum_j exp(NN(y1_i) . z2_j / T) - NN(y1_i) . z2_i / T ),   j over the
+        global batch
 
-    neighbour (B, D) nearest bank row of each online projection, no gradient; prediction (B, D) of the other view, gathered
-    WITH gradient. Deviation: an image without an eligible bank row stands in for its own neighbour (the caller's choice).
+    neighbour (B, D) nearest bank row of each online projection, no gradient; prediction (B, D) of
+    the other view, gathered WITH gradient. Deviation: an image without an eligible bank row stands
+    in for its own neighbour (the caller's choice).
     """
     neighbour, prediction = unit(neighbour).detach(), all_gather_with_grad(unit(prediction))
     labels = torch.arange(len(neighbour), device=neighbour.device) + rank() * len(neighbour)
@@ -179,10 +198,11 @@ def mocov2_loss(
 ) -> Tensor:
     """Contrast with the own key against the bank (He et al. 2020, eq. 1).
 
-        loss = mean_i ( log( exp(z_i . k_i / T) + sum_m exp(z_i . C_m / T) ) - z_i . k_i / T ),   m over the valid rows
+        loss = mean_i ( log( exp(z_i . k_i / T) + sum_m exp(z_i . C_m / T) ) - z_i . k_i / T ),   m
+        over the valid rows
 
-    query (B, D) with gradient, key (B, D), bank (M, D) unit rows, valid (M,) bool. Deviation: the bank is the global one,
-    so every rank sees the negatives of all ranks.
+    query (B, D) with gradient, key (B, D), bank (M, D) unit rows, valid (M,) bool. The bank is the
+    global one: every rank sees the negatives of all ranks.
     """
     query, key = unit(query), unit(key).detach()
     own = (query * key).sum(dim=1) / temperature
@@ -195,8 +215,8 @@ def loss_at_chance(
 ) -> float | None:
     """The loss of an encoder that sees no difference between candidates, all directions together.
 
-    num_candidates: C of one sample, own key included; weight_sum: W, the actual mean of sum_k w_ik with w_i0 = 1.
-    None where there is only one candidate, so that the loss says nothing.
+    num_candidates: C of one sample, own key included; weight_sum: W, the actual mean of sum_k w_ik
+    with w_i0 = 1. None where there is only one candidate, so that the loss says nothing.
     """
     if num_candidates <= 1:
         return None
@@ -216,12 +236,14 @@ def log_sum_exp(
     temperature: float,
     chunk: int | None = None,
 ) -> Tensor:
-    """log( sum_n exp(q_i . keys_n / T) + sum_m counts_m exp(q_i . bank_m / T) ) for each query: (B,).
+    """log( sum_n exp(q_i . keys_n / T) + sum_m counts_m exp(q_i . bank_m / T) ) for each query:
+    (B,).
 
-    query (B, D) unit rows, with gradient; keys (N, D); bank (M, D); counts (M,) non-negative integers. No gradient to
-    keys, bank and counts. -inf where there is no candidate at all. With a bank in bfloat16 the products are taken in that
-    format, maxima and sums still in the query's. Memory is O(B * chunk), whatever N and M are; chunk: rows at a time (None:
-    what suits the device).
+    query (B, D) unit rows, with gradient; keys (N, D); bank (M, D); counts (M,) non-negative
+    integers. No gradient to keys, bank and counts. -inf where there is no candidate at all. With a
+    bank in bfloat16 the products are taken in that format, maxima and sums still in the query's.
+    Memory is O(B * chunk), whatever N and M are; chunk: rows at a time (None: what suits the
+    device).
     """
     if chunk is None:
         chunk = max(512, CHUNK_ELEMENTS[query.device.type] // max(len(query), 1))
@@ -231,9 +253,9 @@ def log_sum_exp(
 class _LogSumExp(torch.autograd.Function):
     """Streams the candidates once, with a running maximum.
 
-    The gradient of log Z_i is the softmax-weighted mean of the candidates over T. Since the candidates carry no gradient,
-    that mean is gathered in the same pass, as flash attention gathers its values: backward is one multiplication, and
-    nothing is recomputed.
+    The gradient of log Z_i is the softmax-weighted mean of the candidates over T. Since the
+    candidates carry no gradient, that mean is gathered in the same pass, as flash attention gathers
+    its values: backward is one multiplication, and nothing is recomputed.
     """
 
     @staticmethod
@@ -250,7 +272,8 @@ class _LogSumExp(torch.autograd.Function):
             if multiplicity is not None:
                 logits += multiplicity.to(query.dtype).log()
             new_largest = torch.maximum(largest, logits.amax(dim=1, keepdim=True))
-            # a block (or all so far) without candidates has maximum -inf: -inf - (-inf) would be nan
+            # a block (or all so far) without candidates has maximum -inf: -inf - (-inf) would be
+            # nan
             pivot = new_largest.masked_fill(new_largest == -math.inf, 0)
             exponentials = logits.sub_(pivot).exp_()
             scale = (largest - pivot).exp()
@@ -272,7 +295,9 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def _blocks(keys: Tensor, bank: Tensor, counts: Tensor, chunk: int):
-    """Candidates in blocks of at most chunk rows: features (c, D) and how often each counts (c,), None for once."""
+    """Candidates in blocks of at most chunk rows: features (c, D) and how often each counts (c,),
+    None for once.
+    """
     for part in keys.split(chunk) if len(keys) else ():
         yield part, None
     if on_host(counts):  # leave out what nobody picked

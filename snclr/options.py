@@ -228,9 +228,8 @@ def build_parser() -> argparse.ArgumentParser:
         g,
         "--crop-min",
         type=number(float, above_zero=True, most=1),
-        default=0.08,
         metavar="SHARE",
-        help=text,
+        help=f"{text} (default: 0.08; 0.2 with --method mocov2)",
         on_resume="fixed",
     )
     text = "Gaussian blur of the views (default: on for images above 32 px)"
@@ -406,6 +405,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.width = None
     if args.warmup_epochs is None:
         args.warmup_epochs = min(40, args.epochs / 5)
+    if args.crop_min is None:
+        args.crop_min = 0.2 if args.method == "mocov2" else 0.08
     if args.blur is None:
         args.blur = args.img_size > 32
     check(args, world_size=int(os.environ.get("WORLD_SIZE", 1)))

@@ -104,10 +104,10 @@ def main(argv: list[str]) -> None:
 
 def _open_encoder(args: argparse.Namespace, path: str, which: str, letter: str) -> Encoder:
     """The encoder A or B; the flags on architecture, size and normalisation concern A."""
-    names = ("arch", "img_size", "mean", "std") if letter == "A" else ()
-    module, info = weights.open_encoder(
-        path, which, **{name: getattr(args, name) for name in names}
-    )
+    settings = {}
+    if letter == "A":
+        settings = {name: getattr(args, name) for name in ("arch", "img_size", "mean", "std")}
+    module, info = weights.open_encoder(path, which, **settings)
     epoch = f", epoch {info['epoch']}" if info["epoch"] else ""
     name = f"{info['arch']} ({which}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
     return Encoder(module, info, f"{letter}: {name}" if args.against is not None else name)

@@ -301,6 +301,8 @@ def test_defaults_follow_from_the_data(images):
     assert parse(images, "--epochs", 20).warmup_epochs == 4
     assert parse(images, "--no-blur").blur is False and parse("--blur").blur is True
     assert parse(images, "--warmup-epochs", 0).warmup_epochs == 0
+    assert (large.crop_min, parse(images, "--method", "mocov2").crop_min) == (0.08, 0.2)
+    assert parse(images, "--method", "mocov2", "--crop-min", 0.5).crop_min == 0.5
 
 
 # -- recipes ---------------------------------------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ def run(tmp_path_factory, images):
                 f"float64:{images} {VIT} --workdir {out}/vit --stop-after-steps 5",
                 f"float64:{images} {VIT} --micro-batch 3 --workdir {out}/micro --stop-after-steps 5",
                 f"float64:{images} {TIMM} --workdir {out}/timm --stop-after-steps 5",
+                f"float64:{images} {SMALL} --method mocov2 --workdir {out}/mocov2 --stop-after-steps 5",
                 f"float64:{images} {SMALL} --weights projected --wd 0 --workdir {out}/projected --stop-after-steps 5",
                 f"{number}{images} {SMALL} --workdir {out}/whole",
                 f"{number}{images} {SMALL} --workdir {out}/parts --stop-after-steps 7",
@@ -142,7 +143,7 @@ def test_losses_reduced_gradients_norms_bank_and_knn_do_not_depend_on_the_number
 
 
 @pytest.mark.parametrize(
-    "model", ["resnet", "vit", "micro", "timm", "projected"]
+    "model", ["resnet", "vit", "micro", "timm", "mocov2", "projected"]
 )  # the last: while the bank is empty, too
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_five_steps_of_training_do_not_depend_on_the_number_of_ranks(run, world_size, model):

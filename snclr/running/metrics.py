@@ -1,5 +1,4 @@
-"""What a training step is measured by: metrics over the global batch, and the time spent waiting.
-"""
+"""What a training step is measured by: metrics over the global batch, and the time spent waiting."""
 
 import time
 from collections.abc import Mapping

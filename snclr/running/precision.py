@@ -18,7 +18,9 @@ def unit(x: Tensor) -> Tensor:
 
 
 def full_precision(function: Callable) -> Callable:
-    """Run a function outside autocast, so that its products, maxima and sums are not taken in 16 bits."""
+    """Run a function outside autocast, so that its products, maxima and sums are not taken in 16
+    bits.
+    """
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
@@ -29,7 +31,9 @@ def full_precision(function: Callable) -> Callable:
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """'auto' is bfloat16 where the hardware multiplies it natively; elsewhere it would be emulated, and slower."""
+    """'auto' is bfloat16 where the hardware multiplies it natively; elsewhere it would be emulated,
+    and slower.
+    """
     if amp != "auto":
         return amp
     if device.type == "cuda":

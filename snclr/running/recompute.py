@@ -1,4 +1,6 @@
-"""Less memory for more computation: forwards that keep nothing but their inputs, and are computed again in backward."""
+"""Less memory for more computation: forwards that keep nothing but their inputs, and are computed
+again in backward.
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -9,10 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(function: Callable[..., Tensor], *inputs, module: nn.Module) -> Tensor:
-    """function(*inputs), whose activations live only while its own backward runs; same value, same gradients.
+    """function(*inputs), whose activations live only while its own backward runs; same value, same
+    gradients.
 
-    module: what function computes with. The second forward repeats the first one's random numbers and autocast, and its
-    batch norms leave their running statistics alone, which have seen this batch already.
+    module: what function computes with. The second forward repeats the first one's random numbers
+    and autocast, and its batch norms leave their running statistics alone, which have seen this
+    batch already.
     """
     norms = [
         layer
@@ -29,7 +33,8 @@ def recomputed(function: Callable[..., Tensor], *inputs, module: nn.Module) -> T
 
 @contextlib.contextmanager
 def _at_rest(norms):
-    # not track_running_stats: without their running statistics the layers would save fewer tensors than the first time
+    # not track_running_stats: without their running statistics the layers would save fewer tensors
+    # than the first time
     momenta, counts = (
         [layer.momentum for layer in norms],
         [layer.num_batches_tracked.clone() for layer in norms],
