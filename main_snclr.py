@@ -402,7 +402,7 @@ def evaluate(run: Run, step: int) -> None:
     result = {}
     with run.interruptions.nothing_unsaved():
         if step == 0 and run.val is not None and args.img_size <= 64:
-            result["raw_pixels_knn_top1"] = knn.accuracy(
+            raw_pixels = knn.accuracy(
                 lambda x: x.flatten(1),
                 train,
                 run.val,
@@ -410,6 +410,7 @@ def evaluate(run: Run, step: int) -> None:
                 device=device,
                 workers=args.workers,
             )
+            result["raw_pixels_knn_top1"] = raw_pixels["knn_top1"]
             run.log.say(
                 f"epoch 0/{args.epochs}  kNN top-1 {result['raw_pixels_knn_top1']:.2f} % "
                 "(raw pixels)"
@@ -442,7 +443,7 @@ def evaluate_features(run: Run, embed, epoch: int, title: str) -> dict:
     """
     args, result, parts = run.args, {}, []
     if run.val is not None:
-        result["knn_top1"] = knn.accuracy(
+        result |= knn.accuracy(
             embed,
             run.loader.images,
             run.val,

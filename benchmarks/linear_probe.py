@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""The grid of linear probes against a single head, and cached against uncached features: time of the same steps.
+"""Time of a probe's step: the whole grid against a single head, cached against freshly encoded
+features.
 
-    python benchmarks/linear_probe.py                            ViT-S at 224 px with a small batch, a minute or so on a CPU
-    python benchmarks/linear_probe.py -b 1024 --steps 20         as on ImageNet, for a GPU
+    python benchmarks/linear_probe.py                       ViT-S at 224 px, about a minute on a CPU
+    python benchmarks/linear_probe.py -b 1024 --steps 20    the batch size of ImageNet, for a GPU
 
-No files are needed: the images are noise.
+It needs no files: the images are noise.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 
 import torch
 
@@ -31,7 +31,7 @@ def main():
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("-b", "--batch-size", type=int, default=32)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=4, help="steps of each side, alternating")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of each kind, in turn")
     args = parser.parse_args()
     device = process_group.own_device()
     torch.manual_seed(0)
@@ -63,20 +63,23 @@ def main():
         torch.nn.functional.cross_entropy(head(features[:, : head.in_features]), y).backward()
         head_optimizer.step()
 
-    sides = {
+    steps = {
         "one head, encoded": lambda: train_head(encode()),
         "grid, encoded": lambda: grid.train_step(grid_optimizer, encode(), y),
         "one head, cached": lambda: train_head(cached),
         "grid, cached": lambda: grid.train_step(grid_optimizer, cached, y),
     }
-    seconds = measure.fastest(sides, args.steps, device)
+    seconds = measure.fastest(steps, args.steps, device)
     heads = len(grid.names())
     print(
-        f"{args.arch}, {args.img_size} px, batch {args.batch_size}, {args.classes} classes; grid of {heads} heads"
+        f"{args.arch}, {args.img_size} px, batch {args.batch_size}, {args.classes} classes; "
+        f"grid of {heads} heads"
     )
     print(f"{measure.hardware(device)}; fastest of {args.steps} steps\n")
-    one = seconds["one head, encoded"]
-    rows = [[name, f"{1000 * time:.1f}", f"{time / one:.3f}"] for name, time in seconds.items()]
+    reference = seconds["one head, encoded"]
+    rows = [
+        [name, f"{1000 * time:.1f}", f"{time / reference:.3f}"] for name, time in seconds.items()
+    ]
     print(measure.table(["", "ms a step", "over one head, encoded"], rows))
 
 

@@ -207,7 +207,15 @@ PROGRAMS = {
             if path.stem != "options"
         ),
     ],
-    lincls_options.parse: ["main_lincls.py", *DATA_FLAGS_ARE_READ_IN],
+    lincls_options.parse: [
+        "main_lincls.py",
+        *DATA_FLAGS_ARE_READ_IN,
+        *(
+            str(path.relative_to(ROOT))
+            for path in (ROOT / "snclr/evaluation").glob("*.py")
+            if path.stem != "options"
+        ),
+    ],
     visualize.parse: ["snclr/visualize.py", *DATA_FLAGS_ARE_READ_IN],
     export.main: ["snclr/export.py"],
     report.main: ["snclr/report.py"],

@@ -10,6 +10,7 @@ from test_ranks import start_ranks
 
 import main_lincls
 from snclr.evaluation import features, finetune
+from snclr.evaluation import state as evaluation_state
 from snclr.running.errors import UsageError
 from snclr.weights import reading as weights
 
@@ -69,12 +70,12 @@ def test_resumed_fine_tuning_equals_the_uninterrupted_one(
     images, pretrained, tmp_path, monkeypatch
 ):
     whole = tune(images, pretrained, tmp_path / "whole")
-    monkeypatch.setattr(main_lincls, "save", interrupted_after(2))
+    monkeypatch.setattr(evaluation_state, "save", interrupted_after(2))
     with pytest.raises(KeyboardInterrupt):
         tune(images, pretrained, tmp_path / "parts")
     assert tune(images, pretrained, tmp_path / "parts", "--resume", "auto") == whole
-    expected, found = state(tmp_path / "whole"), state(tmp_path / "parts")
-    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    expected, resumed = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
 
 
 def test_two_ranks_fine_tune_as_one_does(images, pretrained, tmp_path, float64):  # noqa: F811
@@ -115,7 +116,7 @@ def test_an_untrained_encoder_starts_at_random_and_pixels_are_a_baseline_too(
     digests = [result["encoder_digest"] for result in results]
     assert digests[0] == digests[1] != digests[2] and features.digest(learned) not in digests
     assert results[0]["encoder"] == "untrained" and results[0]["pretrained_epoch"] is None
-    settings = results[0]["finetune"]  # from scratch: no layer is better than another
+    settings = results[0]["finetune"]  # all layers start untrained: one rate for all
     assert settings["lr"] == settings["head_lr"] and settings["layer_decay"] == 1
     flags = ["--encoder", "pixels", "--epochs", "2", "-b", "8", "--lrs", "0.1"]
     main_lincls.main(
@@ -130,7 +131,7 @@ def test_an_untrained_encoder_starts_at_random_and_pixels_are_a_baseline_too(
     )
     pixels = json.loads((tmp_path / "pixels/results.json").read_text())
     assert pixels["encoder"] == "pixels" and len(pixels["heads"]) == 2 and pixels["arch"] == "none"
-    with pytest.raises(UsageError, match="nothing to train with --encoder pixels"):
+    with pytest.raises(UsageError, match="cannot train --encoder pixels"):
         tune(images, pretrained, tmp_path / "w", "--encoder", "pixels")
 
 
@@ -174,25 +175,26 @@ def test_a_list_of_names_chooses_the_training_images(pretrained, tmp_path):  # n
 
 
 @pytest.mark.parametrize(
-    "flags, named",
+    "flags, message",
     [
         ("--label-fraction 0.01", "leaves class a with its 20 images none"),
         ("--label-fraction 1.5", "at most 1"),
         ("--label-fraction 0.5 --label-list setup.py", "there is no such file"),
-        ("--warmup-epochs 3", "--warmup-epochs below --epochs"),
+        ("--warmup-epochs 3", "--warmup-epochs must be less than --epochs"),
         ("--lr 0", "--lr must be above 0"),
     ],
 )
-def test_wrong_flags_are_answered_in_one_line(images, pretrained, tmp_path, flags, named):  # noqa: F811
+def test_a_wrong_flag_gives_one_line(images, pretrained, tmp_path, flags, message):  # noqa: F811
     with pytest.raises(UsageError) as caught:
         tune(images, pretrained, tmp_path / "w", *flags.split())
-    assert named in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_every_option_of_fine_tuning_reaches_the_optimiser_and_the_crops(
     images, pretrained, tmp_path
 ):
-    flags = "--optimizer adamw --lr 0.01 --head-lr 0.02 --wd 0.3 --warmup-epochs 0.5 --epochs 1 --amp bf16"
+    flags = "--optimizer adamw --lr 0.01 --head-lr 0.02 --wd 0.3 --warmup-epochs 0.5"
+    flags += " --epochs 1 --amp bf16"
     is_vit = "vit" in str(pretrained)
     decay = ["--layer-decay", "0.5"] if is_vit else []
     settings = tune(images, pretrained, tmp_path / "run", *flags.split(), *decay)["finetune"]
@@ -268,5 +270,5 @@ def test_transfer_to_a_torchvision_set_of_photographs(pretrained, tmp_path):  # 
         result = json.loads((tmp_path / name / "results.json").read_text())
         assert (
             result["dataset"] == "pets" and result["per_class_top1"]["Abyssinian"] is None
-        )  # not among the test images
+        )  # a class without test images
         assert result["mean_per_class_top1"] == result["per_class_top1"]["Beagle"]

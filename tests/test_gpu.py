@@ -18,7 +18,9 @@ from test_ranks import CLOCK, read_lines
 import main_lincls
 import main_snclr
 from benchmarks import measure, step
-from snclr import memory_bank, objectives, visualize
+from snclr import augment, memory_bank, objectives, visualize
+from snclr.evaluation import finetune, linear, probe
+from snclr.evaluation.options import STATE_FILE
 from snclr.running import checkpoint, distributed, process_group, tensor_files
 
 RUN = (
@@ -68,7 +70,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def accelerated(monkeypatch):
     """A context in which the programs find an accelerator; torch has no autocast for it, so there is none outside either."""
-    for module in (main_snclr, main_lincls):
+    for module in (main_snclr, finetune, linear):
         monkeypatch.setattr(
             module, "autocast", lambda amp, device: torch.autocast("cpu", enabled=False)
         )
@@ -257,13 +259,11 @@ def test_an_evaluation_is_that_of_a_cpu_and_its_steps_do_not_wait(
     ]
     main_lincls.main([*argv, str(tmp_path / "cpu")])
     with accelerated() as accelerator:
-        ends = [(main_lincls, "accuracies"), (main_lincls, "judge")]
-        waited = watch(monkeypatch, accelerator, (main_lincls, "parts_of"), ends)
+        ends = [(probe, "accuracies"), (finetune, "evaluate_classifier")]
+        waited = watch(monkeypatch, accelerator, (augment, "epoch_order"), ends)
         main_lincls.main([*argv, str(tmp_path / "gpu")])
     assert waited == [[], []]
-    cpu, gpu = (
-        tensor_files.read(str(tmp_path / name / main_lincls.LAST)) for name in ("cpu", "gpu")
-    )
+    cpu, gpu = (tensor_files.read(str(tmp_path / name / STATE_FILE)) for name in ("cpu", "gpu"))
     assert_close(gpu["model"], cpu["model"])
     cpu, gpu = (
         json.loads((tmp_path / name / "results.json").read_text()) for name in ("cpu", "gpu")

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from test_ranks import write_images
+from test_runs import train as run
 from torch import nn
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_pil_image
@@ -16,7 +18,12 @@ from snclr.evaluation import knn
 
 CPU = torch.device("cpu")
 MOMENTS = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-WHERE = dict(size=8, device=CPU, workers=0)
+LOADER_ARGS = dict(size=8, device=CPU, workers=0)
+
+
+def accuracy(embed, train, val, k):
+    """Top-1 of one weighted vote."""
+    return knn.accuracy(embed, train, val, **LOADER_ARGS, votes={"one": knn.Vote(k, 0.07)})["one"]
 
 
 def classify(queries, features, labels, num_classes, *, k, temperature, chunk=1024):
@@ -24,7 +31,9 @@ def classify(queries, features, labels, num_classes, *, k, temperature, chunk=10
 
 
 def scores_by_loops(queries, features, labels, num_classes, k, temperature):
-    """Score of class c = sum of exp(cosine / temperature) over those of the k nearest that are of class c."""
+    """Score of class c = sum of exp(cosine / temperature) over those of the k nearest that are of
+    class c.
+    """
     scores = torch.zeros(len(queries), num_classes, dtype=torch.float64)
     for i, query in enumerate(queries.double()):
         cosines = [
@@ -52,7 +61,9 @@ def problem(num_queries=9, num_features=40, num_classes=5, dtype=torch.float64):
 
 @pytest.fixture
 def on_ranks(monkeypatch):
-    """on_ranks(n, function): function(rank) on n threads as ranks, their gathers joined; the list of results."""
+    """on_ranks(n, function): function(rank) on n threads as ranks, their gathers joined; the list
+    of results.
+    """
 
     def on_ranks(num_ranks, function):
         here, barrier, slots = (
@@ -87,13 +98,13 @@ def on_ranks(monkeypatch):
         for error in sorted(
             errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)
         ):
-            raise error  # the cause rather than what it left waiting
+            raise error  # the first error, not the timeouts that follow from it
         return [future.result() for future in futures]
 
     return on_ranks
 
 
-# -- the vote ------------------------------------------------------------------------------------------------------------
+# -- the vote ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 2, 20, 40, 100])
@@ -178,11 +189,13 @@ def test_ranks_with_shares_of_the_features_give_the_scores_of_one(on_ranks, k, s
         torch.testing.assert_close(scores, expected, rtol=1e-11, atol=1e-12)
 
 
-# -- encoding and accuracy -----------------------------------------------------------------------------------------------
+# -- encoding and accuracy ---------------------------------------------------------------------
 
 
 def coloured(labels, seed=0, truth=None):
-    """8-px pictures of the class's colour with faint noise, labelled `truth` (the class itself if None)."""
+    """8-px pictures of the class's colour with faint noise, labelled `truth` (the class itself if
+    None).
+    """
     rng = np.random.default_rng(seed)
     colours = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
     images = colours[labels][:, :, None, None] + rng.integers(-20, 21, (len(labels), 3, 8, 8))
@@ -202,7 +215,7 @@ TRAIN = coloured([0, 1, 2] * 10)
 
 
 def test_encoding_gives_features_and_labels_in_order():
-    features, labels = frozen.encode_share(lambda x: 5 * mean_colour(x), TRAIN, **WHERE)
+    features, labels = frozen.encode_share(lambda x: 5 * mean_colour(x), TRAIN, **LOADER_ARGS)
     pixels = (TRAIN.images.double() / 255 - TRAIN.mean.view(3, 1, 1)) / TRAIN.std.view(3, 1, 1)
     torch.testing.assert_close(features.double(), 5 * pixels.mean(dim=(2, 3)), rtol=0, atol=1e-5)
     assert torch.equal(labels, TRAIN.labels)
@@ -210,21 +223,19 @@ def test_encoding_gives_features_and_labels_in_order():
 
 def test_accuracy_is_the_percentage_of_right_votes():
     val = coloured([0, 1, 2, 0, 1, 2, 0, 1], seed=1, truth=[0, 1, 2, 0, 1, 2, 1, 0])
-    assert knn.accuracy(mean_colour, TRAIN, val, **WHERE, k=5) == 75.0
-    assert knn.accuracy(mean_colour, TRAIN, TRAIN, **WHERE, k=100) == 100.0
+    assert accuracy(mean_colour, TRAIN, val, k=5) == 75.0
+    assert accuracy(mean_colour, TRAIN, TRAIN, k=100) == 100.0
 
 
-def test_images_without_a_label_neither_vote_nor_are_asked():
+def test_images_without_a_label_neither_vote_nor_count():
     val = coloured([0, 1, 2, 0, 1, 2, 0, 1], seed=1, truth=[0, 1, 2, 0, 1, 2, 1, -1])
     train = coloured([0, 1, 2] * 10 + [0, 1, 2], truth=[0, 1, 2] * 10 + [-1, -1, -1])
-    assert knn.accuracy(mean_colour, train, val, **WHERE, k=5) == pytest.approx(100 * 6 / 7)
+    assert accuracy(mean_colour, train, val, k=5) == pytest.approx(100 * 6 / 7)
 
 
 def test_accuracy_without_information_is_chance():
     val = coloured([0, 1, 2] * 4, seed=1)
-    assert knn.accuracy(
-        lambda x: torch.ones(len(x), 2), TRAIN, val, **WHERE, k=30
-    ) == pytest.approx(100 / 3)
+    assert accuracy(lambda x: torch.ones(len(x), 2), TRAIN, val, k=30) == pytest.approx(100 / 3)
 
 
 @pytest.mark.parametrize("num_ranks, num_val", [(2, 8), (3, 8), (4, 3)])
@@ -239,11 +250,33 @@ def test_accuracy_is_the_same_on_any_number_of_ranks(on_ranks, tmp_path, num_ran
             to_pil_image(image).save(path)
         val = ImageFiles(paths, val.labels.numpy(), val.classes, MOMENTS)
     expected = 100 * np.mean([*[True] * (num_val - 2), classes[-2] == 0, classes[-1] == 0])
-    results = on_ranks(num_ranks, lambda rank: knn.accuracy(mean_colour, TRAIN, val, **WHERE, k=5))
+    results = on_ranks(num_ranks, lambda rank: accuracy(mean_colour, TRAIN, val, k=5))
     assert results == pytest.approx([expected] * num_ranks)
 
 
-# -- calibration of an untrained encoder ---------------------------------------------------------------------------------
+def test_both_named_votes_come_from_one_search(monkeypatch):
+    val = coloured([0, 1, 2, 0, 1, 2, 0, 1], seed=1, truth=[0, 1, 2, 0, 1, 2, 1, 0])
+    searches, nearest = [], knn.nearest
+    monkeypatch.setattr(knn, "nearest", lambda *a: searches.append(a[3]) or nearest(*a))
+    top1 = knn.accuracy(mean_colour, TRAIN, val, **LOADER_ARGS)
+    assert searches == [200]  # more than there are features
+    queries, features = (
+        normalize(frozen.encode_share(mean_colour, images, **LOADER_ARGS)[0].double())
+        for images in (val, TRAIN)
+    )
+    for name, k, temperature in (("knn_top1", 20, 0.07), ("knn200_top1", 200, 0.1)):
+        scores = scores_by_loops(queries, features, TRAIN.labels, 3, k, temperature)
+        assert top1[name] == 100 * (scores.argmax(dim=1) == val.labels).double().mean()
+
+
+def test_an_evaluation_of_a_run_logs_both_votes(tmp_path):
+    write_images(tmp_path / "images")
+    evaluations, _ = run(tmp_path / "images", tmp_path / "run")
+    assert [line["epoch"] for line in evaluations] == [0, 1, 2]
+    assert all(0 <= line[name] <= 100 for line in evaluations for name in knn.NAMED_VOTES)
+
+
+# -- calibration of an untrained encoder -------------------------------------------------------
 
 
 class SmallNet(nn.Module):
@@ -276,7 +309,7 @@ def encoder_with_other_statistics():
 @pytest.mark.parametrize("count", [2, 100, 256])
 def test_calibration_sets_the_statistics_of_the_images(count):
     encoder, images = encoder_with_other_statistics(), noise_images(300)
-    calibrated = knn.calibrated_copy(encoder, images, **WHERE, count=count)
+    calibrated = knn.calibrated_copy(encoder, images, **LOADER_ARGS, count=count)
     pixels = images.images[:count].double() / 255
     x = (pixels - images.mean.double().view(3, 1, 1)) / images.std.double().view(3, 1, 1)
     with torch.no_grad():
@@ -298,9 +331,9 @@ def test_calibration_sets_the_statistics_of_the_images(count):
 
 @pytest.mark.parametrize("count", [257, 300, 512, 1024])
 def test_calibration_in_several_batches_comes_close_to_all_statistics(count):
-    """Whatever remains for the last batch: it may be one image."""
+    """With any size of the last batch, also one image."""
     encoder, images = encoder_with_other_statistics(), noise_images(count)
-    calibrated = knn.calibrated_copy(encoder, images, **WHERE)
+    calibrated = knn.calibrated_copy(encoder, images, **LOADER_ARGS)
     with torch.no_grad():
         x = encoder.conv(
             (images.images / 255 - images.mean.view(3, 1, 1)) / images.std.view(3, 1, 1)
@@ -315,7 +348,7 @@ def test_calibration_in_several_batches_comes_close_to_all_statistics(count):
 def test_calibration_leaves_the_original_as_it_was(training):
     encoder = encoder_with_other_statistics().train(training)
     before = copy.deepcopy(encoder.state_dict())
-    calibrated = knn.calibrated_copy(encoder, noise_images(20), **WHERE)
+    calibrated = knn.calibrated_copy(encoder, noise_images(20), **LOADER_ARGS)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert encoder.norm.training == training and encoder.norm.momentum == 0.1
     assert all(
@@ -325,7 +358,9 @@ def test_calibration_leaves_the_original_as_it_was(training):
 
 
 def test_the_calibrated_copy_evaluates_and_no_longer_moves():
-    calibrated = knn.calibrated_copy(encoder_with_other_statistics(), noise_images(20), **WHERE)
+    calibrated = knn.calibrated_copy(
+        encoder_with_other_statistics(), noise_images(20), **LOADER_ARGS
+    )
     assert not any(module.training for module in calibrated.modules())
     before = calibrated.norm.running_mean.clone()
     features = calibrated.embed(torch.rand(5, 3, 8, 8))
@@ -338,4 +373,4 @@ def test_an_encoder_without_batch_norm_is_copied_without_a_pass():
         def embed(self, x):
             raise AssertionError("needless pass")
 
-    assert not knn.calibrated_copy(NormFree(), noise_images(20), **WHERE).training
+    assert not knn.calibrated_copy(NormFree(), noise_images(20), **LOADER_ARGS).training

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def oracle_rank(features):
-    """exp(-sum p log p) over the singular values' shares, from the eigenvalues of the Gram matrix."""
+    """exp(-sum p log p) of the singular values' shares, by the eigenvalues of the Gram matrix."""
     values = np.sqrt(np.clip(np.linalg.eigvalsh(features.T @ features), 0, None))
     shares = values / values.sum()
     return math.exp(-sum(p * math.log(p) for p in shares if p > 1e-12))
@@ -53,9 +53,9 @@ def test_view_agreement_is_the_overlap_of_the_nearest_others():
     rng = np.random.default_rng(1)
     first = rng.standard_normal((30, 5))
     second = first + 0.5 * rng.standard_normal((30, 5))
-    found = label_free.view_agreement(torch.from_numpy(first), torch.from_numpy(second), 4)
+    value = label_free.view_agreement(torch.from_numpy(first), torch.from_numpy(second), 4)
     assert (
-        found == pytest.approx(oracle_agreement(first, second, 4), abs=1e-9) and 0.2 < found < 0.9
+        value == pytest.approx(oracle_agreement(first, second, 4), abs=1e-9) and 0.2 < value < 0.9
     )
     assert label_free.view_agreement(
         torch.from_numpy(first), torch.from_numpy(3 * first), 4
@@ -66,7 +66,7 @@ def test_view_agreement_is_the_overlap_of_the_nearest_others():
     )
 
 
-def test_the_sample_is_the_same_each_time_and_shown_in_no_epoch(tmp_path):
+def test_the_sample_is_the_same_each_time_and_part_of_no_epoch(tmp_path):
     images, _, _ = sources.open_data(options.parse_data([str(write_images(tmp_path))]))
     loader = TwoViewLoader(images, Recipe(0, moco_v3_views(16, 0.2, False)), 8, CPU, 0)
     first, again = (list(loader.sample(20)) for _ in range(2))
@@ -80,7 +80,7 @@ def test_the_sample_is_the_same_each_time_and_shown_in_no_epoch(tmp_path):
     assert not shown & {image.numpy().tobytes() for batch in first for image in batch.views[0]}
 
 
-def test_a_run_without_labels_logs_signals_and_nothing_that_needs_labels(tmp_path):
+def test_a_run_without_labels_logs_only_what_needs_no_labels(tmp_path):
     write_images(tmp_path / "images")
     evaluations, steps = run(tmp_path / "images", tmp_path / "run", "--labels", "none")
     assert not evaluations  # of the kNN

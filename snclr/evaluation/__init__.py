@@ -1,1 +1,1 @@
-"""What frozen features are worth."""
+"""Evaluates frozen features and fine-tunes encoders."""

@@ -1,22 +1,43 @@
-"""Fine-tuning of an encoder with a linear classifier on top: the model, its parameter groups, and raw pixels to compare."""
+"""Fine-tunes an encoder together with a linear classifier on top of it."""
 
+import time
+from typing import NamedTuple
+
+import numpy as np
 import timm.optim
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from .. import augment, optim
+from ..loader import EVALUATION_BATCH, whole_images
 from ..optim import parameter_groups
+from ..running import distributed
+from ..running.batch_norm import synchronise_batch_norm
 from ..running.errors import UsageError
+from ..running.precision import autocast, widen
+from . import state
+from .options import STATE_FILE
+from .task import Task, crop_loader, rank_batches, report_epoch, steps_per_epoch
 
-# optimiser: peak rates of encoder and head for a batch of 256, weight decay
-DEFAULTS = {"sgd": (0.02, 0.2, 0.0), "adamw": (5e-4, 5e-3, 0.05)}
-FROM_SCRATCH = {
-    "sgd": (0.1, 0.1, 5e-4),
-    "adamw": (5e-4, 5e-4, 0.05),
-}  # where the encoder has learned nothing yet
+
+class Rates(NamedTuple):
+    """Peak learning rates for a batch of 256 (encoder, head), and weight decay."""
+
+    lr: float
+    head_lr: float
+    weight_decay: float
+
+
+DEFAULTS = {"sgd": Rates(0.02, 0.2, 0.0), "adamw": Rates(5e-4, 5e-3, 0.05)}
+# of a random encoder: encoder and head start equally untrained
+FROM_SCRATCH = {"sgd": Rates(0.1, 0.1, 5e-4), "adamw": Rates(5e-4, 5e-4, 0.05)}
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear layer, which starts as N(0, 0.01): images (B, 3, S, S) to logits (B, classes)."""
+    """An encoder and a linear layer, which starts as N(0, 0.01): images (B, 3, S, S) to logits (B,
+    classes).
+    """
 
     def __init__(self, encoder: nn.Module, num_classes: int):
         super().__init__()
@@ -29,24 +50,87 @@ class Classifier(nn.Module):
         return self.head(self.encoder.embed(x))
 
 
-class Pixels(nn.Module):
-    """The pixels themselves as features, flattened: what any encoder has to beat."""
+def run(task: Task) -> tuple[dict, np.ndarray]:
+    """Train encoder and classifier; returns the results after the last epoch and the confusion
+    counts (classes, classes).
 
-    def __init__(self, img_size: int):
-        super().__init__()
-        self.num_features = 3 * img_size**2
+    No validation image takes part in any choice.
+    """
+    args, train, device = task.args, task.train, task.device
+    settings = resolve_settings(task)
+    steps = steps_per_epoch(train, args.batch_size)
+    model = Classifier(task.encoder, len(train.classes)).to(device)
+    model = synchronise_batch_norm(model, device)
+    scaled = {name: settings[name] * args.batch_size / 256 for name in ("lr", "head_lr")}
+    fixed = {name: settings[name] for name in ("weight_decay", "layer_decay")}
+    optimizer = build_optimizer(model, settings["optimizer"], **scaled, **fixed)
+    scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
+    epoch, _ = state.resume(task, STATE_FILE, model, optimizer)
+    network = distributed.replicate(model, device)
+    loader, labels = crop_loader(task, train), train.labels.to(device)
+    start = time.perf_counter()
+    while epoch < args.epochs:
+        network.train()
+        requests = [(epoch, part, (0,)) for part in rank_batches(task, train, epoch)]
+        for batch, (ids, (x,)) in enumerate(loader.load(requests)):
+            step = epoch * steps + batch
+            for group in optimizer.param_groups:
+                group["lr"] = optim.learning_rate(
+                    step,
+                    peak=group["peak"],
+                    steps_per_epoch=steps,
+                    warmup_epochs=args.warmup_epochs,
+                    epochs=args.epochs,
+                )
+            # stochastic layers draw from (seed, step, rank), so that a resumed run has no generator
+            # to restore
+            torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank())) >> 1)
+            with autocast(task.amp, device):
+                logits = network(x)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(cross_entropy(widen(logits), labels[ids])).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        epoch += 1
+        if epoch % max(1, args.epochs // 5) == 0 or epoch == args.epochs:
+            top1, _, _ = evaluate_classifier(task, model)
+            report_epoch(task, loader, epoch, f"top-1 {top1:.2f} %", start)
+        state.save(task, STATE_FILE, model, optimizer, epoch, history=[])
+    top1, top5, counts = evaluate_classifier(task, model)
+    task.log(
+        f"fine-tuned: top-1 {top1:.2f} %, top-5 {top5:.2f} % on {len(task.val)} images, "
+        "after the last epoch"
+    )
+    return {"finetune_top1": top1, "finetune_top5": top5, "finetune": settings}, counts
 
-    def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, 3 * S * S)."""
-        return x.flatten(1)
+
+def resolve_settings(task: Task) -> dict:
+    """Optimiser, base rates, weight decay and layer decay: from the flags, else the defaults of
+    this kind of encoder.
+    """
+    args = task.args
+    is_vit = getattr(task.encoder, "kind", None) == "vit"
+    from_scratch = args.encoder == "untrained"
+    name = args.optimizer or ("adamw" if is_vit else "sgd")
+    rates = (FROM_SCRATCH if from_scratch else DEFAULTS)[name]
+    lr = args.lr or rates.lr
+    return {
+        "optimizer": name,
+        "lr": lr,
+        "head_lr": args.head_lr or lr * (rates.head_lr / rates.lr),
+        "weight_decay": rates.weight_decay if args.wd is None else args.wd,
+        "layer_decay": args.layer_decay or (0.75 if is_vit and not from_scratch else 1.0),
+    }
 
 
 def build_optimizer(
     model: Classifier, name: str, lr: float, head_lr: float, weight_decay: float, layer_decay: float
 ) -> torch.optim.Optimizer:
-    """'sgd' (momentum 0.9) or 'adamw'; each group's 'peak' is its rate before the schedule, lr of the encoder or head_lr.
+    """'sgd' (momentum 0.9) or 'adamw'. Each group's 'peak' is its rate before the schedule: of the
+    encoder lr, or head_lr.
 
-    layer_decay: the rate falls by this factor from each layer to the one before it (timm's grouping); 1: none.
+    layer_decay: each layer has the rate of the next one times this factor (timm's grouping); 1: all
+    layers the same.
     """
     if layer_decay == 1:
         groups = parameter_groups(model.encoder.named_parameters(), weight_decay)
@@ -62,3 +146,28 @@ def build_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+
+
+@torch.no_grad()
+def evaluate_classifier(task: Task, model: Classifier) -> tuple[float, float, np.ndarray]:
+    """Top-1 and top-5 in percent, and confusion counts (classes, classes), on the validation images
+    of all ranks.
+    """
+    model.eval()
+    args, classes = task.args, len(task.train.classes)
+    # one tensor, summed over ranks at once: the confusion counts, and the number of images right
+    # among the best five
+    totals = torch.zeros(classes * classes + 1, dtype=torch.long, device=task.device)
+    indices = np.arange(distributed.rank(), len(task.val), distributed.world_size())
+    labels = task.val.labels[indices].to(task.device).split(EVALUATION_BATCH)
+    batches = whole_images(
+        task.val, indices, size=args.img_size, device=task.device, workers=args.workers
+    )
+    for x, y in zip(batches, labels, strict=True):
+        with autocast(task.amp, task.device):
+            best = model(x).topk(min(5, classes), dim=1).indices
+        totals[:-1] += torch.bincount(y * classes + best[:, 0], minlength=classes * classes)
+        totals[-1] += (best == y[:, None]).sum()
+    totals = distributed.all_sum(totals).cpu().numpy()
+    counts = totals[:-1].reshape(classes, classes)
+    return 100 * counts.trace() / len(task.val), 100 * totals[-1] / len(task.val), counts

@@ -1,7 +1,10 @@
-"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, section 3.4; the DINO protocol)."""
+"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, section 3.4; the
+DINO protocol).
+"""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,34 +17,52 @@ from ..running.precision import full_precision, unit
 from .features import encode_share
 
 
+class Vote(NamedTuple):
+    """How the k nearest neighbours of an image vote: each with weight exp(cosine / temperature), or
+    1 if that is None.
+    """
+
+    k: int
+    temperature: float | None
+
+
+# the votes with names of their own in metrics.jsonl and results.json: DINO's, and that of lightly's
+# benchmarks
+NAMED_VOTES = {"knn_top1": Vote(20, 0.07), "knn200_top1": Vote(200, 0.1)}
+
+
 @torch.no_grad()
 @full_precision
 def nearest(
     queries: Tensor, features: Tensor, labels: Tensor, k: int, chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:
-    """Cosines (n, k), best first, and labels (n, k) of the nearest of ALL ranks' features; alike on every rank.
+    """Cosines (n, k), best first, and labels (n, k) of the nearest among the features of ALL ranks;
+    the same on every rank.
 
-    queries (n, F), the same on every rank; features (m, F) and labels (m,) are this rank's share: each rank finds its own k
-    best and only these travel, so that no rank ever holds the whole set. Where there are fewer than k features, the
-    rest has cosine -2. Memory: chunk * m cosines.
+    queries (n, F) are the same on every rank; features (m, F) and labels (m,) are this rank's
+    share. Each rank sends only its own k best, so no rank holds the whole set. If there are fewer
+    than k features, the other entries have cosine -2. Memory: chunk * m cosines.
     """
-    found = []
+    chunks = []
     for part in queries.split(chunk):
-        cosines, where = (part @ features.T).topk(min(k, len(features)), dim=1)
-        # every rank's best side by side: (n, ranks * k)
+        cosines, rows = (part @ features.T).topk(min(k, len(features)), dim=1)
+        # the best of every rank side by side: (n, ranks * k)
         cosines = torch.cat(all_gather(_pad(cosines, k, -2.0)).chunk(world_size()), dim=1)
-        votes = torch.cat(all_gather(_pad(labels[where], k, 0)).chunk(world_size()), dim=1)
+        neighbours = torch.cat(all_gather(_pad(labels[rows], k, 0)).chunk(world_size()), dim=1)
         best, order = cosines.topk(k, dim=1)
-        found.append((best, votes.gather(1, order)))
-    return tuple(map(torch.cat, zip(*found, strict=True)))
+        chunks.append((best, neighbours.gather(1, order)))
+    return tuple(map(torch.cat, zip(*chunks, strict=True)))
 
 
-def vote(cosines: Tensor, votes: Tensor, num_classes: int, temperature: float | None) -> Tensor:
-    """Class scores (n, num_classes) from the nearest (n, k): sum of exp(cosine / temperature), None: of ones, over those
-    that have the class. Of equally many plain votes the first class wins."""
+def vote(cosines: Tensor, labels: Tensor, num_classes: int, temperature: float | None) -> Tensor:
+    """Class scores (n, num_classes) from cosines and labels (n, k) of the nearest neighbours.
+
+    The score of a class is the sum of exp(cosine / temperature) over its neighbours, or their
+    number if temperature is None (then the first of several equal classes wins).
+    """
     weights = torch.ones_like(cosines) if temperature is None else (cosines / temperature).exp()
-    weights = weights * (cosines > -1.5)  # below every cosine: there was no such neighbour
-    return cosines.new_zeros(len(cosines), num_classes).scatter_add_(1, votes, weights)
+    weights = weights * (cosines > -1.5)  # -2 means that there was no such neighbour
+    return cosines.new_zeros(len(cosines), num_classes).scatter_add_(1, labels, weights)
 
 
 def _pad(x: Tensor, columns: int, value: float) -> Tensor:
@@ -53,23 +74,22 @@ def table(
     val: tuple[Tensor, Tensor],
     num_val: int,
     num_classes: int,
-    ks: Sequence[int],
-    temperature: float,
+    votes: dict[str, Vote],
     device: torch.device,
 ) -> dict[str, float]:
-    """Top-1 in percent for each k, weighted and by plain votes, from one search: 'k=20 weighted' and so on.
+    """Top-1 in percent of each vote, by its name, from one search.
 
-    train, val: this rank's shares, features (n_r, F) and labels (n_r,) as encode_share returns them; num_val: images of all
-    shares of val.
+    train, val: this rank's shares, features (n_r, F) and labels (n_r,) as encode_share returns
+    them; num_val: number of validation images on all ranks.
     """
     queries, truth = (join_shares(x.to(device), num_val) for x in (unit(val[0]), val[1]))
-    cosines, votes = nearest(queries, unit(train[0]).to(device), train[1].to(device), max(ks))
-    found = {}
-    for k in ks:
-        for name, weighting in (("weighted", temperature), ("plain", None)):
-            said = vote(cosines[:, :k], votes[:, :k], num_classes, weighting).argmax(dim=1)
-            found[f"k={k} {name}"] = 100 * (said == truth).double().mean().item()
-    return found
+    most = max(k for k, _ in votes.values())
+    cosines, labels = nearest(queries, unit(train[0]).to(device), train[1].to(device), most)
+    top1 = {}
+    for name, (k, temperature) in votes.items():
+        predicted = vote(cosines[:, :k], labels[:, :k], num_classes, temperature).argmax(dim=1)
+        top1[name] = 100 * (predicted == truth).double().mean().item()
+    return top1
 
 
 def accuracy(
@@ -80,23 +100,25 @@ def accuracy(
     size: int,
     device: torch.device,
     workers: int,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> float:
-    """Top-1 accuracy in percent on val, with the labelled features of train as neighbours; the same on every rank.
+    votes: dict[str, Vote] = NAMED_VOTES,
+) -> dict[str, float]:
+    """Top-1 in percent on val of each vote, with the labelled features of train as neighbours; the
+    same on every rank.
 
     embed: normalised images (B, 3, size, size) to features (B, F).
     """
     train, val = train.labelled(), val.labelled()
-    where = dict(size=size, device=device, workers=workers)
-    shares = [encode_share(embed, images, **where) for images in (train, val)]
-    return table(*shares, len(val), len(train.classes), (k,), temperature, device)[
-        f"k={k} weighted"
-    ]
+    train_share, val_share = (
+        encode_share(embed, images, size=size, device=device, workers=workers)
+        for images in (train, val)
+    )
+    return table(train_share, val_share, len(val), len(train.classes), votes, device)
 
 
 def join_shares(x: Tensor, total: int) -> Tensor:
-    """All rows, rank after rank, from each rank's share (every world_size-th row) of `total`; alike on every rank."""
+    """All `total` rows, those of rank 0 first, from each rank's share (every world_size-th row);
+    the same on every rank.
+    """
     longest = -(-total // world_size())
     padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
     shares = all_gather(padded).chunk(world_size())
@@ -115,10 +137,11 @@ def calibrated_copy(
     workers: int,
     count: int = 1024,
 ) -> nn.Module:
-    """A copy of an untrained encoder, in eval mode, whose batch norms hold the statistics of `count` images.
+    """A copy of an untrained encoder, in eval mode, whose batch norms hold the statistics of
+    `count` images.
 
-    At initialisation running means and variances are 0 and 1, which says nothing of the network: without this the
-    'untrained' accuracy would measure the missing statistics.
+    At initialisation running means and variances are 0 and 1, whatever the network computes.
+    Without this, the accuracy of the untrained encoder would mostly measure those wrong statistics.
     """
     encoder = copy.deepcopy(encoder).train()
     norms = [
@@ -130,9 +153,8 @@ def calibrated_copy(
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
     share = min(count, len(images)) // world_size()  # synchronised norms need equal batches
-    share = (
-        share // EVALUATION_BATCH * EVALUATION_BATCH or share
-    )  # and an average over batches, full ones
+    # all batches full, since the average gives each batch the same weight
+    share = share // EVALUATION_BATCH * EVALUATION_BATCH or share
     indices = np.arange(share) * world_size() + rank()
     if norms:
         for batch in whole_images(images, indices, size=size, device=device, workers=workers):

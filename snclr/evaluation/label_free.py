@@ -1,4 +1,6 @@
-"""What frozen features tell without labels: how many dimensions they use, and whether two views have the same neighbours."""
+"""Measures of frozen features that need no labels: how many dimensions they use, and whether two
+views of an image agree.
+"""
 
 from collections.abc import Callable
 
@@ -15,7 +17,8 @@ NEIGHBOURS = 10
 
 @torch.no_grad()
 def signals(embed: Callable[[Tensor], Tensor], loader: TwoViewLoader) -> dict[str, float]:
-    """effective_rank and view_agreement of a fixed sample of the training images; the same on every rank.
+    """effective_rank and view_agreement of a fixed sample of the training images; the same on every
+    rank.
 
     embed: normalised images (B, 3, S, S) to features (B, F).
     """
@@ -30,9 +33,10 @@ def signals(embed: Callable[[Tensor], Tensor], loader: TwoViewLoader) -> dict[st
 
 @full_precision
 def effective_rank(features: Tensor) -> float:
-    """RankMe (Garrido et al. 2023, eq. 1): exp of the entropy of the singular values' shares. features (n, F) -> 1 .. F.
+    """RankMe (Garrido et al. 2023, eq. 1): exp of the entropy of the normalised singular values.
 
-    1 at full collapse. It says how many dimensions are used, not whether they are of use.
+    features (n, F) -> between 1 (full collapse) and F. It counts the dimensions that are used, not
+    whether they are useful.
     """
     values = torch.linalg.svdvals(features)
     shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
@@ -41,14 +45,16 @@ def effective_rank(features: Tensor) -> float:
 
 @full_precision
 def view_agreement(first: Tensor, second: Tensor, k: int) -> float:
-    """Mean share of the k nearest other images that an image has in common in two views of all of them.
+    """Share of an image's k nearest other images that are the same in both views, averaged over
+    images.
 
-    first, second (n, F): row i of both is image i. Chance is k / (n - 1). Says nothing under collapse, where all cosines are
-    alike: read it beside effective_rank.
+    first, second (n, F): row i of both is image i. Chance is k / (n - 1). After a collapse all
+    cosines are nearly equal and the value means nothing: read it together with effective_rank.
     """
     k = min(k, len(first) - 1)
-    found = []
+    is_neighbour = []
     for features in (unit(first), unit(second)):
         cosines = (features @ features.T).fill_diagonal_(-2)
-        found.append(torch.zeros_like(cosines).scatter_(1, cosines.topk(k, dim=1).indices, 1))
-    return ((found[0] * found[1]).sum(dim=1) / k).mean().item()
+        nearest = cosines.topk(k, dim=1).indices
+        is_neighbour.append(torch.zeros_like(cosines).scatter_(1, nearest, 1))
+    return ((is_neighbour[0] * is_neighbour[1]).sum(dim=1) / k).mean().item()

@@ -1,6 +1,8 @@
-"""Linear classifiers on frozen features: a whole grid of them, trained side by side as one batched operation."""
+"""Linear classifiers on frozen features: many at once, trained side by side in one batched
+operation.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import timm.models.vision_transformer as timm_vit
 import torch
@@ -8,20 +10,23 @@ from torch import Tensor, nn
 
 from ..running.batch_norm import GlobalBatchNorm
 from ..running.distributed import all_sum, world_size
-from ..running.errors import UsageError
-from ..running.precision import full_precision, widen
+from ..running.precision import autocast, full_precision, widen
 
 NORMS = ("plain", "batchnorm")
 
 
 def kinds_of(encoder: nn.Module) -> dict[str, int]:
-    """The kinds of features that a probe looks at: each is the first so many columns of what `features_of` returns."""
+    """The kinds of features that a probe uses, and their widths: each kind is the first columns of
+    `features_of`.
+    """
     width = encoder.num_features
     return {"token": width, "token+mean": 2 * width} if _has_tokens(encoder) else {"pooled": width}
 
 
 def features_of(encoder: nn.Module, x: Tensor) -> Tensor:
-    """(B, 3, S, S) -> the encoder's features; of a ViT the class token with the mean of its patch tokens beside it (B, 2C)."""
+    """(B, 3, S, S) -> the encoder's features (B, C); of a ViT class token and mean of the patch
+    tokens, side by side (B, 2C).
+    """
     if not _has_tokens(encoder):
         return encoder.embed(x)
     tokens = encoder.forward_features(x)
@@ -29,73 +34,91 @@ def features_of(encoder: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([encoder.forward_head(tokens, pre_logits=True), mean], dim=1)
 
 
+def embedder(encoder: nn.Module, amp: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function from images to `features_of` a frozen encoder, in at least float32. amp: precision
+    of the encoder.
+    """
+
+    @torch.no_grad()
+    def embed(x):
+        with autocast(amp, device):
+            return widen(features_of(encoder, x))
+
+    return embed
+
+
 def _has_tokens(encoder):
     return isinstance(encoder, timm_vit.VisionTransformer) and encoder.global_pool == "token"
 
 
 class LinearGrid(nn.Module):
-    """Heads for every combination of features x {plain, batch norm without affine before the head} x learning rate.
+    """A head for each combination of features, input norm (none, or batch norm without affine) and
+    learning rate.
 
-    Heads of the same input share one product. Each is independent of the others: with learning rate s(t) * base the update
-    of head h needs its gradient times base_h alone, so the sum of base_h * loss_h, minimised by one SGD with rate s(t), trains
-    them all as if alone. All heads of one input start from the same draw, N(0, 0.01), so that a head's result
-    does not depend on which others stand beside it.
+    Heads of the same input share one matrix product. Each is independent of the others: with
+    learning rate s(t) * rate_h, the update of head h needs its own gradient times rate_h. So the
+    sum of rate_h * loss_h, minimised by one SGD with rate s(t), trains every head as if it were
+    alone. All heads of one input start from the same draw, N(0, 0.01), so that the result of a head
+    does not depend on which other heads there are.
     """
 
     def __init__(
-        self, dims: dict[str, int], num_classes: int, rates: Sequence[float], seed: int = 0
+        self,
+        dims: dict[str, int],
+        num_classes: int,
+        rates: Sequence[float],
+        seed: int = 0,
+        norms: Sequence[str] = NORMS,
     ):
-        """dims: how many of the feature columns each kind takes; rates: base_h of the H heads of each input."""
+        """dims: number of feature columns of each kind; rates: rate_h of the heads of each input;
+        norms: of NORMS.
+        """
         super().__init__()
         self.dims = dims
-        self.register_buffer(
-            "rates", torch.tensor(rates, dtype=torch.get_default_dtype()), persistent=False
-        )
-        self.norms = nn.ModuleDict(
-            {name: GlobalBatchNorm(width, affine=False) for name, width in dims.items()}
-        )
+        rates = torch.tensor(rates, dtype=torch.get_default_dtype())
+        self.register_buffer("rates", rates, persistent=False)
+        self.norms = nn.ModuleDict()
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
         for name, width in dims.items():
-            start = (
-                torch.randn(num_classes, width, generator=torch.Generator().manual_seed(seed))
-                * 0.01
-            )
-            for norm in NORMS:
+            if "batchnorm" in norms:
+                self.norms[name] = GlobalBatchNorm(width, affine=False)
+            generator = torch.Generator().manual_seed(seed)
+            start = torch.randn(num_classes, width, generator=generator) * 0.01
+            for norm in norms:
                 weight = start.to(self.rates.dtype).repeat(len(rates), 1, 1)
                 self.weights[f"{name}/{norm}"] = nn.Parameter(weight)
                 self.biases[f"{name}/{norm}"] = nn.Parameter(torch.zeros(len(rates), num_classes))
 
     def names(self) -> list[tuple[str, str, int]]:
-        """(features, norm, index of the rate) of every head, in the order of `losses` and `logits`."""
+        """(features, norm, index of the rate) of each head, in the order of `logits`."""
         return [(*key.split("/"), rate) for key in self.weights for rate in range(len(self.rates))]
 
     @full_precision
     def logits(self, features: Tensor) -> Tensor:
         """Features (B, F) to logits (B, heads, classes)."""
-        found = []
+        columns = []
         for key, weight in self.weights.items():
             name, norm = key.split("/")
             x = widen(features)[:, : self.dims[name]]
             x = self.norms[name](x) if norm == "batchnorm" else x
-            found.append(
-                (x @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2]) + self.biases[key]
-            )
-        return torch.cat(found, dim=1)
+            product = (x @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2])
+            columns.append(product + self.biases[key])
+        return torch.cat(columns, dim=1)
 
     def losses(self, features: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy (heads,) of each head, the mean over this rank's batch."""
-        logits = self.logits(features)
-        targets = labels[:, None].expand(logits.shape[:2])
-        return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(
-            dim=0
-        )
+        logits = self.logits(features).transpose(1, 2)  # (B, classes, heads)
+        targets = labels[:, None].expand(len(labels), logits.shape[2])
+        return nn.functional.cross_entropy(logits, targets, reduction="none").mean(dim=0)
 
     def train_step(
         self, optimizer: torch.optim.Optimizer, features: Tensor, labels: Tensor
     ) -> Tensor:
-        """One step of all heads on this rank's part of the batch; returns the losses (heads,) before it, detached.
+        """One step of all heads on this rank's part of the batch; returns the detached losses
+        (heads,) before the step.
 
-        optimizer: torch.optim.SGD over these parameters, without decay, its lr the schedule's factor s(t).
+        optimizer: torch.optim.SGD of these parameters without weight decay; its lr is the
+        schedule's factor s(t).
         """
         losses = self.losses(features, labels)
         optimizer.zero_grad(set_to_none=True)
@@ -107,50 +130,32 @@ class LinearGrid(nn.Module):
         return losses.detach()
 
     def correct(self, features: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
-        """How many of this rank's images each head has right among its 1 and its 5 best classes: (2, heads)."""
+        """Number of this rank's images whose class is the best, or among the 5 best, of each head:
+        (2, heads).
+        """
         total = torch.zeros(2, len(self.names()), device=self.rates.device)
-        for logits, y in self._answers(features, labels, chunk):
+        for logits, y in self._evaluate(features, labels, chunk):
             best = logits.topk(min(5, logits.shape[2]), dim=2).indices == y[:, None, None]
             total += torch.stack([best[..., 0].sum(dim=0), best.any(dim=2).sum(dim=0)])
         return total
 
     def confusion(self, head: int, features: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
-        """(classes, classes) counts of this rank's images: row the true class, column what one head says."""
+        """(classes, classes) counts of this rank's images: rows are true classes, columns
+        predictions of one head.
+        """
         classes = next(iter(self.biases.values())).shape[1]
         counts = torch.zeros(classes * classes, dtype=torch.long, device=self.rates.device)
-        for logits, y in self._answers(features, labels, chunk):
+        for logits, y in self._evaluate(features, labels, chunk):
             counts += torch.bincount(
                 y * classes + logits[:, head].argmax(dim=1), minlength=classes * classes
             )
         return counts.view(classes, classes)
 
-    def _answers(self, features, labels, chunk):
-        """(logits, labels) of chunk after chunk, as an evaluation finds them."""
+    def _evaluate(self, features, labels, chunk):
+        """(logits, labels) of one chunk after another, in eval mode."""
         self.eval()
         for x, y in zip(features.split(chunk), labels.split(chunk), strict=True):
             with torch.no_grad():
                 logits = self.logits(x.to(self.rates.device))
             yield logits, y.to(self.rates.device)
         self.train()
-
-
-def class_share(
-    labels: Tensor, classes: list, share: float, keys: Tensor, both_sides: bool = False
-) -> Tensor:
-    """(n,) bool: of each class the same share of its images, those with the smallest keys, so that a smaller share is part
-    of a larger one; both_sides: at least one image of a class inside, and one outside.
-
-    labels (n,) int64 into classes, the names; keys (n,) any numbers, one an image. Raises UsageError where a class would be
-    left without images.
-    """
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        members = (labels == label).nonzero().squeeze(1)
-        count = round(share * len(members))
-        if both_sides:
-            count = min(max(count, 1), len(members) - 1)
-        if not count:
-            found = f"class {classes[label]} with its {len(members)} images"
-            raise UsageError(f"a share of {share:g} leaves {found} none: use a larger one")
-        chosen[members[keys[members].argsort()[:count]]] = True
-    return chosen

@@ -1,232 +1,218 @@
-"""The flags of main_lincls.py, checked before anything runs. As options.py, it imports nothing slow."""
+"""The flags of main_lincls.py, checked before anything runs. Imports nothing slow."""
 
 import argparse
+import math
 import os
 import sys
 
 from .. import options
 from ..running.errors import UsageError, one_clear_line
 
-RATES = tuple(round(10 ** (-3 + step / 3), 6) for step in range(13))  # 1e-3 .. 1e1, three a decade
-POSITIVE = (
-    "epochs",
-    "batch_size",
-    "cache_copies",
-    "crop_min",
-    "heldout",
-    "patch_size",
-    "width",
-    "label_fraction",
-)
-POSITIVE += ("lr", "head_lr", "layer_decay")
+# 0.001 to 10, three a decade
+RATES = tuple(round(10 ** (-3 + step / 3), 6) for step in range(13))
+PROTOCOLS = ("grid", "mocov3")
+STATE_FILE = "lincls_last.pth.tar"  # in the workdir
+POSITIVE = ("epochs", "batch_size", "cache_copies", "crop_min", "heldout", "patch_size", "width")
+POSITIVE += ("label_fraction", "lr", "head_lr", "layer_decay")  # other numbers may be 0
+
+# Settings that may change on resume. (Of --pretrained the weights are compared.)
+FREE_ON_RESUME = {"data", "val", "labels", "val_labels", "workers", "workdir", "resume"}
+FREE_ON_RESUME |= {"pretrained", "retrain"}
+
+# Settings that cannot change the features of the training images. All others are part of the key of
+# --cache-features, and so are the encoder's weights and the precision in use.
+NOT_IN_FEATURES = {"val", "val_labels", "download", "workers", "workdir", "resume", "retrain"}
+NOT_IN_FEATURES |= {"pretrained", "amp", "epochs", "batch_size", "lrs"}
+NOT_IN_FEATURES |= {"cache_features", "cache_limit_gb"}
+NOT_IN_FEATURES |= {"finetune", "optimizer", "lr", "head_lr", "wd", "layer_decay", "warmup_epochs"}
+
+# Defaults of the grid's settings that --protocol mocov3 fixes: there these flags are refused.
+GRID = {"lrs": list(RATES), "select": "heldout", "heldout": 0.1}
+GRID |= {"retrain": False, "cache_features": False, "cache_copies": 1}
+SMALL = 64  # px; up to this size, the grid trains on whole images by default
+CROP_MIN, SMALL_CROP_MIN = 0.08, 1.0
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags, in groups."""
+    """All flags, in groups. A default of None is filled in by `parse` or `resolve_training`."""
     parser = options.new_parser(
         "main_lincls.py",
-        "What a checkpoint is worth: kNN and a grid of linear probes on its frozen encoder.",
+        "Evaluates an encoder: kNN and linear probes on its frozen features, or fine-tuning.",
     )
     on_off = argparse.BooleanOptionalAction
     g = parser.add_argument_group("encoder")
-    g.add_argument(
-        "--pretrained", metavar="FILE", help="checkpoint or state dict, any layout (required)"
-    )
-    what = "which one, where the file has both; untrained: its architecture at a random start; pixels: no encoder"
-    g.add_argument(
-        "--encoder",
-        choices=("online", "momentum", "untrained", "pixels"),
-        default="online",
-        help=what,
-    )
+    text = "checkpoint or state dict in any layout (required)"
+    g.add_argument("--pretrained", metavar="FILE", help=text)
+    text = "encoder of the file; untrained: its architecture, random weights; pixels: no encoder"
+    choices = ("online", "momentum", "untrained", "pixels")
+    g.add_argument("--encoder", choices=choices, default="online", help=text)
     options.add_backbone_flags(parser, default_arch=None)
-    parser.set_defaults(
-        patch_size=None, small_stem=None
-    )  # as the file says; else open_encoder's defaults
+    parser.set_defaults(patch_size=None, small_stem=None)  # from the file, else load_encoder's
     options.add_data_flags(parser)
 
     g = parser.add_argument_group("labels")
-    g.add_argument(
-        "--label-fraction",
-        type=float,
-        metavar="SHARE",
-        help="of each class's training images, by --subset-seed",
-    )
-    g.add_argument(
-        "--label-list", metavar="FILE", help="file names of the training images to use, one a line"
-    )
+    text = "share of each class's training images to use, chosen by --subset-seed"
+    g.add_argument("--label-fraction", type=float, metavar="SHARE", help=text)
+    text = "text file with the names of the training images to use, one a line"
+    g.add_argument("--label-list", metavar="FILE", help=text)
 
     g = parser.add_argument_group("training")
-    g.add_argument(
-        "--epochs",
-        type=int,
-        metavar="N",
-        help="passes over the images (default: 90; fine-tuning: 50)",
-    )
-    g.add_argument(
-        "-b",
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="global batch (default: 1024; fine-tuning: 256)",
-    )
-    g.add_argument(
-        "--crop-min",
-        type=float,
-        default=0.08,
-        metavar="SHARE",
-        help="smallest training crop, as share of the area",
-    )
-    g.add_argument("--amp", choices=options.AMP, default="auto", help="16-bit encoder")
-    g.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of start, order, crops and held-out images",
-    )
+    text = "passes over the images (default: 90; fine-tuning: 50)"
+    g.add_argument("--epochs", type=int, metavar="N", help=text)
+    text = "images a step, over all ranks (default: 1024, less for sets that give fewer than 16 "
+    text += "steps an epoch; fine-tuning: 256)"
+    g.add_argument("-b", "--batch-size", type=int, metavar="N", help=text)
+    text = f"smallest training crop, as a share of the area (default: {CROP_MIN}; "
+    text += f"for the grid up to {SMALL} px: {SMALL_CROP_MIN:g}, whole images)"
+    g.add_argument("--crop-min", type=float, metavar="SHARE", help=text)
+    text = "precision of the encoder (default: auto, 16 bits where native; mocov3: off)"
+    g.add_argument("--amp", choices=options.AMP, help=text)
+    text = "seed of initialisation, order, crops and held-out images"
+    g.add_argument("--seed", type=int, default=0, metavar="N", help=text)
 
     g = parser.add_argument_group("linear probe")
-    g.add_argument(
-        "--lrs",
-        type=float,
-        nargs="+",
-        default=list(RATES),
-        metavar="LR",
-        help="base rates; each times batch/256",
-    )
-    g.add_argument(
-        "--select",
-        choices=("heldout", "val"),
-        default="heldout",
-        help="images that choose the head",
-    )
-    g.add_argument(
-        "--heldout",
-        type=float,
-        default=0.1,
-        metavar="SHARE",
-        help="of each class, for --select heldout",
-    )
-    g.add_argument(
-        "--cache-features",
-        action=on_off,
-        default=False,
-        help="encode once, then train on the features",
-    )
-    g.add_argument(
-        "--cache-copies",
-        type=int,
-        default=1,
-        metavar="N",
-        help="1: the test view; more: N random crops each",
-    )
-    g.add_argument(
-        "--cache-limit-gb",
-        type=float,
-        default=4,
-        metavar="GB",
-        help="larger caches go to disk, into --workdir",
-    )
+    text = "grid: many heads, the best on held-out training images; mocov3: as published, one head "
+    text += "at one rate on all images, float32"
+    g.add_argument("--protocol", choices=PROTOCOLS, default="grid", help=text)
+    text = "learning rates of the grid, each times batch/256 (default: 0.001 to 10 in 13 steps)"
+    g.add_argument("--lrs", type=float, nargs="+", metavar="LR", help=text)
+    text = "images that choose the head of the grid (default: heldout)"
+    g.add_argument("--select", choices=("heldout", "val"), help=text)
+    text = "share of each class that --select heldout holds out of training (default: 0.1)"
+    g.add_argument("--heldout", type=float, metavar="SHARE", help=text)
+    text = "then train the chosen head again, on all training images (default: off)"
+    g.add_argument("--retrain", action=on_off, help=text)
+    text = "encode the training images once, and train on these features (default: off)"
+    g.add_argument("--cache-features", action=on_off, help=text)
+    text = "1: the view used for testing; more: this many random crops of each image (default: 1)"
+    g.add_argument("--cache-copies", type=int, metavar="N", help=text)
+    text = "above this size, cached features are a file in --workdir"
+    g.add_argument("--cache-limit-gb", type=float, default=4, metavar="GB", help=text)
 
     g = parser.add_argument_group("fine-tuning")
-    what = "train the encoder, too; of an untrained one: supervised from scratch"
-    g.add_argument("--finetune", action=on_off, default=False, help=what)
-    g.add_argument(
-        "--optimizer", choices=("sgd", "adamw"), help="default: adamw for ViTs, sgd for others"
-    )
-    g.add_argument(
-        "--lr",
-        type=float,
-        metavar="LR",
-        help="peak of the encoder, times batch/256 (default: by optimiser)",
-    )
-    g.add_argument(
-        "--head-lr",
-        type=float,
-        metavar="LR",
-        help="that of the head (default: ten times --lr; untrained: as --lr)",
-    )
-    g.add_argument(
-        "--wd",
-        type=float,
-        metavar="WD",
-        help="weight decay of matrices and filters (default: by optimiser)",
-    )
-    g.add_argument(
-        "--layer-decay",
-        type=float,
-        metavar="F",
-        help="rate from layer to layer downwards (default: ViTs 0.75)",
-    )
-    g.add_argument(
-        "--warmup-epochs",
-        type=float,
-        metavar="E",
-        help="linear warm-up (default: a tenth of --epochs)",
-    )
+    text = "train the encoder, too; with --encoder untrained: supervised training from scratch"
+    g.add_argument("--finetune", action=on_off, default=False, help=text)
+    text = "default: adamw for ViTs, sgd for others"
+    g.add_argument("--optimizer", choices=("sgd", "adamw"), help=text)
+    text = "peak rate of the encoder, times batch/256 (default: depends on the optimiser)"
+    g.add_argument("--lr", type=float, metavar="LR", help=text)
+    text = "peak rate of the head (default: ten times --lr; untrained encoder: the same as --lr)"
+    g.add_argument("--head-lr", type=float, metavar="LR", help=text)
+    text = "weight decay of matrices and filters (default: depends on the optimiser)"
+    g.add_argument("--wd", type=float, metavar="WD", help=text)
+    text = "rate of a layer, relative to the layer after it (default: 0.75 for ViTs, else 1)"
+    g.add_argument("--layer-decay", type=float, metavar="F", help=text)
+    text = "linear warm-up (default: a tenth of --epochs)"
+    g.add_argument("--warmup-epochs", type=float, metavar="E", help=text)
 
     g = parser.add_argument_group("run")
-    g.add_argument(
-        "--workdir",
-        metavar="DIR",
-        help="where everything is left (default: a new folder beside FILE)",
-    )
-    g.add_argument(
-        "--resume", choices=("auto",), help="auto: go on from --workdir, if there is anything"
-    )
+    text = "folder of results and state (default: a new folder beside FILE)"
+    g.add_argument("--workdir", metavar="DIR", help=text)
+    text = "auto: continue the evaluation in --workdir, if there is one"
+    g.add_argument("--resume", choices=("auto",), help=text)
     return parser
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Flags to settings, checked. Raises UsageError. What the checkpoint decides (arch, sizes, mean and std) is still open."""
+    """Flags to settings, checked. Raises UsageError.
+
+    The checkpoint decides arch, image size, mean and std later; `resolve_training` fills in what
+    depends on the images.
+    """
     args = build_parser().parse_args(argv)
     if args.pretrained is None:
         raise UsageError("--pretrained FILE is needed: the checkpoint to evaluate")
     if not os.path.isfile(args.pretrained):
         raise UsageError(f"--pretrained {args.pretrained}: there is no such file")
+    _resolve_protocol(args)
     if args.epochs is None:
         args.epochs = 50 if args.finetune else 90
-    if args.batch_size is None:
-        args.batch_size = 256 if args.finetune else 1024
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 10
     options.resolve_resume(args)
     options.resolve_data(args)
     options.check_data(args, POSITIVE)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world_size:
+    _check(args)
+    if args.workdir is None:
+        args.workdir = f"{os.path.splitext(args.pretrained)[0]}_lincls"
+    if os.path.exists(os.path.join(args.workdir, "metrics.jsonl")):
         raise UsageError(
-            f"--batch-size {args.batch_size} is global and must be divisible by the {world_size} ranks"
+            f"--workdir {args.workdir} is the folder of a pretraining run, "
+            "whose args.json would be lost: choose a new one"
         )
+    options.check_workdir(args.workdir, args.resume, ("results.json", STATE_FILE))
+    return args
+
+
+def _resolve_protocol(args):
+    """Fill in the defaults of the protocol; UsageError for flags that contradict it."""
+    given = [name for name in (*GRID, "crop_min") if getattr(args, name) is not None]
+    if args.protocol == "mocov3" and (given or args.amp not in (None, "off")):
+        flag = (given or ["amp"])[0].replace("_", "-")
+        raise UsageError(
+            "--protocol mocov3 fixes rate, crops, training images and precision: "
+            f"leave out --{flag}, or use --protocol grid"
+        )
+    if args.finetune and (args.protocol != "grid" or args.retrain):
+        flag = "--retrain" if args.retrain else f"--protocol {args.protocol}"
+        raise UsageError(f"{flag} is for the linear probe: leave it or --finetune out")
+    if args.retrain and args.select == "val":
+        raise UsageError("--retrain needs held-out images: with --select val there are none")
+    for name, value in GRID.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.amp is None:
+        args.amp = "off" if args.protocol == "mocov3" else "auto"
+
+
+def _check(args):
+    """Raises UsageError for values that cannot work."""
+    if args.batch_size is not None:
+        check_batch_size(args.batch_size)
     if not all(0 < rate < float("inf") for rate in args.lrs):
         raise UsageError(f"--lrs must be above 0, found {args.lrs}")
-    if not args.heldout < 1 or not args.crop_min <= 1:
+    if not args.heldout < 1:
+        raise UsageError(f"--heldout must be below 1, found {args.heldout}")
+    for name in ("crop_min", "label_fraction", "layer_decay"):
+        if (getattr(args, name) or 0) > 1:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} must be at most 1, found {getattr(args, name)}")
+    if args.warmup_epochs >= args.epochs:
         raise UsageError(
-            f"--heldout must be below 1 and --crop-min at most 1, found {args.heldout} and {args.crop_min}"
-        )
-    if (
-        (args.label_fraction or 0) > 1
-        or (args.layer_decay or 0) > 1
-        or args.warmup_epochs >= args.epochs
-    ):
-        raise UsageError(
-            "--label-fraction and --layer-decay are at most 1, and --warmup-epochs below --epochs"
+            "--warmup-epochs must be less than --epochs, "
+            f"found {args.warmup_epochs:g} and {args.epochs}"
         )
     if args.label_list is not None and not os.path.isfile(args.label_list):
         raise UsageError(f"--label-list {args.label_list}: there is no such file")
     if args.label_list is not None and args.label_fraction is not None:
         raise UsageError("--label-list and --label-fraction exclude each other")
     if args.finetune and args.encoder == "pixels":
-        raise UsageError("--finetune has nothing to train with --encoder pixels")
-    if args.workdir is None:
-        args.workdir = f"{os.path.splitext(args.pretrained)[0]}_lincls"
-    if os.path.exists(os.path.join(args.workdir, "metrics.jsonl")):
+        raise UsageError("--finetune cannot train --encoder pixels: it has no weights")
+
+
+def resolve_training(args: argparse.Namespace, num_images: int) -> None:
+    """Fill in --batch-size and --crop-min for num_images training images of args.img_size.
+
+    Of a 32-px image the published crops (at least 8 % of the area) leave 9 px. A probe that is
+    trained on them is worse on whole images than kNN (docs/RESULTS.md). Raises UsageError.
+    """
+    is_grid = args.protocol == "grid" and not args.finetune
+    if args.batch_size is None:
+        args.batch_size = 256 if args.finetune else 1024
+        if is_grid and num_images < 16 * args.batch_size:
+            args.batch_size = 2 ** max(3, int(math.log2(num_images / 16)))
+        check_batch_size(args.batch_size)
+    if args.crop_min is None:
+        args.crop_min = SMALL_CROP_MIN if is_grid and args.img_size <= SMALL else CROP_MIN
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises UsageError if the ranks cannot share a batch equally."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % world_size:
         raise UsageError(
-            f"--workdir {args.workdir} is that of a pretraining run, whose args.json would be lost: choose a new one"
+            f"--batch-size {batch_size} is global and must be divisible by the {world_size} ranks"
         )
-    options.check_workdir(args.workdir, args.resume, ("results.json", "lincls_last.pth.tar"))
-    return args
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ GROUPS = {
     "neighbours": ("neighbour_similarity", "positiveness_entropy", "neighbour_purity"),
     "features": ("feature_std", "effective_rank", "view_agreement"),
     "speed": ("images_per_s", "data_wait", "slowest_step_s"),
-    "eval": ("knn_top1", "raw_pixels_knn_top1"),
+    "eval": ("knn_top1", "knn200_top1", "raw_pixels_knn_top1"),
 }
 
 

@@ -25,11 +25,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import main_lincls  # noqa: E402
 from snclr import builder, optim, options  # noqa: E402
 from snclr.datasets import decoding, shards, sources  # noqa: E402
 from snclr.evaluation import linear
 from snclr.evaluation import options as lincls_options  # noqa: E402
+from snclr.evaluation import state as probe_state  # noqa: E402
+from snclr.evaluation.options import STATE_FILE  # noqa: E402
 from snclr.running import checkpoint, log  # noqa: E402
 from snclr.running.errors import RunError, UsageError  # noqa: E402
 from snclr.weights import reading as weights  # noqa: E402
@@ -248,10 +249,11 @@ def encoder_content(seeds, random):
 
 def probe_content(seeds, random):
     state = bend_value(random, seeds.probe) if random.random() < 0.9 else seeds.probe
-    seeds.write(main_lincls.LAST, seeds.saved(state))
-    settings = argparse.Namespace(**seeds.probe["args"], workdir=str(seeds.folder))
+    seeds.write(STATE_FILE, seeds.saved(state))
+    settings = argparse.Namespace(**seeds.probe["args"], workdir=str(seeds.folder), resume="auto")
     grid, optimizer = seeds.fresh_probe()
-    main_lincls.resume(argparse.Namespace(args=settings, digest="x"), grid, optimizer)
+    task = argparse.Namespace(args=settings, encoder_digest="x")
+    probe_state.resume(task, STATE_FILE, grid, optimizer)
     grid.train_step(optimizer, torch.randn(4, 4), torch.arange(4) % 3)
 
 

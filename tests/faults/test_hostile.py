@@ -16,6 +16,7 @@ import main_snclr
 import snclr
 from snclr import export
 from snclr.datasets import shards, sources
+from snclr.evaluation.options import STATE_FILE
 from snclr.running.errors import UsageError
 
 
@@ -97,7 +98,7 @@ def test_neither_the_state_of_a_probe_nor_a_feature_cache_nor_an_index_runs_code
     target = tmp_path / "executed"
     work = tmp_path / "probe"
     work.mkdir()
-    torch.save({"epoch": 1, "model": Malicious(target)}, work / main_lincls.LAST)
+    torch.save({"epoch": 1, "model": Malicious(target)}, work / STATE_FILE)
     with pytest.raises(UsageError, match="nothing else is loaded"):
         lincls(images, finished / "encoder_last.pth.tar", work, "--resume", "auto")
     # a cache is raw numbers, whatever its bytes are: it is mapped, never parsed

@@ -18,6 +18,8 @@ import main_lincls
 import main_snclr
 from snclr.datasets import decoding, sources
 from snclr.evaluation import knn
+from snclr.evaluation import probe as linear_probe
+from snclr.evaluation.options import STATE_FILE
 from snclr.running import log, provenance
 from snclr.running.errors import Interrupted, RunError
 
@@ -165,15 +167,15 @@ def test_a_probe_ends_at_a_signal_and_goes_on_from_its_last_whole_epoch(
 ):
     whole = probe(images, alone, tmp_path / "whole")
     third = signalled(
-        main_lincls.accuracies, 3, number
+        linear_probe.accuracies, 3, number
     )  # before the first, after it, after the second epoch
     with monkeypatch.context() as patch:
-        patch.setattr(main_lincls, "accuracies", third)
+        patch.setattr(linear_probe, "accuracies", third)
         with pytest.raises(
             Interrupted, match=f"{number.name}: ended; the same command with --resume auto goes on"
         ):
             probe(images, alone, tmp_path / "parts")
-    assert torch.load(tmp_path / "parts" / main_lincls.LAST, weights_only=True)["epoch"] == 1
+    assert torch.load(tmp_path / "parts" / STATE_FILE, weights_only=True)["epoch"] == 1
     assert not (tmp_path / "parts/results.json").exists()
     assert probe(images, alone, tmp_path / "parts", "--resume", "auto") == whole
 
@@ -190,11 +192,11 @@ def test_a_probe_of_two_ranks_ends_at_a_signal_to_the_launcher(images, undisturb
         "8",
     ]
     run = attack.start("main_lincls.py", images, *flags, "--heldout", "0.2", "--crop-min", "0.5")
-    attack.wait_for((tmp_path / main_lincls.LAST).exists, run)
+    attack.wait_for((tmp_path / STATE_FILE).exists, run)
     run.send_signal(signal.SIGTERM)
     code, output = attack.ended(run, within=60)
     assert code == 75 and output.count("SIGTERM: ended") == 1 and "Traceback" not in output, output
-    assert torch.load(tmp_path / main_lincls.LAST, weights_only=True)["epoch"] > 0
+    assert torch.load(tmp_path / STATE_FILE, weights_only=True)["epoch"] > 0
 
 
 def test_a_probe_finishes_the_file_that_it_writes_before_it_heeds_a_signal(
@@ -206,7 +208,7 @@ def test_a_probe_finishes_the_file_that_it_writes_before_it_heeds_a_signal(
     )
     with pytest.raises(Interrupted):
         probe(images, alone, tmp_path)
-    assert torch.load(tmp_path / main_lincls.LAST, weights_only=True)["epoch"] == 1
+    assert torch.load(tmp_path / STATE_FILE, weights_only=True)["epoch"] == 1
 
 
 def test_a_save_that_failed_is_not_called_saved(images, tmp_path, monkeypatch):

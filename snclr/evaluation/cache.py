@@ -1,0 +1,103 @@
+"""Features of the training images that are encoded once and then kept for all epochs of a probe: in
+memory, or in a memory-mapped file if they are large.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..loader import EVALUATION_BATCH, ViewLoader, whole_images
+from ..running.distributed import all_gather, barrier, local_rank_zero, rank, world_size
+from ..running.errors import RunError
+from .linear import kinds_of
+from .options import NOT_IN_FEATURES
+from .task import Task
+
+
+def cached_features(task: Task, loader: ViewLoader) -> Tensor:
+    """Features (copies, n, F) float32 of all images of a loader, the same on every rank.
+
+    --cache-copies 1: the view that evaluation uses; more: that many random crops of each image,
+    those of epochs 0 .. copies - 1 of `loader`. Above --cache-limit-gb the array is a memory-mapped
+    file in --workdir, one for all ranks of a machine. The file gets its name only when it is
+    complete. The name holds a hash of everything that the features depend on, so that a later start
+    finds the file, and never takes a file of other features for it. Raises RunError if the file
+    cannot be written.
+    """
+    args, images = task.args, loader.images
+    copies, width = args.cache_copies, max(kinds_of(task.encoder).values())
+    shape = (copies, len(images), width)
+    views = range(copies) if copies > 1 else [None]
+    chunks = (chunk for copy in views for chunk in _in_order(task, loader, copy))
+    bytes_needed = 4 * math.prod(shape)
+    if bytes_needed <= args.cache_limit_gb * 2**30:
+        array, done = torch.empty(copies * len(images), width), 0
+        for chunk in chunks:
+            array[done : done + len(chunk)] = chunk
+            done += len(chunk)
+        return array.view(shape)
+    path = os.path.join(args.workdir, f"features_{cache_key(task, loader)[:16]}.f32")
+    if not os.path.exists(path) or os.path.getsize(path) != bytes_needed:
+        if local_rank_zero():
+            _write(path, chunks)
+        else:
+            for _ in chunks:
+                pass  # sends this rank's part to the rank that writes
+        barrier()
+    array = torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.float32)
+    return array.view(shape)
+
+
+def cache_key(task: Task, loader: ViewLoader) -> str:
+    """SHA-256 of everything that cached features depend on.
+
+    The settings are all but those of NOT_IN_FEATURES, so that a new flag is part of the key unless
+    it is declared there. (Images that were replaced under the same names are not noticed.)
+    """
+    settings = {name: x for name, x in vars(task.args).items() if name not in NOT_IN_FEATURES}
+    architecture = {name: x for name, x in task.info.items() if name not in ("epoch", "notes")}
+    precision = task.amp, task.device.type, torch.__version__
+    images = loader.images
+    parts = sorted(settings.items()), sorted(architecture.items()), task.encoder_digest, precision
+    sha = hashlib.sha256(repr((*parts, len(images))).encode())
+    sha.update(images.labels.numpy().tobytes())
+    sha.update(b"" if images.names is None else images.names.tobytes())
+    return sha.hexdigest()
+
+
+def _write(path: str, chunks: Iterable[Tensor]) -> None:
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.tmp", "wb") as file:
+            for chunk in chunks:
+                file.write(chunk.float().numpy())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise RunError(
+            f"cannot write the features to {path}: {error.strerror}; choose another --workdir"
+        ) from error
+
+
+def _in_order(task, loader, copy) -> Iterable[Tensor]:
+    """Features (c, F) on the CPU, chunk by chunk; every rank encodes its part of each."""
+    images, chunk = loader.images, EVALUATION_BATCH * world_size()
+    starts = range(0, len(images), chunk)
+    # all ranks must send equal numbers of features: image 0 fills up the last chunk
+    parts = [np.arange(start, start + chunk).reshape(world_size(), -1)[rank()] for start in starts]
+    parts = [np.where(part < len(images), part, 0) for part in parts]
+    if copy is None:
+        indices, size = np.concatenate(parts), loader.recipe.views[0].size
+        batches = whole_images(
+            images, indices, size=size, device=task.device, workers=task.args.workers
+        )
+    else:
+        batches = (x for _, (x,) in loader.load([(copy, part, (0,)) for part in parts]))
+    for start, batch in zip(starts, batches, strict=True):
+        yield all_gather(task.embed(batch))[: len(images) - start].cpu()

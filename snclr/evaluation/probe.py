@@ -1,0 +1,229 @@
+"""Trains linear classifiers on frozen features, and reports the one that was chosen on held-out
+images.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..datasets.images import ImageSet
+from ..loader import ViewLoader
+from ..running import distributed
+from . import features, state
+from .cache import cached_features
+from .labels import hold_out
+from .linear import NORMS, LinearGrid, kinds_of
+from .options import STATE_FILE
+from .task import Task, crop_loader, rank_batches, report_epoch, steps_per_epoch
+
+RETRAIN_FILE = "retrain_last.pth.tar"  # in the workdir
+MOCOV3_RATES = {"vit": 3.0, "resnet": 0.1}  # Chen et al. 2021 and their code, by kind of encoder
+PRECISIONS = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}
+Share = tuple[Tensor, Tensor]  # features (n_r, F) and labels (n_r,) of this rank's part of a set
+
+
+def run(task: Task, train_share: Share, val_share: Share) -> tuple[dict, np.ndarray]:
+    """Train by --protocol; returns the results and the confusion counts (classes, classes)."""
+    args = task.args
+    if args.protocol == "mocov3":
+        result, counts = run_mocov3(task, val_share)
+    else:
+        result, counts = run_grid(task, train_share, val_share)
+        if args.retrain:
+            result |= retrain(task, result["best_head"], val_share)
+    if features.digest(task.encoder) != task.encoder_digest:
+        raise RuntimeError("the encoder has changed during its evaluation: this must not happen")
+    names = ("protocol", "epochs", "batch_size", "crop_min")
+    result["probe"] = {name: getattr(args, name) for name in names} | {"amp": task.amp}
+    if args.cache_features:
+        result["probe"]["cache_copies"] = args.cache_copies
+    return result, counts
+
+
+def run_grid(task: Task, train_share: Share, val_share: Share) -> tuple[dict, np.ndarray]:
+    """Train a grid of heads on the images that are not held out; report the best on those that are.
+
+    With --select val nothing is held out, and the validation images choose.
+    """
+    args, train, select = task.args, task.train, task.args.select
+    is_held = torch.zeros(len(train), dtype=torch.bool)
+    if select == "heldout":
+        is_held = hold_out(train, args.heldout, args.seed)
+    rank_held = is_held[distributed.rank() :: distributed.world_size()]
+    heldout_share = train_share[0][rank_held], train_share[1][rank_held]
+    fit = train.select(np.flatnonzero(~is_held.numpy()))
+    grid = new_heads(task, kinds_of(task.encoder), args.lrs)
+    evaluated = val_share if select == "val" else heldout_share
+    selected, _ = train_heads(task, grid, fit, evaluated, STATE_FILE, f"best {select}")
+    heads = results_of(task, grid, args.lrs, val_share)
+    for head, top1 in zip(heads, selected[0].tolist(), strict=True):
+        head[f"{select}_top1"] = top1
+    best = int(selected[0].argmax())
+    choice = (
+        f"{int(is_held.sum())} held-out training images; trained on the other {len(fit)}"
+        if select == "heldout"
+        else f"the validation images, on which it is also reported; trained on {len(fit)}"
+    )
+    protocol = f"grid: best of {len(heads)} heads on {choice}; {describe_training(task)}"
+    task.log(table(heads, args.lrs))
+    report(task, "linear probe", heads[best], protocol)
+    result = {**result_of(heads[best]), "select": select, "protocol": protocol, "heads": heads}
+    return result, distributed.all_sum(grid.confusion(best, *val_share)).cpu().numpy()
+
+
+def retrain(task: Task, head: dict, val_share: Share) -> dict:
+    """Train the chosen head of the grid again, alone and on all training images."""
+    kind, lrs = head["features"], [head["lr"]]
+    dims = {kind: kinds_of(task.encoder)[kind]}
+    heads = new_heads(task, dims, lrs, (head["norm"],))
+    train_heads(task, heads, task.train, val_share, RETRAIN_FILE, "retrained, val")
+    (retrained,) = results_of(task, heads, lrs, val_share)
+    report(task, "retrained probe", retrained, f"on all {len(task.train)} training images")
+    return {"retrained_top1": retrained["val_top1"], "retrained_top5": retrained["val_top5"]}
+
+
+def run_mocov3(task: Task, val_share: Share) -> tuple[dict, np.ndarray]:
+    """MoCo v3's protocol: one plain head on the class token or pooled features of all images.
+
+    Its learning rate is the published one and changes from epoch to epoch, not from step to step.
+    One difference: an incomplete last batch is left out, so each epoch has whole batches only.
+    """
+    kind, width = next(iter(kinds_of(task.encoder).items()))
+    lrs = [MOCOV3_RATES[getattr(task.encoder, "kind", "resnet")]]
+    heads = new_heads(task, {kind: width}, lrs, ("plain",))
+    _, history = train_heads(task, heads, task.train, val_share, STATE_FILE, "val")
+    (head,) = results_of(task, heads, lrs, val_share)
+    best = int(np.argmax(history))
+    protocol = f"mocov3: one head on all {len(task.train)} training images, after the last epoch"
+    protocol += f"; {describe_training(task)}"
+    report(task, "linear probe", head, protocol)
+    task.log(f"  best epoch on the validation images: {best + 1}, top-1 {history[best]:.2f} %")
+    result = {**result_of(head), "protocol": protocol, "heads": [head]}
+    result |= {"best_epoch": best + 1, "best_epoch_top1": history[best]}
+    return result, distributed.all_sum(heads.confusion(0, *val_share)).cpu().numpy()
+
+
+def new_heads(
+    task: Task, dims: dict[str, int], lrs: list[float], norms: Sequence[str] = NORMS
+) -> LinearGrid:
+    """Heads at rates lrs * batch/256."""
+    rates = [lr * task.args.batch_size / 256 for lr in lrs]
+    heads = LinearGrid(dims, len(task.train.classes), rates, task.args.seed, norms)
+    return heads.to(task.device)
+
+
+def train_heads(
+    task: Task, heads: LinearGrid, images: ImageSet, evaluated: Share, state_file: str, title: str
+) -> tuple[Tensor, list[float]]:
+    """Train all heads on images for --epochs, or for the rest of them after a resume.
+
+    Returns top-1 and top-5 (2, heads) in percent on `evaluated` after the last epoch, and the best
+    head's top-1 after each epoch. title: name of that top-1 in the progress lines.
+    """
+    args, labels = task.args, images.labels.to(task.device)
+    steps = steps_per_epoch(images, args.batch_size)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
+    epoch, history = state.resume(task, state_file, heads, optimizer)
+    loader = crop_loader(task, images)
+    cached = cached_features(task, loader) if args.cache_features else None
+    correct, start = accuracies(heads, *evaluated), time.perf_counter()
+    while epoch < args.epochs:
+        for step, (ids, x) in enumerate(epoch_features(task, images, loader, epoch, cached)):
+            position = epoch if args.protocol == "mocov3" else epoch + step / steps
+            factor = 0.5 * (1 + math.cos(math.pi * position / args.epochs))
+            optimizer.param_groups[0]["lr"] = factor
+            heads.train_step(optimizer, x, labels[ids])
+        epoch += 1
+        correct = accuracies(heads, *evaluated)
+        history.append(correct[0].max().item())
+        report_epoch(task, loader, epoch, f"{title} top-1 {history[-1]:.2f} %", start)
+        state.save(task, state_file, heads, optimizer, epoch, history)
+    return correct, history
+
+
+def epoch_features(
+    task: Task, images: ImageSet, loader: ViewLoader, epoch: int, cached: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's (ids, features) of each batch of an epoch: from the cache, or of random crops
+    that are encoded now.
+    """
+    parts = rank_batches(task, images, epoch)
+    if cached is None:
+        for ids, (x,) in loader.load([(epoch, part, (0,)) for part in parts]):
+            yield ids, task.embed(x)
+        return
+    for part in parts:
+        ids, x = torch.from_numpy(part), cached[epoch % len(cached), part]
+        if task.device.type == "cuda":
+            x = x.pin_memory()  # the host would wait for a copy from pageable memory
+        yield ids.to(task.device, non_blocking=True), x.to(task.device, non_blocking=True)
+
+
+def accuracies(heads: LinearGrid, x: Tensor, labels: Tensor) -> Tensor:
+    """Top-1 and top-5 of every head in percent, (2, heads), over the images of all ranks."""
+    total = distributed.all_sum(torch.tensor(float(len(labels)), device=heads.rates.device))
+    return 100 * distributed.all_sum(heads.correct(x, labels)).cpu().double() / total.cpu()
+
+
+def results_of(task: Task, heads: LinearGrid, lrs: list[float], val_share: Share) -> list[dict]:
+    """Of each head its features, norm, base rate, and top-1 and top-5 on the validation images."""
+    top1, top5 = accuracies(heads, *val_share).tolist()
+    return [
+        {
+            "features": kind,
+            "norm": norm,
+            "lr": lrs[rate],
+            "val_top1": top1[number],
+            "val_top5": top5[number],
+        }
+        for number, (kind, norm, rate) in enumerate(heads.names())
+    ]
+
+
+def result_of(head: dict) -> dict:
+    """The entries of results.json about the reported head."""
+    return {
+        "linear_top1": head["val_top1"],
+        "linear_top5": head["val_top5"],
+        "best_lr": head["lr"],
+        "best_head": head,
+    }
+
+
+def describe_training(task: Task) -> str:
+    """Schedule, crops and precision, for the description of the protocol."""
+    args = task.args
+    crops = f"crops of at least {args.crop_min:.0%} of the area"
+    if args.crop_min == 1:
+        crops = "whole images, flipped at random"
+    if args.cache_features:
+        crops = f"{args.cache_copies} copies: {crops}" if args.cache_copies > 1 else "no crops"
+    return (
+        f"{args.epochs} epochs, batch {args.batch_size}, {crops}, encoder in {PRECISIONS[task.amp]}"
+    )
+
+
+def report(task: Task, title: str, head: dict, protocol: str) -> None:
+    """Print the result of a head."""
+    task.log(
+        f"{title}: top-1 {head['val_top1']:.2f} %, top-5 {head['val_top5']:.2f} % "
+        f"on {len(task.val)} images"
+    )
+    task.log(f"  ({protocol}; {head['features']}, {head['norm']}, base lr {head['lr']:g})")
+
+
+def table(heads: list[dict], rates: list[float]) -> str:
+    """Validation top-1 of every head as text: one line for each learning rate, one column for each
+    input.
+    """
+    inputs = list(dict.fromkeys((head["features"], head["norm"]) for head in heads))
+    names = [f"{kind}, {norm}" for kind, norm in inputs]
+    lines = ["base lr    " + "  ".join(f"{name:>20}" for name in names)]
+    for number, rate in enumerate(rates):
+        cells = [heads[column * len(rates) + number]["val_top1"] for column in range(len(inputs))]
+        lines.append(f"{rate:<9g}  " + "  ".join(f"{top1:>18.2f} %" for top1 in cells))
+    return "\n".join(lines)

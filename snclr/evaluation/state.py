@@ -1,0 +1,88 @@
+"""Saves and resumes the training of an evaluation: after each epoch, classifier and optimiser in
+one file of the workdir.
+"""
+
+import os
+
+import torch
+from torch import nn
+
+from ..running import checkpoint, distributed, tensor_files
+from ..running.errors import UsageError, first_line
+from ..running.preemption import signals_wait
+from ..running.provenance import versions_and_commit
+from .options import FREE_ON_RESUME
+from .task import Task
+
+KINDS = dict(epoch=int, model=dict, optimizer=dict, args=dict, encoder_digest=str)
+
+
+def save(
+    task: Task,
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    history: list[float],
+) -> None:
+    """Write the state after `epoch` completed epochs to workdir/name, by rank 0; all ranks wait.
+
+    history: top-1 in percent after each epoch, or empty.
+    """
+    if distributed.rank() == 0:
+        settings = {
+            key: value for key, value in vars(task.args).items() if key not in FREE_ON_RESUME
+        }
+        content = {
+            "epoch": epoch,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "history": history,
+            "args": settings,
+            "encoder_digest": task.encoder_digest,
+            "provenance": versions_and_commit(),
+        }
+        with signals_wait():
+            tensor_files.save(os.path.join(task.args.workdir, name), content)
+    distributed.barrier()
+
+
+def resume(
+    task: Task, name: str, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[float]]:
+    """Load what `save` wrote, if --resume asks for it and the file exists: completed epochs and
+    history, else 0 and [].
+
+    Raises UsageError if the file is of another evaluation, or does not fit.
+    """
+    path = os.path.join(task.args.workdir, name)
+    if task.args.resume is None or not os.path.exists(path):
+        return 0, []
+    content = tensor_files.read(path)
+    if tensor_files.wrong_entries(content, KINDS):
+        raise UsageError(f"{path} is no state of an evaluation; choose a new --workdir")
+    changed = [
+        str(key)
+        for key, value in content["args"].items()
+        if tensor_files.differ(value, vars(task.args).get(key))
+    ]
+    changed += ["the encoder"] if content["encoder_digest"] != task.encoder_digest else []
+    if changed:
+        raise UsageError(
+            f"{path} is of another evaluation: {', '.join(changed)} changed; choose a new --workdir"
+        )
+    try:
+        epoch, history = content["epoch"], content.get("history", [])
+        if epoch not in range(task.args.epochs + 1):
+            raise ValueError("its epoch is not between 0 and --epochs")
+        if tensor_files.plain_tensors(content["model"]).keys() != content["model"].keys():
+            raise ValueError("its weights are no tensors")
+        if not isinstance(history, list) or not all(type(top1) is float for top1 in history):
+            raise ValueError("its history holds other things than numbers")
+        model.load_state_dict(content["model"])
+    except Exception as error:  # the file may hold anything, so torch may raise anything
+        raise UsageError(
+            f"{path} does not fit this evaluation: {first_line(error)}; choose a new --workdir"
+        ) from error
+    checkpoint.load_optimizer(path, content["optimizer"], optimizer)
+    return epoch, history

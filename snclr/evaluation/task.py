@@ -1,0 +1,66 @@
+"""The encoder and images of an evaluation, and how both kinds of training (probe and fine-tuning)
+pass over the images.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import augment
+from ..datasets.images import ImageSet
+from ..loader import ViewLoader, share
+from ..running.bad_images import record_bad_images
+from ..running.errors import UsageError
+
+
+class Task(NamedTuple):
+    """An encoder and the labelled images on which it is evaluated."""
+
+    args: argparse.Namespace
+    encoder: nn.Module
+    info: dict  # of snclr.weights.reading.open_encoder
+    encoder_digest: str  # SHA-256 of the encoder's weights before any training
+    embed: Callable[[Tensor], Tensor]  # images to frozen features, as linear.embedder makes it
+    train: ImageSet
+    val: ImageSet
+    device: torch.device
+    amp: str  # precision of the encoder: 'off', 'bf16' or 'fp16'
+    log: Callable[[str], None]  # prints a line on rank 0; does nothing on other ranks
+
+
+def steps_per_epoch(images: ImageSet, batch_size: int) -> int:
+    """Number of whole batches (global size) in an epoch. Raises UsageError if there is none."""
+    if batch_size > len(images):
+        raise UsageError(f"--batch-size {batch_size} exceeds the {len(images)} training images")
+    return len(images) // batch_size
+
+
+def rank_batches(task: Task, images: ImageSet, epoch: int) -> list[np.ndarray]:
+    """This rank's part of each batch of an epoch: indices into images."""
+    size = task.args.batch_size
+    order = augment.epoch_order(task.args.seed, epoch, len(images))
+    steps = steps_per_epoch(images, size)
+    return [share(order[step * size : (step + 1) * size]) for step in range(steps)]
+
+
+def crop_loader(task: Task, images: ImageSet) -> ViewLoader:
+    """Loads images in random crops, half of them flipped."""
+    args = task.args
+    recipe = augment.Recipe(args.seed, (augment.View(args.img_size, args.crop_min),))
+    return ViewLoader(images, recipe, task.device, args.workers)
+
+
+def report_epoch(task: Task, loader: ViewLoader, epoch: int, text: str, start: float) -> None:
+    """Print progress about ten times during training, and name images that could not be read. All
+    ranks call it.
+    """
+    if note := record_bad_images(loader.images, loader.replaced, task.args.workdir):
+        task.log(f"note: {note}")
+    epochs = task.args.epochs
+    if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
+        task.log(f"epoch {epoch}/{epochs}  {text}  {time.perf_counter() - start:.0f} s")
