@@ -33,7 +33,7 @@ from snclr.evaluation.task import Task
 from snclr.running import distributed, process_group
 from snclr.running.lock import hold
 from snclr.running.precision import resolve_amp
-from snclr.running.preemption import handlers_given_back, end_at_once
+from snclr.running.preemption import end_at_once, handlers_given_back
 from snclr.running.provenance import save_settings, versions_and_commit
 from snclr.running.safe_files import save_json, writing
 from snclr.weights import reading as weights
