@@ -26,10 +26,10 @@ LONGEST_FILE = 250
 LONGER = {
     "snclr.augment": 460,
     "snclr.backbones": 390,
-    "snclr.builder": 280,
+    "snclr.builder": 310,
     "snclr.datasets.images": 345,
     "snclr.datasets.sources": 280,
-    "snclr.objectives": 300,
+    "snclr.objectives": 325,
     "snclr.options": 730,
     "snclr.weights.libraries": 380,
 }
