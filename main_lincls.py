@@ -34,8 +34,9 @@ from snclr.running import distributed, process_group
 from snclr.running.lock import hold
 from snclr.running.precision import resolve_amp
 from snclr.running.preemption import end_at_once, handlers_given_back
-from snclr.running.provenance import save_settings, versions_and_commit
+from snclr.running.provenance import versions_and_commit
 from snclr.running.safe_files import save_json, writing
+from snclr.running.settings import save_settings
 from snclr.weights import reading as weights
 
 KNN_K = (10, 20, 100, 200)
@@ -54,7 +55,8 @@ def main(argv: list[str]) -> None:
 
     # -- encoder -------------------------------------------------------------------------------
     encoder, info = open_encoder(args)
-    args.img_size, args.mean, args.std = info["img_size"], info["mean"], info["std"]
+    args.img_size, args.grey_range = info["img_size"], info["grey_range"]
+    args.mean, args.std = info["mean"], info["std"]
 
     # -- data ----------------------------------------------------------------------------------
     train, val, notes = sources.open_data(args)
@@ -143,6 +145,7 @@ def open_encoder(args: argparse.Namespace) -> tuple[nn.Module, dict]:
         timm_kwargs=args.timm_kwargs,
         mean=args.mean,
         std=args.std,
+        grey_range=args.grey_range,
     )
     if args.encoder == "pixels":
         encoder = features.Pixels(info["img_size"]).eval()

@@ -43,7 +43,7 @@ from snclr.running.log import Log
 from snclr.running.metrics import Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
 from snclr.running.preemption import Interruptions, end_at_once, handlers_given_back, interrupt
-from snclr.running.provenance import save_settings
+from snclr.running.settings import save_settings
 from snclr.weights import reading as weights
 
 
@@ -402,15 +402,14 @@ def evaluate(run: Run, step: int) -> None:
     result = {}
     with run.interruptions.nothing_unsaved():
         if step == 0 and run.val is not None and args.img_size <= 64:
-            raw_pixels = knn.accuracy(
+            result["raw_pixels_knn_top1"] = knn.accuracy(
                 lambda x: x.flatten(1),
                 train,
                 run.val,
                 size=args.img_size,
                 device=device,
                 workers=args.workers,
-            )
-            result["raw_pixels_knn_top1"] = raw_pixels["knn_top1"]
+            )["knn_top1"]
             run.log.say(
                 f"epoch 0/{args.epochs}  kNN top-1 {result['raw_pixels_knn_top1']:.2f} % "
                 "(raw pixels)"

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Draws the figures of these pages.
 
-python docs/figures.py                      method.png: the data's way through one step; renews METHOD.md's links to lines
-python docs/figures.py runs/ablations/*     ablations.png: kNN of runs in folders NAME-seedN; prints their table
+python docs/figures.py                      method.png: one training step as boxes and arrows
+python docs/figures.py runs/ablations/*     ablations.png: kNN of runs in folders NAME-seedN;
+                                            prints their table
 """
 
 import itertools
@@ -20,9 +21,9 @@ from snclr.pictures.canvas import BLUE, FAINT, GREY, INK, MARGIN, ORANGE, font, 
 from snclr.pictures.report import COLUMNS
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-FINE = 2  # drawn larger and reduced: smooth lines
+SCALE = 2  # drawn larger and reduced, for smooth lines
 LEARNED, FIXED, MEMORY = (222, 235, 247), (240, 240, 240), (253, 235, 208)
-# centre, what it is, where it is, and its ground
+# name: (centre, label, file, fill colour)
 BOXES = {
     "images": ((70, 190), "images", "snclr/loader.py", FIXED),
     "view 1": ((210, 80), "view 1", "snclr/augment.py", FIXED),
@@ -33,10 +34,10 @@ BOXES = {
     "search": ((560, 300), "K nearest rows", "snclr/memory_bank.py", MEMORY),
     "bank": ((375, 420), "memory bank", "snclr/memory_bank.py", MEMORY),
     "weights": ((740, 190), "positiveness", "snclr/objectives.py", FIXED),
-    "loss": ((920, 80), "contrast", "snclr/objectives.py", FIXED),
+    "loss": ((920, 80), "loss", "snclr/objectives.py", FIXED),
 }
-WIDE, HIGH = 140, 52
-# from, to, what travels, dashed; corners are passed on the way
+BOX_WIDTH, BOX_HEIGHT = 140, 52
+# from, to, label, dashed, corners that the line passes
 ARROWS = (
     ("images", "view 1", "", False, []),
     ("images", "view 2", "", False, []),
@@ -55,60 +56,65 @@ ARROWS = (
 )
 
 
-def method() -> Image.Image:
-    """The data's way through one direction of a step."""
-    key = [(LEARNED, "learns by gradient"), (FIXED, "does not"), (MEMORY, "the same on every rank")]
-    told = "One direction (view 1 asks, view 2 answers); the other is its mirror image, and the loss their sum."
-    image, _, top = page(1000, 470, "The data's way through one step", told, key)
-    drawing = Image.new("RGB", (1000 * FINE, 470 * FINE), "white")
+def draw_method() -> Image.Image:
+    """One direction of a training step."""
+    key = [
+        (LEARNED, "trained by gradient"),
+        (FIXED, "not trained"),
+        (MEMORY, "the same on every rank"),
+    ]
+    subtitle = "One direction. The other swaps the views; the loss of a step is the sum of both."
+    image, _, top = page(1000, 470, "One training step", subtitle, key)
+    drawing = Image.new("RGB", (1000 * SCALE, 470 * SCALE), "white")
     draw = ImageDraw.Draw(drawing)
-    for start, end, name, dashed, corners in ARROWS:
+    for start, end, label, dashed, corners in ARROWS:
         points = [BOXES[start][0], *corners, BOXES[end][0]]
-        points[0], points[-1] = edge(points[0], points[1]), edge(points[-1], points[-2])
+        points[0] = box_edge(points[0], points[1])
+        points[-1] = box_edge(points[-1], points[-2])
         for a, b in itertools.pairwise(points):
-            line(draw, a, b, dashed)
-        tip(draw, points[-2], points[-1])
+            draw_line(draw, a, b, dashed)
+        draw_tip(draw, points[-2], points[-1])
         (x, y), (u, v) = points[0], points[1]
-        # beside a line that falls, above one that lies; lower on dashed ones, which another may cross in the middle
-        place, anchor = (
-            ((x + 8, y + (v - y) * (0.75 if dashed else 0.5)), "lm")
-            if x == u
-            else (((x + u) / 2, y - 9), "mm")
-        )
-        draw.text(scaled(place), name, fill=INK, font=font(12 * FINE), anchor=anchor)
-    for (x, y), name, where, ground in BOXES.values():
-        corner = scaled((x - WIDE / 2, y - HIGH / 2)) + scaled((x + WIDE / 2, y + HIGH / 2))
-        draw.rounded_rectangle(corner, 8 * FINE, fill=ground, outline=GREY, width=FINE)
-        draw.text(scaled((x, y - 9)), name, fill=INK, font=font(14 * FINE), anchor="mm")
-        draw.text(scaled((x, y + 11)), where, fill=FAINT, font=font(11 * FINE), anchor="mm")
+        if x == u:  # beside a vertical line; lower on a dashed one, which another may cross
+            position, anchor = (x + 8, y + (v - y) * (0.75 if dashed else 0.5)), "lm"
+        else:
+            position, anchor = ((x + u) / 2, y - 9), "mm"
+        draw.text(scaled(position), label, fill=INK, font=font(12 * SCALE), anchor=anchor)
+    for (x, y), label, path, fill in BOXES.values():
+        corners = scaled((x - BOX_WIDTH / 2, y - BOX_HEIGHT / 2))
+        corners += scaled((x + BOX_WIDTH / 2, y + BOX_HEIGHT / 2))
+        draw.rounded_rectangle(corners, 8 * SCALE, fill=fill, outline=GREY, width=SCALE)
+        draw.text(scaled((x, y - 9)), label, fill=INK, font=font(14 * SCALE), anchor="mm")
+        draw.text(scaled((x, y + 11)), path, fill=FAINT, font=font(11 * SCALE), anchor="mm")
     image.paste(drawing.resize((1000, 470), Image.Resampling.LANCZOS), (MARGIN, top))
     return image
 
 
 def scaled(point: tuple) -> tuple:
-    return tuple(FINE * value for value in point)
+    return tuple(SCALE * value for value in point)
 
 
-def edge(centre: tuple, towards: tuple) -> tuple:
-    """Where a line from a box's centre leaves the box."""
+def box_edge(centre: tuple, towards: tuple) -> tuple:
+    """The point in which a line from a box's centre leaves the box."""
     (x, y), (u, v) = centre, towards
-    reach = min(
-        WIDE / 2 / abs(u - x) if u != x else math.inf, HIGH / 2 / abs(v - y) if v != y else math.inf
-    )
-    return x + reach * (u - x), y + reach * (v - y)
+    across = BOX_WIDTH / 2 / abs(u - x) if u != x else math.inf
+    down = BOX_HEIGHT / 2 / abs(v - y) if v != y else math.inf
+    share = min(across, down)
+    return x + share * (u - x), y + share * (v - y)
 
 
-def line(draw: ImageDraw.ImageDraw, a: tuple, b: tuple, dashed: bool) -> None:
+def draw_line(draw: ImageDraw.ImageDraw, a: tuple, b: tuple, dashed: bool) -> None:
     pieces = max(1, int(math.dist(a, b) / 5)) if dashed else 1
     for piece in range(0, pieces, 2):
         ends = [
             tuple(p + (q - p) * share for p, q in zip(a, b, strict=True))
             for share in (piece / pieces, (piece + 1) / pieces)
         ]
-        draw.line(scaled(ends[0]) + scaled(ends[1]), fill=FAINT, width=FINE + 1)
+        draw.line(scaled(ends[0]) + scaled(ends[1]), fill=FAINT, width=SCALE + 1)
 
 
-def tip(draw: ImageDraw.ImageDraw, a: tuple, b: tuple) -> None:
+def draw_tip(draw: ImageDraw.ImageDraw, a: tuple, b: tuple) -> None:
+    """The head of an arrow from a to b."""
     angle = math.atan2(b[1] - a[1], b[0] - a[0])
     corners = [
         (b[0] - 9 * math.cos(angle + turn), b[1] - 9 * math.sin(angle + turn))
@@ -117,61 +123,55 @@ def tip(draw: ImageDraw.ImageDraw, a: tuple, b: tuple) -> None:
     draw.polygon([scaled(point) for point in (b, *corners)], fill=FAINT)
 
 
-def by_name(workdirs: list[str]) -> dict[str, list[records.Run]]:
+def load_by_name(workdirs: list[str]) -> dict[str, list[records.Run]]:
     """Runs by the name of their folder without -seedN, 'base' first."""
-    found: dict[str, list[records.Run]] = {}
-    for workdir in sorted(
-        workdirs, key=lambda path: (not os.path.basename(path).startswith("base"), path)
-    ):
-        found.setdefault(re.sub(r"-seed\d+$", "", os.path.basename(workdir)), []).append(
-            records.load(workdir)
-        )
-    return found
+
+    def base_first(workdir):
+        return not os.path.basename(workdir).startswith("base"), workdir
+
+    runs: dict[str, list[records.Run]] = {}
+    for workdir in sorted(workdirs, key=base_first):
+        name = re.sub(r"-seed\d+$", "", os.path.basename(workdir))
+        runs.setdefault(name, []).append(records.load(workdir))
+    return runs
 
 
-def ablations(runs: dict[str, list[records.Run]]) -> Image.Image:
+def draw_ablations(runs: dict[str, list[records.Run]]) -> Image.Image:
     """kNN top-1 of each run as a dot, the mean over seeds as a bar."""
     values = {
         name: [records.value(run, "knn_top1", "last") for run in members]
         for name, members in runs.items()
     }
-    low, high = (
-        math.floor(min(map(min, values.values()))) - 1,
-        math.ceil(max(map(max, values.values()))) + 1,
-    )
-    left, width, pace = 190, 460, 22
-    told = "kNN top-1 in percent: a dot a seed, a bar their mean; dashed: the mean of base"
-    image, draw, top = page(
-        left + width, pace * len(values) + 24, "Ablations on the embedded data", told
-    )
+    low = math.floor(min(map(min, values.values()))) - 1
+    high = math.ceil(max(map(max, values.values()))) + 1
+    left, width, row_height = 190, 460, 22
+    subtitle = "kNN top-1 in percent: a dot a seed, a bar their mean; dashed: the mean of base"
+    size = left + width, row_height * len(values) + 24
+    image, draw, top = page(*size, "Ablations on the embedded data", subtitle)
 
-    def place(value):
+    def x_of(value):
         return MARGIN + left + width * (value - low) / (high - low)
 
-    bottom = top + pace * len(values)
+    bottom = top + row_height * len(values)
     for tick in range(low, high + 1, 2):
-        draw.line((place(tick), top, place(tick), bottom), fill=(225, 225, 225))
-        draw.text((place(tick), bottom + 12), str(tick), fill=FAINT, font=font(), anchor="mm")
+        draw.line((x_of(tick), top, x_of(tick), bottom), fill=(225, 225, 225))
+        draw.text((x_of(tick), bottom + 12), str(tick), fill=FAINT, font=font(), anchor="mm")
     base = sum(values["base"]) / len(values["base"])
     for y in range(top, bottom, 8):
-        draw.line((place(base), y, place(base), y + 3), fill=FAINT)
-    for row, (name, found) in enumerate(values.items()):
-        y, mean = top + pace * (row + 0.5), sum(found) / len(found)
+        draw.line((x_of(base), y, x_of(base), y + 3), fill=FAINT)
+    for row, (name, seeds) in enumerate(values.items()):
+        y, mean = top + row_height * (row + 0.5), sum(seeds) / len(seeds)
         draw.text((MARGIN + left - 12, y), name, fill=INK, font=font(), anchor="rm")
-        draw.rectangle((place(mean) - 1, y - 8, place(mean) + 1, y + 8), fill=ORANGE)
-        for value in found:
-            draw.ellipse((place(value) - 3, y - 3, place(value) + 3, y + 3), fill=BLUE)
+        draw.rectangle((x_of(mean) - 1, y - 8, x_of(mean) + 1, y + 8), fill=ORANGE)
+        for value in seeds:
+            draw.ellipse((x_of(value) - 3, y - 3, x_of(value) + 3, y + 3), fill=BLUE)
     return image
 
 
 def table(runs: dict[str, list[records.Run]]) -> str:
-    """The same and what else sets them apart, in Markdown: mean and sample standard deviation over the seeds."""
-    columns = [
-        column
-        for column in COLUMNS
-        if column[1] in ("knn_top1", "neighbour_purity", "positiveness_entropy")
-    ]
-    columns = [column for column in columns if column[2] != "first"]
+    """kNN, purity and entropy in Markdown: mean and sample standard deviation over the seeds."""
+    wanted = ("knn_top1", "neighbour_purity", "positiveness_entropy")
+    columns = [c for c in COLUMNS if c[1] in wanted and c[2] != "first"]
     lines = [
         "| ablation | seeds | " + " | ".join(name for name, *_ in columns) + " |",
         "|---" * (2 + len(columns)) + "|",
@@ -185,31 +185,10 @@ def table(runs: dict[str, list[records.Run]]) -> str:
     return "\n".join(lines)
 
 
-def renew_links(page: str) -> str:
-    """The page, with links on names of functions and classes leading to the lines where they are."""
-
-    def renewed(link):
-        name, path = link.groups()
-        with open(os.path.join(HERE, path)) as file:
-            line = next(
-                number
-                for number, text in enumerate(file, 1)
-                if re.match(rf"\s*(def|class) {name}\b", text)
-            )
-        return f"[`{name}`]({path}#L{line})"
-
-    return re.sub(r"\[`(\w+)`\]\(([^)#]+\.py)(?:#L\d+)?\)", renewed, page)
-
-
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        runs = by_name(sys.argv[1:])
+        runs = load_by_name(sys.argv[1:])
         print(table(runs))
-        ablations(runs).save(os.path.join(HERE, "ablations.png"), optimize=True)
+        draw_ablations(runs).save(os.path.join(HERE, "ablations.png"), optimize=True)
     else:
-        method().save(os.path.join(HERE, "method.png"), optimize=True)
-        with open(os.path.join(HERE, "METHOD.md"), "r+") as file:
-            page = renew_links(file.read())
-            file.seek(0)
-            file.write(page)
-            file.truncate()
+        draw_method().save(os.path.join(HERE, "method.png"), optimize=True)

@@ -26,10 +26,10 @@ SAMPLE_EPOCH = -1  # keys the views of TwoViewLoader.sample
 class ViewLoader:
     """Loads the views of requested images, in the order of the requests.
 
-    A request is (epoch, indices), for all views, or (epoch, indices, view numbers). Worker processes decode and
-    crop encoded images; they stay alive between calls. On a GPU everything else runs in a stream of
-    its own: the host runs ahead of the GPU, so that a batch is copied and augmented while the
-    previous one trains.
+    A request is (epoch, indices), for all views, or (epoch, indices, view numbers). Worker
+    processes decode and crop encoded images; they stay alive between calls. On a GPU everything
+    else runs in a stream of its own: the host runs ahead of the GPU, so that a batch is copied and
+    augmented while the previous one trains.
     """
 
     def __init__(self, images: ImageSet, recipe: Recipe, device: torch.device, workers: int):

@@ -1,4 +1,7 @@
-"""Measures the mean and standard deviation of a data set's channels: python -m snclr.mean_std DATA [data flags]"""
+"""Measures the mean and standard deviation of the channels of a data set.
+
+python -m snclr.mean_std DATA [data flags]
+"""
 
 import sys
 
@@ -13,7 +16,7 @@ from .running.errors import one_clear_line
 
 
 def mean_std(images: ImageSet, size: int, workers: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation (3,) over all pixels of all images at the evaluation's size, in [0, 1].
+    """Mean and standard deviation (3,) in [0, 1], over all pixels of all images as evaluated.
 
     Sets the moments of `images` to 0 and 1.
     """

@@ -96,7 +96,9 @@ def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
 
 
-def flag(group: argparse._ArgumentGroup, *names: str, on_resume="reported", **arguments) -> None:
+def flag(
+    group: argparse._ArgumentGroup, *names: str, on_resume: str = "reported", **arguments
+) -> None:
     """Add a flag to a group. arguments: those of argparse.
 
     on_resume: whether a resumed run may have another value than its checkpoint. 'fixed': no, since
@@ -152,6 +154,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     text = "height and width of the encoder's input (default: 224; 32 or 96 for small data sets)"
     kind = number(int, above_zero=True)
     flag(g, "--img-size", type=kind, metavar="PX", help=text, on_resume="fixed")
+    text = "values that become black and white in images of more than 8 bits, the same for all "
+    text += "images (default: the range of the pixel format, 0 65535, or 0 1 for floating point)"
+    kind = dict(type=float, nargs=2, metavar=("LOW", "HIGH"))
+    flag(g, "--grey-range", help=text, on_resume="fixed", **kind)
     text = "what to do about an unreadable image: stop, or replace it and list it in bad_images.txt"
     flag(g, "--on-bad-image", choices=("fail", "skip"), default="fail", help=text, on_resume="free")
     text = "worker processes of each rank that load images (default: one a core, at most 8)"
@@ -223,7 +229,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_flags(parser)
 
     g = parser.add_argument_group("views")
-    text = "smallest area of a random crop, as a share of the image"
+    text = (
+        "smallest area of a random crop, as a share of the image "
+        "(default: 0.08; 0.2 with --method mocov2)"
+    )
     flag(
         g,
         "--crop-min",
@@ -493,6 +502,9 @@ def check_data(args: argparse.Namespace, positive: tuple[str, ...] = ()) -> None
             least = "above 0" if name in positive else "0 or more"
             if not (math.isfinite(value) and value >= 0) or (value == 0 and name in positive):
                 raise UsageError(f"--{name.replace('_', '-')} must be {least}, found {value}")
+    low, high = args.grey_range or (0, 1)
+    if not -math.inf < low < high < math.inf:
+        raise UsageError(f"--grey-range needs LOW below HIGH, both finite, found {low:g} {high:g}")
     if args.subset is not None and args.subset > 1 and args.subset % 1:
         raise UsageError(
             f"--subset must be a whole number of images or a share below 1, found {args.subset}"

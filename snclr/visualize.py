@@ -84,6 +84,7 @@ def main(argv: list[str]) -> None:
     loader_args = {"device": device, "workers": args.workers}
     encoders = [_open_encoder(args, args.file, args.encoder, letter="A")]
     args.mean, args.std = encoders[0].info["mean"], encoders[0].info["std"]
+    args.grey_range = encoders[0].info["grey_range"]
     train, val, _ = sources.open_data(args)
     encoders[0] = _ready(encoders[0], args.encoder, train, loader_args)
     if args.against is not None:
@@ -104,10 +105,10 @@ def main(argv: list[str]) -> None:
 
 def _open_encoder(args: argparse.Namespace, path: str, which: str, letter: str) -> Encoder:
     """The encoder A or B; the flags on architecture, size and normalisation concern A."""
-    settings = {}
-    if letter == "A":
-        settings = {name: getattr(args, name) for name in ("arch", "img_size", "mean", "std")}
-    module, info = weights.open_encoder(path, which, **settings)
+    settings = {
+        name: getattr(args, name) for name in ("arch", "img_size", "mean", "std", "grey_range")
+    }
+    module, info = weights.open_encoder(path, which, **(settings if letter == "A" else {}))
     epoch = f", epoch {info['epoch']}" if info["epoch"] else ""
     name = f"{info['arch']} ({which}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
     return Encoder(module, info, f"{letter}: {name}" if args.against is not None else name)
@@ -158,6 +159,7 @@ def _draw(
     pictures = {"neighbours": retrieval(queries, chosen, f"Nearest of {len(pool)} training images")}
     if args.image is not None:
         photo = ImageFiles([args.image], None, [], (args.mean, args.std))
+        photo.grey_range = args.grey_range
         title = f"Nearest to {os.path.basename(args.image)}"
         pictures["retrieval"] = retrieval(photo, np.array([0]), title)
     maps = {

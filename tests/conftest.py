@@ -6,14 +6,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-# what tests start as processes of their own finds the package too, and does not fight over the cores
+# processes that tests start find the package, too
 os.environ["PYTHONPATH"] = str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", "")
 
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """Restore the signal handlers that a test changes outside of main; they would keep a signal from
-    ending the tests."""
+    """Restore signal handlers that a test changes; they would keep a signal from ending pytest."""
     from snclr.running.preemption import handlers_given_back
 
     with handlers_given_back():

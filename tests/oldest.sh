@@ -12,4 +12,5 @@ if [ ! -e "$FOLDER/made" ]; then
 fi
 cd "$ROOT"
 "$FOLDER/bin/python" -m pip list 2>/dev/null | grep -E '^(torch|torchvision|timm|numpy|tensorboard|tqdm) '
+[ $# -gt 0 ] || set -- -m "not slow"
 exec "$FOLDER/bin/python" -m pytest "$@"

@@ -13,6 +13,10 @@ RUNS = {
         "--batch 4 --ranks 2 -K 3 -M 200 -D 8 --steps 1",
         ["dense, as released", "streamed, bfloat16", "clusters"],
     ),
+    "search": (
+        "--rows 50 200 --queries 4 -K 3 -D 8 --steps 1",
+        ["50 rows, float32", "200 rows, bfloat16"],
+    ),
     "step": ("--only resnet optimiser --cifar-batch 2 --steps 1", ["channels-last", "fused"]),
     "micro_batch": (
         "-b 4 --micro-batch 2 --img-size 32 --steps 1 --peak-tflops 1",

@@ -197,7 +197,9 @@ def test_parsing_does_not_import_what_is_slow(process):
     assert (result.stdout, result.stderr) == ("set()\n", "")
 
 
-DATA_FLAGS_ARE_READ_IN = ["snclr/datasets/sources.py"]
+DATA_FLAGS_ARE_READ_IN = [
+    f"snclr/datasets/{name}.py" for name in ("sources", "files", "torchvision_sets")
+]
 PROGRAMS = {
     options.parse: [
         "main_snclr.py",
@@ -241,7 +243,7 @@ def test_every_flag_is_read_by_its_program(start, monkeypatch):
     flags = {action.dest for action in parsers[0]._actions} - {"help"}
     by_name = {
         name
-        for names in re.findall(r"getattr\(args, name\) for name in \(([^)]*)\)", text)
+        for names in re.findall(r"getattr\(args, name\)\s+for name in \(([^)]*)\)", text)
         for name in re.findall(r"\w+", names)
     }
     assert {flag for flag in flags - by_name if not re.search(rf"\bargs\.{flag}\b", text)} == set()

@@ -49,12 +49,12 @@ def image_sets(tmp_path_factory):
     return sets
 
 
-# -- two views -----------------------------------------------------------------------------------------------------------
+# -- two views -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def load(monkeypatch):
-    """load(images, ranks=..., ...): the global batches (ids, view1, view2) of an epoch, ranks joined in order."""
+    """load(images, ranks=..., ...): the global batches (ids, view1, view2) of an epoch."""
 
     def load(images, *, ranks=1, workers=0, epoch=1, first=0, recipe=RECIPE, global_batch_size=8):
         shares = []
@@ -136,30 +136,35 @@ def test_a_longer_table_gives_more_views_of_other_sizes_and_leaves_the_first_as_
 def test_with_a_stream_of_its_own_each_batch_is_made_in_it_and_kept_for_the_step(
     image_sets, monkeypatch
 ):
-    """What a GPU is told, in its order, with a stand-in for the streams: a step must never run in the loader's stream."""
-    told = []
+    """The order of calls on a GPU, with a stand-in for the streams.
+
+    A step must never run in the loader's stream.
+    """
+    calls = []
 
     @contextlib.contextmanager
     def stream(_):
-        told.append("in")
+        calls.append("in")
         yield
-        told.append("out")
+        calls.append("out")
 
     apply = augment.apply
-    training = SimpleNamespace(wait_stream=lambda _: told.append("wait"))
+    training = SimpleNamespace(wait_stream=lambda _: calls.append("wait"))
     monkeypatch.setattr(
-        augment, "apply", lambda *arguments: told.append("made") or apply(*arguments)
+        augment, "apply", lambda *arguments: calls.append("made") or apply(*arguments)
     )
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: training)
     monkeypatch.setattr(
-        torch.Tensor, "record_stream", lambda _, by: told.append("kept") if by is training else None
+        torch.Tensor,
+        "record_stream",
+        lambda _, by: calls.append("kept") if by is training else None,
     )
     loader = TwoViewLoader(image_sets["resident"], RECIPE, 8, CPU, 0)
     loader.stream = object()
     for _ in loader.epoch(1):
-        told.append("step")
-    assert told == ["in", "made", "out", "wait", "kept", "kept", "step"] * 3
+        calls.append("step")
+    assert calls == ["in", "made", "out", "wait", "kept", "kept", "step"] * 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -263,11 +268,11 @@ def test_photographs_give_the_same_two_views_for_any_number_of_ranks(photographs
     assert 0.5 < view1.std() < 2 and 0.5 < view2.std() < 2
 
 
-# -- unreadable files ----------------------------------------------------------------------------------------------------
+# -- unreadable files ------------------------------------------------------------------------------
 
 
 def damage(path, kind):
-    """Write an unreadable file, or for 'absent' none. 'flipped': one bit of a PNG's pixel data is wrong."""
+    """Write an unreadable file; none for 'absent'. 'flipped': one wrong bit in a PNG's pixels."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     if kind == "empty":
         path.write_bytes(b"")
@@ -323,11 +328,11 @@ def test_an_unreadable_file_stops_the_evaluation_with_its_name(tmp_path, image_s
     assert_stopped_with_one_clear_line(lambda: list(batches))
 
 
-# -- whole images for evaluation -----------------------------------------------------------------------------------------
+# -- whole images for evaluation -------------------------------------------------------------------
 
 
 def as_sets(images):
-    """The same (3, H, W) images as ResidentImages, and as ImageFiles by way of PNGs at the paths given."""
+    """The same (3, H, W) images as ResidentImages, and as ImageFiles, written as PNGs."""
 
     def files(folder):
         paths = [str(folder / f"{number}.png") for number in range(len(images))]
@@ -393,7 +398,8 @@ def test_freed_memory_is_kept_for_the_next_views():
     program = """if True:  # asks the allocator itself: not every system counts page faults
         import ctypes, numpy
         from snclr.running.workers import keep_freed_memory
-        names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+        names = "arena ordblks smblks hblks hblkhd usmblks fsmblks".split()
+        names += "uordblks fordblks keepcost".split()
         class Info(ctypes.Structure):
             _fields_ = [(name, ctypes.c_size_t) for name in names]
         ask = ctypes.CDLL(None).mallinfo2

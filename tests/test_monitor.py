@@ -18,7 +18,7 @@ from snclr.objectives import (
 )
 from snclr.running import log as run_log
 from snclr.running.metrics import StepView, Waits, step_metrics
-from snclr.running.provenance import save_settings
+from snclr.running.settings import save_settings
 from snclr.running.summary import describe, final_lines
 
 SNCLR = dict(method="snclr", form="sum_of_logs", temperature=0.2)

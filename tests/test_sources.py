@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from sample_images import picture, rgb, save_folder
 from test_ranks import SMALL, start_ranks, write_images
 
@@ -43,7 +44,7 @@ def content(images):
     return [images.image(index).int() for index in range(len(images))]
 
 
-# -- folders ---------------------------------------------------------------------------------------------------------------
+# -- folders ---------------------------------------------------------------------------------------
 
 
 def test_a_folder_gets_its_classes_labels_and_paths_in_sorted_order(tmp_path):
@@ -75,6 +76,29 @@ def test_equal_small_images_become_resident_and_keep_number_and_label(tmp_path):
 def test_images_of_mixed_sizes_stay_files(tmp_path, sizes):
     images, _, _ = open_data(save_folder(tmp_path, sizes))
     assert isinstance(images, ImageFiles) and len(images) == len(sizes)
+
+
+def test_a_start_that_ends_after_an_early_look_leaves_with_its_own_exit_code(tmp_path):
+    """An image of another size ends the decoding; Python aborts if a thread still decodes."""
+    folder = tmp_path / "train" / "ant"
+    folder.mkdir(parents=True)
+    for number in range(40):
+        size = (700, 500 + number)
+        Image.effect_noise(size, 80).convert("RGB").save(folder / f"{number:02}.jpg")
+    program = """if True:  # one import of torch for all tries
+        import os, sys
+        from snclr import options
+        from snclr.datasets import sources
+        args = options.parse_data(sys.argv[1:])
+        for _ in range(5):
+            child = os.fork()
+            if not child:
+                sources.open_data(args)
+                sys.exit(2)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["2"] * 5
 
 
 @pytest.mark.parametrize(
@@ -137,7 +161,7 @@ def test_a_folder_of_another_form_is_a_usage_error_in_one_line(tmp_path, prepare
     assert re.search(line, refused(tmp_path, "--dataset", "folder"))
 
 
-# -- CIFAR-10 ------------------------------------------------------------------------------------------------------------
+# -- CIFAR-10 --------------------------------------------------------------------------------------
 
 
 def save_cifar10(root, images_per_file=4):
@@ -191,7 +215,9 @@ def test_cifar10_is_read_from_torchvisions_files(tmp_path, monkeypatch):
 def test_absent_or_damaged_cifar10_is_a_usage_error(tmp_path, state):
     if state == "damaged":
         save_cifar10(tmp_path)  # of the right form, with wrong checksums
-    assert re.search(r"no whole CIFAR10 in .*--download", refused(tmp_path, "--dataset", "cifar10"))
+    assert re.search(
+        r"no complete CIFAR10 in .*--download", refused(tmp_path, "--dataset", "cifar10")
+    )
 
 
 def test_the_embedded_set_opens_without_a_folder():
@@ -203,11 +229,11 @@ def test_the_embedded_set_opens_without_a_folder():
     )
 
 
-# -- trees without labels ------------------------------------------------------------------------------------------------
+# -- trees without labels --------------------------------------------------------------------------
 
 
 def save_tree(root):
-    """Five images in a tree of mixed depth, three other files, and hidden ones that count as neither."""
+    """Five images in a tree of mixed depth, three other files, and hidden ones, not counted."""
     names = ["z.png", "a/1.PNG", "a/b/10.png", "a/b/2.jpg", "c/3.webp"]
     for number, name in enumerate([*names, ".hidden.png", ".cache/4.png"]):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +255,7 @@ def test_a_tree_is_read_recursively_in_sorted_order_and_other_files_are_counted(
     ]
     assert set(names) == {os.path.relpath(path, tmp_path) for path in images.paths}
     assert images.labels is None and val is None
-    assert f"3 files in {tmp_path} are no images and were left out" in notes and any(
+    assert f"3 files in {tmp_path} are not images and are ignored" in notes and any(
         "no labels" in note for note in notes
     )
 
@@ -281,7 +307,7 @@ def test_labels_can_be_left_aside(tmp_path):
     )
 
 
-# -- lists -----------------------------------------------------------------------------------------------------------------
+# -- lists -----------------------------------------------------------------------------------------
 
 
 def test_a_list_names_paths_relative_to_itself_or_absolute_in_its_own_order(tmp_path):
@@ -329,7 +355,7 @@ def test_a_list_that_leads_nowhere_is_refused(tmp_path, lines, named):
     assert named in refused(tmp_path / "list.txt")
 
 
-# -- tar shards --------------------------------------------------------------------------------------------------------------
+# -- tar shards ------------------------------------------------------------------------------------
 
 
 def encoded(number, format="png"):
@@ -375,7 +401,7 @@ def test_webdataset_shards_give_images_and_labels_and_count_the_rest(tmp_path):
     for index, image in enumerate(content(train)):
         assert torch.equal(image, rgb(picture(10, 9 + index, seed=index)))
     assert torch.equal(val.image(2).int(), rgb(picture(10, 16, seed=7)))
-    assert f"5 files in {tmp_path}/train are no images and were left out" in notes
+    assert f"5 files in {tmp_path}/train are not images and are ignored" in notes
 
 
 def test_one_tar_a_class_as_imagenet_ships_also_inside_one_tar(tmp_path):
@@ -506,7 +532,7 @@ def test_a_damaged_image_in_a_shard_is_named_by_shard_and_offset(tmp_path):
         images.image(3)
 
 
-# -- torchvision's sets ------------------------------------------------------------------------------------------------------
+# -- torchvision's sets ----------------------------------------------------------------------------
 
 
 def save_cifar100(root):
@@ -663,7 +689,7 @@ def test_a_failing_download_is_one_line(tmp_path, monkeypatch):
     assert "CIFAR10 cannot be downloaded" in message and "Name or service not known" in message
 
 
-# -- subset, mean and standard deviation -------------------------------------------------------------------------------------
+# -- subset, mean and standard deviation -----------------------------------------------------------
 
 
 def test_subsets_are_keyed_nested_and_keep_images_with_their_labels(tmp_path):
@@ -744,7 +770,7 @@ def test_given_moments_are_used_and_the_command_measures_them(tmp_path, capsys):
     np.testing.assert_allclose((again.mean, again.std), measured, atol=1e-4)
 
 
-# -- whole runs --------------------------------------------------------------------------------------------------------------
+# -- whole runs ------------------------------------------------------------------------------------
 
 
 def losses(workdir):
@@ -753,7 +779,7 @@ def losses(workdir):
 
 
 def test_folder_tree_list_and_shards_of_the_same_images_train_alike(tmp_path):
-    """Numbers, order and augmentation are keyed by position, wherever the bytes lie; also on two ranks."""
+    """Numbers, order and augmentation are keyed by the position in the set; also on two ranks."""
     folder = write_images(tmp_path / "folder")
     paths = {split: sorted((folder / split).rglob("*.png")) for split in ("train", "val")}
     flags = []

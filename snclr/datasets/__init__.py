@@ -1,1 +1,1 @@
-"""Where images come from: sets, their sources, decoding."""
+"""Image sets: where they come from, decoding, and the crops that are cut out of them."""

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..running.errors import RunError, first_line
+from .high_bit_depth import read_pixels, to_8_bits
 
 try:  # torchvision 0.29 announces that it will remove its decoders; PIL takes 1.5 times as long
     from torchvision.io import ImageReadMode, decode_image
@@ -20,9 +21,10 @@ warnings.filterwarnings(
 )
 
 
-def decode(encoded: np.ndarray, name: str) -> Tensor:
+def decode(encoded: np.ndarray, name: str, grey_range: tuple[float, float] | None = None) -> Tensor:
     """Decode an image file, turned upright: bytes (n,) uint8 -> (3, H, W) uint8.
 
+    grey_range: lowest and highest value of images of more than 8 bits; None: of their pixel format.
     Raises RunError, with `name` in its message, if the file is damaged.
     """
     try:
@@ -34,6 +36,11 @@ def decode(encoded: np.ndarray, name: str) -> Tensor:
                     return decode_image(
                         torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=True
                     )
+            # without a range, the upper 8 of 16 bits per colour, which PIL reads, are enough
+            if picture.mode[0] in "IF" or grey_range:
+                pixels = read_pixels(picture, encoded)
+                if pixels is not None:
+                    return to_rgb(Image.fromarray(to_8_bits(pixels, grey_range)))
             return to_rgb(picture)
     except UnidentifiedImageError as error:
         raise unreadable(name, "it is no image of a known format") from error
@@ -44,8 +51,6 @@ def decode(encoded: np.ndarray, name: str) -> Tensor:
 def to_rgb(picture: Image.Image) -> Tensor:
     """(3, H, W) uint8: applies the EXIF orientation; converts grey, palette, CMYK and alpha."""
     upright = ImageOps.exif_transpose(picture)
-    if upright.mode.startswith("I"):  # 16 bits of grey, which PIL's convert would clip at 255
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
 
 

@@ -1,8 +1,9 @@
-"""The embedded data set: 32-px pictures of glyph lattices, drawn from a seed in about a second, to learn from without files.
+"""The embedded data set: 32-px pictures of glyph lattices, to learn from without files.
 
-Each image is a 3x3 lattice of one kind of glyph, every copy turned at random, on a near-grey ground with faint clutter and
-noise. The class is the kind of glyph. Colour, position, angle and pitch say nothing of it, so raw pixels and an untrained
-network hardly tell the classes apart, while a network that learned what is common to two views does.
+Drawing it from a seed takes about a second. Each image is a 3x3 lattice of one kind of glyph, every
+copy turned by a random angle, on a near-grey ground with faint clutter and noise. The class is the
+kind of glyph. Colour, position, angle and pitch do not depend on it, so raw pixels and an untrained
+network hardly tell the classes apart; a network that learned what two views have in common does.
 """
 
 import numpy as np
@@ -10,10 +11,7 @@ import numpy as np
 CLASSES = ("disc", "ring", "square", "frame", "triangle", "plus", "bar", "star", "ell", "stripes")
 SIZE = 32
 SPLITS = {"train": (5000, 0), "val": (1000, 1)}  # images, seed
-WINDOW, MARGIN = (
-    14,
-    24,
-)  # pixels: side of the square that a glyph fits in; canvas around the picture
+WINDOW, MARGIN = 14, 24  # px: side of the square that a glyph fits in; canvas around the picture
 
 
 def _box(x, y, half_width, half_height):
@@ -25,14 +23,14 @@ def _triangle(x, y):
 
 
 def _star(x, y):
-    """Five points: a radius that swings with the angle."""
-    angle = np.abs(np.mod(np.arctan2(x, y), 2 * np.pi / 5) - np.pi / 5) / (
-        np.pi / 5
-    )  # 0 between points, 1 at them
+    """Five points: the radius varies with the angle."""
+    # 0 between points, 1 at them
+    angle = np.abs(np.mod(np.arctan2(x, y), 2 * np.pi / 5) - np.pi / 5) / (np.pi / 5)
     return np.hypot(x, y) - (0.28 + 0.85 * angle**2)
 
 
-# Signed distance, roughly, to a glyph of radius 1 around the origin: negative inside. (x, y) arrays -> array
+# Approximate signed distance to a glyph of radius 1 around the origin, negative inside:
+# arrays (x, y) -> array
 GLYPHS = {
     "disc": lambda x, y: np.hypot(x, y) - 0.95,
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.86) - 0.14,
@@ -48,7 +46,7 @@ GLYPHS = {
 
 
 def draw(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 3, 32, 32) uint8 and labels (n,) int64 of 'train' or 'val'; the same at every call."""
+    """Images (n, 3, 32, 32) uint8 and labels (n,) int64 of 'train' or 'val'; always the same."""
     count, seed = SPLITS[split]
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(count) % len(CLASSES))
@@ -107,7 +105,7 @@ def draw(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _add_glyph(cover, glyph, image, centre_x, centre_y, radius, turn, window):
-    """Draw one turned glyph into each canvas cover[image] (its margin takes what falls off the picture)."""
+    """Draw one turned glyph into each canvas cover[image]; its margin takes what is outside."""
     half = SIZE / 2
     column = np.clip((centre_x + 1) * half, -half, SIZE + half).astype(int)[:, None] + window
     row = np.clip((centre_y + 1) * half, -half, SIZE + half).astype(int)[:, None] + window
@@ -117,5 +115,5 @@ def _add_glyph(cover, glyph, image, centre_x, centre_y, radius, turn, window):
     c, s = np.cos(turn)[:, None, None], np.sin(turn)[:, None, None]
     distance = glyph((c * x + s * y) / radius, (c * y - s * x) / radius) * radius
     inside = np.clip(0.5 - distance * half, 0, 1)  # one pixel of anti-aliasing
-    where = image[:, None, None], row[:, :, None] + MARGIN, column[:, None, :] + MARGIN
-    cover[where] = np.maximum(cover[where], inside)
+    pixels = image[:, None, None], row[:, :, None] + MARGIN, column[:, None, :] + MARGIN
+    cover[pixels] = np.maximum(cover[pixels], inside)

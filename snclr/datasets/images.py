@@ -5,10 +5,11 @@ image (EncodedImages: decoded and cropped by worker processes). Both have the me
 `whole` for arrays of indices, so that the loaders need not distinguish them. sources.py opens them.
 """
 
+import contextlib
 import copy
 import hashlib
 import os
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -227,10 +228,8 @@ class EncodedImages(ImageSet):
         if shape.numel() * len(self) > RESIDENT_LIMIT:
             return self
         images, errors = torch.empty(len(self), *shape, dtype=torch.uint8), np.full(len(self), None)
-        with ThreadPool() as threads:
-            decoded = threads.imap(
-                lambda index: self._image_or_grey(index, shape), range(len(self)), chunksize=16
-            )
+        decoded = self._decode_all(shape)
+        with contextlib.closing(decoded):
             for index, (image, errors[index]) in enumerate(decoded):
                 if image.shape != shape:
                     return self
@@ -242,8 +241,44 @@ class EncodedImages(ImageSet):
         resident.errors = errors if any(errors) else None
         return resident
 
+    def _decode_all(self, shape, chunk=16):
+        """All images as `_image_or_grey` returns them, decoded by threads.
 
-class ImageFiles(EncodedImages):
+        Closing it waits for the threads: Python aborts if it ends while one of them is decoding.
+        """
+        threads = ThreadPoolExecutor(os.cpu_count())
+        try:
+            starts = range(0, len(self), chunk)
+            for part in threads.map(
+                lambda start: [
+                    self._image_or_grey(index, shape)
+                    for index in range(start, min(start + chunk, len(self)))
+                ],
+                starts,
+            ):
+                yield from part
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+class FileImages(EncodedImages):
+    """Images in files, or in parts of files. A subclass defines where the bytes of each are.
+
+    grey_range: lowest and highest value of images of more than 8 bits; None: of the pixel format
+    """
+
+    grey_range: tuple[float, float] | None = None
+
+    def encoded(self, index: int) -> tuple[str, np.ndarray]:
+        """The name of an image, for messages, and its bytes (n,) uint8. Raises RunError."""
+        raise NotImplementedError
+
+    def image(self, index: int) -> Tensor:
+        name, encoded = self.encoded(index)
+        return decode(encoded, name, self.grey_range)
+
+
+class ImageFiles(FileImages):
     """Images in one file each."""
 
     per_image = ("labels", "paths")
@@ -262,15 +297,14 @@ class ImageFiles(EncodedImages):
     def names(self) -> np.ndarray:
         return np.array([os.path.basename(path) for path in self.paths])
 
-    def image(self, index: int) -> Tensor:
+    def encoded(self, index: int) -> tuple[str, np.ndarray]:
         path = str(self.paths[index])
         if not os.path.isfile(path) and os.path.exists(path):
             raise unreadable(path, "it is not a file")  # reading a pipe would wait forever
         try:
-            encoded = np.fromfile(path, np.uint8)
+            return path, np.fromfile(path, np.uint8)
         except OSError as error:
             raise unreadable(path, error.strerror) from error
-        return decode(encoded, path)
 
 
 def _draw(recipe, epoch, indices, view_numbers, heights, widths):

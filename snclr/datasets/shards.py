@@ -1,4 +1,7 @@
-"""Tar shards read in place: an index of where each image lies, so that image number i is one read at an offset."""
+"""Tar shards read in place.
+
+An index lists where each image lies, so that reading image number i is one read at an offset.
+"""
 
 import json
 import os
@@ -8,16 +11,22 @@ import zipfile
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from ..running.errors import UsageError
-from .decoding import decode, unreadable
-from .images import EncodedImages
+from .decoding import unreadable
+from .images import FileImages
 
 
 class Index(NamedTuple):
-    """Where n images lie: files (F,) paths; shard (n,), offset (n,), size (n,) in bytes; label (n,) into classes (C,), -1
-    for none; ignored: number of members that are neither image nor label."""
+    """Where n images lie.
+
+    files           (F,) paths of the tar files
+    shard           (n,) number of the image's tar file
+    offset, size    (n,) in bytes
+    label           (n,) number of the image's class, -1 for none
+    classes         (C,) names
+    ignored         number of tar members that are neither image nor label
+    """
 
     files: np.ndarray
     shard: np.ndarray
@@ -28,7 +37,7 @@ class Index(NamedTuple):
     ignored: np.ndarray
 
 
-class ShardImages(EncodedImages):
+class ShardImages(FileImages):
     """Images inside tar files."""
 
     per_image = ("labels", "shard", "offset", "size")
@@ -37,52 +46,48 @@ class ShardImages(EncodedImages):
         self, index: Index, labels: np.ndarray | None, classes: list[str], mean_std: tuple
     ):
         super().__init__(labels, classes, mean_std)
-        self.files, self.shard, self.offset, self.size = (
-            index.files,
-            index.shard,
-            index.offset,
-            index.size,
-        )
+        self.files, self.shard = index.files, index.shard
+        self.offset, self.size = index.offset, index.size
 
     def __len__(self) -> int:
         return len(self.offset)
 
-    def image(self, index: int) -> Tensor:
-        path, offset, size = (
-            str(self.files[self.shard[index]]),
-            int(self.offset[index]),
-            int(self.size[index]),
-        )
+    def encoded(self, index: int) -> tuple[str, np.ndarray]:
+        path = str(self.files[self.shard[index]])
+        offset, size = int(self.offset[index]), int(self.size[index])
         name = f"of {size} bytes at offset {offset} in {path}"
         try:
-            encoded = np.fromfile(path, np.uint8, count=size, offset=offset)
+            return name, np.fromfile(path, np.uint8, count=size, offset=offset)
         except OSError as error:
             raise unreadable(name, error.strerror) from error
-        return decode(encoded, name)
 
 
 def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -> Index:
-    """The index of a tar file, or of all .tar files below a folder, in the order of their names.
+    """The index of one tar file, or of all .tar files below a folder in the order of their names.
 
-    Made at the first call, and kept beside the shards, or in the folder `fallback` where one may not write there; made
-    again when names, sizes or times of the shards have changed. Raises UsageError where there is no shard, or no whole one.
+    The first call writes it to a file beside the shards, or in the folder `fallback` if that place
+    is read-only. It is made again after names, sizes or times of the shards have changed.
+    Raises UsageError if there is no shard or one cannot be read.
     """
     files = [source] if os.path.isfile(source) else _tars_below(source)
-    state = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
-    key = json.dumps([[os.path.relpath(path, source), *rest] for path, *rest in state])
-    kept = [
-        f"{source}.index.npz" if os.path.isfile(source) else os.path.join(source, "snclr_index.npz")
-    ]
+    stats = [os.stat(path) for path in files]
+    names = [os.path.relpath(path, source) for path in files]
+    key = json.dumps(
+        [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
+    )
+    beside = f"{source}.index.npz"
+    if os.path.isdir(source):
+        beside = os.path.join(source, "snclr_index.npz")
+    index_paths = [beside]
     if fallback is not None:
-        kept.append(
-            os.path.join(fallback, f"index_{os.path.basename(os.path.abspath(source))}.npz")
-        )
-    for path in kept:
+        source_name = os.path.basename(os.path.abspath(source))
+        index_paths.append(os.path.join(fallback, f"index_{source_name}.npz"))
+    for path in index_paths:
         index = _load(path, key)
-        if index is not None and _fits(index, np.array([size for _, size, _ in state])):
+        if index is not None and _fits(index, np.array([stat.st_size for stat in stats])):
             return index._replace(files=np.array(files))
     index = _scan(files, extensions)
-    for path in kept:
+    for path in index_paths:
         if _save(path, key, index):
             break
     return index
@@ -95,33 +100,31 @@ def _tars_below(folder):
         files += [os.path.join(parent, name) for name in sorted(names) if name.endswith(".tar")]
         compressed += [name for name in names if re.search(r"\.(tgz|tar\.\w+)$", name)]
     if not files:
-        told = (
-            f"; {compressed[0]} is compressed and cannot be read at an offset: unpack it to .tar"
-            if compressed
-            else ""
-        )
-        raise UsageError(f"no .tar file in {folder}{told}")
+        message = f"no .tar file in {folder}"
+        if compressed:
+            message += f"; {compressed[0]} is compressed and cannot be read at an offset: "
+            message += "unpack it to .tar"
+        raise UsageError(message)
     return files
 
 
 def _scan(files, extensions) -> Index:
-    images, given, ignored = (
-        [],
-        {},
-        0,
-    )  # (shard, offset, size, sample, stem) of each; labels of (shard, sample)
+    """Read the headers of all tar members.
+
+    A sample is all members whose names are equal up to the first dot: an image, and in WebDataset's
+    layout a .cls file with its class. Without those, the tar files may be named by class.
+    """
+    images, ignored = [], 0  # (shard, offset, size, sample, stem) of each image
+    class_names = {}  # by (shard, sample)
     for shard, path in enumerate(files):
         try:
             with open(path, "rb") as file:
                 for name, offset, size, stem in _members(file, path):
                     folder, base = os.path.split(name)
-                    sample = os.path.join(
-                        folder, base.split(".")[0]
-                    )  # whose members share the name up to its first dot
+                    sample = os.path.join(folder, base.split(".")[0])
                     if base.lower().endswith(".cls"):
-                        given[shard, sample] = (
-                            os.pread(file.fileno(), size, offset).decode().strip()
-                        )
+                        content = os.pread(file.fileno(), size, offset)
+                        class_names[shard, sample] = content.decode().strip()
                     elif base.lower().endswith(extensions) and not base.startswith("."):
                         images.append((shard, offset, size, sample, stem))
                     else:
@@ -133,7 +136,7 @@ def _scan(files, extensions) -> Index:
     if not images:
         raise UsageError(f"no image in the {len(files)} tar files of {os.path.dirname(files[0])}")
     shards, offsets, sizes, samples, stems = zip(*images, strict=True)
-    names = [given.get(key) for key in zip(shards, samples, strict=True)]
+    names = [class_names.get(key) for key in zip(shards, samples, strict=True)]
     if not any(names) and _name_classes(samples, stems):
         names = stems
     classes = sorted({*names} - {None})
@@ -144,12 +147,14 @@ def _scan(files, extensions) -> Index:
 
 
 def _members(file, path, start=0):
-    """(name, offset in the outermost file, size, stem of the innermost tar) of every regular file in a tar, also of those
-    inside tars inside it, as ImageNet's training set is shipped."""
+    """Name, offset in the outermost file, size and stem of the innermost tar of each regular file.
+
+    Tar files inside of a tar file are read, too: ImageNet's training set has this form.
+    """
     stem = os.path.basename(path).removesuffix(".tar")
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # a million of them would fill the memory
+            archive.members.clear()  # tarfile keeps them all; a million would fill the memory
             if member.isfile() and member.name.endswith(".tar"):
                 yield from _members(
                     archive.extractfile(member), member.name, start + member.offset_data
@@ -159,7 +164,11 @@ def _members(file, path, start=0):
 
 
 def _name_classes(samples, stems):
-    """Whether the tars are one a class: several, and not merely numbered - or their images repeat the number (n01440764)."""
+    """Whether the tar files are named by class.
+
+    There must be several, and their names must not end in a number (shard-000001), unless the names
+    of their images start with it (n01440764).
+    """
     numbered = any(re.search(r"\d$", stem) for stem in stems)
     repeated = all(
         os.path.basename(sample).startswith(stem)
@@ -177,25 +186,25 @@ def _load(path, key) -> Index | None:
                 else None
             )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent, of another version or damaged: it is made again
+        return None  # absent, damaged or of another version
 
 
 def _fits(index, sizes) -> bool:
-    """Whether all images of a kept index lie inside the files, whose sizes in bytes these are."""
+    """Whether all images of a saved index lie inside the files of these sizes in bytes."""
     rows = (index.shard, index.offset, index.size, index.label)
     if any(
         row.ndim != 1 or row.dtype != np.int64 or not 0 < len(row) == len(index.shard)
         for row in rows
     ):
         return False
-    named = (
+    known = (
         (index.shard >= 0)
         & (index.shard < len(sizes))
         & (index.label >= -1)
         & (index.label < index.classes.size)
     )
     room = sizes[index.shard % len(sizes)] - index.offset
-    return bool((named & (index.offset >= 0) & (index.size >= 0) & (index.size <= room)).all())
+    return bool((known & (index.offset >= 0) & (index.size >= 0) & (index.size <= room)).all())
 
 
 def _save(path, key, index) -> bool:

@@ -11,6 +11,7 @@ from ..running import checkpoint, distributed, tensor_files
 from ..running.errors import UsageError, first_line
 from ..running.preemption import signals_wait
 from ..running.provenance import versions_and_commit
+from ..running.settings import differ
 from .options import FREE_ON_RESUME
 from .task import Task
 
@@ -64,7 +65,7 @@ def resume(
     changed = [
         str(key)
         for key, value in content["args"].items()
-        if tensor_files.differ(value, vars(task.args).get(key))
+        if differ(value, vars(task.args).get(key))
     ]
     changed += ["the encoder"] if content["encoder_digest"] != task.encoder_digest else []
     if changed:

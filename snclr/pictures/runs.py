@@ -80,8 +80,8 @@ def number(line: dict, name: str) -> float | None:
 def value(run: Run, metric: str, kind: str) -> float | None:
     """One number of a run for a table; None if it has none.
 
-    kind: 'last', of its last evaluation; 'first', of the evaluation before training; 'untrained',
-    'start', the same if it was of an untrained encoder, or of the weights of --init-from; 'mean',
+    kind: 'last', of its last evaluation; 'first', of the one before training, for 'untrained' and
+    'start' only if the encoder was untrained, or started from the weights of --init-from; 'mean',
     over its last epoch; 'median', over all lines; 'results', of an evaluation by main_lincls.py.
     """
     if kind == "results":
@@ -90,7 +90,7 @@ def value(run: Run, metric: str, kind: str) -> float | None:
     lines = run.lines
     if kind in ("first", "untrained", "start"):
         lines = [line for line in lines if line["epoch"] == 0]
-    if kind in ("untrained", "start"):  # its encoder is called 'start (from FILE)'
+    if kind in ("untrained", "start"):  # main_snclr.py writes 'start (from FILE)'
         is_start = kind == "start"
         lines = [x for x in lines if str(x.get("encoder")).startswith("start") == is_start]
     values = [(line["epoch"], number(line, metric)) for line in lines]
@@ -144,8 +144,8 @@ def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """Names of the settings that differ between runs, without the seed and what does not change a
-    run (options.ON_RESUME).
+    """Names of the settings that differ between runs, without the seed and those that change no
+    result (on_resume "free" in snclr/options.py).
     """
     kinds = [_settings_of_kind(run) for run in runs]
     names = dict.fromkeys(name for kind in kinds for name in kind)
@@ -153,8 +153,5 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 
 def _settings_of_kind(run: Run) -> dict:
-    return {
-        name: x
-        for name, x in run.settings.items()
-        if ON_RESUME.get(name) != "free" and name not in (*ABOUT, "seed")
-    }
+    left_out = {name for name, rule in ON_RESUME.items() if rule == "free"} | {*ABOUT, "seed"}
+    return {name: x for name, x in run.settings.items() if name not in left_out}

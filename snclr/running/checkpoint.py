@@ -16,8 +16,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from ..options import ON_RESUME
-from . import provenance, tensor_files
+from . import provenance, settings, tensor_files
 from .errors import UsageError, first_few, first_line
 
 FORMAT = 1
@@ -157,13 +156,7 @@ def resume(
     differs.
     """
     state = load(path)
-    now, saved = vars(args), state["args"]
-    changes = {
-        name: f"{name} {saved[name]!r} -> {now[name]!r}"
-        for name in now
-        if name in saved and tensor_files.differ(saved[name], now[name])
-    }
-    refused = [change for name, change in changes.items() if ON_RESUME.get(name) == "fixed"]
+    refused, changes = settings.changes(state["args"], args)
     if state["images"] != images:
         refused.append(f"training images {state['images']} -> {images}")
     elif (
@@ -181,8 +174,7 @@ def resume(
     load_optimizer(path, state["optimizer"], optimizer)
     if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-    reported = [change for name, change in changes.items() if ON_RESUME.get(name) != "free"]
-    return state["step"], reported
+    return state["step"], changes
 
 
 def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:

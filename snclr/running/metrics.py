@@ -22,7 +22,7 @@ class StepView(NamedTuple):
     positiveness; counts (M,) picks of each bank row by the global batch; num_candidates () of one
     sample; bank_fill () share of the bank's rows that were written before this step, None without a
     bank. K and M are 0 for the methods without neighbours. terms: further terms of the loss by
-    name, scalars (), this rank's mean; forward adds them to the loss, and they are logged as
+    name, scalars (), this rank's mean; the model adds them to the loss, the log has them as
     term_NAME.
     """
 
@@ -47,8 +47,7 @@ def step_metrics(
     form: str,
     temperature: float,
 ) -> dict:
-    """Metrics of one step over the global batch, the same on every rank. Collective: one
-    all-reduce.
+    """Metrics of one step over the global batch, the same on every rank. Collective: one all-reduce.
 
     loss; loss_ratio, the loss over the loss at chance (None if that is undefined, or there are
     further terms); term_NAME, each term of shown.terms; feature_std, the standard deviation of the

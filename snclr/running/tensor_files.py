@@ -124,11 +124,3 @@ def wrong_entries(content: object, kinds: dict[str, type]) -> list[str]:
         for name, kind in kinds.items()
         if not isinstance(entries.get(name), kind) or isinstance(entries[name], bool)
     ]
-
-
-def differ(saved: object, now: object) -> bool:
-    """Whether a saved setting differs. The file may hold any object, so comparison can raise."""
-    try:
-        return bool(saved != now)
-    except Exception:  # as for a tensor of several values
-        return True

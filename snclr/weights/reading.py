@@ -81,8 +81,8 @@ def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Modul
 
     which: 'online' or 'momentum', where the file has both; 'untrained': the same architecture as it starts. settings: arch,
     img_size, patch_size, width, small_stem, timm_kwargs, for files that do not say them (None: as the file says; only img_size
-    may differ from it). info: these settings, 'num_features', 'encoder', 'epoch', 'mean' and 'std' of the images it was trained
-    on, and 'notes', what was loaded. Raises UsageError where the file does not fit.
+    may differ from it). info: these settings, 'num_features', 'encoder', 'epoch', 'mean', 'std' and 'grey_range' of the images it
+    was trained on, and 'notes', what was loaded. Raises UsageError where the file does not fit.
     """
     learned = which != "untrained"
     file = read_encoder(path, which if learned else "online")
@@ -94,6 +94,7 @@ def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Modul
         img_size=224,
         mean=IMAGENET[0],
         std=IMAGENET[1],
+        grey_range=None,
     )
     epoch = file.saved.get("epoch")
     known |= {
@@ -115,6 +116,11 @@ def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Modul
     shape = {name: known[name] for name in ("img_size", "patch_size", "width", "small_stem")}
     try:
         known["mean"], known["std"] = ([float(x) for x in known[name]] for name in ("mean", "std"))
+        if known["grey_range"] is not None:
+            low, high = map(float, known["grey_range"])
+            if not low < high:
+                raise ValueError(f"grey_range {low:g} {high:g}")
+            known["grey_range"] = [low, high]
         shape["timm_kwargs"] = dict(known["timm_kwargs"] or [])
         encoder = build_encoder(
             known["arch"], **shape, stop_grad_conv1=False, hidden_dim=1, out_dim=1

@@ -26,8 +26,8 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from snclr import builder, optim, options  # noqa: E402
-from snclr.datasets import decoding, shards, sources  # noqa: E402
-from snclr.evaluation import linear
+from snclr.datasets import decoding, files, shards, sources  # noqa: E402
+from snclr.evaluation import linear  # noqa: E402
 from snclr.evaluation import options as lincls_options  # noqa: E402
 from snclr.evaluation import state as probe_state  # noqa: E402
 from snclr.evaluation.options import STATE_FILE  # noqa: E402
@@ -269,10 +269,10 @@ def shard(seeds, random):
     folder.mkdir()
     seeds.write("shards/a.tar", bend(random, seeds.tar) if random.random() < 0.7 else seeds.tar)
     if random.random() < 0.5:  # its index, too
-        shards.open_index(str(folder), sources.EXTENSIONS, None)
+        shards.open_index(str(folder), files.EXTENSIONS, None)
         path = folder / "snclr_index.npz"
         path.write_bytes(bend(random, path.read_bytes()))
-    index = shards.open_index(str(folder), sources.EXTENSIONS, None)
+    index = shards.open_index(str(folder), files.EXTENSIONS, None)
     images = shards.ShardImages(index, None, [], sources.IMAGENET)
     for number in range(min(4, len(images))):
         images.image(number)

@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Memory of the bank and time of one search, by the number of its rows.
+
+    python benchmarks/search.py                     128,000 rows and 4,096,000 rows (7 GB)
+    python benchmarks/search.py --rows 128000 --queries 1024
+
+The queries are those of one rank in one step: two for each of its images. All features are random.
+"""
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+
+from benchmarks import measure
+from snclr.memory_bank import MemoryBank
+from snclr.running import distributed
+
+
+def filled_bank(rows: int, dim: int, bfloat16: bool, device: torch.device) -> MemoryBank:
+    """A full bank of random unit features, each of an image of its own."""
+    bank = MemoryBank(rows, dim, bfloat16).to(device)
+    for ids in torch.arange(rows, device=device).split(2**16):
+        bank.enqueue(torch.randn(len(ids), dim, device=device), ids)
+    return bank
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=[128_000, 4_096_000], metavar="M")
+    parser.add_argument("--queries", type=int, default=256, metavar="N")
+    parser.add_argument("-K", "--topk", type=int, default=30)
+    parser.add_argument("-D", "--dim", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=3)
+    args = parser.parse_args()
+    device = distributed.own_device()
+    torch.manual_seed(0)
+    queries = torch.randn(args.queries, args.dim, device=device)
+    lines = []
+    for rows in args.rows:
+        for bfloat16 in (False, True):
+            bank = filled_bank(rows, args.dim, bfloat16, device)
+            copy = 0 if bank.features16 is None else bank.features16.nbytes
+            memory = bank.features.nbytes + bank.ids.nbytes + copy
+            search = {"search": lambda bank=bank: bank.search(queries, args.topk)}
+            seconds = measure.fastest(search, args.steps, device)["search"]
+            name = f"{rows:,} rows, {'bfloat16' if bfloat16 else 'float32'}"
+            lines.append([name, f"{memory / 1e6:.1f}", f"{1000 * seconds:.1f}"])
+            del bank, search  # the next one may need the memory
+    sizes = f"{args.queries} queries, K {args.topk}, D {args.dim}"
+    print(f"{sizes}; {measure.hardware(device)}; fastest of {args.steps}")
+    print(measure.table(["products", "MB of the bank", "ms a search"], lines))
+
+
+if __name__ == "__main__":
+    main()

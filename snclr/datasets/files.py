@@ -1,0 +1,180 @@
+"""The user's own images: --dataset folder, tree, list and shards.
+
+Labels are names of classes first, and numbered here, the same for training and validation.
+"""
+
+import os
+from argparse import Namespace
+
+import numpy as np
+import torch
+
+from ..options import IMAGENET
+from ..running.distributed import local_rank_zero_first
+from ..running.errors import RunError, UsageError
+from . import shards
+from .high_bit_depth import little_used_range
+from .images import FileImages, ImageFiles, ImageSet, ResidentImages
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
+SAMPLED = 8  # images of a set whose grey values are checked at the start
+
+
+def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
+    """Training set, validation set (None without labelled validation images), and notes.
+
+    Raises UsageError if the data have another form, or an image cannot be read.
+    """
+    train_path, val_path = args.data, args.val
+    if os.path.isdir(os.path.join(args.data, "train")):
+        train_path, val_folder = (os.path.join(args.data, split) for split in ("train", "val"))
+        val_path = val_path or (val_folder if os.path.isdir(val_folder) else None)
+    elif args.dataset == "folder":
+        raise UsageError(
+            f"{args.data} has no folder train/; expected {args.data}/train/<class>/<image> "
+            f"and {args.data}/val/<class>/<image>"
+        )
+    train, names, notes = _open_part(train_path, args.labels, args)
+    if names is None:
+        return train, None, [*notes, "the images have no labels: no kNN, no neighbour purity"]
+    train.classes = _sorted_classes(names)
+    train.labels = _numbers(names, train.classes)
+    val, val_names = None, None
+    if val_path:
+        val, val_names, val_notes = _open_part(val_path, args.val_labels, args)
+        notes += val_notes
+    if val_names is None:
+        return train, None, [*notes, "there are no validation images with labels: no kNN"]
+    only_one = sorted(({*val_names} ^ {*names}) - {None})
+    if only_one:
+        listed = ", ".join(only_one[:5]) + (" ..." if len(only_one) > 5 else "")
+        raise UsageError(
+            "training and validation images must hold the same classes; "
+            f"only one of them has {listed}"
+        )
+    val.classes, val.labels = train.classes, _numbers(val_names, train.classes)
+    return train, val, notes
+
+
+def _sorted_classes(names):
+    """The names, sorted: other names first, then numbers by value."""
+
+    def key(name):
+        return (int(name), "") if name.isdecimal() else (-1, name)
+
+    return sorted({*names} - {None}, key=key)
+
+
+def _numbers(names, classes):
+    numbers = {name: number for number, name in enumerate(classes)} | {None: -1}
+    return torch.tensor([numbers[name] for name in names])
+
+
+def _open_part(path, labels, args) -> tuple[ImageSet, list[str | None] | None, list[str]]:
+    """Images at path; the class name of each (None for an image without; None for all); notes."""
+    names, ignored = None, 0
+    if args.dataset == "list":
+        images = ImageFiles(_read_list(path), None, [], IMAGENET)
+    elif args.dataset == "shards":
+        with local_rank_zero_first():  # it writes the index; the machine's other ranks read it
+            index = shards.open_index(path, EXTENSIONS, fallback=args.workdir)
+        images, ignored = shards.ShardImages(index, None, [], IMAGENET), int(index.ignored)
+        if len(index.classes):
+            names = [*index.classes.tolist(), None]  # label -1 is the last one: None
+            names = [names[label] for label in index.label]
+    else:
+        paths, ignored = _images_below(path)
+        expected = "image files in it or its subfolders"
+        if args.dataset == "folder":
+            paths = [file for file in paths if os.path.dirname(file) != path]
+            names = [os.path.relpath(file, path).split(os.sep)[0] for file in paths]
+            expected = f"{path}/<class>/<image>"
+        if not paths:
+            raise UsageError(
+                f"no image in {path}; expected {expected} with one of {' '.join(EXTENSIONS)}"
+            )
+        images = ImageFiles(paths, None, [], IMAGENET)
+    if labels not in (None, "none"):
+        names = _read_labels(labels, path, len(images))
+    images.skip_bad, images.grey_range = args.on_bad_image == "skip", args.grey_range
+    notes = []
+    if ignored:
+        notes.append(f"{ignored} files in {path} are not images and are ignored")
+    if args.grey_range is None and (note := _grey_range_note(images)):
+        notes.append(f"{path}: {note}")
+    try:
+        images = images.resident()
+    except RunError as error:
+        advice = ", or add --on-bad-image skip" if args.on_bad_image == "fail" else ""
+        raise UsageError(f"{error}{advice}") from error
+    if isinstance(images, ResidentImages) and images.errors is not None:
+        bad = list(filter(None, images.errors))
+        notes.append(
+            f"{len(bad)} images in {path} are replaced in training and grey in evaluation; "
+            f"the first: {bad[0]}"
+        )
+    return images, None if labels == "none" else names, notes
+
+
+def _grey_range_note(images: FileImages) -> str | None:
+    """What little_used_range says of a few images, evenly spread over the set."""
+    samples = []
+    for index in np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(int)):
+        try:
+            samples.append(images.encoded(index))
+        except RunError:  # reported where the image is used
+            continue
+    return little_used_range(samples)
+
+
+def _images_below(root):
+    """Sorted paths of all images in a tree, and the number of other files.
+
+    Hidden files count as neither. A folder that several links lead to, perhaps in a circle, counts
+    once.
+    """
+    paths, others, seen = [], 0, set()
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_unreadable_folder):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        files = sorted(name for name in files if not name.startswith("."))
+        images = [os.path.join(folder, name) for name in files if name.lower().endswith(EXTENSIONS)]
+        paths += images
+        others += len(files) - len(images)
+    return paths, others
+
+
+def _unreadable_folder(error):
+    raise UsageError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+
+def _read_list(path):
+    """Paths in a text file, one per line; relative ones start at the file's folder."""
+    folder = os.path.dirname(path)
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        paths = [os.path.join(folder, line.rstrip("\n")) for line in file if line.strip()]
+    if not paths:
+        raise UsageError(f"{path} lists no image: expected one path per line")
+    # a hundred of them: looking for a million files on a network disk takes minutes
+    for number in range(0, len(paths), -(-len(paths) // 100)):
+        if not os.path.isfile(paths[number]):
+            raise UsageError(
+                f"{path} names {paths[number]}, which does not exist; "
+                "relative paths start at the list's folder"
+            )
+    return paths
+
+
+def _read_labels(path, source, count):
+    """Class names in a text file, one per line in the order of the images; '' or -1: no label."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        names = [name if name not in ("", "-1") else None for name in map(str.strip, file)]
+    if len(names) != count:
+        raise UsageError(
+            f"{path} has {len(names)} labels for the {count} images of {source}: "
+            "it needs one per line, in their order"
+        )
+    return names
