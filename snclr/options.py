@@ -256,7 +256,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--crop-min",
         type=number(float, above_zero=True, most=1),
         metavar="SHARE",
-        help=text,
+        help=f"{text} (default: 0.08; 0.2 with --method mocov2)",
         on_resume="fixed",
     )
     text = "Gaussian blur of the views (default: on for images above 32 px)"

@@ -60,9 +60,7 @@ def resume(
     if task.args.resume is None or not os.path.exists(path):
         return 0, []
     content = tensor_files.read(path)
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), kind) for key, kind in KINDS.items()
-    ):
+    if tensor_files.wrong_entries(content, KINDS):
         raise UsageError(f"{path} is no state of an evaluation; choose a new --workdir")
     changed = [
         str(key)
