@@ -37,7 +37,7 @@ from snclr.running.preemption import end_at_once, handlers_given_back
 from snclr.running.provenance import versions_and_commit
 from snclr.running.safe_files import save_json, writing
 from snclr.running.settings import save_settings
-from snclr.weights import reading as weights
+from snclr.weights.load import open_encoder as open_file
 
 KNN_K = (10, 20, 100, 200)
 
@@ -134,12 +134,13 @@ def main(argv: list[str]) -> None:
 
 def open_encoder(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     """The encoder that the flags name, and its info."""
-    encoder, info = weights.open_encoder(
+    encoder, info = open_file(
         args.pretrained,
         "untrained" if args.encoder == "pixels" else args.encoder,
         arch=args.arch,
         img_size=args.img_size,
         patch_size=args.patch_size,
+        num_heads=args.num_heads,
         width=args.width,
         small_stem=args.small_stem,
         timm_kwargs=args.timm_kwargs,

@@ -45,7 +45,8 @@ from snclr.running.precision import autocast, resolve_amp
 from snclr.running.preemption import Interruptions, end_at_once, handlers_given_back, interrupt
 from snclr.running.settings import save_settings
 from snclr.running.workers import Stalled
-from snclr.weights import reading as weights
+from snclr.weights.layouts import read_encoder
+from snclr.weights.load import choose_num_heads, load_backbone
 
 
 class Run(NamedTuple):
@@ -98,10 +99,14 @@ def main(argv: list[str]) -> None:
     # -- model and optimiser -----------------------------------------------------------------------
     torch.manual_seed(args.seed)
     amp = resolve_amp(args.amp, device)
+    if args.init_from:  # no tensor shows the number of heads: it is that of these weights
+        args.num_heads, head_notes = choose_num_heads(
+            read_encoder(args.init_from), args.arch, args.num_heads
+        )
     model = build_model(args, bfloat16=amp == "bf16")
     workdir, checkpoint_path, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
     if args.init_from and not checkpoint_path:
-        start_notes += load_initial_weights(model, args.init_from)
+        start_notes += load_initial_weights(model, args.init_from) + head_notes
     elif args.init_from:
         start_notes += [f"--init-from {args.init_from} is ignored: {checkpoint_path} is resumed"]
     # in float32 on a CPU channels-last is not faster, and torch 2.15 crashes in the backward of
@@ -221,7 +226,7 @@ def default_workdir(args: argparse.Namespace) -> str:
 
 def load_initial_weights(model: SNCLR, path: str) -> list[str]:
     """Load the backbone of both encoders from a file; returns lines that say what was loaded."""
-    notes = weights.load_backbone(model.base_encoder, weights.read_encoder(path))
+    notes = load_backbone(model.base_encoder, read_encoder(path))
     if model.momentum_encoder is not None:
         model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
     return notes

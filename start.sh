@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
 # The launcher.
 #
-#   bash start.sh                                                        the embedded data set, in minutes, on any machine
-#   bash start.sh @configs/vit_small_imagenet.args /data/imagenet        a recipe, its data, any flag: all GPUs of this machine
-#   NNODES=4 NODE_RANK=0 MASTER_ADDR=node1 bash start.sh @configs/...    several machines: the same on each, NODE_RANK 0 .. 3
-#   sbatch --nodes=4 --gpus-per-node=8 start.sh @configs/...             SLURM: starts itself on each node with srun
-#   bash start.sh main_lincls.py /data/imagenet --pretrained FILE        evaluation, by the same rules
-#   bash start.sh --dry-run ...                                          print the exact commands and do nothing
+#   bash start.sh                                     the embedded data set: minutes, on any machine
+#   bash start.sh @configs/vit_small_imagenet.args /data/imagenet
+#                                 a recipe, its data, then any flags: on all GPUs of this machine
+#   NNODES=4 NODE_RANK=0 MASTER_ADDR=node1 bash start.sh @configs/...
+#                                 four machines: the same on each, with NODE_RANK 0, 1, 2 and 3
+#   sbatch --nodes=4 --gpus-per-node=8 start.sh @configs/...
+#                                 SLURM: it starts itself on each node with srun
+#   bash start.sh main_lincls.py /data/imagenet --pretrained FILE
+#                                 evaluation, in the same ways
+#   bash start.sh --dry-run ...   only print the commands
 #
-# It sets up what it needs, checks the flags, and starts one process a GPU (one in all where there is none).
-# NPROC_PER_NODE sets their number on a machine, MASTER_PORT the port on MASTER_ADDR (default 29500; under SLURM by job).
-# MAX_RESTARTS=n goes on up to n times after a process died (wants --workdir); JOIN_SECONDS (600) is how long machines wait to meet.
-# Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and saved (--resume auto goes on).
+# It installs what is missing, checks the flags, and starts one process for each GPU (one process
+# without a GPU). NPROC_PER_NODE sets the number of processes on a machine, MASTER_PORT the port on
+# MASTER_ADDR (default 29500; under SLURM derived from the job). MAX_RESTARTS=n restarts up to n
+# times after a process died (needs --workdir). JOIN_SECONDS (default 600) is how long machines wait
+# for each other.
+# Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal after saving (--resume auto
+# continues).
 if [ -z "${BASH_VERSION:-}" ]; then # started as `sh start.sh`
   command -v bash >/dev/null || { echo "start.sh: error: bash is needed and was not found" >&2; exit 2; }
   exec bash "$0" "$@"
@@ -25,7 +32,7 @@ while [ -L "$self" ]; do # started by a link: macOS has no `readlink -f`
   link=$(readlink "$self")
   case $link in /*) self=$link ;; *) self=$(dirname "$self")/$link ;; esac
 done
-# sbatch runs a copy of this file in a folder of its own; the repository is then where the job was submitted
+# sbatch runs a copy of this file in another folder; the job was submitted from the repository
 ROOT=$(cd "$(dirname "$self")" && pwd)
 [ -e "$ROOT/main_snclr.py" ] || ROOT=${SLURM_SUBMIT_DIR:-$ROOT}
 [ -e "$ROOT/main_snclr.py" ] || fail "$ROOT is not the repository: submit the job from the repository's folder"
@@ -45,7 +52,7 @@ for flag in "$@"; do
 done
 case " ${flags[*]-} " in *" -h "* | *" --help "*) PYTHONPATH=$ROOT exec python3 -m "$options" --help ;; esac
 
-run() { # the last command of this script, or its text
+run() { # run the last command of this script, or print it
   [ -z "$DRY_RUN" ] || { printf '%q ' "$@"; echo; exit; }
   exec "$@"
 }
@@ -64,8 +71,8 @@ number() { # name, value: the number without leading zeros, which bash would tak
   echo $((10#${BASH_REMATCH[1]}))
 }
 
-# SLURM_STEP_ID is there in what srun starts, and not in the batch script nor in the shell of salloc, which may be a step of
-# its own kind, though (use_interactive_step; the number is slurm.h's SLURM_INTERACTIVE_STEP)
+# srun sets SLURM_STEP_ID; sbatch and salloc do not, except that the shell of salloc can be an
+# interactive step (use_interactive_step), with the number SLURM_INTERACTIVE_STEP of slurm.h
 in_step=${SLURM_STEP_ID:-}
 [ "$in_step" != 4294967290 ] || in_step=
 nodes=${NNODES:-$([ -n "$in_step" ] && echo "${SLURM_STEP_NUM_NODES:-1}" || echo "${SLURM_JOB_NUM_NODES:-1}")}
@@ -80,11 +87,11 @@ processes=$((processes > 1 ? processes : 1))
 
 find_python "$ROOT/requirements.txt"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-# a wrong flag is answered once and at once, not by every process
+# a wrong flag is reported once and before the start, not by every process
 [ -n "$DRY_RUN" ] || WORLD_SIZE=$((nodes * processes)) "$PYTHON" -m "$options" "${flags[@]+"${flags[@]}"}"
 
 if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "$in_step" ]; then
-  # one task a node with all its CPUs: srun no longer takes --cpus-per-task from the job (since 22.05)
+  # one task on each node, with all its CPUs: since 22.05 srun ignores the job's --cpus-per-task
   run srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" \
     --kill-on-bad-exit=1 bash "$ROOT/start.sh" "$script" "${flags[@]+"${flags[@]}"}"
 fi
@@ -100,7 +107,7 @@ if [ "$nodes" -gt 1 ]; then
   if [ -n "$in_step" ]; then
     hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST")
     MASTER_ADDR=${MASTER_ADDR:-${hosts%%$'\n'*}}
-    MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))} # two jobs on a node do not meet
+    MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))} # differs between jobs on a node
   fi
   [ -n "${MASTER_ADDR:-}" ] || fail "NNODES is $nodes, so MASTER_ADDR must name the machine of NODE_RANK 0"
   port=$(number MASTER_PORT "${MASTER_PORT:-29500}")

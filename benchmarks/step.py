@@ -124,6 +124,14 @@ def tables(args, device) -> dict:
                 else {}
             ),
         },
+        "local": lambda: {
+            "ResNet-18 (CIFAR stem), two views of 32 px": resnet(),
+            "and 2 local views of 16 px": resnet("--local-views 2"),
+            "and 6 local views of 16 px": resnet("--local-views 6"),
+            "ViT-S/16, two views of 224 px": vit(),
+            "and 2 local views of 96 px": vit("--local-views 2"),
+            "and 6 local views of 96 px": vit("--local-views 6"),
+        },
         "optimiser": lambda: {
             "AdamW on ViT-S, parameter by parameter": Optimiser(device, foreach=False, fused=False),
             "foreach": Optimiser(device, foreach=True),
@@ -142,7 +150,9 @@ def main():
     parser.add_argument(
         "--compile", action="store_true", help="compiled backbones, too: minutes more"
     )
-    parser.add_argument("--only", nargs="+", metavar="TABLE", help="method, vit, resnet, optimiser")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TABLE", help="method, vit, resnet, local, optimiser"
+    )
     args = parser.parse_args()
     device = process_group.own_device()
     print(

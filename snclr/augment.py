@@ -27,7 +27,7 @@ LOCAL_CROP_MIN = 0.05  # DINO's (Caron et al. 2021)
 SMALL = 64  # px; on a CPU larger views are processed one by one, to stay in its cache
 AT_ONCE = 2**26  # values that a GPU augments at a time, which bounds the memory
 
-# -- the table of views --------------------------------------------------------------------------
+# -- the table of views ---------------------------------------------------------------------------
 
 
 class View(NamedTuple):
@@ -71,9 +71,19 @@ def moco_v2_views(size: int, crop_min: float, blur: bool) -> tuple[View, View]:
 
 
 def build_views(args: Namespace) -> tuple[View, ...]:
-    """The table of views that the flags describe (snclr/options.py): two global views."""
+    """The table of views that the flags describe (snclr/options.py).
+
+    Two global views, then --local-views small ones, drawn as DINO's (Caron et al. 2021).
+    """
     global_views = moco_v2_views if args.method == "mocov2" else moco_v3_views
-    return global_views(args.img_size, args.crop_min, args.blur)
+    views = global_views(args.img_size, args.crop_min, args.blur)
+    local_view = views[0]._replace(
+        size=args.local_size,
+        crop_min=LOCAL_CROP_MIN,
+        crop_max=args.local_crop_max,
+        blur_p=0.5 * args.blur,
+    )
+    return views + (local_view,) * args.local_views
 
 
 def by_size(recipe: Recipe, numbers: Iterable[int]) -> list[tuple[int, list[int]]]:
@@ -84,7 +94,7 @@ def by_size(recipe: Recipe, numbers: Iterable[int]) -> list[tuple[int, list[int]
     return [(size, list(group)) for size, group in groups]
 
 
-# -- drawing -------------------------------------------------------------------------------------
+# -- drawing --------------------------------------------------------------------------------------
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
@@ -207,7 +217,7 @@ def _draw_crops(u, settings, heights, widths):
     return np.stack([top, left, h, w], axis=1).astype(np.int64)
 
 
-# -- applying ------------------------------------------------------------------------------------
+# -- applying -------------------------------------------------------------------------------------
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:

@@ -1,12 +1,17 @@
-"""Backbones: an image batch (B, 3, S, S) to features (B, num_features), each with its projector in the last layer's place.
+"""Backbones: from images (B, 3, S, S) to features (B, num_features).
 
-Every encoder has `embed(x)` (features), `projector` (the head), `forward(x) = projector(embed(x))`, and a `kind`, 'vit' or
-'resnet', which decides over its heads. Parameter names are timm's VisionTransformer's (projector: `head`) and torchvision's
-ResNet's (projector: `fc`), so that other tools read them; `timm:` models keep their own.
+The projector takes the place of the classifier.
+
+Every encoder has `embed(x)`, the features; `projector`, the head; `forward(x) =
+projector(embed(x))`; and `kind`, 'vit' or 'resnet', which selects the shape of its heads
+(snclr/heads.py). Parameter names are those of timm's VisionTransformer (projector: `head`) and
+torchvision's ResNet (projector: `fc`), so that other tools can read them. Models named `timm:NAME`
+keep timm's names.
 """
 
 import difflib
 import math
+import sys
 from functools import partial
 
 import timm
@@ -17,13 +22,16 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from . import heads
-from .options import ARCHS
+from .options import ARCHS, NUM_HEADS, check_num_heads
 from .running.errors import UsageError, first_line
 from .running.recompute import recomputed
 
 
 class ConvStem(PatchEmbed):
-    """Patch embedding of four 3x3 convolutions of stride 2 and a 1x1 one (Xiao et al. 2021), numbered as MoCo v3's."""
+    """Patch embedding of four 3x3 convolutions with stride 2 and one 1x1 convolution.
+
+    Source: Xiao et al. 2021. Layers are numbered as in MoCo v3.
+    """
 
     def __init__(self, *args, embed_dim: int, **kwargs):
         super().__init__(*args, embed_dim=embed_dim, **kwargs)
@@ -38,14 +46,14 @@ class ConvStem(PatchEmbed):
         self.proj = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
 
 
-# arch: (embedding width, blocks, attention heads, patch embedding); ViT-S has 12 heads, as MoCo v3's (DeiT's has 6), and a
-# convolutional stem takes the place of one block
+# arch: (embedding width, blocks, attention heads, patch embedding)
+# A convolutional stem replaces one block.
 VITS = {
-    "vit_tiny": (192, 12, 3, PatchEmbed),
-    "vit_small": (384, 12, 12, PatchEmbed),
-    "vit_base": (768, 12, 12, PatchEmbed),
-    "vit_conv_small": (384, 11, 12, ConvStem),
-    "vit_conv_base": (768, 11, 12, ConvStem),
+    "vit_tiny": (192, 12, NUM_HEADS["vit_tiny"], PatchEmbed),
+    "vit_small": (384, 12, NUM_HEADS["vit_small"], PatchEmbed),
+    "vit_base": (768, 12, NUM_HEADS["vit_base"], PatchEmbed),
+    "vit_conv_small": (384, 11, NUM_HEADS["vit_conv_small"], ConvStem),
+    "vit_conv_base": (768, 11, NUM_HEADS["vit_conv_base"], ConvStem),
 }
 
 # arch: (block, blocks of each stage, default width of the first stage, stem)
@@ -60,14 +68,15 @@ RESNETS = {
 # stem: (kernel, stride, whether a 3x3 stride-2 max pool follows)
 STEMS = {"imagenet": (7, 2, True), "small": (3, 1, False), "light": (3, 2, False)}
 
-TIMM = "timm:"  # what names any other model of timm
+TIMM = "timm:"  # prefix of the name of any other timm model
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
-    """timm's ViT with fixed 2-D sin-cos position embedding and MoCo v3's initialisation (Chen et al. 2021, section 4).
+    """timm's ViT with a fixed 2-D sin-cos position embedding and MoCo v3's initialisation.
 
-    Class token as feature. stop_grad_conv1 freezes a plain patch embedding at its random start, which keeps training stable;
-    a convolutional stem is stable by itself, trains, and starts as torch's convolutions do.
+    The class token is the feature. stop_grad_conv1 freezes a plain patch embedding at its random
+    initialisation, which keeps training stable (Chen et al. 2021, section 4). A convolutional stem
+    is stable without it: it is trained, and keeps torch's default initialisation.
     """
 
     kind = "vit"
@@ -85,7 +94,13 @@ class VisionTransformer(timm_vit.VisionTransformer):
         norm = partial(nn.LayerNorm, eps=1e-6)
         size = dict(embed_dim=width, depth=depth, num_heads=num_heads, embed_layer=embed_layer)
         super().__init__(
-            img_size, patch_size, num_classes=0, norm_layer=norm, weight_init="skip", **size
+            img_size,
+            patch_size,
+            num_classes=0,
+            norm_layer=norm,
+            weight_init="skip",
+            dynamic_img_size=True,  # local views: their position embedding is interpolated
+            **size,
         )
         grid = img_size // patch_size
         self.pos_embed = nn.Parameter(
@@ -102,9 +117,8 @@ class VisionTransformer(timm_vit.VisionTransformer):
         nn.init.normal_(self.cls_token, std=1e-6)
         if embed_layer is PatchEmbed:
             patches = self.patch_embed.proj
-            bound = math.sqrt(
-                6 / (3 * patch_size**2 + width)
-            )  # Xavier for a linear layer on flattened patches
+            # Xavier initialisation of a linear layer on flattened patches
+            bound = math.sqrt(6 / (3 * patch_size**2 + width))
             nn.init.uniform_(patches.weight, -bound, bound)
             nn.init.zeros_(patches.bias)
             patches.requires_grad_(not stop_grad_conv1)
@@ -119,10 +133,10 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
 
 class ResNet(tv_resnet.ResNet):
-    """torchvision's ResNet with the width of its first stage, its stem and its number of stages as parameters.
+    """torchvision's ResNet with a variable width of the first stage, stem and number of stages.
 
-    In bottleneck nets the last norm of each residual branch starts at zero (MoCo v3's ResNet-50); the shallow ones learn
-    their first features faster without it.
+    In bottleneck networks the last norm of each residual branch starts at zero, as in MoCo v3's
+    ResNet-50. The shallow networks learn their first features faster without that.
     """
 
     kind = "resnet"
@@ -158,7 +172,7 @@ class ResNet(tv_resnet.ResNet):
         return self.fc
 
     def set_grad_checkpointing(self) -> None:
-        """Keep the inputs of each residual block alone for backward, and compute the rest again."""
+        """Keep only the input of each residual block for backward, and recompute the rest."""
         self.grad_checkpointing = True
 
     def embed(self, x: Tensor) -> Tensor:
@@ -178,48 +192,88 @@ class ResNet(tv_resnet.ResNet):
 
 
 class TimmEncoder:
-    """What turns a model of timm into an encoder: mixed into the model's own class by build_timm, so that keys stay timm's."""
+    """Turns a timm model into an encoder.
+
+    build_timm mixes it into the model's own class, so that timm's names stay.
+    """
+
+    def from_authors_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Convert a state dict from the names of a model's authors to timm's, by timm's function.
+
+        Returns the tensors unchanged where timm has no such function for this model. Raises
+        UsageError where it fails.
+        """
+        name, settings = self.timm_call
+        convert = getattr(
+            sys.modules[timm.model_entrypoint(name).__module__], "checkpoint_filter_fn", None
+        )
+        if convert is None:
+            return tensors
+        # timm's functions compare shapes with a model that has its classifier
+        reference = timm.create_model(name, pretrained=False, **settings)
+        try:
+            return convert(dict(tensors), reference)
+        except (
+            Exception
+        ) as error:  # timm's functions expect weights of this model, and check nothing
+            raise UsageError(
+                f"timm cannot convert these weights to {name}: {first_line(error)}; "
+                "is --arch the right one?"
+            ) from error
 
     @property
     def projector(self) -> nn.Module:
         return self.get_submodule(self.pretrained_cfg["classifier"])
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) -> features as the model's classifier would get them (B, num_features)."""
+        """(B, 3, S, S) -> features that the model's classifier would get (B, num_features)."""
         return self.forward_head(self.forward_features(x), pre_logits=True)
 
     def set_grad_checkpointing(self) -> None:
-        """Recompute each block in backward, as timm does it. Raises UsageError where that would not be exact, or cannot be."""
+        """Recompute each block in backward, with timm's own method.
+
+        Raises UsageError where the model has no such method, or where it would not be exact.
+        """
         if has_batch_norm(self, besides=self.projector):
             raise UsageError(
-                "--grad-checkpointing would let timm's batch norms count each batch twice: use --micro-batch"
+                "--grad-checkpointing would let timm's batch norms count each batch twice: "
+                "use --micro-batch"
             )
         try:
             super().set_grad_checkpointing(True)
         except (AssertionError, AttributeError) as error:
             raise UsageError(
-                "--grad-checkpointing is not known to this model of timm: use --micro-batch"
+                "this timm model does not support --grad-checkpointing: use --micro-batch"
             ) from error
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.projector(
-            self.embed(x)
-        )  # timm's own passes some classifiers (B, C, 1, 1), or wraps them in an MLP
+        # timm's own forward passes (B, C, 1, 1) to some classifiers, and wraps others in an MLP
+        return self.projector(self.embed(x))
+
+
+def timm_settings(name: str, img_size: int, timm_kwargs: dict) -> dict:
+    """Arguments of timm.create_model for a model that takes images of img_size pixels."""
+    sized = {"img_size": img_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    return {**sized, **timm_kwargs}
 
 
 def build_timm(
-    name: str, img_size: int, settings: dict, hidden_dim: int, out_dim: int
+    name: str, img_size: int, timm_kwargs: dict, hidden_dim: int, out_dim: int
 ) -> nn.Module:
-    """timm's model `name`, random, its classifier replaced by the projector. Raises UsageError for what timm refuses.
+    """The timm model `name` with random weights and the projector in place of its classifier.
 
-    The heads are a ResNet's where the model has batch norms, else a ViT's. settings: further arguments of the model.
-    Parameters that the features do not depend on (an MLP around the classifier) keep their names and are frozen, since DDP
-    waits for the gradient of every other.
+    The heads are those of a ResNet if the model has batch norms, else those of a ViT. timm_kwargs:
+    further arguments of the model. Parameters that do not influence the features (an MLP around the
+    classifier) keep their names and are frozen, since DDP waits for the gradient of every other
+    parameter. Raises UsageError where timm cannot build it.
     """
-    foreign = [key for key in settings if key.startswith(("pretrained", "checkpoint", "cache"))]
-    if foreign:
+    odd = [key for key in timm_kwargs if not str(key).isidentifier()]
+    if odd:
+        raise UsageError(f"timm:{name} has no argument {odd[0]!r}")
+    reading = [key for key in timm_kwargs if key.startswith(("pretrained", "checkpoint", "cache"))]
+    if reading:
         raise UsageError(
-            f"timm's {', '.join(foreign)} would read other files or the network: --init-from is the way"
+            f"timm's {', '.join(reading)} would read other files or the network: use --init-from"
         )
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
@@ -229,11 +283,12 @@ def build_timm(
     config = timm.get_pretrained_cfg(name)
     if not isinstance(config.classifier, str):
         raise UsageError(
-            f"timm:{name} has no single classifier to stand its projector in, but {config.classifier}"
+            f"timm:{name} has no single classifier that the projector could replace, "
+            f"but {config.classifier}"
         )
-    sized = {"img_size": img_size} if config.fixed_input_size else {}
+    settings = timm_settings(name, img_size, timm_kwargs)
     try:
-        model = timm.create_model(name, pretrained=False, **{**sized, **settings}).eval()
+        model = timm.create_model(name, pretrained=False, **settings).eval()
         features = model.forward_head(
             model.forward_features(torch.zeros(1, 3, img_size, img_size)), pre_logits=True
         )
@@ -241,27 +296,34 @@ def build_timm(
             raise ValueError(f"its features are not (B, width), but {tuple(features.shape)}")
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(features.sum(), trainable, allow_unused=True)
-    except Exception as error:  # a wrong argument leads to anything
-        told = f"timm:{name} cannot be built with --img-size {img_size} and {settings}: {first_line(error)}"
-        raise UsageError(told) from error
+    except Exception as error:  # a wrong argument can raise any exception
+        raise UsageError(
+            f"timm:{name} cannot be built with --img-size {img_size} and {timm_kwargs}: "
+            f"{first_line(error)}"
+        ) from error
     for parameter, gradient in zip(trainable, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
-    width = features.shape[
-        1
-    ]  # timm has no attribute that is the width of pooled features in every model
+    # no attribute of timm's is the width of the pooled features in every model
+    width = features.shape[1]
     model.train()
     model.kind, model.num_features = "resnet" if has_batch_norm(model) else "vit", width
+    model.timm_call = (name, settings)
     model.set_submodule(config.classifier, heads.projector(model.kind, width, hidden_dim, out_dim))
     model.__class__ = type(type(model).__name__, (TimmEncoder, type(model)), {})
     return model
 
 
+def projector_name(encoder: nn.Module) -> str:
+    """The name of the projector in the encoder: 'head', 'fc', or that of timm's classifier."""
+    return next(name for name, module in encoder.named_modules() if module is encoder.projector)
+
+
 def has_batch_norm(module: nn.Module, besides: nn.Module | None = None) -> bool:
-    """Whether any layer of module, those of `besides` left aside, is a batch norm."""
-    left_out = set() if besides is None else {*besides.modules()}
+    """Whether a layer of module is a batch norm; the layers of `besides` do not count."""
+    ignored = set() if besides is None else {*besides.modules()}
     return any(
         isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        for layer in {*module.modules()} - left_out
+        for layer in {*module.modules()} - ignored
     )
 
 
@@ -270,7 +332,8 @@ def sincos_position_embedding(
 ) -> Tensor:
     """Fixed 2-D position embedding (1, 1 + rows * columns, width); zeros for the class token.
 
-    A quarter of the width each: sine and cosine of the column, sine and cosine of the row, over width/4 frequencies.
+    Sine and cosine of the column and sine and cosine of the row take a quarter of the width each,
+    with width/4 frequencies. Raises ValueError for a width that 4 does not divide.
     """
     if width % 4:
         raise ValueError(
@@ -296,17 +359,29 @@ def build_encoder(
     timm_kwargs: dict,
     hidden_dim: int,
     out_dim: int,
+    num_heads: int | None = None,
 ) -> nn.Module:
     """The encoder `arch` with its projector (hidden_dim, out_dim).
 
-    width: of a ResNet's first stage (None: the arch's own); small_stem: 3x3, stride 1, no pool, for images of about 32 px;
-    patch_size and stop_grad_conv1 concern ViTs; timm_kwargs the models named timm:NAME. Raises UsageError for an unknown arch
-    or an indivisible size.
+    patch_size, stop_grad_conv1 and num_heads are for ViTs (num_heads None: the arch's own, as in
+    VITS). width is that of a ResNet's first stage (None: the arch's own). small_stem is for ResNets
+    and images of about 32 px: 3x3, stride 1, no pooling. timm_kwargs are for models named
+    timm:NAME. Raises UsageError for an unknown arch, an image size that patch_size does not divide,
+    and a num_heads that does not fit.
     """
+    check_num_heads(num_heads, arch)
     if arch in VITS:
+        width, depth, own_heads, embed_layer = VITS[arch]
+        num_heads = own_heads if num_heads is None else num_heads
+        if type(num_heads) is not int or num_heads < 1 or width % num_heads:
+            raise UsageError(
+                f"--num-heads must divide the width of {arch}, {width}; found {num_heads!r}"
+            )
         if img_size % patch_size:
             raise UsageError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
-        encoder = VisionTransformer(img_size, patch_size, *VITS[arch], stop_grad_conv1)
+        encoder = VisionTransformer(
+            img_size, patch_size, width, depth, num_heads, embed_layer, stop_grad_conv1
+        )
         encoder.head = heads.projector("vit", encoder.num_features, hidden_dim, out_dim)
     elif arch in RESNETS:
         block, stages, default_width, stem = RESNETS[arch]

@@ -1,6 +1,4 @@
-"""The model: two encoders, predictor, bank, and one training step in the order of the paper's
-algorithm.
-"""
+"""The model: encoders, predictor and bank, and a training step in the order of the algorithm."""
 
 import copy
 import itertools
@@ -23,37 +21,38 @@ from .objectives import (
     snclr_loss,
 )
 from .running.distributed import all_gather, world_size
+from .running.errors import UsageError, first_line
 from .running.metrics import StepView
 from .running.precision import unit
 from .running.recompute import recomputed
 
 
 def pairs(num_views: int) -> list[tuple[int, int]]:
-    """(query view, key view) of each term of the loss: the keys are those of the two global views,
-    0 and 1; every other view is compared with them.
+    """(query view, key view) of each term of the loss.
+
+    The keys are those of the two global views, 0 and 1. Each is compared with all other views.
     """
     return [(query, key) for key in (1, 0) for query in range(num_views) if query != key]
 
 
 class SNCLR(nn.Module):
-    """Contrastive learner with soft neighbours, or one of its relatives (args.method: snclr,
-    mocov3, nnclr, mocov2).
+    """Contrastive learner with soft neighbours (snclr), or a relative: mocov3, nnclr, mocov2.
 
-    A step: online projections and predictions; the momentum encoder moves, then projects; the bank
-    is searched as it was before this step; the loss; the projections of view 2 of all ranks are
-    enqueued. nnclr has no momentum encoder, mocov2 no predictor, mocov3 no bank.
+    One step: online projections and predictions; the momentum encoder moves, then projects; the
+    bank is searched as it was before this step; the loss; the projections of view 2 of all ranks
+    are enqueued. nnclr has no momentum encoder, mocov2 no predictor, mocov3 no bank.
 
-    Local views (views 3, 4, ...: small crops, as DINO's and SwAV's) pass the online encoder only
-    and are compared with the two global views' keys (for nnclr: neighbours). With V = 2 + n views
-    and the 2 + 2n pairs of `pairs`,
+    n local views (small crops, as in DINO and SwAV) follow the two global ones. They go through the
+    online encoder only, and are compared with the keys of both global views (for nnclr: with their
+    neighbours). Over the 2 + 2n `pairs` of a query view q and a key view k,
 
-        loss = S * mean over pairs (q, k) of L(q -> k),    S = 2 for snclr and mocov3, 1 for nnclr
+        loss = S * mean of L(q -> k),    S = 2 for snclr and mocov3, S = 1 for nnclr
 
-    where L is the objective's loss of one direction: with n = 0 it is L(1 -> 2) + L(2 -> 1). The
-    neighbours of a key are searched once; each query view has its own weights for them, from its
-    own online projection.
+    where L is the objective's loss of one direction. Without local views, snclr's and mocov3's loss
+    is L(1 -> 2) + L(2 -> 1). The neighbours of a key are searched once; each query view weighs them
+    by its own online projection.
 
-    args: the settings of snclr/options.py, of which it reads those of the objective.
+    args: the settings of a run (snclr/options.py); those of the objective are read here.
     """
 
     def __init__(
@@ -90,12 +89,14 @@ class SNCLR(nn.Module):
     def forward(
         self, views: list[Tensor], ids: Tensor, momentum: float, use_neighbours: bool = True
     ) -> tuple[Tensor, StepView]:
-        """One step's loss (), this rank's mean, and what it shows. Changes the momentum encoder and
-        the bank.
+        """The loss () of a step, this rank's mean, and what the monitor logs of it.
 
-        views: two global ones, then any number of local ones, (B, 3, S, S) each; ids (B,) data-set
-        indices; momentum m of the average, 0 .. 1; use_neighbours False: the bank fills, but none
-        of its rows is a neighbour yet.
+        Changes the momentum encoder and the bank.
+
+        views           two global ones, then any number of local ones, (B, 3, S, S) each
+        ids (B,)        data-set indices
+        momentum        m of the momentum encoder's average, 0 .. 1
+        use_neighbours  False: the bank fills, but none of its rows is a neighbour yet
         """
         step = {
             "snclr": self._snclr,
@@ -114,14 +115,14 @@ class SNCLR(nn.Module):
         y = self._project(self.base_encoder, views)
         z = [self.predictor(projection) for projection in y]
         keys = self._momentum_projections(momentum, views[:2])
-        scores, rows = self._search(torch.cat(keys[::-1]), ids.repeat(2), args.topk, use_neighbours)
-        rows = rows.chunk(2)[::-1]
-        neighbours = [gather_neighbours(bank.features, part) for part in rows]
-        candidates = [gather_candidates(keys[k], rows[k], len(bank)) for k in (1, 0)][::-1]
+        scores, rows = self._search(torch.cat(keys), ids.repeat(2), args.topk, use_neighbours)
+        scores, rows = scores.chunk(2), rows.chunk(2)
+        neighbours = [gather_neighbours(bank.features, rows[k]) for k in (0, 1)]
+        candidates = [gather_candidates(keys[k], rows[k], len(bank)) for k in (0, 1)]
         losses, weights = [], []
         for query, k in pairs(len(views)):
             weights.append(self._weights(y[query], rows[k], neighbours[k]))
-            loss = snclr_loss(
+            direction = snclr_loss(
                 z[query],
                 keys[k],
                 bank.products,
@@ -132,10 +133,10 @@ class SNCLR(nn.Module):
                 candidates=candidates[k],
                 neighbours=neighbours[k],
             )
-            losses.append(loss)
+            losses.append(direction)
         fresh, counts = candidates[1]
         num_candidates = len(fresh) + counts.sum()
-        shown = self._show(y[0], num_candidates, scores.chunk(2)[0], rows[1], weights[0], counts)
+        shown = self._show(y[0], num_candidates, scores[1], rows[1], weights[0], counts)
         return sum(losses) * (2 / len(losses)), fresh, shown
 
     def _weights(self, projection, rows, neighbours):
@@ -151,8 +152,7 @@ class SNCLR(nn.Module):
                 rows,
                 temperature=args.positiveness_t,
                 threshold=args.threshold,
-                # while no image has a neighbour their gradient is zero, but it exists: DDP waits
-                # for it
+                # without any neighbour their gradient is zero, but it exists: DDP waits for it
                 projections=self.attention and (self.attention.f1.weight, self.attention.f2.weight),
                 neighbours=neighbours,
             )
@@ -224,8 +224,7 @@ class SNCLR(nn.Module):
         """The encoder's projections of each view, a list of (B, D)."""
         parts = views
         if self.joins_views:
-            # without batch norm an image's features do not depend on the batch: one call for all
-            # views of a size
+            # without batch norm, features do not depend on the rest of the batch: one call a size
             by_size = itertools.groupby(views, key=lambda view: view.shape[-1])
             parts = [torch.cat(list(group)) for _, group in by_size]
         features = torch.cat([self._features(encoder, part) for part in parts])
@@ -271,6 +270,20 @@ def _embed(encoder: nn.Module, x: Tensor) -> Tensor:
     return encoder.embed(x)
 
 
+def check_local_size(encoder: nn.Module, args: Namespace) -> None:
+    """Raise UsageError if the encoder cannot take local views."""
+    try:
+        with torch.no_grad():
+            encoder.eval().embed(torch.zeros(1, 3, args.local_size, args.local_size))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"--arch {args.arch} cannot take local views of {args.local_size} px beside views of "
+            f"{args.img_size} px: {first_line(error)}; timm's ViTs can with --timm-kwargs "
+            "dynamic_img_size=True"
+        ) from error
+    encoder.train()
+
+
 def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
     """The model that the flags describe (snclr/options.py), on the CPU, in torch's default dtype.
 
@@ -285,6 +298,7 @@ def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
         small_stem=args.small_stem,
         stop_grad_conv1=args.stop_grad_conv1,
         timm_kwargs=dict(args.timm_kwargs or []),
+        num_heads=args.num_heads,
         hidden_dim=args.snclr_mlp_dim,
         out_dim=args.snclr_dim,
     )
@@ -298,6 +312,8 @@ def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
     if args.method != "mocov3":
         bank = MemoryBank(args.bank_size, args.snclr_dim, bfloat16)
     model = SNCLR(encoder, predictor, bank, args)
+    if args.local_views:
+        check_local_size(encoder, args)
     if args.grad_checkpointing:
         model.base_encoder.set_grad_checkpointing()
     return model

@@ -1,6 +1,4 @@
-"""Projector and predictor, the MLPs between backbone features and the objective, and the layers of
-its attention.
-"""
+"""The heads: projector and predictor, and the layers of the paper's attention."""
 
 from torch import nn
 
@@ -8,10 +6,10 @@ from .running.batch_norm import GlobalBatchNorm
 
 
 def mlp(layers: int, in_dim: int, hidden_dim: int, out_dim: int, last_norm: bool) -> nn.Sequential:
-    """`layers` bias-free linear layers with batch norm and ReLU between; (B, in_dim) -> (B,
-    out_dim).
+    """(B, in_dim) -> (B, out_dim) by linear layers without bias, batch norm and ReLU between them.
 
-    last_norm adds a batch norm without affine parameters at the end. Layer numbering is MoCo v3's.
+    last_norm adds a batch norm without affine parameters at the end. Layers are numbered as in
+    MoCo v3.
     """
     modules: list[nn.Module] = []
     for layer in range(layers):
@@ -27,31 +25,26 @@ def mlp(layers: int, in_dim: int, hidden_dim: int, out_dim: int, last_norm: bool
 
 
 def projector(kind: str, in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """Projector of a 'vit' (3 layers) or 'resnet' (2 layers): features (B, in_dim) -> projection
-    (B, out_dim).
-    """
+    """Features (B, in_dim) -> projection (B, out_dim): 3 layers for kind 'vit', 2 for 'resnet'."""
     return mlp(3 if kind == "vit" else 2, in_dim, hidden_dim, out_dim, last_norm=True)
 
 
 def predictor(kind: str, dim: int, hidden_dim: int) -> nn.Sequential:
-    """Predictor, 2 layers: projection (B, dim) -> prediction (B, dim); a last norm for 'vit', none
-    for 'resnet'.
-    """
+    """Projection (B, dim) -> prediction (B, dim): 2 layers; kind 'vit' has a last norm."""
     return mlp(2, dim, hidden_dim, dim, last_norm=kind == "vit")
 
 
 def plain_projector(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """MoCo v2's projector (Chen et al. 2020), two layers with bias and no norm: (B, in_dim) -> (B,
-    out_dim).
-    """
+    """MoCo v2's projector (Chen et al. 2020): 2 layers with bias, no norm."""
     return nn.Sequential(
         nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim)
     )
 
 
 class AttentionProjections(nn.Module):
-    """The layers f1 and f2 of the paper's cross-attention, (dim -> dim) without bias: identities at
-    the start, so that training starts from the plain cosine attention.
+    """The layers f1 and f2 of the paper's cross-attention, (dim -> dim) without bias.
+
+    They start as identities, so that training starts from the plain cosine attention.
     """
 
     def __init__(self, dim: int):

@@ -1,26 +1,28 @@
-"""The memory bank: the last M projections of the whole global batch, in the same order on every
-rank.
-"""
+"""The memory bank: the last M projections of the global batch, in the same order on every rank."""
 
 import torch
 from torch import Tensor, nn
 
 from .running.precision import full_precision, unit
 
-COSINES = {"cpu": 2**23, "cuda": 2**29}  # bytes at a time in a search, of CHUNK rows
+# A search compares CHUNK rows at a time, with as many queries as give this many bytes of cosines.
+COSINES = {"cpu": 2**23, "cuda": 2**29}
 CHUNK = {"cpu": 2**14, "cuda": 2**17}
-GROUP = 16
+GROUP = 16  # columns that `largest` first reduces to their maximum
 
 
 class MemoryBank(nn.Module):
     """First-in first-out bank of unit features, each with the data-set index of its image.
 
-    features (M, D) unit rows; ids (M,) data-set index, -1 where nothing was written; pointer ()
-    next row to write; filled () rows written so far, at most M. All are buffers, so the bank
-    travels in the checkpoint. With bfloat16, a copy of the features in that format is kept beside
-    them for the large products; it is made anew from a checkpoint. The caller enqueues the keys of
-    ALL ranks in rank order: then the bank is identical everywhere, and a run may resume on another
-    number of ranks. Nothing here moves a value to the host, so a GPU never waits.
+    features    (M, D) unit rows
+    ids         (M,) data-set index of each row's image; -1 for a row that was never written
+    pointer     () next row to write
+    filled      () rows written so far, at most M
+    features16  (M, D) with bfloat16: a copy in that format, for the large products
+
+    All are buffers, and all but the copy are in the checkpoint. The caller enqueues the keys of ALL
+    ranks in rank order: then the bank is the same on every rank, and a run may resume with another
+    number of ranks. No value moves to the host, so the host never waits for a GPU.
     """
 
     features: Tensor
@@ -33,7 +35,8 @@ class MemoryBank(nn.Module):
         super().__init__()
         if size < 1 or dim < 1:
             raise ValueError(
-                f"a memory bank needs at least one row and one dimension, found size {size} and dim {dim}"
+                "a memory bank needs at least one row and one dimension, "
+                f"found size {size} and dim {dim}"
             )
         self.register_buffer("features", torch.zeros(size, dim))
         self.register_buffer("ids", torch.full((size,), -1, dtype=torch.long))
@@ -50,11 +53,11 @@ class MemoryBank(nn.Module):
 
     @property
     def products(self) -> Tensor:
-        """(M, D) the features in the format that large products with them are taken in."""
+        """(M, D) the features in the format of the large products."""
         return self.features if self.features16 is None else self.features16
 
     def __len__(self) -> int:
-        """Rows the bank can hold (M), written or not."""
+        """The number of rows M, written or not."""
         return len(self.features)
 
     def valid(self) -> Tensor:
@@ -68,45 +71,42 @@ class MemoryBank(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The k rows of highest cosine to each query, best first.
 
-        queries (B, D), of any length; ids (B,) data-set indices of the queries' images: a row of
-        the same image is left out (None: nothing is). Returns scores (B, k) cosines and rows (B,
-        k); where fewer than k rows are eligible the rest has score -inf and row -1. With the
-        bfloat16 copy, the best 2k of it are compared again in full precision. Streams over queries
-        and bank (chunk rows at a time; None: what suits the device), so memory is bounded. Raises
-        ValueError where k exceeds the bank or the shapes do not fit.
+        queries (B, D)  of any length
+        ids (B,)        data-set indices of the queries' images: rows of the same image are ignored
+        chunk           bank rows at a time (None: what suits the device); bounds the memory
+
+        Returns scores (B, k), cosines, and rows (B, k). If fewer than k rows are eligible, the rest
+        has score -inf and row -1. With the bfloat16 copy, its best 2k rows are compared again in
+        full precision. Raises ValueError if k exceeds the bank or the shapes do not fit.
         """
         size, dim = self.features.shape
         if queries.dim() != 2 or queries.shape[1] != dim:
             raise ValueError(
-                f"queries must be (B, {dim}) as the bank's features are, found {tuple(queries.shape)}"
+                f"queries must be (B, {dim}), as the bank's features, found {tuple(queries.shape)}"
             )
         if not 0 <= k <= size:
             raise ValueError(f"k must be between 0 and the bank's size {size}, found {k}")
         if ids is not None and ids.shape != queries.shape[:1]:
             raise ValueError(
-                f"ids must be ({len(queries)},), one a query, found {tuple(ids.shape)}"
+                f"ids must be ({len(queries)},), one for each query, found {tuple(ids.shape)}"
             )
         if not k:
-            return queries.new_zeros(len(queries), 0), torch.zeros(
-                len(queries), 0, dtype=torch.long, device=queries.device
-            )
+            none = queries.new_zeros(len(queries), 0)
+            return none, none.long()
         kind = queries.device.type
         chunk = min(size, chunk or CHUNK[kind])
         block = max(1, COSINES[kind] // (chunk * self.products.element_size()))
         parts = unit(queries).to(self.features.dtype).split(block)
-        own = [None] * len(parts) if ids is None else ids.split(block)
-        found = [
-            self._search(part, k, part_ids, chunk)
-            for part, part_ids in zip(parts, own, strict=True)
-        ]
-        scores, rows = map(torch.cat, zip(*found, strict=True))
+        ids = [None] * len(parts) if ids is None else ids.split(block)
+        results = [self._search(*pair, k, chunk) for pair in zip(parts, ids, strict=True)]
+        scores, rows = map(torch.cat, zip(*results, strict=True))
         return scores, rows
 
-    def _search(self, queries, k, ids, chunk):
+    def _search(self, queries, ids, k, chunk):
         narrow, fetched, offset = queries.to(self.products.dtype), k, None
         if self.features16 is not None:
-            # bfloat16 is coarse at 1 and fine at 0: where features crowd, only the distance to
-            # about the best orders them
+            # bfloat16 is coarse at 1 and fine at 0: cosines that are all nearly 1 can only be
+            # ordered by their distance from (about) the best one
             fetched = min(2 * k, len(self))
             offset = -(narrow @ self.features16[::16].T).amax(dim=1, keepdim=True)
         written = int(self.filled) if on_host(self.filled) else len(self)
@@ -114,7 +114,7 @@ class MemoryBank(nn.Module):
         rows = torch.full((len(queries), fetched), -1, dtype=torch.long, device=queries.device)
         for start in range(0, written, chunk):
             part = slice(start, min(start + chunk, written))
-            features, their_ids = self.products[part], self.ids[part]
+            features = self.products[part]
             if offset is None:
                 cosines = narrow @ features.T  # (B, chunk)
             else:
@@ -125,44 +125,39 @@ class MemoryBank(nn.Module):
                     float("-inf"),
                 )
             if ids is not None:
-                _mask_same(cosines, ids, their_ids)
-            best, where = largest(cosines, fetched)
+                _mask_same(cosines, ids, self.ids[part])
+            best, columns = largest(cosines, fetched)
             scores, order = torch.cat([scores, best.to(scores.dtype)], dim=1).topk(fetched)
-            rows = torch.cat([rows, where + start], dim=1).gather(1, order)
+            rows = torch.cat([rows, columns + start], dim=1).gather(1, order)
         if offset is not None:
             few = max(1, COSINES[queries.device.type] // (4 * fetched * self.features.shape[1]))
             parts = zip(queries.split(few), rows.clamp(min=0).split(few), strict=True)
-            exact = torch.cat(
-                [
-                    torch.einsum("bd,bkd->bk", part, gather(self.features, where))
-                    for part, where in parts
-                ]
-            )
-            scores, order = exact.masked_fill_(scores == float("-inf"), float("-inf")).topk(k)
+            exact = [torch.einsum("bd,bkd->bk", q, gather(self.features, r)) for q, r in parts]
+            exact = torch.cat(exact).masked_fill_(scores == float("-inf"), float("-inf"))
+            scores, order = exact.topk(k)
             rows = rows.gather(1, order)
         return scores, rows.masked_fill_(scores == float("-inf"), -1)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor) -> None:
-        """Write keys (N, D) of all ranks, normalised, with their data-set indices ids (N,) over the
-        oldest rows.
+        """Write the keys (N, D) of all ranks, normalised, over the oldest rows.
 
-        Any N: of a batch larger than the bank only the last M keys stay, where they would have
-        ended up one by one.
+        ids (N,): data-set indices of their images. N may exceed the bank: then only the last M keys
+        stay, in the rows where they would be if they were written one by one.
         """
         size, dim = self.features.shape
         if keys.dim() != 2 or keys.shape[1] != dim or ids.shape != keys.shape[:1]:
             raise ValueError(
-                f"keys must be (N, {dim}) and ids (N,), found {tuple(keys.shape)} and {tuple(ids.shape)}"
+                f"keys must be (N, {dim}) and ids (N,), "
+                f"found {tuple(keys.shape)} and {tuple(ids.shape)}"
             )
         count = len(keys)
         kept = min(count, size)
         first = self.pointer + (count - kept)
         rows = (first + torch.arange(kept, device=self.features.device)) % size
         written = unit(keys[count - kept :]).to(self.features.dtype)
-        sound = written.isfinite().all(
-            dim=1
-        )  # any other key leaves its row as it was: all later searches would find it
+        # a key that is not finite leaves its row as it was: all later searches would find it
+        sound = written.isfinite().all(dim=1)
         written = torch.where(sound[:, None], written, self.features[rows])
         self.features.index_copy_(0, rows, written)
         if self.features16 is not None:
@@ -175,36 +170,34 @@ class MemoryBank(nn.Module):
 
 
 def gather(features: Tensor, rows: Tensor) -> Tensor:
-    """features (M, D) of rows (B, K), none of them -1: (B, K, D). On a CPU faster than indexing."""
+    """features (M, D) at rows (B, K), none of them -1: (B, K, D). Faster than indexing on a CPU."""
     return features.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether the host may look at x without waiting. Where not, on a GPU, all is multiplied, and
-    masked where need be.
+    """Whether the host can read x without waiting. On a GPU it cannot: there all rows are
+    multiplied, and masked afterwards, where a CPU skips rows.
     """
     return x.device.type == "cpu"
 
 
-def _mask_same(cosines: Tensor, ids: Tensor, their_ids: Tensor) -> None:
-    """Set cosines (B, M) of the same image to -inf: ids (B,), their_ids (M,)."""
+def _mask_same(cosines: Tensor, ids: Tensor, bank_ids: Tensor) -> None:
+    """Set cosines (B, M) of the same image to -inf: ids (B,) of queries, bank_ids (M,) of rows."""
     if not on_host(ids):
-        cosines.masked_fill_(ids[:, None] == their_ids, float("-inf"))
-    elif len(ids):  # few columns, found faster than all are masked
+        cosines.masked_fill_(ids[:, None] == bank_ids, float("-inf"))
+    elif len(ids):  # only few columns are concerned: finding them is faster than masking all
         known = ids.sort().values
-        columns = (
-            known[torch.searchsorted(known, their_ids).clamp_(max=len(ids) - 1)] == their_ids
-        ).nonzero()[:, 0]
-        cosines[:, columns] = cosines[:, columns].masked_fill(
-            ids[:, None] == their_ids[columns], float("-inf")
-        )
+        nearest = known[torch.searchsorted(known, bank_ids).clamp_(max=len(ids) - 1)]
+        columns = (nearest == bank_ids).nonzero()[:, 0]
+        same = ids[:, None] == bank_ids[columns]
+        cosines[:, columns] = cosines[:, columns].masked_fill(same, float("-inf"))
 
 
 def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As scores.topk(min(k, n)) of (B, n), many times faster for wide rows.
+    """The same as scores.topk(min(k, n)) for scores (B, n), but many times faster for large n.
 
-    The k largest lie in the k groups of columns whose maxima are largest; a group is every (n /
-    GROUP)-th column, so that the maxima are taken of whole rows.
+    The k largest lie in the k groups of columns with the largest maxima. A group is every
+    (n / GROUP)-th column, so that its maximum is an elementwise one of contiguous slices.
     """
     width = scores.shape[1]
     groups = width // GROUP

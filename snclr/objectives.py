@@ -5,9 +5,9 @@ dimensions, K neighbours, M bank rows, T temperature. z is the prediction of one
 online projection, k the momentum projection of the other view (key), C the bank, NN_1..K its rows
 nearest to k, NN_0 = k itself.
 
-All functions normalise query, online and key themselves, compute in at least float32 (float64
-stays), need the same B on every rank, gather what they need from all ranks, and return this rank's
-mean, so that DDP's averaging of gradients gives the gradient of the global mean.
+All functions normalise query, online and key themselves and compute in at least float32 (float64
+stays float64). They need the same B on every rank, gather what they need from all ranks, and return
+this rank's mean: DDP averages the gradients, which gives the gradient of the global mean.
 """
 
 import math
@@ -22,19 +22,18 @@ from .options import FORMS
 from .running.distributed import all_gather, all_gather_with_grad, all_sum, rank
 from .running.precision import full_precision, unit, widen
 
-CHUNK_ELEMENTS = {
-    "cpu": 2**18,
-    "cuda": 2**27,
-}  # logits at a time: what stays in a core's cache; what fills a GPU
+# logits at a time: as many as stay in a core's cache, or as fill a GPU
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
 
 
 class Candidates(NamedTuple):
     """What every query of the global batch is compared with, as one multiset.
 
-    keys (N, D) unit momentum keys of all ranks, in rank order, each once; counts (M,) int32, how
-    often each bank row was picked by the whole batch (0: it is no candidate). Sending counts
-    instead of the picked features is what makes the objective cheap: M integers, whatever N, K and
-    D are.
+    keys (N, D)     unit momentum keys of all ranks, in rank order, each once
+    counts (M,)     int32, how often the global batch picked each bank row; 0: no candidate
+
+    The ranks exchange counts instead of the picked features, which makes the objective cheap: M
+    integers, whatever N, K and D are.
     """
 
     keys: Tensor
@@ -42,8 +41,9 @@ class Candidates(NamedTuple):
 
 
 def count_picks(rows: Tensor, bank_size: int) -> Tensor:
-    """How often the whole global batch picked each bank row: rows (B, K) of this rank, -1 for none
-    -> (M,) int32.
+    """How often the global batch picked each bank row, (M,) int32.
+
+    rows (B, K): the neighbours of this rank's images, -1 for none.
     """
     picks = rows.flatten() + 1  # slot 0 takes the -1s
     counts = torch.zeros(bank_size + 1, dtype=torch.int32, device=rows.device)
@@ -53,15 +53,17 @@ def count_picks(rows: Tensor, bank_size: int) -> Tensor:
 
 @full_precision
 def gather_candidates(key: Tensor, rows: Tensor, bank_size: int) -> Candidates:
-    """Candidates from this rank's keys (B, D) and neighbour rows (B, K): one all-gather, one
-    all-reduce of integers.
+    """Candidates from this rank's keys (B, D) and neighbour rows (B, K).
+
+    Costs one all-gather of the keys and one all-reduce of integers.
     """
     return Candidates(all_gather(unit(key)), count_picks(rows, bank_size))
 
 
 def gather_neighbours(bank: Tensor, rows: Tensor) -> Tensor:
-    """bank[rows] (B, K, D) of bank (M, D) and rows (B, K); any row for a -1. Attention and loss of
-    a direction share it.
+    """bank[rows] (B, K, D) of bank (M, D) and rows (B, K), with any row in the place of a -1.
+
+    Attention and loss of a direction share it.
     """
     return gather(bank, rows.clamp(min=0))
 
@@ -77,27 +79,34 @@ def positiveness(
     projections: tuple[Tensor, Tensor] | None = None,
     neighbours: Tensor | None = None,
 ) -> Tensor:
-    """Soft weights of the neighbours: w_ik = softmax_k( y_i . C[rows_ik] / temperature ), over the
-    valid rows.
+    """Soft weights of the neighbours, over the valid rows:
 
-    With projections (f1, f2), two (D', D) matrices with gradient, the paper's cross-attention (Ge
-    et al., eq. 2): softmax_k( f1 y_i . f2 C[rows_ik] / temperature ), the projected vectors not
-    normalised again.
+        w_ik = softmax_k( y_i . C[rows_ik] / temperature )
 
-    online (B, D) projections, with gradient; bank (M, D) unit rows; rows (B, K) neighbours, -1 for
-    none. Temperature 1 is the released plain cosine attention. With threshold, a weight that is not
-    strictly above 1/(number of valid rows) becomes 0, without renormalisation. neighbours: from
-    gather_neighbours, where the caller has them already. Returns (B, K); invalid rows weigh 0.
+    With projections, the paper's cross-attention (Ge et al., eq. 2); the projected vectors are not
+    normalised again:
+
+        w_ik = softmax_k( f1 y_i . f2 C[rows_ik] / temperature )
+
+    online (B, D)       online projections, with gradient
+    bank (M, D)         unit rows
+    rows (B, K)         neighbours, -1 for none
+    temperature         1 is the released plain cosine attention
+    threshold           a weight that is not strictly above 1/(number of valid rows) becomes 0; the
+                        others are not renormalised
+    projections         (f1, f2), two (D', D) matrices with gradient
+    neighbours          from gather_neighbours, if the caller has them already
+
+    Returns (B, K); the weights of invalid rows are 0.
     """
     valid = rows >= 0
     attending = unit(online)
     if projections is not None:
         f1, f2 = (widen(matrix).to(attending.dtype) for matrix in projections)
-        attending = (
-            attending @ f1.T @ f2
-        )  # f1 y . f2 c = (f2' f1 y) . c: no neighbour needs to be projected
+        # f1 y . f2 c = (f2' f1 y) . c: no neighbour needs to be projected
+        attending = attending @ f1.T @ f2
     cosines = _cosines_with_rows(attending, bank, rows, neighbours)
-    # a finite floor keeps a row without any neighbour at 0/0-free zeros, in value and in gradient
+    # finite, not -inf: else an image without any neighbour would get 0/0, in value and in gradient
     logits = (cosines / temperature).masked_fill(~valid, torch.finfo(cosines.dtype).min)
     weights = torch.softmax(logits, dim=1) * valid
     if threshold:
@@ -119,23 +128,27 @@ def snclr_loss(
     candidates: Candidates | None = None,
     neighbours: Tensor | None = None,
 ) -> Tensor:
-    """Contrast against the own key and its soft neighbours, one direction (Ge et al., eq. 3;
-    released form by default).
+    """Contrast with the own key and its soft neighbours, one direction (Ge et al., eq. 3).
 
-    With s_ik = z_i . NN_ik / T, w_i0 = 1 and all candidates of the global batch, Z_i = sum_n sum_k
-    exp(z_i . NN_nk / T):
+    With s_ik = z_i . NN_ik / T, w_i0 = 1 and Z_i over all candidates of the global batch:
+
+        Z_i = sum_n sum_k exp(z_i . NN_nk / T)
+            = sum_n exp(z_i . k_n / T) + sum_m count_m exp(z_i . C_m / T)
 
         sum_of_logs   L_i = sum_k w_ik * (log Z_i - s_ik)            as released
         log_of_sum    L_i = log Z_i - log sum_k w_ik exp(s_ik)       as printed in the paper
         loss = 2T * mean_i L_i
 
-    A bank row picked by five images counts five times in Z_i, hence Z_i = sum_n exp(z.k_n/T) +
-    sum_m count_m exp(z.C_m/T).
+    A bank row that five images picked counts five times in Z_i.
 
-    query (B, D) predictions, with gradient; key (B, D) momentum projections of the other view; bank
-    (M, D) unit rows; rows (B, K) neighbours of the keys, -1 for none; weights (B, K), with or
-    without gradient. candidates, neighbours: from gather_candidates and gather_neighbours, where
-    the caller has them already. Returns a scalar.
+    query (B, D)            predictions, with gradient
+    key (B, D)              momentum projections of the other view
+    bank (M, D)             unit rows
+    rows (B, K)             neighbours of the keys, -1 for none
+    weights (B, K)          with or without gradient
+    candidates, neighbours  from gather_candidates and gather_neighbours, if the caller has them
+
+    Returns a scalar.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, found {form!r}")
@@ -153,16 +166,14 @@ def snclr_loss(
         weights = torch.cat([torch.ones_like(own[:, None]), weights], dim=1)
         # not log w + s: the gradient of log w is infinite where a weight is 0
         largest = scores.detach().masked_fill(weights <= 0, -math.inf).amax(dim=1, keepdim=True)
-        exponentials = (
-            (scores - largest).clamp(max=50).exp()
-        )  # only entries of weight 0 can reach the clamp
+        # only entries of weight 0 can reach the clamp
+        exponentials = (scores - largest).clamp(max=50).exp()
         per_image = log_z - largest[:, 0] - (weights * exponentials).sum(dim=1).log()
     return 2 * temperature * per_image.mean()
 
 
 def mocov3_loss(query: Tensor, key: Tensor, *, temperature: float) -> Tensor:
-    """Contrast with the own key among the N fresh keys, one direction (Chen et al. 2021, algorithm
-    1).
+    """Contrast with the own key among the N fresh keys, one direction (Chen et al. 2021, alg. 1).
 
         loss = 2T * mean_i ( log sum_n exp(z_i . k_n / T) - z_i . k_i / T )
 
@@ -177,15 +188,16 @@ def mocov3_loss(query: Tensor, key: Tensor, *, temperature: float) -> Tensor:
 
 @full_precision
 def nnclr_loss(neighbour: Tensor, prediction: Tensor, *, temperature: float) -> Tensor:
-    """Nearest neighbours as queries, predictions as candidates, one direction (Dwibedi et al. 2021,
-    eq. 3).
+    """Nearest neighbours as queries, predictions as candidates (Dwibedi et al. 2021, eq. 3).
 
-        loss = mean_i ( log sum_j exp(NN(y1_i) . z2_j / T) - NN(y1_i) . z2_i / T ),   j over the
-        global batch
+    One direction, with j over the global batch:
 
-    neighbour (B, D) nearest bank row of each online projection, no gradient; prediction (B, D) of
-    the other view, gathered WITH gradient. Deviation: an image without an eligible bank row stands
-    in for its own neighbour (the caller's choice).
+        loss = mean_i ( log sum_j exp(NN(y1_i) . z2_j / T) - NN(y1_i) . z2_i / T )
+
+    neighbour (B, D)    nearest bank row of each online projection, no gradient
+    prediction (B, D)   of the other view, gathered WITH gradient
+
+    Deviation, in the caller: an image without an eligible bank row is its own neighbour.
     """
     neighbour, prediction = unit(neighbour).detach(), all_gather_with_grad(unit(prediction))
     labels = torch.arange(len(neighbour), device=neighbour.device) + rank() * len(neighbour)
@@ -198,11 +210,12 @@ def mocov2_loss(
 ) -> Tensor:
     """Contrast with the own key against the bank (He et al. 2020, eq. 1).
 
-        loss = mean_i ( log( exp(z_i . k_i / T) + sum_m exp(z_i . C_m / T) ) - z_i . k_i / T ),   m
-        over the valid rows
+    With m over the valid rows:
+
+        loss = mean_i ( log( exp(z_i . k_i / T) + sum_m exp(z_i . C_m / T) ) - z_i . k_i / T )
 
     query (B, D) with gradient, key (B, D), bank (M, D) unit rows, valid (M,) bool. The bank is the
-    global one: every rank sees the negatives of all ranks.
+    global one: its rows are keys of all ranks.
     """
     query, key = unit(query), unit(key).detach()
     own = (query * key).sum(dim=1) / temperature
@@ -213,10 +226,12 @@ def mocov2_loss(
 def loss_at_chance(
     method: str, form: str, temperature: float, num_candidates: float, weight_sum: float
 ) -> float | None:
-    """The loss of an encoder that sees no difference between candidates, all directions together.
+    """The loss of a step if all candidates look the same to the encoder.
 
-    num_candidates: C of one sample, own key included; weight_sum: W, the actual mean of sum_k w_ik
-    with w_i0 = 1. None where there is only one candidate, so that the loss says nothing.
+    num_candidates  C of one sample, own key included
+    weight_sum      W, the actual mean of sum_k w_ik with w_i0 = 1
+
+    None for a single candidate: then the loss is always 0.
     """
     if num_candidates <= 1:
         return None
@@ -236,14 +251,15 @@ def log_sum_exp(
     temperature: float,
     chunk: int | None = None,
 ) -> Tensor:
-    """log( sum_n exp(q_i . keys_n / T) + sum_m counts_m exp(q_i . bank_m / T) ) for each query:
-    (B,).
+    """log( sum_n exp(q_i . keys_n / T) + sum_m counts_m exp(q_i . bank_m / T) ), (B,).
 
-    query (B, D) unit rows, with gradient; keys (N, D); bank (M, D); counts (M,) non-negative
-    integers. No gradient to keys, bank and counts. -inf where there is no candidate at all. With a
-    bank in bfloat16 the products are taken in that format, maxima and sums still in the query's.
-    Memory is O(B * chunk), whatever N and M are; chunk: rows at a time (None: what suits the
-    device).
+    query (B, D)    unit rows, with gradient; keys, bank and counts get none
+    keys (N, D)     counted once each
+    bank (M, D)     in bfloat16, the products are taken in that format, maxima and sums in query's
+    counts (M,)     non-negative integers
+    chunk           rows at a time (None: what suits the device); memory is O(B * chunk)
+
+    Without any candidate the result is -inf, and the gradient 0.
     """
     if chunk is None:
         chunk = max(512, CHUNK_ELEMENTS[query.device.type] // max(len(query), 1))
@@ -253,33 +269,32 @@ def log_sum_exp(
 class _LogSumExp(torch.autograd.Function):
     """Streams the candidates once, with a running maximum.
 
-    The gradient of log Z_i is the softmax-weighted mean of the candidates over T. Since the
-    candidates carry no gradient, that mean is gathered in the same pass, as flash attention gathers
-    its values: backward is one multiplication, and nothing is recomputed.
+    The gradient of log Z_i is the softmax-weighted mean of the candidates, divided by T. The
+    candidates need no gradient, so forward sums up this mean in the same pass, as flash attention
+    does with its values. Backward is one multiplication.
     """
 
     @staticmethod
     def forward(ctx, query, keys, bank, counts, temperature, chunk):
         with_mean = ctx.needs_input_grad[0]
-        format = bank.dtype if bank.dtype == torch.bfloat16 else query.dtype  # of the products
-        scaled = (query / temperature).to(format)
+        products = bank.dtype if bank.dtype == torch.bfloat16 else query.dtype
+        scaled = (query / temperature).to(products)
         largest = query.new_full((len(query), 1), -math.inf)
         total = query.new_zeros(len(query), 1)  # sum of exp(logit - largest)
         mean = torch.zeros_like(query)  # sum of exp(logit - largest) * candidate
         for features, multiplicity in _blocks(keys, bank, counts, chunk):
-            features = features.to(format)
+            features = features.to(products)
             logits = (scaled @ features.T).to(query.dtype)
             if multiplicity is not None:
                 logits += multiplicity.to(query.dtype).log()
             new_largest = torch.maximum(largest, logits.amax(dim=1, keepdim=True))
-            # a block (or all so far) without candidates has maximum -inf: -inf - (-inf) would be
-            # nan
+            # without candidates so far the maximum is -inf, and -inf - (-inf) would be nan
             pivot = new_largest.masked_fill(new_largest == -math.inf, 0)
             exponentials = logits.sub_(pivot).exp_()
             scale = (largest - pivot).exp()
             total = total * scale + exponentials.sum(dim=1, keepdim=True)
             if with_mean:
-                mean = mean.mul_(scale).add_(exponentials.to(format) @ features)
+                mean = mean.mul_(scale).add_(exponentials.to(products) @ features)
             largest = new_largest
         if with_mean:
             ctx.save_for_backward(
@@ -295,12 +310,10 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def _blocks(keys: Tensor, bank: Tensor, counts: Tensor, chunk: int):
-    """Candidates in blocks of at most chunk rows: features (c, D) and how often each counts (c,),
-    None for once.
-    """
+    """Candidates in blocks of c <= chunk rows: features (c, D), counts (c,) or None for once."""
     for part in keys.split(chunk) if len(keys) else ():
         yield part, None
-    if on_host(counts):  # leave out what nobody picked
+    if on_host(counts):  # only rows that somebody picked
         picked = counts.nonzero().squeeze(1)
         for rows in picked.split(chunk) if len(picked) else ():
             yield bank.index_select(0, rows), counts[rows]
@@ -311,7 +324,7 @@ def _blocks(keys: Tensor, bank: Tensor, counts: Tensor, chunk: int):
 def _cosines_with_rows(
     query: Tensor, bank: Tensor, rows: Tensor, neighbours: Tensor | None
 ) -> Tensor:
-    """query (B, D) with gradient . bank[rows] (B, K, D) -> (B, K); 0 where row is -1."""
+    """Products of query (B, D), with gradient, and bank[rows] (B, K, D): (B, K); 0 at row -1."""
     if not rows.numel():
         return query.new_zeros(rows.shape)
     if neighbours is None:

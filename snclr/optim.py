@@ -1,4 +1,7 @@
-"""Optimisers and schedules. A schedule is a pure function of the step: a resumed run need not replay anything."""
+"""Optimisers and schedules.
+
+A schedule is a pure function of the step, so that a resumed run has nothing to replay.
+"""
 
 import importlib
 import math
@@ -13,7 +16,7 @@ from .options import OPTIMIZERS
 def learning_rate(
     step: int, *, peak: float, steps_per_epoch: int, warmup_epochs: float, epochs: int
 ) -> float:
-    """Linear warm-up from 0 to peak over warmup_epochs, then half a cosine down to 0 at the end of epochs."""
+    """Linear warm-up from 0 to peak over warmup_epochs, then half a cosine to 0 at epochs."""
     epoch = step / steps_per_epoch
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
@@ -21,14 +24,14 @@ def learning_rate(
 
 
 def encoder_momentum(step: int, *, start: float, total_steps: int, cosine: bool) -> float:
-    """Momentum of the encoder average: constant, or by half a cosine from start to 1 over total_steps."""
+    """Momentum of the momentum encoder: constant, or half a cosine from start to 1."""
     if not cosine:
         return start
     return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices and filters, not to biases and norms (one dimension)."""
+    """Whether weight decay applies: not to biases and norms, which have one dimension."""
     return parameter.ndim > 1
 
 
@@ -47,9 +50,9 @@ def parameter_groups(
 
 
 def build_optimizer(name: str, module: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-    """The optimiser of that name (options.OPTIMIZERS) over the trainable parameters, with learning rate 0.
+    """The optimiser of that name over the trainable parameters, with learning rate 0.
 
-    Raises ValueError for an unknown name.
+    options.OPTIMIZERS has the names. Raises ValueError for another one.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimiser {name!r}; known are {', '.join(OPTIMIZERS)}")
@@ -73,10 +76,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def step_if_finite(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_norm: torch.Tensor
 ) -> None:
-    """Take a step, unless grad_norm () is not finite: then neither weights nor optimiser state change.
+    """Take a step if grad_norm () is finite; else neither weights nor optimiser state change.
 
-    torch's fused optimisers and our LARS skip on the device: they read their attribute found_inf. For any other optimiser
-    the host reads the norm, so that it waits for the device at every step. In fp16 the scaler decides in the same two ways.
+    torch's fused optimisers and our LARS skip on the device: they read their attribute found_inf.
+    For any other optimiser the host reads the norm, so that it waits for the device at every step.
+    In fp16 the scaler decides in the same two ways.
     """
     if scaler.is_enabled():
         scaler.step(optimizer)
@@ -96,13 +100,13 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> torch.Tensor:
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling with momentum (You et al. 2017, algorithm 1), in multi-tensor operations.
+    """Layer-wise adaptive rate scaling with momentum (You et al. 2017, algorithm 1).
 
-        g <- g + wd * w;   g <- g * trust * |w| / |g|  (matrices and filters only; 1 where a norm is 0);
+        g <- g + wd * w;   g <- g * trust * |w| / |g|   (ratio 1 where a norm is 0);
         v <- momentum * v + g;   w <- w - lr * v
 
-    Parameters of one dimension get neither decay nor trust ratio. Where the attribute found_inf, a tensor (), is 1, a step
-    changes nothing.
+    Parameters of one dimension have neither decay nor trust ratio. If the attribute found_inf, a
+    tensor (), is 1, a step changes nothing. All parameters are updated in multi-tensor operations.
     """
 
     _step_supports_amp_scaling = True  # torch's name for: step() reads found_inf

@@ -20,6 +20,14 @@ METHODS = ("snclr", "nnclr", "mocov3", "mocov2")
 FORMS = ("sum_of_logs", "log_of_sum")
 ARCHS = ("vit_tiny", "vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
 ARCHS += ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101")
+# attention heads; vit_small has 12 as in MoCo v3, while timm's, DeiT's and DINO's ViT-S has 6
+NUM_HEADS = {
+    "vit_tiny": 3,
+    "vit_small": 12,
+    "vit_base": 12,
+    "vit_conv_small": 12,
+    "vit_conv_base": 12,
+}
 OPTIMIZERS = {  # name: class, and its arguments beside the parameter groups and the learning rate
     "adamw": ("torch.optim.AdamW", {"fused": True}),
     "lars": ("snclr.optim.LARS", {}),
@@ -227,6 +235,8 @@ def add_backbone_flags(
     )
     kind = number(int, above_zero=True)
     flag(g, "--patch-size", type=kind, default=16, metavar="PX", help="side of a ViT's patch")
+    text = "attention heads of a ViT (default: 12, vit_tiny 3; those of weights that are loaded)"
+    flag(g, "--num-heads", type=kind, metavar="N", help=text, on_resume="fixed")
     kind = number(int, above_zero=True, most=2**14)
     text = "channels of a ResNet's first stage (default: that of the architecture)"
     flag(g, "--width", type=kind, metavar="N", help=text)
@@ -242,6 +252,7 @@ def check_backbone(args: argparse.Namespace) -> None:
             f"--arch {args.arch} is unknown; known are {', '.join(ARCHS)}, and timm:NAME for any "
             "model of timm"
         )
+    check_num_heads(args.num_heads, args.arch)
     if args.timm_kwargs and not args.arch.startswith("timm:"):
         raise UsageError(f"--timm-kwargs are for --arch timm:NAME, not for {args.arch}")
     if args.arch.startswith("vit_conv") and args.patch_size != 16:
@@ -250,6 +261,13 @@ def check_backbone(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--img-size {args.img_size} is not a multiple of --patch-size {args.patch_size}"
         )
+
+
+def check_num_heads(num_heads: int | None, arch: str) -> None:
+    """Raise UsageError for a number of attention heads if the architecture has none to set."""
+    if num_heads is not None and arch not in NUM_HEADS:
+        hint = "; use --timm-kwargs num_heads=N" if arch.startswith("timm:") else ""
+        raise UsageError(f"--num-heads is for {', '.join(NUM_HEADS)}, not for {arch}{hint}")
 
 
 def _key_value(text: str) -> list:
@@ -283,11 +301,27 @@ def build_parser() -> argparse.ArgumentParser:
         "--crop-min",
         type=number(float, above_zero=True, most=1),
         metavar="SHARE",
-        help=text,
+        help=f"{text} (default: 0.08; 0.2 with --method mocov2)",
         on_resume="fixed",
     )
     text = "Gaussian blur of the views (default: on for images above 32 px)"
     flag(g, "--blur", action=on_off, help=text, on_resume="fixed")
+    text = "small crops of each image, beside the two global views (multi-crop)"
+    kind = number(int)
+    flag(g, "--local-views", type=kind, default=0, metavar="N", help=text, on_resume="fixed")
+    text = "side of a local view (default: 3/7 of --img-size, rounded to a multiple of 16 px)"
+    kind = number(int, above_zero=True)
+    flag(g, "--local-size", type=kind, metavar="PX", help=text, on_resume="fixed")
+    text = "largest area of a local view, as a share of the image; the smallest is 0.05"
+    flag(
+        g,
+        "--local-crop-max",
+        type=number(float, above_zero=True, most=1),
+        default=0.25,
+        metavar="SHARE",
+        help=text,
+        on_resume="fixed",
+    )
 
     g = add_backbone_flags(parser, default_arch="vit_small")
     text = "start from the backbone weights in FILE: a checkpoint or state dict of any known layout"
@@ -463,8 +497,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.warmup_epochs = min(40, args.epochs / 5)
     if args.crop_min is None:
         args.crop_min = 0.2 if args.method == "mocov2" else 0.08
+    if args.local_size is None:
+        args.local_size = max(16, 16 * round(args.img_size * 3 / 7 / 16))
     if args.blur is None:
         args.blur = args.img_size > 32
+    if args.num_heads is None and args.init_from is None:
+        args.num_heads = NUM_HEADS.get(args.arch)  # else that of the weights to start from
     check(args, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return args
 
@@ -542,13 +580,8 @@ def _recognise_dataset(data):
     return "folder" if has_classes or not os.path.isdir(data) else "tree"
 
 
-def check_data(args: argparse.Namespace, positive: tuple[str, ...] = ()) -> None:
+def check_data(args: argparse.Namespace) -> None:
     """Raise UsageError for data flags that cannot work."""
-    for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not name.endswith("seed"):
-            least = "above 0" if name in positive else "0 or more"
-            if not (math.isfinite(value) and value >= 0) or (value == 0 and name in positive):
-                raise UsageError(f"--{name.replace('_', '-')} must be {least}, found {value}")
     low, high = args.grey_range or (0, 1)
     if not -math.inf < low < high < math.inf:
         raise UsageError(f"--grey-range needs LOW below HIGH, both finite, found {low:g} {high:g}")
@@ -612,6 +645,8 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             f"the {world_size} ranks"
         )
     check_backbone(args)
+    if args.local_views:
+        check_local_views(args)
     if args.method == "snclr" and args.topk > args.bank_size:
         raise UsageError(f"--topk {args.topk} exceeds --bank-size {args.bank_size}")
     if args.threshold and (args.weights == "uniform" or args.topk == 1):
@@ -631,6 +666,18 @@ def check(args: argparse.Namespace, world_size: int) -> None:
     if args.init_from is not None and not os.path.isfile(args.init_from):
         raise UsageError(f"--init-from {args.init_from}: there is no such file")
     check_workdir(args.workdir, args.resume, ("metrics.jsonl", "checkpoint_last.pth.tar"))
+
+
+def check_local_views(args: argparse.Namespace) -> None:
+    """Raise UsageError for local views that cannot work."""
+    if args.method == "mocov2":
+        raise UsageError("--method mocov2 compares one view with one other: no --local-views")
+    if args.local_crop_max < 0.05:
+        raise UsageError(f"--local-crop-max must be at least 0.05, found {args.local_crop_max}")
+    if args.arch.startswith("vit") and args.local_size % args.patch_size:
+        raise UsageError(
+            f"--local-size {args.local_size} is not a multiple of --patch-size {args.patch_size}"
+        )
 
 
 def check_workdir(workdir: str | None, resume: str | None, run_files: tuple[str, ...]) -> None:

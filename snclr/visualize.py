@@ -33,7 +33,7 @@ from .pictures.steps import denormalize
 from .running import process_group
 from .running.errors import RunError, UsageError, one_clear_line
 from .running.safe_files import new_file, writing
-from .weights import reading as weights
+from .weights import load
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -55,23 +55,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="second encoder, for comparison; untrained: the first one before training",
     )
-    g.add_argument("-a", "--arch", help="architecture, if FILE does not name it")
     g.add_argument(
         "--image", metavar="PATH", help="image file; its nearest training images are shown as well"
     )
-    g.add_argument("--count", type=int, default=8, metavar="N", help="images in a picture")
-    g.add_argument("--topk", type=int, default=6, metavar="K", help="nearest images of each")
+    positive = options.number(int, above_zero=True)
+    g.add_argument("--count", type=positive, default=8, metavar="N", help="images in a picture")
+    g.add_argument("--topk", type=positive, default=6, metavar="K", help="nearest images of each")
     g.add_argument(
-        "--pool", type=int, default=5000, metavar="N", help="training images that are searched"
+        "--pool", type=positive, default=5000, metavar="N", help="training images that are searched"
     )
     g.add_argument("--seed", type=options.seed, default=0, metavar="N", help="seed that chooses the images")
     g.add_argument(
         "--out", metavar="DIR", help="folder of the pictures (default: pictures beside FILE)"
     )
+    options.add_backbone_flags(parser, default_arch=None)
+    parser.set_defaults(patch_size=None, small_stem=None)  # as FILE says
     args = parser.parse_args(argv)
     args.workdir = None  # a run's folder takes the index of shards on read-only disks; none here
     options.resolve_data(args)
-    options.check_data(args, ("count", "topk", "pool"))
+    options.check_data(args)
     if args.image is not None and not os.path.isfile(args.image):
         raise UsageError(f"--image {args.image}: there is no such file")
     return args
@@ -106,9 +108,18 @@ def main(argv: list[str]) -> None:
 def _open_encoder(args: argparse.Namespace, path: str, which: str, letter: str) -> Encoder:
     """The encoder A or B; the flags on architecture, size and normalisation concern A."""
     settings = {
-        name: getattr(args, name) for name in ("arch", "img_size", "mean", "std", "grey_range")
+        "arch": args.arch,
+        "img_size": args.img_size,
+        "patch_size": args.patch_size,
+        "num_heads": args.num_heads,
+        "width": args.width,
+        "small_stem": args.small_stem,
+        "timm_kwargs": args.timm_kwargs,
+        "mean": args.mean,
+        "std": args.std,
+        "grey_range": args.grey_range,
     }
-    module, info = weights.open_encoder(path, which, **(settings if letter == "A" else {}))
+    module, info = load.open_encoder(path, which, **(settings if letter == "A" else {}))
     epoch = f", epoch {info['epoch']}" if info["epoch"] else ""
     name = f"{info['arch']} ({which}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
     return Encoder(module, info, f"{letter}: {name}" if args.against is not None else name)

@@ -1,8 +1,9 @@
 """A pretended accelerator, to run on a CPU what was written for a GPU.
 
-Its tensors say that they are on torch's meta device, and keep their values on the CPU. As on a GPU, there is no sum of tensors
-in two places, and whoever looks at a value waits for it, which is written down. Kernels, streams, 16 bits and NCCL are not
-pretended, nor is pinned memory: a copy that need not be waited for may be waited for where its source is large and not pinned.
+Its tensors say that they are on torch's meta device, and keep their values on the CPU. As on a GPU,
+there is no sum of tensors in two places, and whoever looks at a value waits for it, which is
+written down. Kernels, streams, 16 bits and NCCL are not pretended, nor is pinned memory: a copy
+that need not be waited for may be waited for where its source is large and not pinned.
 """
 
 import traceback
@@ -58,7 +59,9 @@ def to_host(tree):
 
 
 class Accelerator(TorchDispatchMode):
-    """While it is active, whatever is put onto DEVICE is there. waits: the places where the host waited for it."""
+    """While it is active, whatever is put onto DEVICE is there. waits: the places where the host
+    waited for it.
+    """
 
     active = None
 

@@ -1,6 +1,8 @@
-"""Slow and obvious twins of the objectives and the bank, written from the equations: loops and dense matrices, float64.
+"""Slow and obvious twins of the objectives and the bank, written from the equations: loops and
+dense matrices, float64.
 
-They see the whole global batch at once (the joined batches of all ranks) and know nothing of counts or chunks.
+They see the whole global batch at once (the joined batches of all ranks) and know nothing of counts
+or chunks.
 """
 
 import torch
@@ -8,7 +10,9 @@ from torch.nn.functional import normalize
 
 
 def neighbours(queries, features, ids, filled, k, own_ids=None):
-    """rows (B, k): for each query the k written rows of highest cosine that are not of its own image; -1 for none."""
+    """rows (B, k): for each query the k written rows of highest cosine that are not of its own
+    image; -1 for none.
+    """
     rows = torch.full((len(queries), k), -1)
     for i, query in enumerate(normalize(queries.double(), dim=1)):
         ranked = []
@@ -22,7 +26,9 @@ def neighbours(queries, features, ids, filled, k, own_ids=None):
 
 
 def positiveness(online, bank, rows, temperature=1.0, threshold=False, projections=None):
-    """w_ik = exp(f1 y_i . f2 C[rows_ik] / temperature) / sum over the valid k; with threshold, 0 unless above 1/(valid)."""
+    """w_ik = exp(f1 y_i . f2 C[rows_ik] / temperature) / sum over the valid k; with threshold, 0
+    unless above 1/(valid).
+    """
     online = normalize(online, dim=1)
     if projections is not None:
         online = torch.stack([projections[0] @ y for y in online])
@@ -42,7 +48,9 @@ def positiveness(online, bank, rows, temperature=1.0, threshold=False, projectio
 
 
 def snclr(query, key, bank, rows, weights, temperature, form="sum_of_logs"):
-    """Per-image losses (N,) of a whole global batch, without the mean: every candidate of every sample written out."""
+    """Per-image losses (N,) of a whole global batch, without the mean: every candidate of every
+    sample written out.
+    """
     query, key = normalize(query, dim=1), normalize(key, dim=1)
     candidates = list(key)
     for line in rows.tolist():
@@ -66,8 +74,45 @@ def snclr(query, key, bank, rows, weights, temperature, form="sum_of_logs"):
     return 2 * temperature * torch.stack(losses)
 
 
+def pairs(num_views):
+    """Every view is a query against each of the two global views (0 and 1) but itself: list of
+    (query, key view).
+    """
+    found = []
+    for key in range(2):
+        for query in range(num_views):
+            if query != key:
+                found.append((query, key))
+    return found
+
+
+def snclr_step(y, z, keys, bank, rows, temperature):
+    """Loss of a step: twice the mean over the pairs; y, z one (N, D) for each view, keys and rows
+    for each global one.
+    """
+    losses = [
+        snclr(z[q], keys[k], bank, rows[k], positiveness(y[q], bank, rows[k]), temperature).mean()
+        for q, k in pairs(len(z))
+    ]
+    return 2 * torch.stack(losses).mean()
+
+
+def mocov3_step(z, keys, temperature):
+    """The same without neighbours."""
+    nothing = torch.empty(len(keys[0]), 0)
+    return snclr_step(z, z, keys, keys[0][:0], [nothing.long(), nothing.long()], temperature)
+
+
+def nnclr_step(z, nearest, temperature):
+    """Mean over the pairs; nearest: of each global view, its neighbours (N, D) in the bank."""
+    losses = [nnclr(nearest[k], z[q], temperature).mean() for q, k in pairs(len(z))]
+    return torch.stack(losses).mean()
+
+
 def nnclr(neighbour, prediction, temperature):
-    """Per-image losses (N,): cross-entropy of each neighbour over all predictions of the global batch."""
+    """Per-image losses (N,): cross-entropy of each neighbour over all predictions of the global
+    batch.
+    """
     neighbour, prediction = normalize(neighbour, dim=1), normalize(prediction, dim=1)
     return torch.stack(
         [

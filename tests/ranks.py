@@ -1,4 +1,5 @@
-"""What the multi-rank tests run in processes of their own: started as `python ranks.py OUT JOB...`, each rank once.
+"""What the multi-rank tests run in processes of their own: started as `python ranks.py OUT JOB...`,
+each rank once.
 
 A job is 'pieces' (collectives, batch norm, objectives, bank, kNN on fixed data) or a command line of main_snclr.py, or of
 main_lincls.py with 'main_lincls:' before it; with 'float64:' the whole run is in double precision, with 'term:' the loss has
@@ -32,7 +33,9 @@ def mine(x):
 
 
 def objectives():
-    """Global loss (mean of the ranks' losses) and the gradients that DDP's averaging would give, joined in rank order."""
+    """Global loss (mean of the ranks' losses) and the gradients that DDP's averaging would give,
+    joined in rank order.
+    """
     torch.manual_seed(0)
     query, online, key = (torch.randn(N, D) for _ in range(3))
     bank, rows = normalize(torch.randn(M, D), dim=1), torch.randint(-1, M // 2, (N, K))
@@ -69,7 +72,9 @@ def objectives():
 
 
 def batch_norm(shape):
-    """Outputs, gradients and running statistics of a batch norm that sees the whole batch, with a cumulative one beside."""
+    """Outputs, gradients and running statistics of a batch norm that sees the whole batch, with a
+    cumulative one beside.
+    """
     torch.manual_seed(1)
     x, target = torch.randn(shape) * 3 + 100, torch.randn(shape)
     kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d

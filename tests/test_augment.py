@@ -45,7 +45,9 @@ def draw_many(recipe=RECIPE, epoch=0, view=0, count=MANY, height=48, width=64, f
 
 
 def pictures(count, size=16, seed=0):
-    """Float pictures in [0, 1] with coarse structure, noise, a grey one, a black one and a white one."""
+    """Float pictures in [0, 1] with coarse structure, noise, a grey one, a black one and a white
+    one.
+    """
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
     x = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
@@ -55,7 +57,7 @@ def pictures(count, size=16, seed=0):
     return x
 
 
-# -- the hash ------------------------------------------------------------------------------------------------------------
+# -- the hash -------------------------------------------------------------------------------------
 
 
 def test_splitmix64_gives_the_published_sequence():
@@ -125,7 +127,7 @@ def test_epoch_order_is_shuffled_anew_by_epoch_and_seed():
         assert (one == other).mean() < 0.01
 
 
-# -- drawing -------------------------------------------------------------------------------------------------------------
+# -- drawing --------------------------------------------------------------------------------------
 
 
 def test_parameters_of_a_sample_do_not_depend_on_the_batch():
@@ -274,7 +276,7 @@ def test_areas_of_crops_lie_between_both_ends_of_the_range(smallest, largest):
     assert areas.mean() == pytest.approx((smallest + largest) / 2, abs=0.005)
 
 
-# -- crop boxes ----------------------------------------------------------------------------------------------------------
+# -- crop boxes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("crop_min", [0.08, 0.2, 0.7])
@@ -338,7 +340,7 @@ def test_crop_min_1_takes_all_that_the_aspect_allows(height, width):
     assert (np.abs(boxes[:, 2:] - aspect_limited) <= rounding).all()
 
 
-# -- crop and resize -----------------------------------------------------------------------------------------------------
+# -- crop and resize ------------------------------------------------------------------------------
 
 BOXES = {
     "whole": (0, 0, 37, 50),
@@ -385,7 +387,7 @@ def test_a_box_of_the_output_size_is_copied_exactly():
     )
 
 
-# -- each operation against torchvision ----------------------------------------------------------------------------------
+# -- each operation against torchvision -----------------------------------------------------------
 
 THEIRS = {
     "adjust_brightness_": F.adjust_brightness,
@@ -483,7 +485,7 @@ def test_both_ways_to_blur_equal_torchvisions_at_every_size(form):
         torch.testing.assert_close(form(x.clone(), taps), expected, atol=1e-5, rtol=0)
 
 
-# -- the whole half of the device ----------------------------------------------------------------------------------------
+# -- the whole half of the device -----------------------------------------------------------------
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 
@@ -521,8 +523,9 @@ def test_apply_equals_torchvision_image_by_image(view, size, count):
 
 
 def view_of_picture(picture, box, p, i, size, throughout):
-    """View i as MoCo v3 makes it of a PIL image: cropped by PIL; the rest in PIL's 8 bits throughout, or in torchvision's
-    float. (3, S, S) in [0, 1]."""
+    """View i as MoCo v3 makes it of a PIL image: cropped by PIL; the rest in PIL's 8 bits
+    throughout, or in torchvision's float. (3, S, S) in [0, 1].
+    """
     x = F.resized_crop(picture, *box, [size, size], InterpolationMode.BILINEAR)
     x = x if throughout else F.to_tensor(x)
     jitters = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
@@ -543,7 +546,8 @@ def view_of_picture(picture, box, p, i, size, throughout):
     return F.to_tensor(x) if throughout else x
 
 
-# PIL cuts off the fraction after each of up to seven steps, half a level each, and keeps hue in 8 bits
+# PIL cuts off the fraction after each of up to seven steps, half a level each, and keeps hue in 8
+# bits
 @pytest.mark.parametrize("throughout, mean, most", [(False, 0.2, 1.0), (True, 1.5, 3.0)])
 @pytest.mark.parametrize("view", [0, 1])
 def test_whole_views_are_those_of_pil_and_torchvision(view, throughout, mean, most):
@@ -583,7 +587,9 @@ def threads(request):
 @pytest.mark.parametrize("threads, size", [(1, 32), (2, 32), (2, 192)], indirect=["threads"])
 @pytest.mark.parametrize("part", [1, 3])
 def test_a_view_is_the_same_bit_for_bit_in_any_batch(threads, size, part):
-    """Else the number of ranks would show in the pixels. Beyond 181 px torch shares the sum over one image among threads."""
+    """Else the number of ranks would show in the pixels. Beyond 181 px torch shares the sum over
+    one image among threads.
+    """
     crops = pictures(6, size).mul(255).round().to(torch.uint8)
     _, parameters = draw_many(view=0, count=6)
     whole = augment.apply(crops, parameters, MEAN, STD)

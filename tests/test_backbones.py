@@ -154,11 +154,20 @@ def test_one_step_gives_every_trainable_parameter_a_gradient_and_the_momentum_en
     assert without == (["norm.bias"] if arch in VITS else [])
 
 
-# -- vision transformers ---------------------------------------------------------------------------------------------------
+# -- vision transformers ---------------------------------------------------------------------------
 
 
-def test_vit_small_has_twelve_heads():
-    assert {block.attn.num_heads for block in build("vit_small").blocks} == {12}
+@pytest.mark.parametrize("num_heads, expected", [(None, 12), (6, 6)])
+def test_vit_small_has_twelve_heads_unless_another_number_is_chosen(num_heads, expected):
+    blocks = build("vit_small", num_heads=num_heads).blocks
+    assert {block.attn.num_heads for block in blocks} == {expected}
+
+
+@pytest.mark.parametrize(
+    "arch, name", [("vit_tiny", "head"), ("resnet8", "fc"), ("timm:test_convnext", "head.fc")]
+)
+def test_the_projector_has_the_name_of_the_classifier(arch, name):
+    assert backbones.projector_name(build(arch)) == name
 
 
 @pytest.mark.parametrize("img_size, patch_size", [(32, 8), (32, 16), (16, 16)])
@@ -285,7 +294,7 @@ def test_convolutional_stem_has_moco_v3s_layers_and_one_block_less():
     assert frozen == {"pos_embed"}
 
 
-# -- any model of timm -------------------------------------------------------------------------------------------------------
+# -- any model of timm -----------------------------------------------------------------------------
 
 TIMM = {
     "test_vit": "vit",
@@ -374,7 +383,7 @@ def test_what_timm_refuses_is_said_in_one_line(name, settings, named):
     assert "\n" not in str(caught.value)
 
 
-# -- residual networks -----------------------------------------------------------------------------------------------------
+# -- residual networks -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -428,7 +437,7 @@ def test_exactly_the_last_norms_of_bottlenecks_start_at_zero(arch):
     assert all((weight == 1).all() for name, weight in norms.items() if name not in zero)
 
 
-# -- heads -----------------------------------------------------------------------------------------------------------------
+# -- heads -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Whole training steps of the model: MoCo v2's keys, and local views against an oracle."""
 
+import copy
 import math
 
+import oracles
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from snclr import builder, heads, options
 from snclr.builder import SNCLR
 from snclr.memory_bank import MemoryBank
+from snclr.running.errors import UsageError
 
 BANK, DIM = 64, 16
 
@@ -90,3 +93,121 @@ def test_mocov2_has_a_plain_projector_and_its_own_views():
         assert shapes == [(24, width), (24,), (8, 24), (8,)]
         assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, 8)
     assert not model.train().momentum_encoder.training and model.base_encoder.training
+
+
+# -- local views ---------------------------------------------------------------------------------
+
+FLAGS = "--width 4 --snclr-dim 8 --snclr-mlp-dim 16 --bank-size 20 --topk 3 --patch-size 8"
+B, MOMENTUM, T = 6, 0.9, 0.3
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def model_of(*flags):
+    """A model in float64 with a full bank and momentum weights of their own, in training."""
+    torch.manual_seed(0)
+    model = builder.build_model(options.parse([*FLAGS.split(), "--snclr-t", str(T), *flags]))
+    if model.momentum_encoder is not None:
+        for parameter in model.momentum_encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    if model.memory_bank is not None:
+        model.memory_bank.enqueue(torch.randn(20, 8), torch.arange(20))
+    return model.train()
+
+
+def views_of(local, side=32, local_side=16):
+    generator = torch.Generator().manual_seed(1)
+    sides = [side, side] + [local_side] * local
+    return [torch.randn(B, 3, s, s, generator=generator, dtype=torch.float64) for s in sides]
+
+
+def oracle(model, views, ids):
+    """The loss of a step, view after view and pair after pair."""
+    online, momentum, predictor = (
+        copy.deepcopy(x) for x in (model.base_encoder, model.momentum_encoder, model.predictor)
+    )
+    y = [online(view) for view in views]
+    z = [predictor(projection) for projection in y]
+    bank = model.memory_bank
+    keys = y[:2]
+    if momentum is not None:
+        with torch.no_grad():
+            for slow, fast in zip(momentum.parameters(), online.parameters(), strict=True):
+                slow.copy_(MOMENTUM * slow + (1 - MOMENTUM) * fast)
+            keys = [momentum(view) for view in views[:2]]
+    if model.args.method == "mocov3":
+        loss = oracles.mocov3_step(z, keys, T)
+    else:
+        k = 3 if model.args.method == "snclr" else 1
+        rows = [
+            oracles.neighbours(key.detach(), bank.features, bank.ids, 20, k, ids) for key in keys
+        ]
+        if model.args.method == "snclr":
+            loss = oracles.snclr_step(y, z, keys, bank.features, rows, T)
+        else:
+            loss = oracles.nnclr_step(z, [bank.features[row[:, 0]] for row in rows], T)
+    parts = {"base_encoder": online, "predictor": predictor}
+    parameters = {
+        f"{part}.{name}": parameter
+        for part, module in parts.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    return loss.detach(), dict(zip(parameters, gradients, strict=True))
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "vit_tiny"])
+@pytest.mark.parametrize("method", ["snclr", "mocov3", "nnclr"])
+@pytest.mark.parametrize("local", [0, 1, 3])
+def test_a_step_with_local_views_equals_the_mean_over_pairs(double, method, arch, local):
+    model = model_of("--method", method, "-a", arch, "--local-views", str(local))
+    views, ids = views_of(local), torch.arange(B) + 17  # of the first three an older copy is known
+    loss, gradients = oracle(model, views, ids)
+    found, _ = model(views, ids, MOMENTUM)
+    found.backward()
+    torch.testing.assert_close(found.detach(), loss, rtol=1e-10, atol=1e-12)
+    parameters = dict(model.named_parameters())
+    for name, expected in gradients.items():
+        difference = (parameters[name].grad - expected).norm()
+        assert difference < 1e-8 * expected.norm() + 1e-11, name
+
+
+def test_local_views_reach_neither_the_momentum_encoder_nor_the_bank(double):
+    plain, local = model_of("-a", "resnet8"), model_of("-a", "resnet8", "--local-views", "2")
+    views, ids = views_of(2), torch.arange(B) + 30
+    for model, given in ((plain, views[:2]), (local, views)):
+        model(given, ids, MOMENTUM)
+    for name in ("momentum_encoder", "memory_bank"):
+        states = [getattr(model, name).state_dict() for model in (plain, local)]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    norms = [model.base_encoder.bn1.num_batches_tracked.item() for model in (plain, local)]
+    assert norms == [2, 4]
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "vit_conv_small"])
+def test_a_vit_encodes_local_views_with_its_position_embedding_interpolated(arch):
+    size = "16" if arch == "vit_tiny" else "32"
+    flags = ["--patch-size", "8"] if arch == "vit_tiny" else ["--patch-size", "16"]
+    args = options.parse(["-a", arch, "--img-size", "64", "--local-size", size, *flags])
+    encoder = builder.build_model(args).base_encoder.eval()
+    with torch.no_grad():
+        x = torch.randn(2, 3, int(size), int(size))
+        features = encoder.embed(x)
+        encoder.pos_embed.zero_()
+        assert features.shape == (2, encoder.num_features)
+        assert not torch.allclose(features, encoder.embed(x))
+
+
+def test_a_backbone_of_one_size_is_refused_with_what_to_do():
+    flags = (
+        "--img-size 32 --local-views 1 -a timm:vit_tiny_patch16_224 --timm-kwargs depth=1".split()
+    )
+    with pytest.raises(UsageError, match=r"local views of 16 px.*dynamic_img_size=True"):
+        model_of(*flags)
+    model_of(*flags, "dynamic_img_size=True")

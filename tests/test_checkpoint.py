@@ -98,7 +98,7 @@ def small():
     }
 
 
-# -- what a file holds -----------------------------------------------------------------------------------------------------
+# -- what a file holds -----------------------------------------------------------------------------
 
 
 def test_file_has_the_documented_keys_and_only_plain_values(state, path):
@@ -146,7 +146,7 @@ def test_resumed_run_goes_on_exactly_as_the_one_that_never_stopped(optimizer, pa
     assert equal(*ends)
 
 
-# -- writing ---------------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 class FullDisk(io.FileIO):
@@ -215,7 +215,7 @@ def test_crash_while_writing_leaves_the_old_file(path, monkeypatch):
     assert checkpoint.newest(str(path.parent)) == (str(path), [])
 
 
-# -- damage ----------------------------------------------------------------------------------------------------------------
+# -- damage ----------------------------------------------------------------------------------------
 
 
 def records(path):
@@ -250,7 +250,9 @@ def test_flipped_bit_in_any_record_is_refused(share, path):
 
 @pytest.mark.parametrize("mask", [0x08, 0x10, 0xFF])
 def test_flipped_byte_of_the_directory_is_refused_or_changes_nothing(mask, path):
-    """The directory of the zip, and what lies around the records (the rest is covered by their checksums)."""
+    """The directory of the zip, and what lies around the records (the rest is covered by their
+    checksums).
+    """
     tensor_files.save(str(path), small())
     whole = path.read_bytes()
     sound = checkpoint.load(str(path))
@@ -358,7 +360,7 @@ def test_malicious_file_is_refused_without_advice_how_to_execute_it(path, tmp_pa
     assert "weights_only" not in message and len(message) < 300
 
 
-# -- what does not fit -----------------------------------------------------------------------------------------------------
+# -- what does not fit -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -505,7 +507,7 @@ def test_other_images_under_the_same_numbers_are_refused(state, path, run):
     )
 
 
-# -- choosing --------------------------------------------------------------------------------------------------------------
+# -- choosing --------------------------------------------------------------------------------------
 
 
 def names_and_steps(folder):

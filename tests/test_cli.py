@@ -22,7 +22,8 @@ RECIPES = sorted(ROOT.glob("configs/**/*.args"))
 ABLATIONS = [path for path in RECIPES if path.parent.name == "ablations"]
 FLAGS = [action for action in options.build_parser()._actions if action.dest != "help"]
 BOOLEANS = [action for action in FLAGS if isinstance(action, argparse.BooleanOptionalAction)]
-TINY = "--arch resnet8 --width 8 --img-size 16 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 8 --topk 2 -b 4 --epochs 2"
+TINY = "--arch resnet8 --width 8 --img-size 16 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 8 "
+TINY += "--topk 2 -b 4 --epochs 2"
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +83,7 @@ def content(folder):
     }
 
 
-# -- flags -----------------------------------------------------------------------------------------------------------------
+# -- flags -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,13 @@ def content(folder):
         ("--snclr-m nan", "--snclr-m must be between 0 and 1"),
         ("--crop-min 1.5", "--crop-min must be above 0 and at most 1, found 1.5"),
         ("--crop-min 0", "--crop-min must be above 0"),
+        ("--local-views 2 --method mocov2", "--method mocov2 compares one view with one other"),
+        ("--local-views 2 --local-crop-max 0.01", "--local-crop-max must be at least 0.05"),
+        ("--local-views 2 --local-size 0", "--local-size must be above 0"),
+        (
+            "--local-views 2 -a vit_tiny --local-size 20",
+            "--local-size 20 is not a multiple of --patch-size 16",
+        ),
         ("--epochs 5 --warmup-epochs 6", "--warmup-epochs 6 exceeds --epochs 5"),
         ("--epochs 5 --nn-warmup-epochs 5.5", "--nn-warmup-epochs 5.5 exceeds --epochs 5"),
         ("--topk 31 --bank-size 30", "--topk 31 exceeds --bank-size 30"),
@@ -192,7 +200,8 @@ def test_batch_must_divide_over_the_ranks(ranks, batch, fits, monkeypatch):
 
 
 def test_parsing_does_not_import_what_is_slow(process):
-    code = "import sys; from snclr import options; options.parse([]); print({'torch', 'numpy', 'timm'} & set(sys.modules))"
+    code = "import sys; from snclr import options; options.parse([]); "
+    code += "print({'torch', 'numpy', 'timm'} & set(sys.modules))"
     result = process(sys.executable, "-c", code, PYTHONPATH=str(ROOT))
     assert (result.stdout, result.stderr) == ("set()\n", "")
 
@@ -311,11 +320,12 @@ def test_defaults_follow_from_the_data(images):
     assert parse(images, "--epochs", 20).warmup_epochs == 4
     assert parse(images, "--no-blur").blur is False and parse("--blur").blur is True
     assert parse(images, "--warmup-epochs", 0).warmup_epochs == 0
+    assert (large.local_views, large.local_size, small.local_size) == (0, 96, 16)
     assert (large.crop_min, parse(images, "--method", "mocov2").crop_min) == (0.08, 0.2)
     assert parse(images, "--method", "mocov2", "--crop-min", 0.5).crop_min == 0.5
 
 
-# -- recipes ---------------------------------------------------------------------------------------------------------------
+# -- recipes ---------------------------------------------------------------------------------------
 
 
 def recipe(path, *flags):
@@ -373,7 +383,8 @@ def test_the_recipes_of_the_methods_differ_in_the_method_alone():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains_when_it_is_made_small(path, images, tmp_path):
     """All settings of the recipe but the sizes: two steps on eight images."""
-    flags = "--img-size 32 --snclr-mlp-dim 32 --bank-size 16 --topk 2 -b 4 --workers 0 --eval-freq 0 --stop-after-steps 2"
+    flags = "--img-size 32 --snclr-mlp-dim 32 --bank-size 16 --topk 2 -b 4 --workers 0 "
+    flags += "--eval-freq 0 --stop-after-steps 2"
     main_snclr.main(
         [
             f"@{path}",
@@ -474,7 +485,7 @@ def test_missing_recipe_is_named():
     assert "configs/nothing.args" in message and "Errno" not in message
 
 
-# -- data ------------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def test_missing_data_folder_is_named():
@@ -503,7 +514,7 @@ def test_batch_larger_than_the_data_set_is_refused_and_nothing_is_left(images):
     assert not Path("w").exists()
 
 
-# -- folders and checkpoints -----------------------------------------------------------------------------------------------
+# -- folders and checkpoints -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [[], ["--resume", "auto"]])
@@ -603,7 +614,7 @@ def test_checkpoint_named_without_its_folder_goes_on_in_the_current_one(images, 
     main_snclr.main(tiny(images, "--resume", "checkpoint_last.pth.tar"))
 
 
-# -- whole processes -------------------------------------------------------------------------------------------------------
+# -- whole processes -------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 EXTENDING = ROOT / "docs/EXTENDING.md"
 OTHERS = {"help", "dry-run", "nodes", "gpus-per-node", "cpus-per-task", "logdir"}
 OTHERS |= {"requeue", "signal", "max-restarts"}  # flags of other programs
+OTHERS |= {"num-gpus", "config-file", "cfg-options"}  # of detectron2 and mmdetection
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -62,6 +63,10 @@ def test_lines_are_at_most_100_columns():
         if len(line) > 100 and not line.startswith(("|", "![", "$$"))
     ]
     assert too_long == []
+
+
+def test_no_figure_is_left_open():
+    assert [path.name for path in PAGES if re.search(r"@[A-Z]+@|TODO", path.read_text())] == []
 
 
 def test_plain_pytest_leaves_the_pages_out_and_the_test_command_does_not(pytestconfig):

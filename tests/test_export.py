@@ -1,23 +1,32 @@
 """Each exported format is read by the library that it is for, and by this project."""
 
+import argparse
+import contextlib
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import safetensors
 import timm
 import torch
 import torchvision
-from test_ranks import SMALL, write_images
+from test_backbones import build
+from test_ranks import ROOT, SMALL, write_images
 from torch import nn
+from torch.nn import functional
 
 import main_snclr
 import snclr
 from snclr import export
 from snclr.evaluation import features
+from snclr.running import checkpoint
 from snclr.running.errors import RunError, UsageError
+from snclr.weights import libraries
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 ARCHS = {
@@ -31,7 +40,7 @@ ARCHS = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A function from a name of ARCHS to a checkpoint after one long step, which leaves no norm or bias at its start."""
+    """From a name of ARCHS to a checkpoint after a long step, which changes norms and biases."""
     root = tmp_path_factory.mktemp("checkpoints")
     images, made = write_images(root / "images"), {}
     step = "--eval-freq 0 --stop-after-steps 1 --warmup-epochs 0 --lr 1"
@@ -107,7 +116,11 @@ def test_mocov3s_layout_is_read_as_its_linear_evaluation_does(checkpoints, tmp_p
 def test_transformers_reads_a_vit(checkpoints, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     out = run(checkpoints("vit"), "hf", tmp_path / "hf")
-    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(out)) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
     model = transformers.AutoModel.from_pretrained(out, add_pooling_layer=False).eval()
     encoder, _ = snclr.load_encoder(str(checkpoints("vit")))
     with torch.no_grad():
@@ -149,15 +162,18 @@ def test_weights_that_give_other_features_are_noticed_and_never_get_the_name(
     checkpoints, tmp_path, monkeypatch
 ):
     def wrong(encoder, info):
-        model, state = export.to_timm(encoder, info)
-        return model, {
-            name: tensor * (1.001 if name == "norm.weight" else 1) for name, tensor in state.items()
-        }
+        made = libraries.to_timm(encoder, info)
+        return made._replace(
+            content={
+                name: tensor * (1.001 if name == "norm.weight" else 1)
+                for name, tensor in made.content.items()
+            }
+        )
 
     monkeypatch.setitem(export.FORMATS, "timm", wrong)
-    with pytest.raises(RunError, match="do not use them"):
+    with pytest.raises(RunError, match="give other features"):
         run(checkpoints("vit"), "timm", tmp_path / "vit.pth")
-    assert not (tmp_path / "vit.pth").exists()
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_command_line_exports_and_ends_wrong_usage_in_one_line(checkpoints, tmp_path):
@@ -175,7 +191,295 @@ def test_the_command_line_exports_and_ends_wrong_usage_in_one_line(checkpoints, 
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
-# -- in a notebook -----------------------------------------------------------------------------------------------------------
+# -- every library builds its model by the printed line --------------------------------------------
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+CIFAR = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]}
+HAS_LOCAL_DIR = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 16)
+
+
+@pytest.fixture(scope="module")
+def random_files(tmp_path_factory):
+    """From arch, heads and image size to a file with weights that are far from their start."""
+    folder, written = tmp_path_factory.mktemp("random"), {}
+
+    def make(arch, num_heads=None, img_size=32):
+        key = (arch, num_heads, img_size)
+        if key not in written:
+            torch.manual_seed(0)
+            encoder = build(arch, img_size=img_size, num_heads=num_heads)
+            with torch.no_grad():
+                for parameter in encoder.parameters():
+                    parameter += 0.05 * torch.randn_like(parameter)
+            args = {"arch": arch, "num_heads": num_heads, "img_size": img_size, **CIFAR}
+            state = checkpoint.pack_encoder(
+                encoder, "online", args=argparse.Namespace(**args), epoch=3
+            )
+            written[key] = folder / f"{arch}_{num_heads}_{img_size}.pth.tar"
+            torch.save(state, written[key])
+        return written[key]
+
+    return make
+
+
+def built_by(printed):
+    """The model that the printed line builds."""
+    (line,) = [text for text in printed.splitlines() if text.startswith("build: ")]
+    names = {"timm": timm, "torch": torch, "torchvision": torchvision}
+    with contextlib.suppress(ImportError):
+        names["transformers"] = importlib.import_module("transformers")
+    exec(f"import safetensors.torch; {line.removeprefix('build: ')}", names)
+    return names["model"].eval()
+
+
+def features_of(model, images=IMAGES):
+    with torch.no_grad():
+        output = model.eval()(images)
+    return output if isinstance(output, torch.Tensor) else output.last_hidden_state[:, 0]
+
+
+VITS_TO_EXPORT = [("vit_small", 12), ("vit_small", 6), ("vit_base", 12)]
+CASES = [
+    (library, name, arch, num_heads)
+    for library, name in [
+        ("timm", "folder"),
+        ("timm", "x.safetensors"),
+        ("timm", "x.pth"),
+        ("deit", "x.pth"),
+        ("hf", "folder"),
+        ("mocov3", "x.pth.tar"),
+    ]
+    for arch, num_heads in VITS_TO_EXPORT
+    # MoCo v3's readers have 12 heads; one file format is enough for the large model
+    if (library, num_heads) != ("mocov3", 6) and (arch, name) != ("vit_base", "x.pth")
+]
+CASES += [
+    (library, name, "resnet50", None)
+    for library, name in [
+        ("timm", "folder"),
+        ("timm", "x.safetensors"),
+        ("timm", "x.pth"),
+        ("torchvision", "x.safetensors"),
+        ("torchvision", "x.pth"),
+        ("mocov3", "x.pth.tar"),
+        ("detectron2", "x.pth"),
+    ]
+]
+
+
+@pytest.mark.parametrize("library, name, arch, num_heads", CASES)
+def test_the_printed_line_builds_the_librarys_model_with_equal_features(
+    random_files, tmp_path, capsys, library, name, arch, num_heads
+):
+    if library == "hf":
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    if (library, name) == ("timm", "folder") and not HAS_LOCAL_DIR:
+        pytest.skip("this timm has no local-dir")
+    path = random_files(arch, num_heads)
+    run(path, library, tmp_path / name)
+    model = built_by(capsys.readouterr().out)
+    encoder, info = snclr.load_encoder(str(path))
+    assert info["num_heads"] == num_heads
+    expected = features_of(encoder)
+    torch.testing.assert_close(features_of(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_another_number_of_heads_gives_other_features_and_every_shape_fits(random_files):
+    path = str(random_files("vit_small", 6))
+    right, _ = snclr.load_encoder(path)
+    wrong, info = snclr.load_encoder(path, num_heads=12)
+    assert "12 attention heads, as --num-heads asks for" in info["notes"]
+    difference = features_of(right) - features_of(wrong)
+    assert difference.norm() > 0.03 * features_of(right).norm()
+
+
+@pytest.mark.parametrize("name", ["folder/model.safetensors", "x.safetensors", "x.pth"])
+@pytest.mark.parametrize("library", ["timm", "deit"])
+def test_exported_files_say_their_number_of_heads_and_are_read_with_it(
+    random_files, tmp_path, library, name
+):
+    if library == "deit" and name != "x.pth":
+        return  # DeiT's files are a dictionary with a state dict, in torch's format
+    path = random_files("vit_small", 12)
+    run(path, library, tmp_path / name.split("/")[0])
+    encoder, info = snclr.load_encoder(str(tmp_path / name))
+    assert (info["arch"], info["num_heads"], info["img_size"]) == ("vit_small", 12, 32)
+    assert (info["mean"], info["std"], info["epoch"]) == (CIFAR["mean"], CIFAR["std"], 3)
+    assert "12 attention heads, as the file says" in info["notes"]
+    expected, _ = snclr.load_encoder(str(path))
+    assert torch.equal(features_of(encoder), features_of(expected))
+
+
+def test_the_line_is_in_the_metadata_of_every_file(random_files, tmp_path):
+    path = random_files("vit_small", 12)
+    line = "model = timm.create_model('vit_small_patch16_224', num_heads=12, num_classes=0, "
+    with safetensors.safe_open(run(path, "timm", tmp_path / "x.safetensors"), "pt") as file:
+        assert file.metadata()["build"].startswith(line)
+    state = torch.load(run(path, "timm", tmp_path / "x.pth"), weights_only=True)
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    assert state._metadata["snclr"]["build"].startswith(line)
+    for library in ("deit", "mocov3"):
+        content = torch.load(run(path, library, tmp_path / f"{library}.pth"), weights_only=True)
+        assert "num_heads=12" in content["snclr"]["build"]
+    assert str(tmp_path) not in content["snclr"]["build"]
+
+
+def test_timm_finds_mean_std_and_size_of_the_images(random_files, tmp_path, capsys):
+    path = random_files("vit_small", 12)
+    models = []
+    for name in ["x.safetensors", "folder"] if HAS_LOCAL_DIR else ["x.safetensors"]:
+        run(path, "timm", tmp_path / name)
+        models.append(built_by(capsys.readouterr().out))
+    for model in models:
+        data = timm.data.resolve_model_data_config(model)
+        assert [*data["mean"]] == CIFAR["mean"] and [*data["std"]] == CIFAR["std"]
+        assert tuple(data["input_size"]) == (3, 32, 32) and data["crop_pct"] == 0.875
+        assert data["interpolation"] == "bilinear" and model.num_classes == 0
+
+
+def test_timms_folder_is_one_for_its_hub_and_takes_a_new_classifier(random_files, tmp_path):
+    out = run(random_files("vit_small", 12), "timm", tmp_path / "folder")
+    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["architecture"] == "vit_small_patch16_224"
+    assert config["model_args"] == {"num_heads": 12, "num_classes": 0, "img_size": 32}
+    assert config["num_classes"] == 0 and config["num_features"] == 384
+    timm.models.PretrainedCfg(**config["pretrained_cfg"])  # refuses names that it does not know
+    if HAS_LOCAL_DIR:
+        model = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=10)
+        assert model(IMAGES).shape == (2, 10) and model.blocks[0].attn.num_heads == 12
+
+
+def test_transformers_finds_mean_std_and_size_of_the_images(random_files, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    out = run(random_files("vit_small", 6), "hf", tmp_path / "hf")
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
+    assert list(processor.image_mean) == CIFAR["mean"] and list(processor.image_std) == CIFAR["std"]
+    assert (processor.size["height"], processor.size["width"]) == (32, 32)
+
+
+def test_moco_v3s_layout_is_refused_for_another_number_of_heads_than_its_readers_have(
+    random_files, tmp_path
+):
+    with pytest.raises(UsageError, match="MoCo v3's vit_small has 12 attention heads, this one 6"):
+        run(random_files("vit_small", 6), "mocov3", tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_files_have_the_mode_of_the_umask(random_files, tmp_path, umask, mode):
+    path, before = random_files("vit_tiny", 3), os.umask(umask)
+    try:
+        run(path, "timm", tmp_path / "folder")
+        run(path, "timm", tmp_path / "x.safetensors")
+        run(path, "timm", tmp_path / "x.pth")
+        with contextlib.suppress(UsageError):  # transformers is not installed
+            run(path, "hf", tmp_path / "hf")
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) >= 4 and {file.stat().st_mode & 0o777 for file in files} == {mode}
+
+
+def test_a_convolutional_stem_has_a_line_for_a_file_and_no_folder(random_files, tmp_path, capsys):
+    path = random_files("vit_conv_small", 12)
+    with pytest.raises(UsageError, match="timm has no model with the convolutional stem"):
+        run(path, "timm", tmp_path / "folder")
+    run(path, "timm", tmp_path / "x.pth")
+    encoder, _ = snclr.load_encoder(str(path))
+    printed = capsys.readouterr().out
+    torch.testing.assert_close(
+        features_of(built_by(printed)), features_of(encoder), rtol=1e-4, atol=1e-5
+    )
+
+
+# -- detection -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resnet50(random_files):
+    path = random_files("resnet50")
+    return path, snclr.load_encoder(str(path))[0]
+
+
+def detectron2_features(weights, x):
+    """Features (B, C) of a ResNet-50, with detectron2's names and functions only."""
+
+    def convolution(name, x, stride=1):
+        kernel = weights.pop(f"{name}.weight")
+        x = functional.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+        mean, variance, scale, shift = (
+            weights.pop(f"{name}.norm.{part}")[:, None, None]
+            for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        weights.pop(f"{name}.norm.num_batches_tracked")
+        return (x - mean) / (variance + 1e-5).sqrt() * scale + shift
+
+    x = functional.max_pool2d(convolution("stem.conv1", x, 2).relu(), 3, 2, padding=1)
+    for stage, blocks in ((2, 3), (3, 4), (4, 6), (5, 3)):
+        for block in range(blocks):
+            name = f"res{stage}.{block}"
+            stride = 2 if block == 0 and stage > 2 else 1
+            shortcut = convolution(f"{name}.shortcut", x, stride) if block == 0 else x
+            out = convolution(f"{name}.conv1", x).relu()
+            out = convolution(f"{name}.conv2", out, stride).relu()  # STRIDE_IN_1X1 False
+            x = (convolution(f"{name}.conv3", out) + shortcut).relu()
+    return x.mean((2, 3))
+
+
+def test_a_network_written_from_detectron2s_names_has_equal_features(resnet50, tmp_path):
+    # detectron2 itself is not installed: this shows the names and their meaning, not its reader
+    path, encoder = resnet50
+    content = torch.load(run(path, "detectron2", tmp_path / "x.pth"), weights_only=True)
+    assert content["matching_heuristics"] is True and content["__author__"] == "snclr"
+    weights = dict(content["model"])
+    with torch.no_grad():
+        features = detectron2_features(weights, IMAGES)
+    assert weights == {}  # every tensor was used
+    torch.testing.assert_close(features, features_of(encoder), rtol=1e-4, atol=1e-4)
+
+
+def test_mmdetection_finds_torchvisions_names_in_the_same_file_without_a_second_copy(
+    resnet50, tmp_path
+):
+    path, encoder = resnet50
+    out = run(path, "detectron2", tmp_path / "x.pth")
+    # mmengine's loader takes the tensors below 'state_dict'
+    # mmdetection's ResNet has torchvision's names
+    state = torch.load(out, weights_only=True)["state_dict"]
+    expected = torchvision.models.resnet50().state_dict()
+    assert state.keys() == {name for name in expected if not name.startswith("fc.")}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    assert out.stat().st_size < 1.1 * size
+    again, info = snclr.load_encoder(str(out))
+    assert info["arch"] == "resnet50" and torch.equal(features_of(again), features_of(encoder))
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"])
+def test_torchvisions_detectors_take_the_whole_backbone(resnet50, tmp_path, name):
+    path, encoder = resnet50
+    out = run(path, "torchvision", tmp_path / "x.pth")
+    detector = getattr(torchvision.models.detection, name)(weights=None, weights_backbone=None)
+    body = detector.backbone.body
+    body.load_state_dict(torch.load(out, weights_only=True), strict=True)
+    with torch.no_grad():
+        features = body.eval()(IMAGES)["3"].mean((2, 3))
+    torch.testing.assert_close(features, features_of(encoder), rtol=1e-5, atol=1e-6)
+
+
+def test_the_pages_example_of_fine_tuning_runs(resnet50, tmp_path, monkeypatch, capsys):
+    path, _ = resnet50
+    page = (ROOT / "docs/DETECTION.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(code.splitlines()) <= 40
+    monkeypatch.chdir(tmp_path)
+    run(path, "torchvision", tmp_path / "backbone.pth")
+    capsys.readouterr()
+    exec(compile(code, "docs/DETECTION.md", "exec"), {"__name__": "example"})
+    losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", capsys.readouterr().out)]
+    assert len(losses) >= 2 and losses[-1] < losses[0]
+
+
+# -- in a notebook ---------------------------------------------------------------------------------
 
 
 def test_load_encoder_gives_features_and_what_one_needs_to_know(checkpoints):

@@ -12,7 +12,7 @@ import main_lincls
 from snclr.evaluation import features, finetune
 from snclr.evaluation import state as evaluation_state
 from snclr.running.errors import UsageError
-from snclr.weights import reading as weights
+from snclr.weights import load as weights
 
 TUNE = "--finetune --epochs 3 -b 8 -j 0 --amp off"
 

@@ -1,4 +1,6 @@
-"""What a GPU is asked to do, on a pretended one: the same results as on a CPU, and no step that makes the host wait."""
+"""What a GPU is asked to do, on a pretended one: the same results as on a CPU, and no step that
+makes the host wait.
+"""
 
 import contextlib
 import importlib
@@ -69,7 +71,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def accelerated(monkeypatch):
-    """A context in which the programs find an accelerator; torch has no autocast for it, so there is none outside either."""
+    """A context in which the programs find an accelerator; torch has no autocast for it, so there
+    is none outside either.
+    """
     for module in (main_snclr, finetune, linear):
         monkeypatch.setattr(
             module, "autocast", lambda amp, device: torch.autocast("cpu", enabled=False)
@@ -100,7 +104,9 @@ def accelerated(monkeypatch):
 
 
 def watch(monkeypatch, accelerator, begin, ends):
-    """What was waited for between each call of one function, and the next call of one of the others: lists in a list."""
+    """What was waited for between each call of one function, and the next call of one of the
+    others: lists in a list.
+    """
     waited, (module, name) = [], begin
     own = getattr(module, name)
 

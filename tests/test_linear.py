@@ -21,7 +21,7 @@ from snclr.evaluation import state as evaluation_state
 from snclr.evaluation.task import Task
 from snclr.loader import ViewLoader, whole_images
 from snclr.running.errors import RunError, UsageError
-from snclr.weights import reading as weights
+from snclr.weights import load as weights
 
 RATES, DIMS, CLASSES = (0.01, 0.3, 2.0), {"token": 4, "token+mean": 7}, 5
 CPU = torch.device("cpu")

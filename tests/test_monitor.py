@@ -188,7 +188,7 @@ def test_feature_std_equals_the_loop():
     assert found["feature_std"] == pytest.approx(expected, rel=1e-6)
 
 
-# -- the loss at chance ----------------------------------------------------------------------------------------------------
+# -- the loss at chance ----------------------------------------------------------------------------
 
 
 def same_cosines(cosine, batch=5, k=3, bank_size=12, dim=16):
@@ -273,7 +273,7 @@ def test_single_candidate_has_no_chance_level_and_no_ratio(method):
     assert found["loss_ratio"] is None and found["loss"] == 0
 
 
-# -- metrics.jsonl ---------------------------------------------------------------------------------------------------------
+# -- metrics.jsonl ---------------------------------------------------------------------------------
 
 FIRST = [
     '{"step": 0, "knn_top1": 31.5}\n',
@@ -352,7 +352,7 @@ def test_other_ranks_leave_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 
 
-# -- what people read ------------------------------------------------------------------------------------------------------
+# -- what people read ------------------------------------------------------------------------------
 
 
 def test_settings_are_left_with_command_versions_and_commit(tmp_path):

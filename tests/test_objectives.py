@@ -25,7 +25,9 @@ TIGHT = dict(rtol=1e-11, atol=1e-12)
 
 
 def problem(batch=6, k=4, bank_size=50, dim=8, seed=0, filled=None):
-    """Query, online, key (with gradient where the method has one), bank of unit rows and random neighbour rows."""
+    """Query, online, key (with gradient where the method has one), bank of unit rows and random
+    neighbour rows.
+    """
     generator = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     query, online, key = (
@@ -41,7 +43,9 @@ def problem(batch=6, k=4, bank_size=50, dim=8, seed=0, filled=None):
 def check_against_oracle(
     query, online, key, bank, rows, *, form="sum_of_logs", temperature=0.2, **attention
 ):
-    """Loss and both gradients of the fast functions equal the oracle's; returns the gradients (query, online)."""
+    """Loss and both gradients of the fast functions equal the oracle's; returns the gradients
+    (query, online).
+    """
     found = []
     for attend, contrast in ((positiveness, fast_loss), (oracles.positiveness, slow_loss)):
         query.grad = online.grad = None
@@ -345,7 +349,9 @@ def test_unknown_form_is_named():
 
 @pytest.mark.parametrize("threshold", [0, 1])
 def test_golden_figures_of_the_released_computation(threshold, monkeypatch):
-    """Two ranks' inputs and outputs of the released code; here each rank's view of the gathered batch is put together."""
+    """Two ranks' inputs and outputs of the released code; here each rank's view of the gathered
+    batch is put together.
+    """
     golden = {
         k: torch.from_numpy(np.asarray(v))
         for k, v in np.load(Path(__file__).parent / "golden/released_loss.npz").items()

@@ -261,7 +261,9 @@ OPTIMISERS = {
 
 
 class Trained:
-    """A small network, an optimiser and a scaler; step(number) takes a step whose gradient depends on the number."""
+    """A small network, an optimiser and a scaler; step(number) takes a step whose gradient depends
+    on the number.
+    """
 
     def __init__(self, name, fp16=False):
         torch.manual_seed(0)
@@ -327,7 +329,9 @@ def test_a_non_finite_step_changes_neither_weights_nor_state(name, factor, fp16)
 
 @pytest.mark.parametrize("fp16", [False, True])
 def test_a_run_with_non_finite_steps_ends_as_one_without_them(name, fp16):
-    """The first step is one of them: some optimisers make their state in it. The other run is a loop without any guard."""
+    """The first step is one of them: some optimisers make their state in it. The other run is a
+    loop without any guard.
+    """
     run = Trained(name, fp16).step(7, math.nan).step(0).step(1).step(7, math.inf).step(2)
     other = Trained(name)
     for number in range(3):

@@ -96,13 +96,16 @@ def run(tmp_path_factory, images):
                 f"float64:{images} {VIT} --micro-batch 3 --workdir {out}/micro --stop-after-steps 5",
                 f"float64:{images} {TIMM} --workdir {out}/timm --stop-after-steps 5",
                 f"float64:{images} {SMALL} --method mocov2 --workdir {out}/mocov2 --stop-after-steps 5",
+                f"float64:{images} {SMALL} --local-views 2 --workdir {out}/local --stop-after-steps 5",
                 f"float64:{images} {SMALL} --weights projected --wd 0 --workdir {out}/projected --stop-after-steps 5",
-                f"{number}{images} {SMALL} --workdir {out}/whole",
-                f"{number}{images} {SMALL} --workdir {out}/parts --stop-after-steps 7",
+                f"{number}{images} {SMALL} --local-views 1 --workdir {out}/whole",
+                f"{number}{images} {SMALL} --local-views 1 --workdir {out}/parts --stop-after-steps 7",
             ]
             start_ranks(world_size, out, jobs)
             start_ranks(
-                world_size, out, [f"{number}{images} {SMALL} --workdir {out}/parts --resume auto"]
+                world_size,
+                out,
+                [f"{number}{images} {SMALL} --local-views 1 --workdir {out}/parts --resume auto"],
             )
         return done[world_size]
 
@@ -143,7 +146,7 @@ def test_losses_reduced_gradients_norms_bank_and_knn_do_not_depend_on_the_number
 
 
 @pytest.mark.parametrize(
-    "model", ["resnet", "vit", "micro", "timm", "mocov2", "projected"]
+    "model", ["resnet", "vit", "micro", "timm", "mocov2", "local", "projected"]
 )  # the last: while the bank is empty, too
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_five_steps_of_training_do_not_depend_on_the_number_of_ranks(run, world_size, model):

@@ -29,10 +29,10 @@ def model_of(flags):
     return model.train()
 
 
-def step_of(model, side=32):
+def step_of(model, side=32, local=0):
     """Loss, gradients and the state after one step."""
     torch.manual_seed(1)
-    views = list(torch.randn(2, B, 3, side, side))
+    views = [*torch.randn(2, B, 3, side, side), *torch.randn(local, B, 3, side // 2, side // 2)]
     loss, _ = model(views, torch.arange(B) + 100, 0.9)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -55,6 +55,13 @@ def test_without_batch_norm_a_micro_batched_step_is_the_undivided_one(method, mi
     assert_close(
         step_of(model_of(f"{flags} --micro-batch {micro_batch}")), step_of(model_of(flags))
     )
+
+
+@pytest.mark.parametrize("micro_batch", [3, 100])
+def test_local_views_are_encoded_in_micro_batches_too(micro_batch):
+    flags = "--arch vit_tiny --patch-size 8 --local-views 2 --local-size 16"
+    found = step_of(model_of(f"{flags} --micro-batch {micro_batch}"), local=2)
+    assert_close(found, step_of(model_of(flags), local=2))
 
 
 def test_batch_norms_see_a_micro_batch_at_a_time_and_count_it_once():

@@ -326,7 +326,7 @@ def test_a_report_that_fails_is_a_line_at_the_end_of_a_run(tmp_path, monkeypatch
     assert report.write_into(str(write_run(tmp_path / "run"))) == "no report: division by zero"
 
 
-# -- workdirs from others ----------------------------------------------------------------------------------------------
+# -- workdirs from others --------------------------------------------------------------------------
 
 
 def images_of(page):
@@ -397,7 +397,7 @@ def test_out_that_is_no_regular_file_is_refused(make, tmp_path):
     assert (out.lstat().st_ino, out.lstat().st_mode) == (before.st_ino, before.st_mode)
 
 
-# -- in a browser --------------------------------------------------------------------------------------------------------
+# -- in a browser ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

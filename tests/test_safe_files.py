@@ -1,9 +1,11 @@
-"""Files are written whole or not at all, links are not followed, and only regular files are read."""
+"""Files are written whole or not at all, links are not followed, only regular files are read."""
 
 import os
 import stat
+from collections import OrderedDict
 
 import pytest
+import torch
 
 import main_snclr
 from snclr.running import lock, safe_files, tensor_files
@@ -76,7 +78,7 @@ def test_what_a_killed_save_left_is_removed_by_the_next_one(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["checkpoint_0001.pth.tar.0123abcd.tmp", path.name]
 
 
-# -- reading -------------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def fifo(path):
@@ -156,7 +158,29 @@ def test_lines_that_hold_no_object_are_ignored(tmp_path):
     assert safe_files.read_json_lines(str(path)) == [{"a": 1}, {"b": "\u2028"}]
 
 
-# -- a workdir from others ---------------------------------------------------------------------------------------------
+# -- content -----------------------------------------------------------------------------------------
+
+
+def test_plain_tensors_are_those_with_ordinary_content_under_a_name():
+    plain = {"a": torch.zeros(2), "b": torch.tensor(1), "c": torch.zeros(0, 3)}
+    others = {
+        "meta": torch.zeros(2, device="meta"),
+        "sparse": torch.zeros(2, 2).to_sparse(),
+        "quantised": torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8),
+        "list": [1.0],
+        1: torch.zeros(2),
+    }
+    assert tensor_files.plain_tensors({**plain, **others}) == plain
+    assert tensor_files.plain_tensors([torch.zeros(2)]) == {}
+
+
+def test_wrong_entries_are_those_that_are_missing_or_of_another_type():
+    kinds = {"a": int, "b": dict, "c": str, "d": int}
+    assert tensor_files.wrong_entries({"a": 1, "b": OrderedDict(), "d": True}, kinds) == ["c", "d"]
+    assert tensor_files.wrong_entries([1], kinds) == list(kinds)
+
+
+# -- a workdir from others -------------------------------------------------------------------------
 
 
 def test_no_link_in_a_workdir_leads_a_run_out_of_it(tmp_path):

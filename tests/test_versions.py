@@ -10,7 +10,7 @@ from test_ranks import write_images
 import main_snclr
 import snclr
 from snclr.running import checkpoint
-from snclr.weights import reading as weights
+from snclr.weights import load as weights
 
 GOLDEN = Path(__file__).parent / "golden/checkpoint_format1.pth.tar"
 DIGEST = "56c79d65d5a68a511ad52c43f4e67ee24d6903b552d397e1d5a5a1c5cbb04bb6"

@@ -62,7 +62,7 @@ def tiles_of(picture, rows, columns, words, lines, key=True, side=96):
     return levels, [[tuple(map(int, pixels[y + 1, x + 1])) for y, x in row] for row in places]
 
 
-# -- a training step -----------------------------------------------------------------------------------------------------
+# -- a training step -------------------------------------------------------------------------------
 
 
 def test_neighbours_stand_by_falling_weight_and_their_frames_tell_the_class():
@@ -133,7 +133,7 @@ def test_a_step_without_neighbours_shows_its_views_alone():
     assert list(pictures) == ["views"] and histograms == {}
 
 
-# -- encoders ------------------------------------------------------------------------------------------------------------
+# -- encoders --------------------------------------------------------------------------------------
 
 
 def attention_by_hand(model, x):
@@ -214,7 +214,7 @@ def test_retrieval_shows_the_nearest_and_never_the_image_itself():
     assert frames[0][1] == canvas.BLUE and frames[0][4] == canvas.ORANGE
 
 
-# -- whole runs ----------------------------------------------------------------------------------------------------------
+# -- whole runs ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,10 @@
+import argparse
 import json
 import math
 import os
 import pickle
 import re
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -13,7 +15,7 @@ from test_ranks import SMALL, write_images
 
 import main_snclr
 from snclr.running.errors import UsageError
-from snclr.weights import reading as weights
+from snclr.weights import load as weights
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def assert_equal(found, expected):
 
 
 def load(encoder, path, *which):
-    """The lines that load_backbone tells, joined."""
+    """The lines of load_backbone, joined."""
     return "\n".join(weights.load_backbone(encoder, weights.read_encoder(str(path), *which)))
 
 
@@ -77,7 +79,7 @@ def test_moco_v3s_layout(tmp_path, which, seed):
     assert f"the {which} encoder of module." in told and "tensors of its head (fc.*)" in told
     count = len(backbone(encoder))
     assert told.startswith(f"{count} of {count} backbone tensors")
-    assert f"left out: {len(tiny().state_dict()) + 3} others: " in told
+    assert f"ignored: {len(tiny().state_dict()) + 3} other tensors: " in told
 
 
 def published_names(arch):
@@ -170,7 +172,7 @@ def test_moco_v3s_published_files_open_whole_without_a_flag(tmp_path, arch, widt
         width,
     )
     assert encoder.embed(torch.randn(1, 3, 224, 224)).shape == (1, width)
-    assert f"left out: 3 tensors of its head ({head}*)" in info["notes"]
+    assert f"ignored: 3 tensors of its head ({head}*)" in info["notes"]
 
 
 def test_everything_else_in_the_file_is_counted_as_left_out(tmp_path):
@@ -195,7 +197,7 @@ def test_torchvisions_state_dict_wrapped_or_not(tmp_path, wrap):
     told = load(encoder, tmp_path / "resnet18.pth")
     twin.fc = torch.nn.Identity()
     assert_equal(backbone(encoder), twin.state_dict())
-    assert "plain state dict" in told and "left out: 2 tensors of its head" in told
+    assert "plain state dict" in told and "ignored: 2 tensors of its head" in told
 
 
 def test_timms_vit_as_safetensors_keeps_its_learned_position_embedding(tmp_path):
@@ -279,7 +281,7 @@ def test_averaged_weights_are_read_alone_and_left_out_by_name_beside_others(tmp_
     assert_equal(backbone(encoder), backbone(tiny(2)))
     assert (
         "'model'" in told
-        and f"left out: {len(tiny().state_dict())} others: model_ema.conv1.weight, " in told
+        and f"ignored: {len(tiny().state_dict())} other tensors: model_ema.conv1.weight, " in told
     )
 
 
@@ -310,9 +312,9 @@ def test_what_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path):
         and "is --arch the right one?" in message
     )
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    assert "no tensors by name" in refused(encoder, tmp_path / "empty.pth")
+    assert "no named tensors" in refused(encoder, tmp_path / "empty.pth")
     torch.save([torch.zeros(3)], tmp_path / "list.pth")
-    assert "no tensors by name" in refused(encoder, tmp_path / "list.pth")
+    assert "no named tensors" in refused(encoder, tmp_path / "list.pth")
     (tmp_path / "code.pth").write_bytes(pickle.dumps({"state_dict": Code()}, protocol=2))
     assert "nothing else is loaded" in refused(encoder, tmp_path / "code.pth")
     torch.save({"state_dict": Code()}, tmp_path / "code.pth")
@@ -321,7 +323,7 @@ def test_what_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path):
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
     assert "truncated or no checkpoint" in refused(encoder, tmp_path / "half.pth")
     (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert "no whole safetensors file" in refused(encoder, tmp_path / "half.safetensors")
+    assert "is not a complete safetensors file" in refused(encoder, tmp_path / "half.safetensors")
     assert "does not exist" in refused(encoder, tmp_path / "nowhere.pth")
     online = {
         f"module.base_encoder.{name}": tensor for name, tensor in tiny(1).state_dict().items()
@@ -331,7 +333,286 @@ def test_what_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path):
     assert_equal(encoder.state_dict(), before)
 
 
-# -- whole runs --------------------------------------------------------------------------------------------------------------
+# -- attention heads: no tensor shows their number -------------------------------------------------
+
+
+def plain_vit(name, **settings):
+    """A ViT of timm far from its start, whose features depend on the number of heads."""
+    torch.manual_seed(4)
+    model = timm.create_model(name, num_classes=0, **settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def features_of(model, size=32):
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        return model(x)
+
+
+def opened(path, arch, **settings):
+    """The encoder of a file that does not say its architecture, and the lines about it."""
+    encoder, info = weights.open_encoder(str(path), arch=arch, **{"img_size": 32, **settings})
+    return encoder, info, "\n".join(info["notes"])
+
+
+@pytest.mark.parametrize(
+    "name, wrap",
+    [
+        ("vit_small_patch16_224", lambda state: state),
+        ("deit_small_patch16_224", lambda state: {"model": state}),
+        ("vit_small_patch16_224.dino", lambda state: state),
+        ("vit_small_patch16_224", lambda state: {"state_dict": state, "arch": "vit_small"}),
+    ],
+    ids=["timm", "deit", "dino", "timm's training"],
+)
+def test_a_librarys_vit_small_is_read_as_the_librarys_model(tmp_path, name, wrap):
+    twin = plain_vit(name, img_size=32)
+    torch.save(wrap(twin.state_dict()), tmp_path / "x.pth")
+    encoder, info, notes = opened(tmp_path / "x.pth", "vit_small")
+    assert info["num_heads"] == 6 == twin.blocks[0].attn.num_heads
+    assert "6 attention heads, as vit_small has in timm, DeiT and DINO" in notes
+    torch.testing.assert_close(features_of(encoder), features_of(twin), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch, num_heads", [("vit_tiny", 3), ("vit_base", 12)])
+def test_other_sizes_have_the_same_number_everywhere(tmp_path, arch, num_heads):
+    twin = plain_vit(f"{arch}_patch16_224", img_size=32, depth=12)
+    torch.save(twin.state_dict(), tmp_path / "x.pth")
+    encoder, info, _ = opened(tmp_path / "x.pth", arch)
+    assert info["num_heads"] == num_heads
+    torch.testing.assert_close(features_of(encoder), features_of(twin), rtol=1e-5, atol=1e-5)
+
+
+def test_a_number_of_heads_is_the_callers_then_the_files_then_the_layouts(tmp_path):
+    twin = plain_vit("vit_small_patch16_224", img_size=32, num_heads=12)
+    torch.save(twin.state_dict(), tmp_path / "x.pth")
+    encoder, info, notes = opened(tmp_path / "x.pth", "vit_small", num_heads=12)
+    assert info["num_heads"] == 12 and "12 attention heads, as --num-heads asks for" in notes
+    torch.testing.assert_close(features_of(encoder), features_of(twin), rtol=1e-5, atol=1e-5)
+    state = {f"module.base_encoder.{name}": x for name, x in twin.state_dict().items()}
+    torch.save({"arch": "vit_small", "state_dict": state}, tmp_path / "moco.pth")
+    encoder, info, notes = opened(tmp_path / "moco.pth", None)
+    assert info["num_heads"] == 12 and "as vit_small has in MoCo v3 and this project" in notes
+    torch.testing.assert_close(features_of(encoder), features_of(twin), rtol=1e-5, atol=1e-5)
+    own = {"state_dict": twin.state_dict(), "arch": "vit_small", "encoder": "online"}
+    for args, expected in (({}, 12), ({"num_heads": 6}, 6), ({"num_heads": 12}, 12)):
+        torch.save({**own, "args": {"arch": "vit_small", **args}}, tmp_path / "own.pth")
+        _, info, _ = opened(tmp_path / "own.pth", None)
+        assert info["num_heads"] == expected
+
+
+@pytest.mark.parametrize("num_heads", [5, 0, -12, "12", 6.0, [6], torch.tensor(6)])
+def test_a_number_of_heads_that_does_not_fit_is_refused_in_one_line(tmp_path, num_heads):
+    twin = timm.create_model("vit_small_patch16_224", img_size=32)
+    args = {"arch": "vit_small", "num_heads": num_heads}
+    torch.save({"state_dict": twin.state_dict(), "args": args}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match="--num-heads must divide the width of vit_small, 384"):
+        weights.open_encoder(str(tmp_path / "x.pth"))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "timm:test_vit"])
+def test_a_number_of_heads_is_for_vits(tmp_path, arch):
+    torch.save(tiny().state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UsageError, match="--num-heads is for vit_tiny, "):
+        weights.open_encoder(str(tmp_path / "x.pth"), arch=arch, num_heads=6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"arch": ["vit_small"]},
+        {"arch": "vit_small", "num_heads": [12]},
+        {"arch": "vit_small", "num_heads": torch.zeros(3)},
+        {"arch": "vit_small", "mean": "grey"},
+        {"arch": "timm:test_vit", "timm_kwargs": [["x=1, y", 2]]},
+        {"arch": torch.zeros(2), "encoder": torch.zeros(2), "epoch": []},
+        "vit_small",
+        torch.zeros(2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_attached", [True, False])
+def test_odd_settings_in_the_metadata_are_refused_in_one_line(tmp_path, settings, is_attached):
+    state = OrderedDict(tiny().state_dict())
+    if is_attached:
+        state._metadata = {"snclr": settings}
+    torch.save(state if is_attached else {"state_dict": state, "snclr": settings}, tmp_path / "x")
+    with pytest.raises(UsageError) as caught:
+        weights.open_encoder(str(tmp_path / "x"))
+    assert "\n" not in str(caught.value)
+
+
+# -- files of other libraries ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which, prefix", [("online", "encoder_q"), ("momentum", "encoder_k")])
+@pytest.mark.parametrize("version", [1, 2])
+def test_mocos_files(tmp_path, which, prefix, version):
+    heads = {1: {"fc.weight": (128, 2048), "fc.bias": (128,)}}
+    heads[2] = {"fc.0.weight": (2048, 2048), "fc.0.bias": (2048,)}
+    heads[2] |= {"fc.2.weight": (128, 2048), "fc.2.bias": (128,)}
+    names = {name: s for name, s in published_names("resnet50").items() if name[:3] != "fc."}
+    names = {
+        name: torch.rand(shape) if shape else torch.tensor(7)
+        for name, shape in (names | heads[version]).items()
+    }
+    state = {
+        f"module.{each}.{n}": x for each in ("encoder_q", "encoder_k") for n, x in names.items()
+    }
+    state = {name: x if prefix in name else x * 0 for name, x in state.items()}
+    state |= {"module.queue": torch.zeros(128, 65536), "module.queue_ptr": torch.zeros(1)}
+    content = {"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {}}
+    torch.save(content, tmp_path / "moco.pth.tar")
+    encoder, info = weights.open_encoder(str(tmp_path / "moco.pth.tar"), which)
+    assert_equal(
+        dict(encoder.state_dict()), {n: x for n, x in names.items() if not n.startswith("fc.")}
+    )
+    assert (info["arch"], info["epoch"], info["encoder"]) == ("resnet50", 200, which)
+
+
+def dino_file(twin, path, **more):
+    """DINO's training checkpoint: student with DDP's prefix, teacher, head and arguments."""
+    state = {f"backbone.{name}": tensor for name, tensor in twin.state_dict().items()}
+    heads = {"head.mlp.0.weight": (2048, 384), "head.mlp.0.bias": (2048,)}
+    heads |= {"head.last_layer.weight_g": (65536, 1), "head.last_layer.weight_v": (64, 256)}
+    state |= {name: torch.zeros(shape) for name, shape in heads.items()}
+    student = {f"module.{name}": torch.zeros_like(tensor) for name, tensor in state.items()}
+    content = {"student": student, "teacher": state, "optimizer": {"state": {}}, "epoch": 100}
+    content |= {"args": argparse.Namespace(arch="vit_small", patch_size=16), "fp16_scaler": {}}
+    torch.save(content | {"dino_loss": {"center": torch.zeros(1, 65536)}} | more, path)
+
+
+@pytest.mark.parametrize("which", ["online", "momentum"])
+def test_the_teacher_is_the_backbone_in_dinos_files(tmp_path, which):
+    twin = plain_vit("vit_small_patch16_224.dino", img_size=32)
+    assert published_backbone("vit_small").keys() == twin.state_dict().keys()
+    dino_file(twin, tmp_path / "checkpoint.pth")
+    encoder, info = weights.open_encoder(
+        str(tmp_path / "checkpoint.pth"), which, arch="vit_small", img_size=32
+    )
+    notes = "\n".join(info["notes"])
+    assert (info["num_heads"], info["encoder"], info["epoch"]) == (6, "momentum", 100)
+    assert "a plain state dict, 'teacher', backbone.*" in notes and "ignored: " in notes
+    torch.testing.assert_close(features_of(encoder), features_of(twin), rtol=1e-5, atol=1e-5)
+
+
+def published_backbone(arch):
+    """Without the heads of MoCo v3."""
+    return {name: s for name, s in published_names(arch).items() if not name.startswith("head.")}
+
+
+def test_dinos_published_vit_small_has_patches_of_8_or_16(tmp_path):
+    shapes = published_backbone("vit_small") | {"pos_embed": (1, 785, 384)}
+    shapes["patch_embed.proj.weight"] = (384, 3, 8, 8)
+    names = {name: torch.rand(shape) for name, shape in shapes.items()}
+    torch.save(names, tmp_path / "dino_deitsmall8_pretrain.pth")
+    encoder, info, _ = opened(
+        tmp_path / "dino_deitsmall8_pretrain.pth", "vit_small", img_size=224, patch_size=8
+    )
+    assert_equal(dict(encoder.state_dict()), names)
+    assert info["num_heads"] == 6
+
+
+def dinov2_names(registers):
+    """The tensors of DINOv2's ViT-S/14 in its authors' files: name and shape."""
+    width = 384
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1370, width), "mask_token": (1, width)}
+    if registers:
+        shapes["register_tokens"] = (1, 4, width)
+    shapes |= {"patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,)}
+    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+    layers = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+    layers |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+    for block in range(12):
+        start = f"blocks.{block}."
+        for layer, shape in layers.items():
+            shapes |= {f"{start}{layer}.weight": shape, f"{start}{layer}.bias": shape[:1]}
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"{start}{norm}.{part}": (width,) for part in ("weight", "bias")}
+        shapes |= {f"{start}{scale}.gamma": (width,) for scale in ("ls1", "ls2")}
+    return shapes
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"teacher": state}])
+@pytest.mark.parametrize(
+    "name, registers",
+    [("vit_small_patch14_dinov2", False), ("vit_small_patch14_reg4_dinov2", True)],
+)
+def test_dinov2s_files_in_the_names_of_its_authors(tmp_path, name, registers, wrap):
+    torch.manual_seed(3)
+    state = {name: 0.2 * torch.randn(shape) for name, shape in dinov2_names(registers).items()}
+    torch.save(wrap({f"backbone.{n}": x for n, x in state.items()}), tmp_path / "wrapped.pth")
+    torch.save(state, tmp_path / "x.pth")
+    # timm's own way of loading these files, which is not ours
+    twin = timm.create_model(
+        name,
+        img_size=56,
+        num_classes=0,
+        pretrained=True,
+        pretrained_cfg_overlay={"state_dict": dict(state)},
+    ).eval()
+    for path in (tmp_path / "x.pth", tmp_path / "wrapped.pth"):
+        encoder, _, notes = opened(path, f"timm:{name}", img_size=56)
+        torch.testing.assert_close(
+            features_of(encoder, 56), features_of(twin, 56), rtol=1e-4, atol=1e-4
+        )
+        assert "interpolated" in notes
+        assert ("converted by timm's checkpoint_filter_fn" in notes) == registers
+
+
+def test_a_convnext_in_the_names_of_its_authors(tmp_path):
+    torch.manual_seed(3)
+    encoder = build("timm:convnext_atto", img_size=32, timm_kwargs={"conv_mlp": False})
+    state = {}
+    for name, tensor in encoder.state_dict().items():
+        if name.startswith("head.fc."):
+            continue
+        name = re.sub(r"^stem\.", "downsample_layers.0.", name)
+        name = re.sub(r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1.", name)
+        name = re.sub(r"^stages\.(\d+)\.blocks\.", r"stages.\1.", name)
+        name = name.replace("conv_dw.", "dwconv.").replace("mlp.fc", "pwconv")
+        state[name.replace("head.norm.", "norm.")] = torch.randn_like(tensor)
+    state |= {"head.weight": torch.zeros(1000, 320), "head.bias": torch.zeros(1000)}
+    torch.save({"model": state}, tmp_path / "convnext.pth")
+    told = load(encoder, tmp_path / "convnext.pth")
+    assert "converted by timm's checkpoint_filter_fn" in told
+    name = "stages.1.blocks.0.mlp.fc1.weight"
+    assert torch.equal(encoder.state_dict()[name], state["stages.1.0.pwconv1.weight"])
+
+
+def test_weights_of_another_timm_model_are_refused_in_one_line(tmp_path):
+    torch.save(tiny().state_dict(), tmp_path / "x.pth")
+    for name in ("test_vit", "convnext_atto", "vit_small_patch14_reg4_dinov2"):
+        size = 56 if "dinov2" in name else 32
+        message = refused(build(f"timm:{name}", img_size=size), tmp_path / "x.pth")
+        assert "is --arch the right one?" in message
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_timms_resnets_have_torchvisions_names(tmp_path, name):
+    twin = timm.create_model(name)
+    torch.save({"model": twin.state_dict()}, tmp_path / "x.pth")
+    encoder, _, notes = opened(tmp_path / "x.pth", name)
+    twin.reset_classifier(0)
+    assert_equal(dict(encoder.state_dict()), twin.state_dict())
+    assert "ignored: 2 tensors of its head (fc.*)" in notes
+
+
+def test_mmpretrains_files_have_the_backbone_below_a_prefix(tmp_path):
+    twin = torchvision.models.resnet18()
+    state = {f"backbone.{n}": x for n, x in twin.state_dict().items() if not n.startswith("fc.")}
+    state |= {"head.fc.weight": torch.zeros(10, 512)}
+    torch.save({"state_dict": state, "meta": {}}, tmp_path / "x.pth")
+    encoder, _, notes = opened(tmp_path / "x.pth", "resnet18")
+    twin.fc = torch.nn.Identity()
+    assert_equal(dict(encoder.state_dict()), twin.state_dict())
+    assert "ignored: 1 other tensors: head.fc.weight" in notes
+
+
+# -- whole runs ------------------------------------------------------------------------------------
 
 
 def run(images, workdir, *flags):
@@ -432,3 +713,37 @@ def test_every_kind_of_backbone_trains_and_resumes_bit_for_bit(images, tmp_path,
     settings = json.loads((tmp_path / "whole/args.json").read_text())
     if "kwargs" in flags:
         assert settings["timm_kwargs"] == [["drop_path_rate", 0.2], ["depth", 2]]
+
+
+def test_a_run_from_a_librarys_vit_small_has_its_heads_says_so_and_keeps_them(
+    images, tmp_path, capsys
+):
+    state = timm.create_model("vit_small_patch16_224", img_size=32).state_dict()
+    torch.save(state, tmp_path / "timm.pth")
+    flags = ["-a", "vit_small", "--stop-after-steps", 1]
+    start = ["--init-from", tmp_path / "timm.pth"]
+    path = tmp_path / "run/checkpoint_last.pth.tar"
+    arch = SMALL.replace("--arch resnet8 --width 8", "").split()
+
+    def go(*more):
+        steps = ["--eval-freq", 0, "--workdir", tmp_path / "run", *flags, *more]
+        main_snclr.main([str(images), *arch, *map(str, steps)])
+        return torch.load(path, weights_only=True)["args"]["num_heads"]
+
+    assert go(*start) == 6
+    assert "note: 6 attention heads, as vit_small has in timm, DeiT and DINO" in (
+        capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "run/args.json").read_text())["num_heads"] == 6
+    assert go(*start, "--resume", "auto", "--stop-after-steps", 2) == 6
+    with pytest.raises(UsageError, match="num_heads 6 -> 12"):
+        go("--resume", "auto")
+    # files of earlier versions do not say it, and had the architecture's own
+    saved = torch.load(path, weights_only=True)
+    del saved["args"]["num_heads"]
+    torch.save(saved, path)
+    with pytest.raises(UsageError, match="num_heads 12 -> 6"):
+        go("--num-heads", 6, "--resume", "auto")
+    assert go("--resume", "auto", "--stop-after-steps", 3) == 12
+    _, info = weights.open_encoder(str(tmp_path / "run/encoder_last.pth.tar"))
+    assert info["num_heads"] == 12

@@ -1,5 +1,6 @@
-# Sourced by start.sh and tests/run.sh: sets PYTHON to an interpreter that satisfies the given requirement files.
-# The active environment is used as it is where it satisfies them; else .venv is made in the repository and installed into.
+# Sourced by start.sh and tests/run.sh: sets PYTHON to an interpreter that satisfies the given
+# requirement files. That is the active environment if it does, else .venv in the repository, which
+# is created if needed.
 
 satisfied() { # interpreter, requirement files
   "$1" - "${@:2}" 2>/dev/null <<'PY'

@@ -1,8 +1,9 @@
-"""torchrun that ends with the exit code of the process that failed first and says which one that was, in a line instead of a
-traceback; passes signals on and waits until the processes have saved; and starts again after a failure.
+"""torchrun for start.sh: ends with the exit code of the first process that failed and names it in
+one line; passes signals on and waits until the processes have saved; restarts after a failure.
 
-MAX_RESTARTS=n starts up to n times again, as a new process, so that machines that come back meet as at the first start.
-`--port-is-free PORT` only says, by its exit code, whether this machine's port can be listened on.
+MAX_RESTARTS=n restarts up to n times, as a new process, so that the machines of a run meet again as
+at the first start. `--port-is-free PORT` only tells, by its exit code, whether this machine can
+listen on a port.
 """
 
 import os
@@ -12,10 +13,9 @@ import subprocess
 import sys
 import time
 
-USAGE, SAVED = (
-    2,
-    75,
-)  # exit codes of ours after which starting again would be of no use, or not what was asked for
+# exit codes after which there is no restart: wrong flags would fail again, and a run that a signal
+# stopped is meant to stop
+USAGE, SAVED = 2, 75
 GRACE = 120  # seconds for the processes to save after a signal
 
 
@@ -34,30 +34,31 @@ started = []  # the processes that torch starts
 
 
 class Process(subprocess.Popen):
-    """A process that is remembered."""
+    """A process that is added to `started`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         started.append(self)
 
 
+def print_line(text: str) -> None:
+    print(f"start.sh: {text}", file=sys.stderr, flush=True)
+
+
 def launch(arguments: list[str]) -> int:
-    """Run torchrun; the exit code."""
-    os.environ["SNCLR_LAUNCHER"] = str(
-        os.getpid()
-    )  # so that a rank knows whether it is still there
+    """Run torchrun; returns the exit code."""
+    # the ranks end when this process is no longer their parent
+    os.environ["SNCLR_LAUNCHER"] = str(os.getpid())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # every lost connection would be told with a C++ stack
+    # else torch prints a C++ stack for every lost connection
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     subprocess.Popen = Process
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import SignalException, api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    stop = (
-        api._terminate_process_handler
-    )  # raises SignalException, upon which the processes get the signal and time to save
+    # raises SignalException; the processes then get the signal, and time to save
+    stop = api._terminate_process_handler
 
     interrupts = []
 
@@ -75,26 +76,19 @@ def launch(arguments: list[str]) -> int:
         run.run(run.parse_args(arguments))
         return 0
     except ChildFailedError as error:
-        number, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # who ends by an exit code has told why
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # a process that ends by itself has printed its reason
             name = signal.Signals(-failure.exitcode).name
-            told = f"rank {number} (process {failure.pid} on {socket.gethostname()}) was ended by {name}"
-            print(
-                f"start.sh: {told}" + ": out of memory?" * (name == "SIGKILL"),
-                file=sys.stderr,
-                flush=True,
-            )
+            reason = ": out of memory?" if name == "SIGKILL" else ""
+            process = f"process {failure.pid} on {socket.gethostname()}"
+            print_line(f"rank {rank} ({process}) was ended by {name}{reason}")
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException as error:
         codes = {process.wait(GRACE) for process in started if "-u" in process.args}
         return SAVED if codes == {SAVED} else 128 + error.sigval
     except (DistError, RuntimeError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
-        print(
-            f"start.sh: error: the machines did not meet in time: {reason}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print_line(f"error: the machines did not meet in time: {reason}")
         return 1
     finally:
         for process in started:
@@ -103,20 +97,17 @@ def launch(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Launch, and after a failure start again as often as MAX_RESTARTS says; the exit code."""
+    """Launch, and restart after failures up to MAX_RESTARTS times; returns the exit code."""
     if "--nnodes" in arguments:
         arguments = ["--rdzv_conf", f"timeout={os.environ.get('JOIN_SECONDS', 600)}", *arguments]
     code = launch(arguments)
-    count, allowed = (
-        int(os.environ.get(name, 0)) for name in ("SNCLR_RESTART_COUNT", "MAX_RESTARTS")
-    )
+    names = ("SNCLR_RESTART_COUNT", "MAX_RESTARTS")
+    count, allowed = (int(os.environ.get(name, 0)) for name in names)
     if code in (0, USAGE, SAVED) or code > 128 or count == allowed:
         return code
-    print(f"start.sh: starting again, {count + 1} of {allowed} times", file=sys.stderr, flush=True)
+    print_line(f"starting again, {count + 1} of {allowed} times")
     if "--node_rank" in arguments and arguments[arguments.index("--node_rank") + 1] != "0":
-        time.sleep(
-            10
-        )  # else it might meet what is left of this start on the machine where all meet
+        time.sleep(10)  # else it might meet the old store, on the machine of rank 0
     os.environ["SNCLR_RESTART_COUNT"] = str(count + 1)
     os.execv(sys.executable, [sys.executable, *sys.argv])
 

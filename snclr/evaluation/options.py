@@ -12,12 +12,6 @@ from ..running.errors import UsageError, one_clear_line
 RATES = tuple(round(10 ** (-3 + step / 3), 6) for step in range(13))
 PROTOCOLS = ("grid", "mocov3")
 STATE_FILE = "lincls_last.pth.tar"  # in the workdir
-POSITIVE = ("epochs", "batch_size", "cache_copies", "crop_min", "heldout", "patch_size", "width")
-POSITIVE += ("label_fraction", "lr", "head_lr", "layer_decay")  # other numbers may be 0
-
-# Settings that may change on resume. (Of --pretrained the weights are compared.)
-FREE_ON_RESUME = {"data", "val", "labels", "val_labels", "workers", "workdir", "resume"}
-FREE_ON_RESUME |= {"pretrained", "retrain"}
 
 # Settings that cannot change the features of the training images. All others are part of the key of
 # --cache-features, and so are the encoder's weights and the precision in use.
@@ -40,9 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
         "Evaluates an encoder: kNN and linear probes on its frozen features, or fine-tuning.",
     )
     on_off = argparse.BooleanOptionalAction
+    count, positive = options.number(int, above_zero=True), options.number(float, above_zero=True)
+    share = options.number(float, above_zero=True, most=1)
     g = parser.add_argument_group("encoder")
     text = "checkpoint or state dict in any layout (required)"
-    g.add_argument("--pretrained", metavar="FILE", help=text)
+    # free: on resume the encoder's weights are compared
+    options.flag(g, "--pretrained", metavar="FILE", help=text, on_resume="free")
     text = "encoder of the file; untrained: its architecture, random weights; pixels: no encoder"
     choices = ("online", "momentum", "untrained", "pixels")
     g.add_argument("--encoder", choices=choices, default="online", help=text)
@@ -52,19 +49,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     g = parser.add_argument_group("labels")
     text = "share of each class's training images to use, chosen by --subset-seed"
-    g.add_argument("--label-fraction", type=float, metavar="SHARE", help=text)
+    g.add_argument("--label-fraction", type=share, metavar="SHARE", help=text)
     text = "text file with the names of the training images to use, one a line"
     g.add_argument("--label-list", metavar="FILE", help=text)
 
     g = parser.add_argument_group("training")
     text = "passes over the images (default: 90; fine-tuning: 50)"
-    g.add_argument("--epochs", type=int, metavar="N", help=text)
+    g.add_argument("--epochs", type=count, metavar="N", help=text)
     text = "images a step, over all ranks (default: 1024, less for sets that give fewer than 16 "
     text += "steps an epoch; fine-tuning: 256)"
-    g.add_argument("-b", "--batch-size", type=int, metavar="N", help=text)
+    g.add_argument("-b", "--batch-size", type=count, metavar="N", help=text)
     text = f"smallest training crop, as a share of the area (default: {CROP_MIN}; "
     text += f"for the grid up to {SMALL} px: {SMALL_CROP_MIN:g}, whole images)"
-    g.add_argument("--crop-min", type=float, metavar="SHARE", help=text)
+    g.add_argument("--crop-min", type=share, metavar="SHARE", help=text)
     text = "precision of the encoder (default: auto, 16 bits where native; mocov3: off)"
     g.add_argument("--amp", choices=options.AMP, help=text)
     text = "seed of initialisation, order, crops and held-out images"
@@ -75,19 +72,21 @@ def build_parser() -> argparse.ArgumentParser:
     text += "at one rate on all images, float32"
     g.add_argument("--protocol", choices=PROTOCOLS, default="grid", help=text)
     text = "learning rates of the grid, each times batch/256 (default: 0.001 to 10 in 13 steps)"
-    g.add_argument("--lrs", type=float, nargs="+", metavar="LR", help=text)
+    g.add_argument("--lrs", type=positive, nargs="+", metavar="LR", help=text)
     text = "images that choose the head of the grid (default: heldout)"
     g.add_argument("--select", choices=("heldout", "val"), help=text)
     text = "share of each class that --select heldout holds out of training (default: 0.1)"
-    g.add_argument("--heldout", type=float, metavar="SHARE", help=text)
+    g.add_argument("--heldout", type=share, metavar="SHARE", help=text)
     text = "then train the chosen head again, on all training images (default: off)"
-    g.add_argument("--retrain", action=on_off, help=text)
+    options.flag(g, "--retrain", action=on_off, help=text, on_resume="free")
     text = "encode the training images once, and train on these features (default: off)"
     g.add_argument("--cache-features", action=on_off, help=text)
     text = "1: the view used for testing; more: this many random crops of each image (default: 1)"
-    g.add_argument("--cache-copies", type=int, metavar="N", help=text)
+    g.add_argument("--cache-copies", type=count, metavar="N", help=text)
     text = "above this size, cached features are a file in --workdir"
-    g.add_argument("--cache-limit-gb", type=float, default=4, metavar="GB", help=text)
+    g.add_argument(
+        "--cache-limit-gb", type=options.number(float), default=4, metavar="GB", help=text
+    )
 
     g = parser.add_argument_group("fine-tuning")
     text = "train the encoder, too; with --encoder untrained: supervised training from scratch"
@@ -95,22 +94,30 @@ def build_parser() -> argparse.ArgumentParser:
     text = "default: adamw for ViTs, sgd for others"
     g.add_argument("--optimizer", choices=("sgd", "adamw"), help=text)
     text = "peak rate of the encoder, times batch/256 (default: depends on the optimiser)"
-    g.add_argument("--lr", type=float, metavar="LR", help=text)
+    g.add_argument("--lr", type=positive, metavar="LR", help=text)
     text = "peak rate of the head (default: ten times --lr; untrained encoder: the same as --lr)"
-    g.add_argument("--head-lr", type=float, metavar="LR", help=text)
+    g.add_argument("--head-lr", type=positive, metavar="LR", help=text)
     text = "weight decay of matrices and filters (default: depends on the optimiser)"
-    g.add_argument("--wd", type=float, metavar="WD", help=text)
+    g.add_argument("--wd", type=options.number(float), metavar="WD", help=text)
     text = "rate of a layer, relative to the layer after it (default: 0.75 for ViTs, else 1)"
-    g.add_argument("--layer-decay", type=float, metavar="F", help=text)
+    g.add_argument("--layer-decay", type=share, metavar="F", help=text)
     text = "linear warm-up (default: a tenth of --epochs)"
-    g.add_argument("--warmup-epochs", type=float, metavar="E", help=text)
+    g.add_argument("--warmup-epochs", type=options.number(float), metavar="E", help=text)
 
     g = parser.add_argument_group("run")
     text = "folder of results and state (default: a new folder beside FILE)"
-    g.add_argument("--workdir", metavar="DIR", help=text)
+    options.flag(g, "--workdir", metavar="DIR", help=text, on_resume="free")
     text = "auto: continue the evaluation in --workdir, if there is one"
-    g.add_argument("--resume", choices=("auto",), help=text)
+    options.flag(g, "--resume", choices=("auto",), help=text, on_resume="free")
     return parser
+
+
+# settings that may change when an evaluation is resumed
+FREE_ON_RESUME = {
+    name
+    for name, kind in options.flag_property(build_parser(), "on_resume").items()
+    if kind == "free"
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -131,7 +138,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.warmup_epochs = args.epochs / 10
     options.resolve_resume(args)
     options.resolve_data(args)
-    options.check_data(args, POSITIVE)
+    options.check_data(args)
     _check(args)
     if args.workdir is None:
         args.workdir = f"{os.path.splitext(args.pretrained)[0]}_lincls"
@@ -169,14 +176,8 @@ def _check(args):
     """Raises UsageError for values that cannot work."""
     if args.batch_size is not None:
         check_batch_size(args.batch_size)
-    if not all(0 < rate < float("inf") for rate in args.lrs):
-        raise UsageError(f"--lrs must be above 0, found {args.lrs}")
-    if not args.heldout < 1:
-        raise UsageError(f"--heldout must be below 1, found {args.heldout}")
-    for name in ("crop_min", "label_fraction", "layer_decay"):
-        if (getattr(args, name) or 0) > 1:
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} must be at most 1, found {getattr(args, name)}")
+    if args.heldout == 1:
+        raise UsageError("--heldout must be below 1: it leaves no image to train on")
     if args.warmup_epochs >= args.epochs:
         raise UsageError(
             "--warmup-epochs must be less than --epochs, "

@@ -60,9 +60,7 @@ def resume(
     if task.args.resume is None or not os.path.exists(path):
         return 0, []
     content = tensor_files.read(path)
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), kind) for key, kind in KINDS.items()
-    ):
+    if tensor_files.wrong_entries(content, KINDS):
         raise UsageError(f"{path} is no state of an evaluation; choose a new --workdir")
     changed = [
         str(key)
@@ -82,6 +80,8 @@ def resume(
             raise ValueError("its weights are no tensors")
         if not isinstance(history, list) or not all(type(top1) is float for top1 in history):
             raise ValueError("its history holds other things than numbers")
+        if len(history) not in (0, epoch):
+            raise ValueError("its history does not have one number for each epoch")
         model.load_state_dict(content["model"])
     except Exception as error:  # the file may hold anything, so torch may raise anything
         raise UsageError(

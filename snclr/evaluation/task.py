@@ -23,7 +23,7 @@ class Task(NamedTuple):
 
     args: argparse.Namespace
     encoder: nn.Module
-    info: dict  # of snclr.weights.reading.open_encoder
+    info: dict  # of snclr.weights.load.open_encoder
     encoder_digest: str  # SHA-256 of the encoder's weights before any training
     embed: Callable[[Tensor], Tensor]  # images to frozen features, as linear.embedder makes it
     train: ImageSet

@@ -21,7 +21,7 @@ MAP_SIDE, DOT = 460, 2.5  # pixels
 
 
 class Encoder(NamedTuple):
-    """An encoder and its info (snclr.weights.reading.open_encoder), and its name in pictures."""
+    """An encoder and its info (snclr.weights.load.open_encoder), and its name in pictures."""
 
     module: nn.Module
     info: dict

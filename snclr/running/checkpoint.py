@@ -16,6 +16,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from ..backbones import projector_name
 from . import provenance, settings, tensor_files
 from .errors import UsageError, first_few, first_line
 
@@ -125,9 +126,7 @@ def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int)
     """Only the backbone, under its own names, with what is needed to rebuild it: a small file for
     snclr.load_encoder. which: 'online' or 'momentum', as recorded in the file.
     """
-    head = (
-        next(name for name, module in encoder.named_modules() if module is encoder.projector) + "."
-    )
+    head = projector_name(encoder) + "."
     backbone = {
         name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)
     }
@@ -229,8 +228,8 @@ def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
 
 
 def _state_after_a_step(optimizer):
-    """What the optimiser keeps for each parameter, by its number in the state_dict: from a step of a
-    copy.
+    """What the optimiser keeps for each parameter, by its number in the state_dict: from a step of
+    a copy.
     """
     trial = copy.deepcopy(optimizer)
     for group in trial.param_groups:

@@ -1,4 +1,4 @@
-"""Watches a run's numbers: too many non-finite steps stop it, and a collapse of the features is reported."""
+"""Reports non-finite steps, which end a run if there are many, and a collapse of the features."""
 
 import os
 
@@ -19,10 +19,11 @@ PATIENCE = 10  # logged steps in a row
 class Guard:
     """Counts the non-finite steps on the device, and reports them when a step is logged.
 
-    A step whose gradient is not finite changes neither weights nor optimiser (optim.step_if_finite; the gradient is the mean of
-    the ranks, so all of them skip). The momentum encoder follows the weights, and the bank refuses such keys (memory_bank.py).
-    The running statistics of batch norms are restored here, to those of the last logged step. With a scaler (fp16) an
-    overflowing gradient is normal: then only a non-finite loss counts.
+    A step whose gradient is not finite changes neither weights nor optimiser (optim.step_if_finite;
+    the gradient is the mean of the ranks, so all of them skip). The momentum encoder follows the
+    weights, and the bank refuses such keys (memory_bank.py). The running statistics of batch norms
+    are restored here, to those of the last logged step. With a scaler (fp16) an overflowing
+    gradient is normal: then only a non-finite loss counts.
     """
 
     def __init__(
@@ -41,7 +42,10 @@ class Guard:
         self.num_collapsed = 0  # logged steps of collapse in a row
 
     def watch(self, loss: Tensor, grad_norm: Tensor, step: int) -> None:
-        """Note whether loss () and gradient norm () of step number `step` are finite, without waiting for the device."""
+        """Note whether loss () and grad_norm () of a step are finite; does not wait for the device.
+
+        step: its number, from 1.
+        """
         bad = ~torch.stack([loss.detach(), grad_norm]).isfinite()
         bad[1] &= not self.scaled
         first = torch.where((self.counters[:2] < 0) & bad, step, self.counters[:2])
@@ -52,8 +56,8 @@ class Guard:
     def check(self) -> str | None:
         """A line for the log if steps were skipped since the last call. Collective.
 
-        Raises RunError if there were more than the limit; the indices of the images of the first bad step are then written
-        to workdir/non_finite.json.
+        Raises RunError if there were more than the limit; the indices of the images of the first
+        bad step are then written to workdir/non_finite.json.
         """
         counters = all_gather(self.counters[None]).tolist()
         losses, gradients, counts, last_steps = zip(*counters, strict=True)
@@ -107,7 +111,7 @@ class Guard:
         return f"not finite after step {step}: {first_few(names)}" if names else None
 
     def collapse(self, feature_std: float) -> str | None:
-        """A line for the log, once, when feature_std has been low for PATIENCE logged steps in a row."""
+        """A line for the log, once, if feature_std was low for PATIENCE logged steps in a row."""
         self.num_collapsed = (
             self.num_collapsed + 1 if feature_std < COLLAPSED else min(self.num_collapsed, 0)
         )

@@ -1,4 +1,4 @@
-"""What a training step is measured by: metrics over the global batch, and the time spent waiting."""
+"""Metrics of a training step over the global batch, and the time that training waits."""
 
 import time
 from collections.abc import Mapping
@@ -47,7 +47,8 @@ def step_metrics(
     form: str,
     temperature: float,
 ) -> dict:
-    """Metrics of one step over the global batch, the same on every rank. Collective: one all-reduce.
+    """Metrics of one step over the global batch, the same on every rank. Collective: one
+    all-reduce.
 
     loss; loss_ratio, the loss over the loss at chance (None if that is undefined, or there are
     further terms); term_NAME, each term of shown.terms; feature_std, the standard deviation of the

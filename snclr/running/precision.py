@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def widen(x: Tensor) -> Tensor:
-    """float64 stays float64 (the oracles need it); everything narrower becomes float32."""
+    """float64 stays float64 (the tests' oracles need it); every other format becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -18,9 +18,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def full_precision(function: Callable) -> Callable:
-    """Run a function outside autocast, so that its products, maxima and sums are not taken in 16
-    bits.
-    """
+    """Decorator: run a function outside autocast, so that nothing in it is computed in 16 bits."""
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
@@ -31,8 +29,8 @@ def full_precision(function: Callable) -> Callable:
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """'auto' is bfloat16 where the hardware multiplies it natively; elsewhere it would be emulated,
-    and slower.
+    """The number format of an --amp flag; 'auto' is bfloat16 if the hardware has it, else fp16 on a
+    GPU and off on a CPU, where bfloat16 would be emulated and slower.
     """
     if amp != "auto":
         return amp
@@ -43,6 +41,6 @@ def resolve_amp(amp: str, device: torch.device) -> str:
 
 
 def autocast(amp: str, device: torch.device) -> torch.autocast:
-    """The autocast region of the encoders and heads for a resolved amp of 'off', 'bf16' or 'fp16'."""
+    """The autocast region of encoders and heads; amp: 'off', 'bf16' or 'fp16' (resolve_amp)."""
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -1,6 +1,4 @@
-"""Less memory for more computation: forwards that keep nothing but their inputs, and are computed
-again in backward.
-"""
+"""Less memory for more computation: forward keeps only its inputs, and backward repeats it."""
 
 import contextlib
 from collections.abc import Callable
@@ -11,12 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(function: Callable[..., Tensor], *inputs, module: nn.Module) -> Tensor:
-    """function(*inputs), whose activations live only while its own backward runs; same value, same
-    gradients.
+    """function(*inputs) with the same value and gradients, but its activations are not kept.
 
-    module: what function computes with. The second forward repeats the first one's random numbers
-    and autocast, and its batch norms leave their running statistics alone, which have seen this
-    batch already.
+    Backward runs the function a second time, with the same random numbers and autocast. The batch
+    norms in `module`, which the function uses, do not update their running statistics again.
     """
     norms = [
         layer
@@ -27,18 +23,16 @@ def recomputed(function: Callable[..., Tensor], *inputs, module: nn.Module) -> T
         function,
         *inputs,
         use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _at_rest(norms)),
+        context_fn=lambda: (contextlib.nullcontext(), _without_updates(norms)),
     )
 
 
 @contextlib.contextmanager
-def _at_rest(norms):
-    # not track_running_stats: without their running statistics the layers would save fewer tensors
-    # than the first time
-    momenta, counts = (
-        [layer.momentum for layer in norms],
-        [layer.num_batches_tracked.clone() for layer in norms],
-    )
+def _without_updates(norms):
+    # momentum 0 rather than track_running_stats = False: then a layer would save fewer tensors than
+    # the first time, which checkpoint() refuses
+    momenta = [layer.momentum for layer in norms]
+    counts = [layer.num_batches_tracked.clone() for layer in norms]
     for layer in norms:
         layer.momentum = 0.0
     try:

@@ -5,7 +5,7 @@ import shlex
 import sys
 from argparse import Namespace
 
-from ..options import ON_RESUME
+from ..options import NUM_HEADS, ON_RESUME
 from .provenance import versions_and_commit
 from .safe_files import save_json
 
@@ -24,6 +24,8 @@ def changes(saved: dict, args: Namespace) -> tuple[list[str], list[str]]:
     """Settings that differ from the saved ones, as 'NAME OLD -> NEW': those that must not differ,
     and the others that are worth a line in the log.
     """
+    # files of earlier versions have no number of heads: it was always the architecture's own
+    saved = {"num_heads": NUM_HEADS.get(args.arch), **saved}
     differing = {
         name: f"{name} {saved[name]!r} -> {now!r}"
         for name, now in vars(args).items()

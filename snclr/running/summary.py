@@ -26,7 +26,7 @@ def describe(metrics: dict, epochs: int, total_steps: int) -> str:
 def final_lines(workdir: str, done: bool) -> str:
     """The results of a run, where its files are, and what to do next.
 
-    done: the run has trained to its end.
+    done: the schedule has ended.
     """
     metrics_path = os.path.join(workdir, "metrics.jsonl")
     lines = read_json_lines(metrics_path) if os.path.exists(metrics_path) else []
@@ -36,10 +36,11 @@ def final_lines(workdir: str, done: bool) -> str:
         _progress(evaluations, "effective_rank", "effective rank", ""),
         f"checkpoint: {os.path.join(workdir, LAST)}",
         f"curves: tensorboard --logdir {workdir}   (numbers: {metrics_path})",
-        "next: your own images, with labels or without: "
+        "next: train on your own images, with or without labels: "
         "bash start.sh @configs/vit_small_imagenet.args DATA"
         if done
-        else "stopped early; the same command with --resume auto and without the stop goes on",
+        else "stopped early; to continue, run the same command with --resume auto and without the "
+        "flag that stopped it",
     ]
     return "\n".join(filter(None, lines))
 

@@ -115,9 +115,15 @@ def plain_tensors(content: object) -> dict[str, Tensor]:
 
 
 def wrong_entries(content: object, kinds: dict[str, type]) -> list[str]:
-    """The names in `kinds` under which a value from a file has no entry of exactly that type."""
+    """The names in `kinds` under which a value from a file has no entry of that type. True and
+    False are no int.
+    """
     entries = content if isinstance(content, dict) else {}
-    return [name for name, kind in kinds.items() if type(entries.get(name)) is not kind]
+    return [
+        name
+        for name, kind in kinds.items()
+        if not isinstance(entries.get(name), kind) or isinstance(entries[name], bool)
+    ]
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:

@@ -33,7 +33,7 @@ from snclr.evaluation import state as probe_state  # noqa: E402
 from snclr.evaluation.options import STATE_FILE  # noqa: E402
 from snclr.running import checkpoint, log  # noqa: E402
 from snclr.running.errors import RunError, UsageError  # noqa: E402
-from snclr.weights import reading as weights  # noqa: E402
+from snclr.weights import load as weights  # noqa: E402
 
 LIMIT = 20  # seconds
 FLAGS = "--arch resnet8 --width 8 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 6 --topk 2 --batch-size 4 --img-size 32"

@@ -1,0 +1,137 @@
+"""From a file to an encoder's named tensors: the layouts in which encoders are saved."""
+
+import argparse
+import json
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..running import tensor_files
+from ..running.errors import UsageError
+
+# prefixes of the two encoders in the files of MoCo and its descendants
+PREFIXES = {
+    "online": ("module.base_encoder.", "base_encoder.", "module.encoder_q."),
+    "momentum": ("module.momentum_encoder.", "momentum_encoder.", "module.encoder_k."),
+}
+# keys under which state dicts are wrapped; the first one that is present is read
+# DINO's teacher is its momentum encoder
+WRAPPERS = ("state_dict", "model", "model_state_dict", "model_ema", "state_dict_ema")
+WRAPPERS += ("teacher", "student")
+# key of the settings that snclr.export adds to the files of other libraries
+SETTINGS_KEY = "snclr"
+
+
+class EncoderFile(NamedTuple):
+    """An encoder as it is saved in a file.
+
+    tensors      by the encoder's own names, with its head
+    layout       the recognised layout, in words
+    is_library   whether the weights are for a library's model: they have its names, and no settings
+                 of this project
+    others       names of all other tensors
+    saved        everything else in the file: 'arch', 'args', 'epoch' ...
+    """
+
+    path: str
+    tensors: dict[str, Tensor]
+    layout: str
+    is_library: bool
+    others: list[str]
+    saved: dict
+
+    @property
+    def settings(self) -> dict:
+        """The settings with which this project made the weights; empty in files of others."""
+        settings = self.saved.get("args")
+        return settings if isinstance(settings, dict) else {}
+
+
+def read_encoder(path: str, which: str = "online") -> EncoderFile:
+    """Read an encoder from a file of any known layout.
+
+    Known are this project's checkpoints and exports; files of MoCo v3, MoCo and the released SNCLR;
+    state dicts of timm, torchvision, DeiT, DINO and DINOv2, also wrapped; from torch.save
+    (weights_only) or safetensors. which: 'online' or 'momentum', for files with both. Raises
+    UsageError for a file that is missing or damaged, or without named tensors.
+    """
+    content, settings = _read(path)
+    saved, others, wrapper = {}, [], None
+    while isinstance(content, dict) and (
+        present := [key for key in WRAPPERS if isinstance(content.get(key), dict)]
+    ):
+        wrapper = present[0]
+        saved |= {key: value for key, value in content.items() if key not in present}
+        others += [f"{key}.{name}" for key in present[1:] for name in content[key]]
+        content = content[wrapper]
+    for each in (settings, saved.get(SETTINGS_KEY), _attached_settings(content)):
+        if isinstance(each, dict):
+            saved = {**saved, **each, "args": each}
+    tensors = tensor_files.plain_tensors(content)
+    if not tensors:
+        raise UsageError(f"{path} holds no named tensors: a checkpoint or a state dict is expected")
+    for prefix in PREFIXES[which]:
+        if any(name.startswith(prefix) for name in tensors):
+            encoder, rest = _select(tensors, prefix)
+            layout = f"the {which} encoder of {prefix}*"
+            return EncoderFile(path, encoder, layout, False, others + rest, saved)
+    has_other = any(
+        name.startswith(prefix)
+        for prefixes in PREFIXES.values()
+        for name in tensors
+        for prefix in prefixes
+    )
+    is_own = isinstance(saved.get("args"), dict) and saved.get("encoder") in (*PREFIXES,)
+    if wrapper == "teacher":
+        saved["encoder"] = "momentum"
+    # a file with only a backbone says which encoder it was
+    if has_other or (which == "momentum" and saved.get("encoder") != "momentum"):
+        raise UsageError(f"{path} holds no {which} encoder: choose the other one")
+    layout = f"a plain state dict, {wrapper!r}" if wrapper else "a plain state dict"
+    if all(name.startswith("module.") for name in tensors):
+        tensors, _ = _select(tensors, "module.")
+    if any(name.startswith("backbone.") for name in tensors):
+        tensors, rest = _select(tensors, "backbone.")
+        layout, others = f"{layout}, backbone.*", others + rest
+    return EncoderFile(path, tensors, layout, not is_own, others, saved)
+
+
+def _select(tensors, prefix):
+    """The tensors whose names start with prefix, without it; the names of the others."""
+    chosen = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    return chosen, [name for name in tensors if not name.startswith(prefix)]
+
+
+def _attached_settings(state):
+    """The settings in the metadata that torch keeps with a state dict."""
+    metadata = getattr(state, "_metadata", None)
+    return metadata.get(SETTINGS_KEY) if isinstance(metadata, dict) else None
+
+
+def _read(path):
+    """The content of a file, and the settings in its metadata (safetensors only)."""
+    if not path.endswith(".safetensors"):
+        # training checkpoints of DINO, DeiT and MAE hold a Namespace: attributes, no code
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return tensor_files.read(path), None
+    if not os.path.isfile(path):
+        raise UsageError(f"{path} does not exist")
+    try:
+        from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UsageError(
+            f"{path} needs the package safetensors: pip install safetensors"
+        ) from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), json.loads(metadata.get(SETTINGS_KEY, "null"))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not a complete safetensors file: {error}") from error

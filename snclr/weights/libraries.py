@@ -1,0 +1,374 @@
+"""What other libraries read: for each one a function from an encoder and its info to an Export.
+
+info is that of snclr.weights.load.open_encoder. Each function raises UsageError where the library
+has no such model.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from ..backbones import RESNETS, TIMM, VITS, ConvStem, VisionTransformer, timm_settings
+from ..running.errors import UsageError
+from .layouts import read_encoder
+
+
+class Export(NamedTuple):
+    """What a library reads.
+
+    content   the state dict, or a dictionary that holds it, as the library expects it in the file
+    build     from the path of the file to Python code that builds the library's model as `model`
+    read      from the path to that model: a function from images (B, 3, S, S) to features (B, C)
+    configs   contents of the JSON files beside the weights, by name; None if one file is written
+    hint      from the path to one more line that helps the user of the file
+    """
+
+    content: dict
+    build: Callable[[str], str]
+    read: Callable[[str], Callable[[Tensor], Tensor]]
+    configs: dict[str, dict] | None = None
+    hint: Callable[[str], str] | None = None
+
+
+def to_timm(encoder: nn.Module, info: dict, as_folder: bool = False) -> Export:
+    """timm's names; as_folder: with the config.json that timm's 'local-dir:' and the hub read."""
+    name, arguments = _timm_model(encoder, info)
+    data = _timm_data(info)
+    if not as_folder:
+        return _timm_file(encoder.state_dict(), name, arguments, data)
+    if "embed_layer" in arguments:
+        raise UsageError(
+            f"timm has no model with the convolutional stem of {info['arch']}, and a folder names "
+            "one: choose a file, as in --out weights.safetensors"
+        )
+    own = timm.get_pretrained_cfg(name)
+    kept = ("first_conv", "classifier", "pool_size", "fixed_input_size")
+    pretrained_cfg = {**{key: getattr(own, key) for key in kept}, **data, "num_classes": 0}
+    config = {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": encoder.num_features,
+        "model_args": arguments,
+        "pretrained_cfg": pretrained_cfg,
+    }
+    try:
+        json.dumps(config)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"--timm-kwargs {info['timm_kwargs']} cannot be written as JSON ({error}): "
+            "choose a file, as in --out weights.safetensors"
+        ) from error
+
+    def read(path):
+        with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+            saved = json.load(file)
+        weights = os.path.join(path, "model.safetensors")
+        return timm.create_model(
+            saved["architecture"],
+            pretrained=True,
+            pretrained_cfg={**saved["pretrained_cfg"], "file": weights},
+            **saved["model_args"],
+        ).eval()
+
+    def build(path):
+        return f"model = timm.create_model({'local-dir:' + path!r}, pretrained=True)"
+
+    def hint(path):
+        old = _call(name, arguments, data, os.path.join(path, "model.safetensors"))
+        return f"timm before 1.0.16 has no local-dir: {old}"
+
+    return Export(encoder.state_dict(), build, read, {"config.json": config}, hint)
+
+
+def to_deit(encoder: nn.Module, info: dict) -> Export:
+    """DeiT's files: timm's names below 'model'."""
+    if not isinstance(encoder, VisionTransformer):
+        raise UsageError(f"--format deit is for ViTs, not for {info['arch']}")
+    name, arguments = _timm_model(encoder, info)
+    name = name.replace("vit_", "deit_")
+    return _timm_file({"model": encoder.state_dict()}, name, arguments, _timm_data(info))
+
+
+def to_torchvision(encoder: nn.Module, info: dict) -> Export:
+    """The state dict of torchvision's ResNet without its classifier."""
+    name, state = _plain_resnet(info, "torchvision"), encoder.state_dict()
+
+    def read(path):
+        return _loaded(_torchvision_resnet(name), read_encoder(path).tensors)
+
+    def build(path):
+        is_safe = path.endswith(".safetensors")
+        loader = "safetensors.torch.load_file({!r})" if is_safe else _TORCH_LOAD
+        return _torchvision_build(name, loader.format(path))
+
+    return Export(state, build, read)
+
+
+def to_mocov3(encoder: nn.Module, info: dict) -> Export:
+    """MoCo v3's checkpoints: its names below 'state_dict', of one encoder and without its head."""
+    arch, prefix = info["arch"], "module.base_encoder."
+    if arch in VITS and info["num_heads"] != VITS[arch][2]:
+        raise UsageError(
+            f"MoCo v3's {arch} has {VITS[arch][2]} attention heads, this one {info['num_heads']}: "
+            "its readers would compute other features; choose another --format"
+        )
+    state = {prefix + name: tensor for name, tensor in encoder.state_dict().items()}
+    content = {"epoch": info["epoch"], "arch": arch, "state_dict": state}
+    if arch in RESNETS:
+        name, arguments = _plain_resnet(info, "MoCo v3"), {}
+    else:
+        name, arguments = _timm_model(encoder, info)
+
+    def build(path):
+        state = f"{_TORCH_LOAD.format(path)}['state_dict']"
+        loaded = f"{{name[{len(prefix)}:]: tensor for name, tensor in {state}.items()}}"
+        if arch in RESNETS:
+            return _torchvision_build(name, loaded)
+        return f"{_call(name, arguments)}; model.load_state_dict({loaded})"
+
+    def read(path):
+        model = (
+            _torchvision_resnet(name) if arch in RESNETS else timm.create_model(name, **arguments)
+        )
+        return _loaded(model, read_encoder(path).tensors)
+
+    def hint(path):
+        return f"MoCo v3's own reader: main_lincls.py -a {arch} --pretrained {path}"
+
+    return Export(content, build, read, hint=hint)
+
+
+def to_detectron2(encoder: nn.Module, info: dict) -> Export:
+    """One file for detectron2 and mmdetection.
+
+    detectron2 reads its own names below 'model', mmdetection torchvision's names below
+    'state_dict'. The file holds the tensors once.
+    """
+    arch = _plain_resnet(info, "detectron2")
+    state = encoder.state_dict()
+    names = {name: detectron2_name(name) for name in state}
+    content = {
+        "model": {names[name]: tensor for name, tensor in state.items()},
+        "state_dict": state,
+        "__author__": "snclr",
+        "matching_heuristics": True,
+    }
+
+    def read(path):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        named = {name: saved["model"][names[name]] for name in saved["state_dict"]}
+        return _loaded(_torchvision_resnet(arch), named)
+
+    def build(path):
+        return _torchvision_build(arch, f"{_TORCH_LOAD.format(path)}['state_dict']")
+
+    mean, std = ([round(255 * x, 3) for x in info[key]] for key in ("mean", "std"))
+
+    def hint(path):
+        pixels = f"MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std}".replace(", ", ",")
+        return (
+            f"detectron2's settings: MODEL.WEIGHTS {path} MODEL.RESNETS.STRIDE_IN_1X1 False "
+            f"MODEL.RESNETS.DEPTH {arch.removeprefix('resnet')} INPUT.FORMAT RGB {pixels}"
+        )
+
+    return Export(content, build, read, hint=hint)
+
+
+def detectron2_name(name: str) -> str:
+    """detectron2's name of a tensor of torchvision's ResNet: norms belong to convolutions."""
+    name = re.sub(r"bn(\d)\.", r"conv\1.norm.", name)
+    name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+    stage = re.match(r"layer(\d)\.", name)
+    return f"res{int(stage[1]) + 1}.{name[stage.end() :]}" if stage else f"stem.{name}"
+
+
+def to_hf(encoder: nn.Module, info: dict) -> Export:
+    """The folder of Hugging Face transformers' ViTModel."""
+    if not isinstance(encoder, VisionTransformer) or info["arch"].startswith("vit_conv"):
+        raise UsageError(
+            f"--format hf is for ViTs with a plain patch embedding, not for {info['arch']}"
+        )
+    try:
+        from transformers import ViTConfig, ViTModel
+    except ImportError as error:
+        raise UsageError(
+            "--format hf needs transformers: pip install -r requirements-hf.txt"
+        ) from error
+    width, depth, _, _ = VITS[info["arch"]]
+    config = ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=info["num_heads"],
+        intermediate_size=4 * width,
+        image_size=info["img_size"],
+        patch_size=info["patch_size"],
+        layer_norm_eps=1e-6,
+        architectures=["ViTModel"],
+    )
+    state = {}
+    for name, tensor in encoder.state_dict().items():
+        for own, theirs in HF_NAMES:
+            name = name.replace(own, theirs)
+        if ".attn.qkv." in name:
+            parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+            for part, piece in parts:
+                state[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = piece
+        else:
+            state[name] = tensor
+
+    def read(path):
+        model = ViTModel.from_pretrained(path, add_pooling_layer=False).eval()
+        return lambda x: model(x).last_hidden_state[:, 0]
+
+    side = info["img_size"]
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 2,  # bilinear, in PIL's numbers
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(info["mean"]),
+        "image_std": list(info["std"]),
+    }
+    configs = {
+        "config.json": json.loads(config.to_json_string(use_diff=False)),
+        "preprocessor_config.json": preprocessor,
+    }
+
+    def build(path):
+        return f"model = transformers.ViTModel.from_pretrained({path!r}, add_pooling_layer=False)"
+
+    def hint(path):
+        return "features: model(images).last_hidden_state[:, 0]"
+
+    return Export(state, build, read, configs, hint)
+
+
+HF_NAMES = (
+    ("norm.", "layernorm."),  # the last norm: those of the blocks have numbers
+    ("cls_token", "embeddings.cls_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("blocks.", "encoder.layer."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+)
+
+FORMATS = {
+    "timm": to_timm,
+    "torchvision": to_torchvision,
+    "deit": to_deit,
+    "hf": to_hf,
+    "mocov3": to_mocov3,
+    "detectron2": to_detectron2,
+}
+
+
+# -- timm's models ---------------------------------------------------------------------------------
+
+
+def _timm_model(encoder, info):
+    """timm's name of the model and the arguments with which timm builds this backbone."""
+    arch = info["arch"]
+    if arch.startswith(TIMM):
+        name = arch.removeprefix(TIMM)
+        settings = timm_settings(name, info["img_size"], dict(info["timm_kwargs"] or []))
+        return name, {**settings, "num_classes": 0}
+    if not isinstance(encoder, VisionTransformer):
+        return _plain_resnet(info, "timm"), {"num_classes": 0}
+    _, depth, _, embed_layer = VITS[arch]
+    arguments = {"num_heads": info["num_heads"], "num_classes": 0}
+    if info["img_size"] != 224:
+        arguments["img_size"] = info["img_size"]
+    if info["patch_size"] != 16:
+        arguments["patch_size"] = info["patch_size"]
+    if embed_layer is ConvStem:
+        arguments |= {"depth": depth, "embed_layer": ConvStem}
+    return f"{arch.replace('_conv', '')}_patch16_224", arguments
+
+
+def _timm_data(info):
+    """What timm should know of the images: this project evaluates them so (loader.whole_images)."""
+    return {
+        "input_size": (3, info["img_size"], info["img_size"]),
+        "interpolation": "bilinear",
+        "crop_pct": 0.875,
+        "mean": tuple(info["mean"]),
+        "std": tuple(info["std"]),
+    }
+
+
+def _timm_file(content, name, arguments, data) -> Export:
+    def build(path):
+        return _call(name, arguments, data, path)
+
+    def read(path):
+        return timm.create_model(name, **arguments, checkpoint_path=path).eval()
+
+    return Export(content, build, read)
+
+
+def _call(name, arguments, data=None, checkpoint_path=None) -> str:
+    """The code that builds a timm model; data: what timm should know of its images."""
+    start = "from snclr.backbones import ConvStem; " if "embed_layer" in arguments else ""
+    parts = [
+        f"{key}={'ConvStem' if value is ConvStem else repr(value)}"
+        for key, value in arguments.items()
+    ]
+    if data is not None:
+        overlay = ", ".join(f"{key}={value!r}" for key, value in data.items())
+        parts.append(f"pretrained_cfg_overlay=dict({overlay})")
+    if checkpoint_path is not None:
+        parts.append(f"checkpoint_path={checkpoint_path!r}")
+    return f"{start}model = timm.create_model({name!r}, {', '.join(parts)})"
+
+
+# -- torchvision's ResNets -------------------------------------------------------------------------
+
+
+def _plain_resnet(info, library):
+    """The arch, if a ResNet of torchvision has this name and the same layers; else UsageError."""
+    arch = info["arch"]
+    is_plain = (
+        arch in RESNETS
+        and RESNETS[arch][3] == "imagenet"
+        and info["width"] in (None, RESNETS[arch][2])
+        and not info["small_stem"]
+    )
+    if not is_plain:
+        raise UsageError(
+            f"{library} has no {arch} with the encoder's stem and width: "
+            "its ResNets have 7x7 stems and full width"
+        )
+    return arch
+
+
+_TORCH_LOAD = "torch.load({!r}, weights_only=True)"
+
+
+def _torchvision_resnet(name):
+    model = getattr(torchvision.models, name)()
+    model.fc = nn.Identity()
+    return model
+
+
+def _torchvision_build(name, loaded):
+    model = f"model = torchvision.models.{name}(); model.fc = torch.nn.Identity()"
+    return f"{model}; model.load_state_dict({loaded})"
+
+
+def _loaded(model, state):
+    model.load_state_dict(state, strict=True)
+    return model.eval()

@@ -1,0 +1,251 @@
+"""From an encoder's named tensors into a backbone, with an account of what was loaded."""
+
+import math
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from ..backbones import (
+    ARCHS,
+    TIMM,
+    TimmEncoder,
+    VisionTransformer,
+    build_encoder,
+    projector_name,
+    sincos_position_embedding,
+)
+from ..options import IMAGENET, NUM_HEADS
+from ..running.errors import UsageError, first_few, first_line
+from ..running.tensor_files import not_finite
+from .layouts import EncoderFile, read_encoder
+
+# attention heads of timm's, DeiT's and DINO's models, where NUM_HEADS has another number
+LIBRARY_NUM_HEADS = {"vit_small": 6}
+
+# what open_encoder assumes where neither the caller nor the file says otherwise
+DEFAULTS = dict(
+    arch=None,
+    img_size=224,
+    patch_size=16,
+    num_heads=None,
+    width=None,
+    small_stem=False,
+    timm_kwargs=None,
+    mean=IMAGENET[0],
+    std=IMAGENET[1],
+    grey_range=None,
+)
+
+
+def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Module, dict]:
+    """The backbone in a file, in eval mode on the CPU, and its info.
+
+    The backbone maps images (B, 3, S, S) to features (B, C). which: 'online' or 'momentum', for
+    files with both; 'untrained': the same architecture with random weights. settings: those of
+    DEFAULTS, for files that do not say them (None: as the file says). img_size, num_heads, mean,
+    std and grey_range replace what the file says. info: these settings, 'num_features', 'encoder', 'epoch', and
+    'notes', lines that say what was loaded and assumed. Raises UsageError where the file and the
+    settings do not fit.
+    """
+    is_trained = which != "untrained"
+    file = read_encoder(path, which if is_trained else "online")
+    info = _merge(file, {name: value for name, value in settings.items() if value is not None})
+    epoch = file.saved.get("epoch")
+    info["epoch"] = epoch if is_trained and isinstance(epoch, int) else None
+    info["num_heads"], notes = choose_num_heads(file, info["arch"], settings.get("num_heads"))
+    encoder = _build(path, info)
+    if is_trained:
+        notes = load_backbone(encoder, file) + notes
+    else:
+        notes = [f"the architecture of {path} with random weights", *notes]
+    encoder.set_submodule(projector_name(encoder), nn.Identity())
+    # a file with only a backbone says which encoder it was
+    if is_trained and file.saved.get("encoder") == "momentum":
+        which = "momentum"
+    info |= {"num_features": encoder.num_features, "encoder": which, "notes": notes}
+    return encoder.eval(), info
+
+
+def choose_num_heads(
+    file: EncoderFile, arch: str, num_heads: int | None
+) -> tuple[int | None, list[str]]:
+    """The number of attention heads of `arch` with the weights of a file, and a line that says why.
+
+    No tensor shows it. num_heads is the caller's choice (None: that of the file; else, in a
+    library's own names, that of the library's model; else that of this project, which is MoCo
+    v3's). None and no line where arch has no such setting.
+    """
+    if arch not in NUM_HEADS:
+        return num_heads, []
+    if num_heads is not None:
+        return num_heads, [f"{num_heads} attention heads, as --num-heads asks for"]
+    if file.settings.get("num_heads") is not None:
+        num_heads = file.settings["num_heads"]
+        return num_heads, [f"{num_heads} attention heads, as the file says"]
+    if file.is_library:
+        num_heads, source = LIBRARY_NUM_HEADS.get(arch, NUM_HEADS[arch]), "timm, DeiT and DINO"
+    else:
+        num_heads, source = NUM_HEADS[arch], "MoCo v3 and this project"
+    reason = f"as {arch} has in {source}; the file does not say it, --num-heads changes it"
+    return num_heads, [f"{num_heads} attention heads, {reason}"]
+
+
+def _merge(file, given):
+    """Settings from the caller, else the file, else DEFAULTS."""
+    saved = {"arch": file.saved.get("arch"), **file.settings}
+    info = DEFAULTS | {name: saved[name] for name in DEFAULTS if saved.get(name) is not None}
+    arch = info["arch"]
+    if arch not in ARCHS and not (isinstance(arch, str) and arch.startswith(TIMM)):
+        info["arch"] = arch = None  # the name that another library has for it
+    if arch is None and "arch" not in given:
+        raise UsageError(f"{file.path} does not say its architecture: give --arch")
+    if arch not in (None, given.get("arch", arch)):
+        raise UsageError(f"{file.path} holds {arch}, not --arch {given['arch']}: leave --arch out")
+    return info | given
+
+
+def _build(path, info):
+    """The encoder that info describes, with a projector of width 1.
+
+    The file may contain any settings: every error is a UsageError.
+    """
+    try:
+        info["mean"], info["std"] = ([float(x) for x in info[name]] for name in ("mean", "std"))
+        if info["grey_range"] is not None:
+            low, high = map(float, info["grey_range"])
+            if not low < high:
+                raise ValueError(f"grey_range {low:g} {high:g}")
+            info["grey_range"] = [low, high]
+        return build_encoder(
+            info["arch"],
+            img_size=info["img_size"],
+            patch_size=info["patch_size"],
+            width=info["width"],
+            small_stem=info["small_stem"],
+            stop_grad_conv1=False,
+            timm_kwargs=dict(info["timm_kwargs"] or []),
+            hidden_dim=1,
+            out_dim=1,
+            num_heads=info["num_heads"],
+        )
+    except UsageError:
+        raise
+    except (TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
+        raise UsageError(
+            f"no encoder can be built from the settings in {path}: {first_line(error)}"
+        ) from error
+
+
+def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
+    """Load everything but the projector of `encoder` from a file.
+
+    Returns lines that say what was loaded and what was ignored. A position embedding for another
+    number of patches is recomputed where it is this project's sin-cos embedding, else interpolated.
+    Weights of a timm: model in its authors' names are converted by timm's own function. Raises
+    UsageError where a tensor of the backbone is missing or has another shape.
+    """
+    head = projector_name(encoder) + "."
+    own = {
+        name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)
+    }
+    tensors, notes = _convert_names(encoder, dict(file.tensors), own)
+    notes += _adapt_position_embedding(encoder, tensors, own)
+    _check_fit(file, tensors, own)
+    loaded = {name: tensors[name] for name in own if name in tensors}
+    if names := not_finite(loaded):
+        raise UsageError(
+            f"{file.path}: {len(names)} of {len(loaded)} tensors are not finite:"
+            f" {first_few(names)}; take an earlier file"
+        )
+    encoder.load_state_dict(loaded, strict=False)
+    ignored = [name for name in tensors if name not in own]
+    heads = [name for name in ignored if name.startswith(head)]
+    others = [name for name in ignored if not name.startswith(head)] + file.others
+    count = f"{len(loaded)} of {len(own)} backbone tensors from {file.path}: {file.layout}"
+    notes = [count, *notes]
+    if len(loaded) < len(own):
+        notes.append("counters of batch norms are not in the file and start at 0")
+    if heads:
+        notes.append(f"ignored: {len(heads)} tensors of its head ({head}*)")
+    if others:
+        notes.append(f"ignored: {len(others)} other tensors: {first_few(others)}")
+    return notes
+
+
+def _missing(tensors, own):
+    """Names of the backbone that are not in tensors. Old files have no counters of batch norms."""
+    return [
+        name for name in own if name not in tensors and not name.endswith("num_batches_tracked")
+    ]
+
+
+def _check_fit(file, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    missing = _missing(tensors, own)
+    differing = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of {len(own)} tensors are missing: {first_few(missing)}")
+    if differing:
+        problems.append(f"{len(differing)} have another shape: {first_few(differing)}")
+    if problems:
+        raise UsageError(
+            f"{file.path} ({file.layout}) does not fit the backbone: {'; '.join(problems)}; "
+            "is --arch the right one?"
+        )
+
+
+def _convert_names(encoder, tensors, own):
+    """The tensors by timm's names, if a timm: model's weights have other names; lines about it."""
+    if not isinstance(encoder, TimmEncoder) or not _missing(tensors, own):
+        return tensors, []
+    converted = encoder.from_authors_names(tensors)
+    notes = []
+    if converted.keys() != tensors.keys():
+        notes.append("names of the model's authors, converted by timm's checkpoint_filter_fn")
+    before, after = (
+        math.isqrt(named["pos_embed"].shape[1])
+        if "pos_embed" in named and named["pos_embed"].ndim == 3
+        else None
+        for named in (tensors, converted)
+    )
+    if before != after:
+        notes.append(
+            f"pos_embed: interpolated from {before} x {before} to {after} x {after} patches"
+        )
+    return converted, notes
+
+
+def _adapt_position_embedding(encoder, tensors, own):
+    """Adapt the position embedding in tensors to the number of patches; a line that says how."""
+    name = "pos_embed"
+    if name not in own or (name in tensors and tensors[name].shape == own[name].shape):
+        return []
+    saved = tensors.get(name)
+    is_fixed = isinstance(encoder, VisionTransformer)  # its own is computed, not learned
+    if saved is not None:
+        if saved.ndim != 3 or saved.shape[2] != own[name].shape[2]:
+            return []  # _check_fit reports it
+        no_class_position = getattr(encoder, "no_embed_class", False)
+        num_prefix_tokens = 0 if no_class_position else encoder.num_prefix_tokens
+        positions = saved.shape[1]
+        side = math.isqrt(max(positions - num_prefix_tokens, 0))
+        if not side or side**2 + num_prefix_tokens != positions:
+            return []
+        # weights depend on the embedding that they were trained with: a learned one, and MoCo v3's
+        # sin-cos embedding, in which rows and columns are exchanged, are interpolated
+        if not is_fixed or not torch.allclose(
+            saved.float(), sincos_position_embedding(side, side, saved.shape[2]), atol=1e-3
+        ):
+            tensors[name] = resample_abs_pos_embed(
+                saved, encoder.patch_embed.grid_size, num_prefix_tokens=num_prefix_tokens
+            )
+            return [f"{name}: interpolated from {positions} to {own[name].shape[1]} positions"]
+    elif not is_fixed:
+        return []
+    tensors[name] = own[name]
+    return [f"{name}: sin-cos, computed for this image size"]
