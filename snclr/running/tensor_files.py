@@ -30,10 +30,9 @@ def save(path: str, state: dict, keep: int = 1) -> None:
                 os.remove(leftover)
         with new_file(path) as file:
             torch.save(state, file)
-            if keep > 1:
-                file.flush()
-                os.fsync(file.fileno())
-                _rename_older(path, keep)
+            file.flush()
+            os.fsync(file.fileno())  # the bytes are on the disk before the file gets its name
+            _rename_older(path, keep)
         folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
         os.fsync(folder)  # makes the new name durable, not only the bytes
         os.close(folder)
