@@ -21,7 +21,8 @@ GROUND = {
 COMMANDS = {"snclr.export", "snclr.mean_std", "snclr.report", "snclr.visualize"}
 TOP = {"main_snclr", "main_lincls", "snclr.__init__"} | COMMANDS
 # The longest chain of imports down to the ground floor, which is not counted. The model needs 4:
-# builder, backbones, heads, batch_norm. So do reports, weights and most of what runs. An image is
+# builder, backbones, heads, batch_norm; what saves the model or writes it for other libraries stands
+# on it. An image is
 # opened in 3 files (images, decoding, high_bit_depth), on which a data set stands with 3 more
 # (sources, files, shards), what shows or checks images with 2 (the loader in between), and
 # evaluation with 4 (probe, state, task, loader).
@@ -31,6 +32,8 @@ LONGER_CHAINS = {
     "snclr.evaluation.": 7,
     "snclr.pictures.": 5,
     "snclr.running.guard": 5,
+    "snclr.running.summary": 5,
+    "snclr.weights.files": 5,
 }
 # lines of a file; longer are lists of flags, models and layouts, and what is best read as a whole
 LONGEST_FILE = 250
