@@ -105,7 +105,7 @@ def main():
         f"batch {args.batch_size}"
     )
     print(f"{measure.hardware(device)}, {args.workers} workers\n")
-    print(measure.table(["", "images/s", "over torchvision and PIL"], rows))
+    print(measure.table(["", "images/s", "ratio"], rows))
 
 
 class PILViews:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("meta")
-# the host needs values for these
+# operations for which the host needs the values
 LOOKS = {
     "_local_scalar_dense",
     "nonzero",
@@ -35,14 +35,14 @@ class Remote(torch.Tensor):
 
     @staticmethod
     def __new__(cls, local):
-        how = dict(
+        layout = dict(
             dtype=local.dtype,
             strides=local.stride(),
             storage_offset=local.storage_offset(),
             device=DEVICE,
         )
         return torch.Tensor._make_wrapper_subclass(
-            cls, local.shape, requires_grad=local.requires_grad, **how
+            cls, local.shape, requires_grad=local.requires_grad, **layout
         )
 
     def __init__(self, local):
@@ -93,8 +93,8 @@ class Accelerator(TorchDispatchMode):
         remote = [isinstance(x, Remote) for x in tensors]
         asked = kwargs.get("device")
         wanted = any(remote) if asked is None else torch.device(asked) == DEVICE
-        where = {"device": torch.device("cpu")} if asked is not None and wanted else {}
-        out = function(*to_host(args), **to_host({**kwargs, **where}))
+        device = {"device": torch.device("cpu")} if asked is not None and wanted else {}
+        out = function(*to_host(args), **to_host({**kwargs, **device}))
         if name in ("_to_copy", "copy_"):
             here, there = remote[-1], remote[0] if name == "copy_" else wanted
             at_once = kwargs.get("non_blocking") or args[2:] == (True,)

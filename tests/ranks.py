@@ -1,9 +1,11 @@
-"""What the multi-rank tests run in processes of their own: started as `python ranks.py OUT JOB...`,
-each rank once.
+"""One rank of a multi-rank test: `python ranks.py OUT JOB...` runs the jobs and saves into OUT.
 
-A job is 'pieces' (collectives, batch norm, objectives, bank, kNN on fixed data) or a command line of main_snclr.py, or of
-main_lincls.py with 'main_lincls:' before it; with 'float64:' the whole run is in double precision, with 'term:' the loss has
-a further term. Results are left in OUT.
+A job is 'pieces' (collectives, batch norm, objectives, bank, kNN on fixed data) or a command line
+of main_snclr.py. Prefixes, in this order:
+
+main_lincls:  the command line is one of main_lincls.py
+term:         the loss has a further term, in this job and all later ones
+float64:      the run is in double precision
 """
 
 import os
@@ -58,7 +60,7 @@ def objectives():
                     form=form,
                 )
             )
-    found = {}
+    results = {}
     for name, loss in losses.items():
         q, y = mine(query).requires_grad_(), mine(online).requires_grad_()
         value = loss(q, y, mine(key), mine(rows)) / distributed.world_size()
@@ -67,8 +69,8 @@ def objectives():
             distributed.all_gather(torch.zeros_like(x) if x.grad is None else x.grad)
             for x in (q, y)
         ]
-        found[name] = [distributed.all_sum(value), *grads]
-    return found
+        results[name] = [distributed.all_sum(value), *grads]
+    return results
 
 
 def batch_norm(shape):
@@ -122,7 +124,7 @@ def nearest():
 
 
 def add_term(patch=setattr):
-    """Let the loss have a further term, 'size', as a fork would by one line."""
+    """Add a further term, 'size', to the loss, as a fork would in one line."""
     show = SNCLR._show
 
     def _show(self, projection, *arguments):
@@ -136,13 +138,13 @@ def add_term(patch=setattr):
 def pieces(out):
     torch.set_default_dtype(torch.float64)
     process_group.start()
-    found = {
+    results = {
         "objectives": objectives(),
         "batch_norm": {"1d": batch_norm((N, 5)), "2d": batch_norm((N, 5, 3, 2))},
         "bank": bank(),
         "knn": nearest(),
     }
-    torch.save(found, out / f"pieces_{distributed.rank()}.pt")
+    torch.save(results, out / f"pieces_{distributed.rank()}.pt")
     process_group.stop()
 
 

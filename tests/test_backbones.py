@@ -67,7 +67,7 @@ def shallow(monkeypatch):
 
 
 def test_flags_and_backbones_know_the_same_archs():
-    assert options.ARCHS == (*backbones.VITS, *backbones.RESNETS)
+    assert (*backbones.VITS, *backbones.RESNETS) == options.ARCHS
 
 
 def test_unknown_arch_is_refused_and_the_known_ones_are_named():

@@ -1,6 +1,4 @@
-"""What a GPU is asked to do, on a pretended one: the same results as on a CPU, and no step that
-makes the host wait.
-"""
+"""The code for GPUs, run on a pretended one: equal results, and no step makes the host wait."""
 
 import contextlib
 import importlib
@@ -26,9 +24,10 @@ from snclr.evaluation.options import STATE_FILE
 from snclr.running import checkpoint, distributed, process_group, tensor_files
 
 RUN = (
-    "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 1000 --topk 3 --epochs 2 -b 12 "
-    "--optimizer lars --lr 0.1 --workers 0 --print-freq 100 --eval-freq 0 --viz-freq 0"  # 2 steps an epoch
-)
+    "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 1000 "
+    "--topk 3 --epochs 2 -b 12 --optimizer lars --lr 0.1 --workers 0 --print-freq 100 "
+    "--eval-freq 0 --viz-freq 0"
+)  # 2 steps an epoch
 VARIANTS = (
     "--eval-freq 1 --viz-freq 1",
     "--form log_of_sum --optimizer adamw",
@@ -41,9 +40,10 @@ VARIANTS = (
     "--micro-batch 3",
     "--grad-checkpointing",
     "--arch vit_tiny --patch-size 16",
-    "--arch timm:test_efficientnet --img-size 80 --blur",  # larger than what a CPU augments in batches
+    # larger than what a CPU augments in batches
+    "--arch timm:test_efficientnet --img-size 80 --blur",
 )
-NO_OP = "ignore:.*which is a no-op"  # said of copies to the meta device, which ours is not
+NO_OP = "ignore:.*which is a no-op"  # a warning about copies to the meta device
 PROBES = (
     ("vit", "--lrs 0.1 1"),
     ("resnet", "--lrs 0.1 1 --cache-features --cache-copies 2 --select val"),
@@ -54,7 +54,7 @@ PROBES = (
 
 @pytest.fixture(scope="module", autouse=True)
 def doubles():
-    """So that the order of a sum is no matter."""
+    """Use float64, so that the order of sums hardly matters."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -126,11 +126,11 @@ def watch(monkeypatch, accelerator, begin, ends):
     return waited
 
 
-def assert_close(found, expected):
-    assert found.keys() == expected.keys()
+def assert_close(actual, expected):
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name], value, rtol=1e-9, atol=1e-9, msg=lambda told, name=name: f"{name}: {told}"
+            actual[name], value, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -312,5 +312,5 @@ def test_a_benchmark_runs_there(name, folder, tmp_path, monkeypatch, capsys, acc
             module.main()
     finally:
         torch.set_default_dtype(torch.float64)
-    told = capsys.readouterr().out
-    assert all(side in told for side in expected)
+    output = capsys.readouterr().out
+    assert all(row in output for row in expected)

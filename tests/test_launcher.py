@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_ranks import SMALL, free_ports, write_images
+from test_ranks import SMALL, free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [*SMALL.split(), "--stop-after-steps", "2", "--eval-freq", "0"]
@@ -21,8 +21,8 @@ echo "srun $*" >> "$STUB_LOG"
 while [[ $1 == --* ]]; do shift; done
 pids=()
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
-  SLURM_STEP_ID=0 SLURM_STEP_NUM_NODES=$SLURM_JOB_NUM_NODES SLURM_STEP_NODELIST=$SLURM_JOB_NODELIST \
-    SLURM_NODEID=$node SLURM_PROCID=$node "$@" &
+  SLURM_STEP_ID=0 SLURM_STEP_NUM_NODES=$SLURM_JOB_NUM_NODES \
+    SLURM_STEP_NODELIST=$SLURM_JOB_NODELIST SLURM_NODEID=$node SLURM_PROCID=$node "$@" &
   pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid" || exit $?; done
@@ -282,11 +282,6 @@ def test_a_port_in_use_is_said(start):
     assert (
         done.returncode == 2 and f"port {port} is in use: set MASTER_PORT to a free one" in done.err
     )
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def losses(workdir):

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_ranks import SMALL, start_ranks, write_images
+from test_ranks import start_ranks
 from torch import nn
 
 import main_lincls
-import main_snclr
 from snclr import augment
 from snclr.datasets import sources
 from snclr.evaluation import cache, confusion, features, knn, linear
@@ -25,13 +24,6 @@ from snclr.weights import load as weights
 
 RATES, DIMS, CLASSES = (0.01, 0.3, 2.0), {"token": 4, "token+mean": 7}, 5
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 # -- the grid of heads -------------------------------------------------------------------------
@@ -186,31 +178,6 @@ def test_the_digest_sees_every_bit():
     assert features.digest(module) != changed
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module", params=["resnet8", "vit_tiny"])
-def pretrained(request, images, tmp_path_factory):
-    """A checkpoint after two steps."""
-    workdir = tmp_path_factory.mktemp(request.param)
-    flags = SMALL.replace("resnet8", request.param).split()
-    main_snclr.main(
-        [
-            str(images),
-            *flags,
-            "--eval-freq",
-            "0",
-            "--stop-after-steps",
-            "2",
-            "--workdir",
-            str(workdir),
-        ]
-    )
-    return workdir / "checkpoint_last.pth.tar"
-
-
 PROBE = "--epochs 4 -b 8 -j 0 --lrs 0.01 0.1 1 --amp off"
 
 
@@ -267,11 +234,11 @@ def test_a_probe_writes_its_results(images, pretrained, tmp_path, capsys):
 
 
 def interrupted_after(epochs):
-    """state.save, and then a Ctrl-C after so many epochs."""
+    """A state.save that raises KeyboardInterrupt after so many epochs."""
     saves, save = [], evaluation_state.save
 
-    def interrupted(*arguments, **named):
-        save(*arguments, **named)
+    def interrupted(*args, **kwargs):
+        save(*args, **kwargs)
         saves.append(1)
         if len(saves) == epochs:
             raise KeyboardInterrupt

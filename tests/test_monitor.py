@@ -370,9 +370,9 @@ def test_farewell_tells_the_result_and_what_to_do_next(done, expected, tmp_path)
         {"epoch": 2, "step": 8, "knn_top1": 55.5},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = final_lines(str(tmp_path), done=done)
-    assert "raw pixels 20.0 %, untrained 30.0 %, epoch 2: 55.5 %" in told
-    assert expected in told
+    printed = final_lines(str(tmp_path), done=done)
+    assert "raw pixels 20.0 %, untrained 30.0 %, epoch 2: 55.5 %" in printed
+    assert expected in printed
 
 
 def test_farewell_without_evaluation_does_not_speak_of_one(tmp_path):
@@ -415,7 +415,7 @@ def test_waits_are_the_time_inside_the_blocks_since_the_last_call(monkeypatch):
 
 def test_waits_on_a_gpu_are_between_marks_in_its_own_work(monkeypatch):
     class Event:
-        """One that the GPU passes 2 ms after the one before it, whatever the host does meanwhile."""
+        """An event 2 ms after the one before it on the GPU, whatever the host does."""
 
         passed = 0
 

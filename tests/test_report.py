@@ -270,7 +270,8 @@ def test_what_stands_in_the_files_is_words_and_never_markup(tmp_path):
         "[1]",
         '{"step": 5}',
         '{"epoch": 2, "step": 5, "lo',
-        '{"epoch": 2, "step": 5, "loss": NaN, "knn_top1": Infinity, "loss_ratio": "x", "feature_std": true}',
+        '{"epoch": 2, "step": 5, "loss": NaN, "knn_top1": Infinity, "loss_ratio": "x", '
+        '"feature_std": true}',
         '{"epoch": 2, "step": 5, "loss": null, "knn_top1": [1], "images_per_s": 1'
         + "0" * 400
         + "}",
@@ -423,11 +424,13 @@ def test_a_browser_shows_it_without_a_complaint(finished, width, tmp_path):
     if browser is None:
         pytest.skip("no chromium to open the report with")
     shutil.copy(finished / "report.html", tmp_path)
-    look = "const d=this.contentDocument,i=[...d.images];document.title=[d.documentElement.scrollWidth,i.length,"
+    look = "const d=this.contentDocument,i=[...d.images];"
+    look += "document.title=[d.documentElement.scrollWidth,i.length,"
     look += "i.every(e=>e.naturalWidth>0),d.querySelectorAll('svg').length]"
     frame = tmp_path / "frame.html"  # windows are 500 px wide at least, frames are not
     frame.write_text(
-        f'<iframe src="report.html" width="{width}" height="900" frameborder="0" onload="{look}"></iframe>'
+        f'<iframe src="report.html" width="{width}" height="900" frameborder="0" '
+        f'onload="{look}"></iframe>'
     )
     flags = [
         "--headless=new",

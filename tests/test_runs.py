@@ -25,11 +25,6 @@ NEIGHBOURS = {
 }
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
 def train(images, workdir, *flags):
     """Run and return the lines of metrics.jsonl: of the evaluations and of the training steps."""
     main_snclr.main([str(images), *SMALL.split(), "--workdir", str(workdir), *flags])

@@ -56,7 +56,7 @@ def test_what_is_no_file_is_not_replaced(write, make, tmp_path):
 def test_a_name_that_is_taken_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(safe_files.secrets, "token_hex", lambda _: "taken")
     (tmp_path / "file.taken.tmp").symlink_to(tmp_path / "victim")
-    with pytest.raises(RunError, match="cannot write .*File exists"):
+    with pytest.raises(RunError, match=r"cannot write .*File exists"):
         safe_files.save_text(str(tmp_path / "file"), "new")
     assert not (tmp_path / "victim").exists() and (tmp_path / "file.taken.tmp").is_symlink()
 
@@ -158,7 +158,7 @@ def test_lines_that_hold_no_object_are_ignored(tmp_path):
     assert safe_files.read_json_lines(str(path)) == [{"a": 1}, {"b": "\u2028"}]
 
 
-# -- content -----------------------------------------------------------------------------------------
+# -- content ---------------------------------------------------------------------------------------
 
 
 def test_plain_tensors_are_those_with_ordinary_content_under_a_name():

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_backbones import build
-from test_ranks import CLOCK, SMALL, read_lines, write_images
+from test_ranks import CLOCK, SMALL, read_lines
 
 import main_snclr
 from snclr import augment, visualize
@@ -215,11 +215,6 @@ def test_retrieval_shows_the_nearest_and_never_the_image_itself():
 
 
 # -- whole runs ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def train(images, workdir, *flags):

@@ -11,16 +11,11 @@ import timm
 import torch
 import torchvision
 from test_backbones import build
-from test_ranks import SMALL, write_images
+from test_ranks import SMALL
 
 import main_snclr
 from snclr.running.errors import UsageError
 from snclr.weights import load as weights
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def tiny(seed=0, **settings):

@@ -1,4 +1,4 @@
-"""Files that go wrong: images that cannot be read, a full disk, other images, a worker that dies, two runs in one folder."""
+"""Unreadable images, a full disk, other images, a dying worker, two runs in one folder."""
 
 import contextlib
 import io
@@ -136,7 +136,7 @@ def test_substitutes_are_drawn_alike_by_every_number_of_ranks_and_workers(spoilt
         assert loader.replaced == set(order.tolist()) & {0, 3, 8, 11, 17, 25} != set()
     ids = one[0].ids
     assert torch.equal(ids, torch.cat([part.ids for part in parts]))
-    assert all(torch.equal(ids, torch.cat(found)) for found in loaded)
+    assert all(torch.equal(ids, torch.cat(parts)) for parts in loaded)
     assert torch.equal(one[0].crops[0][:16], torch.cat([part.crops[0][:4] for part in parts]))
     replaced = ids.numpy() != order
     assert (
@@ -151,10 +151,10 @@ def test_a_run_skips_what_cannot_be_read_lists_it_and_goes_on_exactly_after_a_st
     flags = ["--on-bad-image", "skip", "-j", "2"]
     train(spoilt, tmp_path / "whole", *flags)
     out = capsys.readouterr().out
-    told = [
+    is_reported = [
         int(line.split()[1]) for line in out.splitlines() if "more images cannot be read" in line
     ]
-    assert sum(told) == 6
+    assert sum(is_reported) == 6
     listed = (tmp_path / "whole/bad_images.txt").read_text().splitlines()
     assert [line.split("train/")[1].split(":")[0] for line in listed] == [
         f"a/{n}.png" for n in ("00", "03", "08", "11", "17")
@@ -287,7 +287,7 @@ def test_images_that_were_exchanged_or_renamed_between_two_starts_are_noticed(im
     train(tmp_path / "moved", tmp_path / "run", "--resume", "auto", "--eval-freq", "0")
 
 
-# -- a full disk -----------------------------------------------------------------------------------------------------------
+# -- a full disk -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -309,7 +309,7 @@ def small_disk(tmp_path):
 def test_on_a_full_disk_the_old_checkpoint_stays_the_run_goes_on_and_tries_again(
     images, small_disk, tmp_path, monkeypatch, capsys
 ):
-    """Full from the second save to the fourth; what a run then leaves is what it would have left."""
+    """Full from the second save to the fourth; the run must end with the same files as without."""
     train(images, tmp_path / "alone", "--epochs", "6")
     saves, original, ballast, seen = [], main_snclr.write_files, small_disk / "ballast", []
 
@@ -360,7 +360,7 @@ def test_a_last_save_that_fails_is_an_error(images, tmp_path, monkeypatch):
         train(images, tmp_path, "--stop-after-steps", "5", "--eval-freq", "0")
 
 
-# -- workers and folders ---------------------------------------------------------------------------------------------------
+# -- workers and folders ---------------------------------------------------------------------------
 
 
 class Killed(EncodedImages):
@@ -383,16 +383,19 @@ def test_a_worker_that_dies_is_one_line(capsys):
                 [(0, np.arange(4)), (0, np.arange(4, 8))]
             )
         )
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
         caught.value.code == 1
-        and "DataLoader worker" in told
-        and "out of memory?" in told
-        and told.count("\n") == 1
+        and "DataLoader worker" in message
+        and "out of memory?" in message
+        and message.count("\n") == 1
     )
 
 
-HOLD = "import sys, time; from snclr.running import lock; lock.hold(sys.argv[1], 'x'); print('held', flush=True); time.sleep(60)"
+HOLD = (
+    "import sys, time; from snclr.running import lock; lock.hold(sys.argv[1], 'x'); "
+    "print('held', flush=True); time.sleep(60)"
+)
 
 
 def test_a_second_run_in_a_workdir_is_refused_and_a_dead_one_leaves_no_lock(tmp_path):

@@ -1,4 +1,4 @@
-"""Files that want to run code, reach out of their folder or exhaust the machine; and a selection of the fuzzer's cases."""
+"""Files that try to run code, leave their folder or exhaust memory; some cases of the fuzzer."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Ranks that die or hang: who failed is said, the others end, and with MAX_RESTARTS the run goes on by itself."""
+"""Ranks that die or hang: they are named, the others end, and MAX_RESTARTS starts them again."""
 
 import os
 import re
@@ -16,7 +16,7 @@ HOST = socket.gethostname()
 
 
 def losing(images, workdir, number, *flags, **environment):
-    """Start a run, send a signal to its rank 1 after step 2; exit code, output and seconds until the end."""
+    """Send a signal to rank 1 after step 2; exit code, output and seconds until the end."""
     run = attack.start(images, *attack.FLAGS, "--workdir", workdir, *flags, **environment)
     attack.wait_for_step(workdir, 2, run)
     os.kill(attack.rank_pid(run, 1), number)
@@ -63,7 +63,10 @@ def test_ranks_whose_launcher_is_killed_before_they_know_it_end_by_themselves(im
     assert run.communicate()[0].count("the launcher has ended") == 2
 
 
-MEET = "import os, time; from snclr.running import process_group; time.sleep(float(os.environ['LATE'])); process_group.start(0.5); os._exit(0)"
+MEET = (
+    "import os, time; from snclr.running import process_group; "
+    "time.sleep(float(os.environ['LATE'])); process_group.start(0.5); os._exit(0)"
+)
 
 
 def test_ranks_that_torchrun_starts_again_do_not_look_for_those_that_died():

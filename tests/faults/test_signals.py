@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1, SIGINT: finish the step, save, leave with code 75 on all ranks; go on from there exactly."""
+"""SIGTERM, SIGUSR1, SIGINT: finish the step, save, exit with code 75 on all ranks, resume."""
 
 import json
 import os
@@ -324,7 +324,7 @@ def test_launcher_passes_a_signal_on_waits_and_a_second_interrupt_ends_it_at_onc
 def test_a_signal_to_the_whole_group_takes_no_images_from_the_step_that_is_finished(
     images, tmp_path
 ):
-    """As SLURM signals every process of a step, and a terminal those in front: the workers that load images, too."""
+    """SLURM and terminals also signal the workers that load images."""
     root = Path(shutil.copytree(images, tmp_path / "images"))
     write_png(
         torch.zeros(3, 40, 40, dtype=torch.uint8), str(root / "train/a/00.png")
