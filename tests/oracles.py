@@ -78,12 +78,12 @@ def pairs(num_views):
     """Every view is a query against each of the two global views (0 and 1) but itself: list of
     (query, key view).
     """
-    found = []
+    matches = []
     for key in range(2):
         for query in range(num_views):
             if query != key:
-                found.append((query, key))
-    return found
+                matches.append((query, key))
+    return matches
 
 
 def snclr_step(y, z, keys, bank, rows, temperature):

@@ -29,7 +29,7 @@ from snclr.running.batch_norm import synchronise_batch_norm
 N, D, M, K = 8, 6, 20, 3  # global batch, dimensions, bank, neighbours
 
 
-def mine(x):
+def share_of(x):
     """This rank's contiguous share of a global tensor."""
     return x.chunk(distributed.world_size())[distributed.rank()].clone()
 
@@ -62,8 +62,8 @@ def objectives():
             )
     results = {}
     for name, loss in losses.items():
-        q, y = mine(query).requires_grad_(), mine(online).requires_grad_()
-        value = loss(q, y, mine(key), mine(rows)) / distributed.world_size()
+        q, y = share_of(query).requires_grad_(), share_of(online).requires_grad_()
+        value = loss(q, y, share_of(key), share_of(rows)) / distributed.world_size()
         value.backward()
         grads = [
             distributed.all_gather(torch.zeros_like(x) if x.grad is None else x.grad)
@@ -83,10 +83,10 @@ def batch_norm(shape):
     norms = nn.Sequential(kind(shape[1]), kind(shape[1], affine=False, momentum=None))
     nn.init.uniform_(norms[0].weight)
     norms = synchronise_batch_norm(norms, torch.device("cpu"))
-    share = mine(x).requires_grad_()
+    share = share_of(x).requires_grad_()
     for _ in range(2):
         out = norms(share)
-    (out * mine(target)).sum().backward()
+    (out * share_of(target)).sum().backward()
     parameters = [distributed.all_sum(p.grad) for p in norms.parameters()]
     evaluated = norms.eval()(share)
     return [
@@ -102,8 +102,8 @@ def bank():
     bank = MemoryBank(M, D)
     for step in range(3):
         keys, ids = torch.randn(N, D), torch.arange(N) + step
-        bank.enqueue(distributed.all_gather(mine(keys)), distributed.all_gather(mine(ids)))
-    scores, rows = bank.search(mine(torch.randn(N, D)), K, mine(torch.arange(N)))
+        bank.enqueue(distributed.all_gather(share_of(keys)), distributed.all_gather(share_of(ids)))
+    scores, rows = bank.search(share_of(torch.randn(N, D)), K, share_of(torch.arange(N)))
     return [
         *bank.state_dict().values(),
         distributed.all_gather(scores),

@@ -209,11 +209,11 @@ def test_position_embedding_equals_the_loop(rows, columns, width):
             expected.append(line)
     torch.set_default_dtype(torch.float64)
     try:
-        found = sincos_position_embedding(rows, columns, width)
+        actual = sincos_position_embedding(rows, columns, width)
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(
-        found, torch.tensor([expected], dtype=torch.float64), rtol=1e-12, atol=1e-12
+        actual, torch.tensor([expected], dtype=torch.float64), rtol=1e-12, atol=1e-12
     )
 
 
@@ -377,7 +377,7 @@ def test_a_timm_model_trains_with_a_momentum_encoder_of_its_own():
         ("deit_tiny_distilled_patch16_224", {}, "no single classifier"),
     ],
 )
-def test_what_timm_refuses_is_said_in_one_line(name, settings, named):
+def test_what_timm_refuses_is_one_line_of_error(name, settings, named):
     with pytest.raises(UsageError, match=named) as caught:
         build(f"timm:{name}", timm_kwargs=settings)
     assert "\n" not in str(caught.value)

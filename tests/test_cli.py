@@ -163,7 +163,7 @@ def content(folder):
         ("--batch-size 1", "--batch-size"),
     ],
 )
-def test_wrong_flags_are_answered_in_one_line_that_names_them(flags, named):
+def test_wrong_flags_are_named_in_one_line(flags, named):
     assert named in refused(*flags.split())
 
 
@@ -262,7 +262,7 @@ def test_every_flag_is_explained():
     assert [flag.dest for flag in FLAGS if not flag.help] == []
 
 
-def test_every_flag_says_what_a_resumed_run_does_with_it():
+def test_every_flag_states_what_a_resumed_run_does_with_it():
     assert set(options.ON_RESUME) == {flag.dest for flag in FLAGS}
     with pytest.raises(ValueError, match="must be fixed, reported or free, found 'never'"):
         options.flag(argparse.ArgumentParser(), "--new", on_resume="never")
@@ -339,14 +339,18 @@ def test_there_are_recipes():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_parses_and_says_what_it_is_for(path):
+def test_recipe_parses_and_states_its_purpose(path):
     parse(*recipe(path))
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert path.read_text().startswith("#")
-    told = " ".join(line[2:] for line in head)
-    assert "Source: " in told and ("not measured" in told or "docs/RESULTS.md" in told)
+    header = " ".join(line[2:] for line in head)
+    assert "Source: " in header and ("not measured" in header or "docs/RESULTS.md" in header)
     if path.parent.name == "configs":  # an ablation's are those of its base
-        assert "Hardware" in told and "memory" in told and ("hours" in told or "minutes" in told)
+        assert (
+            "Hardware" in header
+            and "memory" in header
+            and ("hours" in header or "minutes" in header)
+        )
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
@@ -372,7 +376,7 @@ def test_a_recipe_here_is_preferred_to_the_repositorys(tmp_path):
     assert parse("@configs/embedded.args").topk == 3
 
 
-def test_the_recipes_of_the_methods_differ_in_the_method_alone():
+def test_the_recipes_of_the_methods_differ_only_in_the_method():
     base = ROOT / "configs/cifar10_resnet18.args"
     for method in ("nnclr", "mocov3", "mocov2"):
         other = vars(parse(*recipe(base.with_stem(f"{base.stem}_{method}"))))
@@ -518,7 +522,7 @@ def test_batch_larger_than_the_data_set_is_refused_and_nothing_is_left(images):
 
 
 @pytest.mark.parametrize("flags", [[], ["--resume", "auto"]])
-def test_a_probe_in_the_workdir_of_a_pretraining_run_is_refused_and_that_stays_as_it_is(
+def test_a_probe_in_the_workdir_of_a_pretraining_run_is_refused_and_the_folder_is_not_changed(
     flags, images, run
 ):
     before, checkpoint = content(run), run / "checkpoint_last.pth.tar"
@@ -537,7 +541,7 @@ def test_a_probe_in_the_workdir_of_a_pretraining_run_is_refused_and_that_stays_a
 
 
 @pytest.mark.parametrize("flags", [[], ["--resume", "elsewhere.pth.tar"]])
-def test_workdir_of_another_run_is_refused_and_stays_as_it_is(flags, images, run):
+def test_workdir_of_another_run_is_refused_and_not_changed(flags, images, run):
     shutil.copy(run / "checkpoint_last.pth.tar", "elsewhere.pth.tar")
     before = content(run)
     assert "holds another run" in refused(
@@ -573,7 +577,7 @@ def test_resume_auto_without_workdir_is_refused():
     assert "--workdir" in refused("--resume", "auto")
 
 
-def test_without_a_whole_checkpoint_the_run_is_refused_and_stays_as_it_is(images, run):
+def test_without_a_readable_checkpoint_the_run_is_refused_and_not_changed(images, run):
     for name in ("last", "last-1"):
         path = run / f"checkpoint_{name}.pth.tar"
         path.write_bytes(path.read_bytes()[:5000])
@@ -594,7 +598,7 @@ def test_without_a_whole_checkpoint_the_run_is_refused_and_stays_as_it_is(images
         ("--crop-min 0.5", "crop_min 0.08 -> 0.5"),
     ],
 )
-def test_checkpoint_of_other_settings_is_refused_and_the_run_stays_as_it_is(
+def test_checkpoint_of_other_settings_is_refused_and_the_run_is_not_changed(
     flags, named, images, run
 ):
     before = content(run)
@@ -604,12 +608,12 @@ def test_checkpoint_of_other_settings_is_refused_and_the_run_stays_as_it_is(
     assert content(run) == before
 
 
-def test_resume_auto_begins_where_there_is_nothing_yet(images):
+def test_resume_auto_starts_a_new_run_in_an_empty_folder(images):
     main_snclr.main(tiny(images, "--workdir", "new", "--resume", "auto", "--stop-after-steps", 1))
     assert Path("new/checkpoint_last.pth.tar").exists()
 
 
-def test_checkpoint_named_without_its_folder_goes_on_in_the_current_one(images, run, monkeypatch):
+def test_checkpoint_named_without_a_folder_is_resumed_in_the_current_one(images, run, monkeypatch):
     monkeypatch.chdir(run)
     main_snclr.main(tiny(images, "--resume", "checkpoint_last.pth.tar"))
 

@@ -65,7 +65,7 @@ def test_lines_are_at_most_100_columns():
     assert too_long == []
 
 
-def test_no_figure_is_left_open():
+def test_no_page_has_an_open_figure():
     assert [path.name for path in PAGES if re.search(r"@[A-Z]+@|TODO", path.read_text())] == []
 
 
@@ -105,7 +105,7 @@ def test_the_list_of_files_is_that_of_the_package():
     assert sorted(listed) == sorted(name for name in files if "__init__" not in name)
 
 
-def test_public_functions_say_their_types():
+def test_public_functions_have_type_annotations():
     bare = []
     for path in ROOT.glob("snclr/**/*.py"):
         top = ast.parse(path.read_text()).body

@@ -204,7 +204,7 @@ def test_ranks_exchange_what_is_on_the_device_and_do_not_wait(
     assert len(exchanged) > 20 and all(isinstance(x, Remote) for x in exchanged)
 
 
-def test_a_bank_in_bfloat16_is_that_of_a_cpu_and_nobody_waits_for_it(accelerated):
+def test_a_bank_in_bfloat16_equals_that_of_a_cpu_and_the_host_does_not_wait(accelerated):
     keys, queries = torch.randn(700, 16), torch.randn(8, 16)
 
     def found_on(device):
@@ -227,7 +227,7 @@ def test_a_bank_in_bfloat16_is_that_of_a_cpu_and_nobody_waits_for_it(accelerated
     with accelerated() as accelerator:
         gpu = to_host(found_on(DEVICE))
     assert not [
-        place for place in accelerator.waits if ".py" in place
+        line for line in accelerator.waits if ".py" in line
     ]  # the bank itself is put there by this test
     assert torch.equal(gpu[1], cpu[1])
     for one, other in zip(gpu, cpu, strict=True):

@@ -201,7 +201,7 @@ def test_inside_a_step_the_node_takes_its_part(start):
     ]
 
 
-def test_the_shell_of_salloc_starts_srun_also_where_it_is_a_step_itself(start):
+def test_the_shell_of_salloc_starts_srun_also_if_it_is_a_step(start):
     command = dry(
         start, **SLURM, SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_NODES="1", SLURM_NODEID="0"
     )
@@ -273,7 +273,7 @@ def test_wrong_settings_are_answered_in_one_line(start, environment, named):
     )
 
 
-def test_a_port_in_use_is_said(start):
+def test_a_port_in_use_is_an_error(start):
     with socket.socket() as server:
         server.bind(("", 0))
         server.listen()
@@ -290,7 +290,7 @@ def losses(workdir):
 
 
 @pytest.fixture(scope="module")
-def alone(images, tmp_path_factory):
+def single_process(images, tmp_path_factory):
     """The losses of one process."""
     workdir = tmp_path_factory.mktemp("alone")
     command = [sys.executable, MAIN, str(images), *TRAIN, "--workdir", str(workdir / "run")]
@@ -298,7 +298,7 @@ def alone(images, tmp_path_factory):
     return losses(workdir / "run")
 
 
-def test_two_machines_give_the_losses_of_one_process(start, images, tmp_path, alone):
+def test_two_machines_give_the_losses_of_one_process(start, images, tmp_path, single_process):
     (port,) = free_ports(1)
     environment = {
         "NNODES": "2",
@@ -312,12 +312,14 @@ def test_two_machines_give_the_losses_of_one_process(start, images, tmp_path, al
     ]
     outputs = [node.communicate(timeout=200) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-4)
+    assert losses(tmp_path / "run") == pytest.approx(single_process, rel=1e-4)
     assert json.loads((tmp_path / "run/args.json").read_text())["world_size"] == 2
     assert "step 2/10" in outputs[1][0] and "step" not in outputs[0][0]  # node 0 speaks
 
 
-def test_a_slurm_job_of_two_nodes_gives_the_losses_of_one_process(start, images, tmp_path, alone):
+def test_a_slurm_job_of_two_nodes_gives_the_losses_of_one_process(
+    start, images, tmp_path, single_process
+):
     done = start(
         images,
         *TRAIN,
@@ -327,7 +329,7 @@ def test_a_slurm_job_of_two_nodes_gives_the_losses_of_one_process(start, images,
         **{**SLURM, "SLURM_JOB_ID": str(os.getpid())},
     )
     assert done.returncode == 0, done.err
-    assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-4)
+    assert losses(tmp_path / "run") == pytest.approx(single_process, rel=1e-4)
     assert (tmp_path / "log").read_text().count("srun") == 1 and done.out.count("step 2/10") == 1
 
 

@@ -45,7 +45,7 @@ def train_one_head(grid, kind, norm, rate, steps, factors):
     return layer, normalise.eval()
 
 
-def test_each_head_of_the_grid_equals_training_it_alone(float64):
+def test_each_head_of_the_grid_equals_a_head_trained_separately(float64):
     torch.manual_seed(0)
     steps = [(torch.randn(12, 7) * 3 + 1, torch.randint(CLASSES, (12,))) for _ in range(9)]
     factors = [1.0, 0.9, 0.7, 0.5, 0.5, 0.3, 0.2, 0.1, 0.0]
@@ -262,7 +262,7 @@ def test_a_resumed_probe_equals_the_uninterrupted_one(images, pretrained, tmp_pa
         probe(images, pretrained, tmp_path / "parts", "--resume", "auto", "--seed", 1)
 
 
-def test_a_head_has_the_same_result_in_a_grid_and_alone(images, pretrained, tmp_path):
+def test_a_head_has_the_same_result_in_a_grid_and_separately(images, pretrained, tmp_path):
     grid = {
         (h["features"], h["norm"]): h
         for h in probe(images, pretrained, tmp_path / "grid")["heads"]
@@ -483,7 +483,7 @@ def test_the_chosen_head_is_trained_again_on_all_images(images, pretrained, tmp_
     assert result["retrained_top1"] == pytest.approx(history[-1])
 
 
-def test_an_interrupted_retraining_goes_on(images, pretrained, tmp_path, monkeypatch):
+def test_an_interrupted_retraining_is_resumed(images, pretrained, tmp_path, monkeypatch):
     whole = probe(images, pretrained, tmp_path / "whole", "--retrain")
     with monkeypatch.context() as patch:
         patch.setattr(evaluation_state, "save", interrupted_after(6))

@@ -355,19 +355,19 @@ def test_evaluation_sees_the_central_seven_eighths(tmp_path, kind, height, width
     originals = [rgb(picture(height, width, seed)).to(torch.uint8) for seed in range(3)]
     whole = as_sets(originals)[kind](tmp_path).whole(np.array([2, 0]), size)
     side = round(min(height, width) * 7 / 8)
-    for image, found in zip([originals[2], originals[0]], whole, strict=True):
+    for image, actual in zip([originals[2], originals[0]], whole, strict=True):
         expected = F.resize(
             F.center_crop(image, side), [size, size], InterpolationMode.BILINEAR, antialias=True
         )
         if (height - side) % 2 == 0 and (
             width - side
         ) % 2 == 0:  # else torchvision may cut half a pixel elsewhere
-            assert levels_apart(found, expected) <= 1
+            assert levels_apart(actual, expected) <= 1
         top, left = (height - side) // 2, (width - side) // 2
         expected = F.resized_crop(
             image, top, left, side, side, [size, size], InterpolationMode.BILINEAR, antialias=True
         )
-        assert levels_apart(found, expected) <= 1
+        assert levels_apart(actual, expected) <= 1
 
 
 @pytest.mark.parametrize("kind", ["resident", "files"])

@@ -45,9 +45,9 @@ def test_every_method_trains_and_logs_what_it_has(images, tmp_path, method):
     assert len(steps) == 10 and all(math.isfinite(line["loss"]) for line in steps)
     common = "epoch step loss loss_ratio lr momentum images_per_s data_wait grad_norm feature_std"
     assert set(common.split()) <= set(steps[-1])
-    found = {name for name in BANK | NEIGHBOURS if name in steps[-1]}
+    logged = {name for name in BANK | NEIGHBOURS if name in steps[-1]}
     assert (
-        found
+        logged
         == {
             "snclr": BANK | NEIGHBOURS,
             "nnclr": BANK | NEIGHBOURS,
@@ -230,7 +230,7 @@ def state_of(workdir):
     return torch.load(workdir / "checkpoint_last.pth.tar", weights_only=True)
 
 
-def test_steps_that_stay_non_finite_stop_the_run_naming_step_and_images_and_keep_the_checkpoint(
+def test_repeated_non_finite_steps_stop_the_run_name_step_and_images_and_keep_the_checkpoint(
     images, tmp_path, poison
 ):
     train(images, tmp_path, "--stop-after-steps", "5")
@@ -241,9 +241,11 @@ def test_steps_that_stay_non_finite_stop_the_run_naming_step_and_images_and_keep
     ):
         train(images, tmp_path, "--resume", "auto", "--print-freq", "10", "--skip-non-finite", "2")
     assert (tmp_path / "checkpoint_last.pth.tar").read_bytes() == kept
-    told = json.loads((tmp_path / "non_finite.json").read_text())
+    record = json.loads((tmp_path / "non_finite.json").read_text())
     order = augment.epoch_order(0, 1, 40)
-    assert told["step"] == 8 and told["ranks"] == [0] and told["images"] == order[16:24].tolist()
+    assert (
+        record["step"] == 8 and record["ranks"] == [0] and record["images"] == order[16:24].tolist()
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars", "sgd", "timm.optim.NAdamW"])
@@ -302,7 +304,7 @@ def test_a_network_that_gives_nan_poisons_neither_bank_nor_running_statistics(
     assert (state["module.memory_bank.ids"] >= 0).sum() == 30
 
 
-def test_collapse_is_told_once(images, tmp_path, monkeypatch, capsys):
+def test_collapse_is_reported_once(images, tmp_path, monkeypatch, capsys):
     project = builder.SNCLR._project
     monkeypatch.setattr(
         builder.SNCLR, "_project", lambda *arguments: [y * 1e-9 + 1 for y in project(*arguments)]

@@ -70,7 +70,7 @@ def test_an_error_in_the_block_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
-def test_what_a_killed_save_left_is_removed_by_the_next_one(tmp_path):
+def test_files_of_a_killed_save_are_removed_by_the_next_one(tmp_path):
     path = tmp_path / "checkpoint_last.pth.tar"
     (tmp_path / "checkpoint_last.pth.tar.0123abcd.tmp").write_bytes(b"half")
     (tmp_path / "checkpoint_0001.pth.tar.0123abcd.tmp").write_bytes(b"of another name")
@@ -130,7 +130,7 @@ def test_links_are_followed_on_demand(tmp_path):
         safe_files.read_bytes(str(tmp_path / "link"), follow=False)
 
 
-def test_a_name_with_a_zero_byte_is_answered_in_one_line():
+def test_a_name_with_a_zero_byte_is_one_line_of_error():
     with pytest.raises(UsageError, match="cannot read"):
         safe_files.open_regular("a\0b")
 

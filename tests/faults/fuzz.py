@@ -79,30 +79,30 @@ def bend(random, content: bytes) -> bytes:
     for _ in range(random.integers(1, 5)):
         if not content:
             break
-        place, length = (
+        position, length = (
             int(random.integers(len(content))),
             int(random.integers(1, 1 + min(64, len(content)))),
         )
         kind = random.integers(7)
         if kind == 0:
-            content[place] ^= 1 << int(random.integers(8))
+            content[position] ^= 1 << int(random.integers(8))
         elif kind == 1:
-            content[place : place + length] = random.integers(
+            content[position : position + length] = random.integers(
                 256, size=length, dtype=np.uint8
             ).tobytes()
         elif kind == 2:
-            del content[place:]
+            del content[position:]
         elif kind == 3:
-            del content[place : place + length]
+            del content[position : position + length]
         elif kind == 4:
-            content[place:place] = content[place : place + length]
+            content[position:position] = content[position : position + length]
         elif kind == 5:
-            content[place : place + length] = bytes([int(random.choice([0, 255]))]) * length
+            content[position : position + length] = bytes([int(random.choice([0, 255]))]) * length
         else:
             other = int(random.integers(len(content)))
-            content[place : place + length], content[other : other + length] = (
+            content[position : position + length], content[other : other + length] = (
                 content[other : other + length],
-                content[place : place + length],
+                content[position : position + length],
             )
     return bytes(content)
 
@@ -120,8 +120,8 @@ def bend_value(random, value):
             changed[key] = bend_value(random, value[key])
         return changed
     if isinstance(value, list) and value and random.random() < 0.9:
-        changed, place = list(value), random.integers(len(value))
-        changed[place] = bend_value(random, value[place])
+        changed, position = list(value), random.integers(len(value))
+        changed[position] = bend_value(random, value[position])
         return changed
     if isinstance(value, torch.Tensor) and random.random() < 0.8:
         kinds = (
@@ -289,8 +289,8 @@ def recipe(seeds, random):
 
 def command_line(seeds, random):
     words = [seeds.names[random.integers(len(seeds.names))] for _ in range(random.integers(1, 5))]
-    for place in range(len(words), 0, -1):
-        words.insert(place, str(ODD[random.integers(len(ODD))]))
+    for position in range(len(words), 0, -1):
+        words.insert(position, str(ODD[random.integers(len(ODD))]))
     if random.random() < 0.5:
         words = [
             bend(random, word.encode()).decode(errors="replace").replace("\0", "") for word in words
@@ -415,10 +415,10 @@ def resumed(seeds, random, folder, other):
     (folder / attack.LAST).write_bytes(one_of(random, seeds.checkpoint, *bent))
     (folder / "checkpoint_last-1.pth.tar").write_bytes(seeds.checkpoint)
     (folder / "metrics.jsonl").write_bytes(bend(random, seeds.lines))
-    place = one_of(
+    resume_flags = one_of(
         random, ["--workdir", folder, "--resume", "auto"], ["--resume", folder / attack.LAST]
     )
-    return [*FLAGS.split(), *place]
+    return [*FLAGS.split(), *resume_flags]
 
 
 def started(seeds, random, folder, other):
@@ -442,25 +442,25 @@ def evaluated(seeds, random, folder, other):
 
 def pictures(seeds, random, folder, other):
     """A folder of images, or a tar, in which some are mutated."""
-    place = seeds.folder / "images"
-    shutil.rmtree(place, ignore_errors=True)
+    path = seeds.folder / "images"
+    shutil.rmtree(path, ignore_errors=True)
     for number in range(12):
         content = seeds.images[one_of(random, *seeds.images)]
-        (place / "train" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
-        (place / f"train/{'ab'[number % 2]}/{number}.jpg").write_bytes(
+        (path / "train" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        (path / f"train/{'ab'[number % 2]}/{number}.jpg").write_bytes(
             one_of(random, content, content, bend(random, content))
         )
     if random.random() < 0.3:
-        with tarfile.open(place / "x.tar", "w") as archive:
-            archive.add(place / "train", "train")
-        (place / "x.tar").write_bytes(
+        with tarfile.open(path / "x.tar", "w") as archive:
+            archive.add(path / "train", "train")
+        (path / "x.tar").write_bytes(
             one_of(
-                random, bend(random, (place / "x.tar").read_bytes()), (place / "x.tar").read_bytes()
+                random, bend(random, (path / "x.tar").read_bytes()), (path / "x.tar").read_bytes()
             )
         )
-        place /= "x.tar"
+        path /= "x.tar"
     return [
-        place,
+        path,
         *FLAGS.split(),
         "--on-bad-image",
         one_of(random, "skip", "skip", "fail"),
@@ -517,8 +517,8 @@ if __name__ == "__main__":
     args = attack.numbers(__doc__, {"--cases": 3000, "--processes": 20, "--seed": 0})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        for place in ("cases", "whole/seeds"):
-            os.makedirs(os.path.join(temporary, place))
+        for name in ("cases", "whole/seeds"):
+            os.makedirs(os.path.join(temporary, name))
         ends, wrong = run(args.cases, args.seed, Path(temporary) / "cases")
         for case, kind, error in wrong:
             frames = traceback.extract_tb(error.__traceback__)[-4:]

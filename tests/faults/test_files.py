@@ -94,7 +94,7 @@ def test_every_kind_of_bad_file_is_one_clear_line(kind, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_pipe_or_a_folder_by_the_name_of_an_image_is_one_clear_line(tmp_path):
+def test_a_pipe_or_a_folder_named_like_an_image_is_one_line_of_error(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     for name in ("pipe.jpg", "folder.jpg"):
@@ -145,9 +145,7 @@ def test_substitutes_are_drawn_alike_by_every_number_of_ranks_and_workers(spoilt
     )
 
 
-def test_a_run_skips_what_cannot_be_read_lists_it_and_goes_on_exactly_after_a_stop(
-    spoilt, tmp_path, capsys
-):
+def test_a_run_skips_and_lists_unreadable_images_and_resumes_exactly(spoilt, tmp_path, capsys):
     flags = ["--on-bad-image", "skip", "-j", "2"]
     train(spoilt, tmp_path / "whole", *flags)
     out = capsys.readouterr().out
@@ -171,7 +169,7 @@ def test_by_default_a_bad_image_ends_the_run_naming_it(spoilt, tmp_path):
         train(spoilt, tmp_path / "run", "-j", "2")
 
 
-def test_where_nothing_can_be_read_the_search_for_a_substitute_ends(tmp_path):
+def test_the_search_for_a_substitute_ends_if_no_image_can_be_read(tmp_path):
     for number in range(30):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
     files = ImageFiles(sorted(map(str, tmp_path.iterdir())), None, [], sources.IMAGENET)
@@ -247,9 +245,7 @@ def test_a_probe_skips_and_lists_what_cannot_be_read_as_well(spoilt, tmp_path, c
     assert len((tmp_path / "probe/bad_images.txt").read_text().splitlines()) > 2
 
 
-def test_names_that_are_no_text_and_a_list_that_cannot_be_written_end_no_run(
-    spoilt, tmp_path, capsys
-):
+def test_undecodable_names_and_an_unwritable_list_end_no_run(spoilt, tmp_path, capsys):
     os.rename(spoilt / "train/a/00.png", os.fsencode(spoilt / "train/a") + b"/\xff\n.png")
     (tmp_path / "run/bad_images.txt").mkdir(parents=True)
     train(spoilt, tmp_path / "run", "--on-bad-image", "skip")
@@ -276,7 +272,7 @@ def test_a_folder_without_permission_is_one_clear_line(images, tmp_path):
         )
 
 
-def test_images_that_were_exchanged_or_renamed_between_two_starts_are_noticed(images, tmp_path):
+def test_images_exchanged_or_renamed_between_two_starts_are_reported(images, tmp_path):
     root = Path(shutil.copytree(images, tmp_path / "images"))
     train(root, tmp_path / "run", "--stop-after-steps", "2", "--eval-freq", "0")
     shutil.move(root / "train/a/00.png", root / "train/a/20.png")
@@ -293,20 +289,22 @@ def test_images_that_were_exchanged_or_renamed_between_two_starts_are_noticed(im
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 4 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", mount_point],
+        capture_output=True,
+        check=False,
     ).returncode:
         pytest.skip("mounting a small disk needs root")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    yield mount_point
+    subprocess.run(["umount", "-l", mount_point], check=True)
 
 
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnhandledThreadExceptionWarning"
 )  # TensorBoard's, which starts anew
-def test_on_a_full_disk_the_old_checkpoint_stays_the_run_goes_on_and_tries_again(
+def test_on_a_full_disk_the_old_checkpoint_is_kept_and_the_run_tries_again(
     images, small_disk, tmp_path, monkeypatch, capsys
 ):
     """Full from the second save to the fourth; the run must end with the same files as without."""

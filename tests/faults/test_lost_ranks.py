@@ -25,7 +25,7 @@ def losing(images, workdir, number, *flags, **environment):
     return code, output, time.monotonic() - begun
 
 
-def test_a_hanging_rank_is_given_up_after_the_time_out_and_named(images, tmp_path):
+def test_a_hanging_rank_is_named_after_the_time_out(images, tmp_path):
     flags = ["--timeout-minutes", "0.1", "--epochs", "100000", "--eval-freq", "0"]
     code, output, seconds = losing(
         images, tmp_path / "run", signal.SIGSTOP, *flags, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5"
@@ -38,9 +38,7 @@ def test_a_hanging_rank_is_given_up_after_the_time_out_and_named(images, tmp_pat
     assert "imed out" in line
 
 
-def test_a_dead_rank_is_named_replaced_and_the_run_goes_on_to_the_same_end(
-    images, undisturbed, tmp_path
-):
+def test_a_dead_rank_is_named_and_replaced_and_the_run_ends_the_same(images, undisturbed, tmp_path):
     code, output, _ = losing(images, tmp_path / "run", signal.SIGKILL, MAX_RESTARTS="1")
     assert code == 0 and "Traceback" not in output
     assert f"stopped on rank 0 ({HOST}): lost contact with rank 1 on {HOST}: " in output
@@ -97,7 +95,7 @@ def test_ranks_that_torchrun_starts_again_do_not_look_for_those_that_died():
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_of_its_own_go_on_as_well(images, undisturbed, tmp_path):
+def test_restarts_by_torchrun_also_resume(images, undisturbed, tmp_path):
     command = [
         sys.executable,
         "-m",

@@ -35,9 +35,7 @@ def poisoned(images, workdir, first, last, *flags):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_a_rank_that_goes_wrong_is_named_the_step_skipped_by_all_and_then_the_run_stopped(
-    images, tmp_path
-):
+def test_a_nan_on_one_rank_is_named_skipped_by_all_and_then_stops_the_run(images, tmp_path):
     code, output = poisoned(images, tmp_path, 7, 9, "--skip-non-finite", "2", "--eval-freq", "0")
     assert code == 1 and "Traceback" not in output
     assert "note: step 7: the loss is not finite (on rank 1); 1 such steps were skipped" in output
