@@ -1,3 +1,4 @@
+import functools
 import os
 import sys
 from pathlib import Path
@@ -36,17 +37,27 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"))
 
 
-@pytest.fixture(scope="module", params=["resnet8", "vit_tiny"])
-def pretrained(request, images, tmp_path_factory):
-    """A checkpoint after two steps, of a ResNet and of a ViT."""
+@pytest.fixture(scope="module")
+def pretrain(images, tmp_path_factory):
+    """From an architecture to a checkpoint after two steps."""
     from test_ranks import NO_EVALUATION
 
     import main_snclr
 
-    workdir = tmp_path_factory.mktemp(request.param)
-    flags = f"{NO_EVALUATION} --stop-after-steps 2 --workdir {workdir}"
-    main_snclr.main([str(images), *flags.replace("resnet8", request.param).split()])
-    return workdir / "checkpoint_last.pth.tar"
+    @functools.cache
+    def pretrain(arch):
+        workdir = tmp_path_factory.mktemp(arch)
+        flags = f"{NO_EVALUATION} --stop-after-steps 2 --workdir {workdir}"
+        main_snclr.main([str(images), *flags.replace("resnet8", arch).split()])
+        return workdir / "checkpoint_last.pth.tar"
+
+    return pretrain
+
+
+@pytest.fixture(scope="module", params=["resnet8", "vit_tiny"])
+def pretrained(request, pretrain):
+    """A checkpoint after two steps, of a ResNet and of a ViT."""
+    return pretrain(request.param)
 
 
 @pytest.fixture

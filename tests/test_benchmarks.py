@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 import sys
 
 import numpy as np
@@ -19,7 +20,8 @@ RUNS = {
     ),
     "step": ("--only resnet optimiser --cifar-batch 2 --steps 1", ["channels-last", "fused"]),
     "micro_batch": (
-        "-b 4 --micro-batch 2 --img-size 32 --steps 1 --peak-tflops 1",
+        "-b 4 --micro-batch 2 --img-size 32 --steps 1 --peak-tflops 1 "
+        "--flags '--arch vit_tiny --bank-size 100'",
         ["--micro-batch 2", "TFLOP/s"],
     ),
     "images": (
@@ -48,7 +50,7 @@ def test_a_benchmark_prints_a_time_for_each_row(name, tmp_path, monkeypatch, cap
         )
     monkeypatch.chdir(tmp_path)
     flags, expected = RUNS[name]
-    monkeypatch.setattr(sys, "argv", [name, *flags.format(folder=tmp_path).split()])
+    monkeypatch.setattr(sys, "argv", [name, *shlex.split(flags.format(folder=tmp_path))])
     importlib.import_module(f"benchmarks.{name}").main()
     output = capsys.readouterr().out
     for row in expected:

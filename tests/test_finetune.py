@@ -6,7 +6,6 @@ import torch
 from sample_images import save_folder
 from test_backbones import build
 from test_linear import interrupted_after
-from test_ranks import start_ranks
 
 import main_lincls
 from snclr.evaluation import features, finetune
@@ -76,21 +75,6 @@ def test_resumed_fine_tuning_equals_the_uninterrupted_one(
     assert tune(images, pretrained, tmp_path / "parts", "--resume", "auto") == whole
     expected, resumed = state(tmp_path / "whole"), state(tmp_path / "parts")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
-
-
-def test_two_ranks_fine_tune_as_one_does(images, pretrained, tmp_path, float64):
-    command = (
-        f"main_lincls:float64:{images} --pretrained {pretrained} {TUNE} --workdir {tmp_path}/2"
-    )
-    start_ranks(2, tmp_path, [command])
-    tune(images, pretrained, tmp_path / "1")
-    one, two = state(tmp_path / "1"), state(tmp_path / "2")
-    for name, tensor in one.items():
-        if tensor.is_floating_point():
-            assert (
-                tensor.dtype == torch.float64
-                and (two[name] - tensor).norm() < 1e-8 * tensor.norm() + 1e-8
-            ), name
 
 
 def test_an_untrained_encoder_starts_at_random_and_pixels_are_a_baseline_too(

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import shlex
 import sys
 from functools import partial
 
@@ -304,7 +305,7 @@ def test_a_benchmark_runs_there(name, folder, tmp_path, monkeypatch, capsys, acc
         test_benchmarks.RUNS[name],
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [name, *flags.format(folder=folder).split()])
+    monkeypatch.setattr(sys, "argv", [name, *shlex.split(flags.format(folder=folder))])
     monkeypatch.setattr(step, "autocast", main_snclr.autocast)
     torch.set_default_dtype(torch.float32)
     try:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_ranks import start_ranks
 from torch import nn
 
 import main_lincls
@@ -270,25 +269,6 @@ def test_a_head_has_the_same_result_in_a_grid_and_separately(images, pretrained,
     }
     single = probe(images, pretrained, tmp_path / "single", "--lrs", 0.1)["heads"]
     assert [grid[head["features"], head["norm"]] for head in single] == single
-
-
-def test_two_ranks_have_the_results_of_one(images, pretrained, tmp_path, float64):
-    flags = {"fresh": [], "cached": ["--cache-features"]}
-    command = (
-        f"main_lincls:float64:{images} --pretrained {pretrained} {PROBE} --workdir {tmp_path}/2"
-    )
-    start_ranks(2, tmp_path, [f"{command}/{name} {' '.join(more)}" for name, more in flags.items()])
-    for name, more in flags.items():
-        one = probe(images, pretrained, tmp_path / "1" / name, *more)
-        assert comparable(
-            json.loads((tmp_path / "2" / name / "results.json").read_text())
-        ) == comparable(one)
-        states = [
-            torch.load(tmp_path / n / name / "lincls_last.pth.tar", weights_only=True)["model"]
-            for n in "12"
-        ]
-        for key, tensor in states[0].items():
-            torch.testing.assert_close(states[1][key], tensor, rtol=1e-9, atol=1e-9)
 
 
 def test_cached_features_on_disk_equal_those_in_memory_and_are_used_again(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.io import write_png
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +95,7 @@ def run(tmp_path_factory, images):
                 f"float64:{images} {SMALL} --weights projected --wd 0 {short}/projected",
                 f"{long}/whole",
                 f"{long}/parts --stop-after-steps 7",
+                f"term:float64:{images} {NO_EVALUATION} {short}/term",  # last: it changes the class
             ]
             start_ranks(world_size, out, jobs)
             start_ranks(world_size, out, [f"{long}/parts --resume auto"])
@@ -167,6 +169,23 @@ def test_five_steps_of_training_do_not_depend_on_the_number_of_ranks(run, world_
         for name in undefined:  # approx takes no None
             del line[name], expected[name]
         assert line == pytest.approx(expected, rel=1e-5)  # six digits are written
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_further_term_of_the_loss_is_logged_the_same_on_any_number_of_ranks(run, world_size):
+    folders = run(1) / "term", run(world_size) / "term"
+    one, many = (read_lines(folder, CLOCK) for folder in folders)
+    for line, expected in zip(many, one, strict=True):
+        assert line.pop("loss_ratio") is expected.pop("loss_ratio") is None
+        assert line == pytest.approx(expected, rel=1e-5) and line["term_size"] > 0
+    states = [load(folder / "checkpoint_last.pth.tar")["state_dict"] for folder in folders]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-8, atol=1e-9)
+    events = EventAccumulator(str(folders[1] / "tensorboard")).Reload()
+    assert {"loss/loss", "loss/term_size", "optim/lr"} <= set(events.Tags()["scalars"])
+    assert "loss/loss_ratio" not in events.Tags()["scalars"]
+    shown = [event.value for event in events.Scalars("loss/term_size")]
+    assert shown == pytest.approx([line["term_size"] for line in many], rel=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

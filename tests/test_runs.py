@@ -8,8 +8,7 @@ import os
 import pytest
 import torch
 from ranks import add_term
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_ranks import CLOCK, SMALL, read_lines, start_ranks, write_images
+from test_ranks import SMALL, write_images
 
 import main_snclr
 from snclr import augment, backbones, builder, objectives, options
@@ -188,24 +187,6 @@ def test_a_further_term_adds_its_value_and_its_gradient_to_the_loss(monkeypatch,
     torch.testing.assert_close(with_term, loss + term.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(with_gradient, gradient + term_gradient, rtol=1e-9, atol=1e-12)
     assert term_gradient.norm() > 1e-6
-
-
-def test_a_further_term_is_logged_and_shown_the_same_on_two_ranks(images, tmp_path):
-    for ranks in (1, 2):
-        flags = f"{images} {SMALL} --eval-freq 0 --stop-after-steps 5 --workdir {tmp_path}/{ranks}"
-        start_ranks(ranks, tmp_path, [f"term:float64:{flags}"])
-    one, two = (read_lines(tmp_path / name, CLOCK) for name in ("1", "2"))
-    for line, expected in zip(two, one, strict=True):
-        assert line.pop("loss_ratio") is expected.pop("loss_ratio") is None
-        assert line == pytest.approx(expected, rel=1e-5) and line["term_size"] > 0
-    states = [torch.load(tmp_path / f"{n}/checkpoint_last.pth.tar") for n in (1, 2)]
-    for name, tensor in states[0]["state_dict"].items():
-        torch.testing.assert_close(states[1]["state_dict"][name], tensor, rtol=1e-8, atol=1e-9)
-    events = EventAccumulator(str(tmp_path / "2/tensorboard")).Reload()
-    assert {"loss/loss", "loss/term_size", "optim/lr"} <= set(events.Tags()["scalars"])
-    assert "loss/loss_ratio" not in events.Tags()["scalars"]
-    shown = [event.value for event in events.Scalars("loss/term_size")]
-    assert shown == pytest.approx([line["term_size"] for line in two], rel=1e-5)
 
 
 @pytest.fixture
