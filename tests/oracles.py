@@ -98,7 +98,7 @@ def snclr_step(y, z, keys, bank, rows, temperature):
 
 
 def mocov3_step(z, keys, temperature):
-    """The same without neighbours."""
+    """As above, without neighbours."""
     nothing = torch.empty(len(keys[0]), 0)
     return snclr_step(z, z, keys, keys[0][:0], [nothing.long(), nothing.long()], temperature)
 

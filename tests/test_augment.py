@@ -228,7 +228,7 @@ def test_no_two_draws_share_a_column():
     ],
 )
 def test_draws_are_those_of_all_earlier_versions(draws, digest):
-    """A changed draw would change every run: this digest stays."""
+    """A changed draw would change every run, so this digest must not change."""
     boxes, p = draw_many(view=1, count=1000, epoch=2)
     arrays = {"boxes": [boxes], "parameters": [field.numpy() for field in p]}[draws]
     bits = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
@@ -365,7 +365,7 @@ def test_crop_and_resize_equals_torchvision_to_one_level(box, size):
     expected = F.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
     assert actual.shape == (1, 3, size, size) and actual.dtype == torch.uint8
     assert (actual[0].int() - expected.int()).abs().max() <= 1
-    assert (actual[0] != expected).double().mean() < 0.01  # rounding of halves alone
+    assert (actual[0] != expected).double().mean() < 0.01  # only rounding of halves
 
 
 def test_each_image_gets_its_own_box():
@@ -473,7 +473,7 @@ def test_blur_of_a_picture_smaller_than_the_kernel_keeps_flat_areas_and_stays_in
 
 @pytest.mark.parametrize("form", [augment._blur_by_products_, augment._blur_by_shifts_])
 def test_both_ways_to_blur_equal_torchvisions_at_every_size(form):
-    """One is a GPU's, the other a CPU's, where images are large."""
+    """One is used on GPUs, the other on CPUs for large images."""
     sigmas = torch.linspace(0.1, 2, 9)
     taps = torch.from_numpy(augment.gaussian_taps(sigmas.numpy())).float()
     for size in (7, 64, 65, 100):
@@ -485,7 +485,7 @@ def test_both_ways_to_blur_equal_torchvisions_at_every_size(form):
         torch.testing.assert_close(form(x.clone(), taps), expected, atol=1e-5, rtol=0)
 
 
-# -- the whole half of the device -----------------------------------------------------------------
+# -- all operations on the device -----------------------------------------------------------------
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 
@@ -587,7 +587,7 @@ def threads(request):
 @pytest.mark.parametrize("threads, size", [(1, 32), (2, 32), (2, 192)], indirect=["threads"])
 @pytest.mark.parametrize("part", [1, 3])
 def test_a_view_is_the_same_bit_for_bit_in_any_batch(threads, size, part):
-    """Else the number of ranks would show in the pixels. Beyond 181 px torch shares the sum over
+    """Otherwise pixels would depend on the number of ranks. Beyond 181 px torch shares the sum over
     one image among threads.
     """
     crops = pictures(6, size).mul(255).round().to(torch.uint8)

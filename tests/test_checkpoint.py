@@ -22,7 +22,7 @@ TINY = (
 
 
 class Run:
-    """What a run saves and resumes, as main_snclr.py holds it."""
+    """Model, optimiser and scaler as main_snclr.py saves and resumes them."""
 
     def __init__(self, flags="", images=10):
         self.args, self.images = options.parse(f"{TINY} {flags}".split()), images
@@ -62,7 +62,7 @@ def path(tmp_path):
 
 
 def equal(a, b):
-    """Nested dictionaries, lists and tensors, exactly."""
+    """Whether nested dictionaries, lists and tensors are equal, bit for bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -559,7 +559,7 @@ def test_a_crash_between_the_renames_leaves_the_one_before_or_the_new_one(
         ({"last": 5}, "last"),
         ({"0002": 4, "last": 5}, "last"),
         ({"0002": 5, "last": 5}, "last"),  # saved together
-        ({"0002": 5, "last": 4}, "0002"),  # a last one copied back from elsewhere
+        ({"0002": 5, "last": 4}, "0002"),  # an older file was copied to 'last'
         ({"0002": 4, "0010": 6, "0004": 5}, "0010"),
         ({"last_1": 4, "0002": 2}, "last-1"),  # a crash between two renames
         ({"0009": 90, "0010": 100}, "0010"),
@@ -603,7 +603,7 @@ def test_the_newest_readable_checkpoint_is_loaded_and_the_damaged_one_named_and_
         "last": 6,
         "last-1": 4,
         "last-2": 3,
-    }  # the whole one is not pushed out
+    }  # the readable one is not overwritten
     assert checkpoint.newest(str(tmp_path)) == (str(path), [])
 
 

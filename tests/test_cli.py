@@ -28,7 +28,7 @@ TINY += "--topk 2 -b 4 --epochs 2"
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """A new folder to stand in, and one process."""
+    """A new current folder, and the environment of a single process."""
     monkeypatch.chdir(tmp_path)
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -52,7 +52,7 @@ def tiny(images, *flags):
 
 @pytest.fixture(scope="module")
 def finished(images, tmp_path_factory):
-    """The workdir of a run that has ended; not to be changed."""
+    """The workdir of a finished run. Tests must not change it."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     main_snclr.main(tiny(images, "--workdir", workdir))
     return workdir
@@ -60,7 +60,7 @@ def finished(images, tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it."""
+    """A copy of that workdir."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -248,7 +248,7 @@ def test_every_flag_is_read_by_its_program(start, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         start([])
     text = "".join((ROOT / name).read_text() for name in PROGRAMS[start])
-    text = re.sub(r"\s+", " ", text)  # however the lines are broken
+    text = re.sub(r"\s+", " ", text)  # ignore line breaks
     flags = {action.dest for action in parsers[0]._actions} - {"help"}
     by_name = {
         name
@@ -329,7 +329,7 @@ def test_defaults_follow_from_the_data(images):
 
 
 def recipe(path, *flags):
-    """Arguments of a run by a recipe, with a folder as its data where it needs one."""
+    """Arguments of a run with a recipe; data is a folder if the recipe needs one."""
     dataset = options.build_parser().parse_args([f"@{path}"]).dataset
     return [f"@{path}", *([] if dataset == "embedded" else [os.getcwd()]), *map(str, flags)]
 
@@ -358,7 +358,7 @@ def test_an_ablation_changes_one_setting_of_the_recipe_before_it_or_of_the_embed
     for base in (
         [],
         ["@configs/cifar10_resnet18.args", os.getcwd()],
-    ):  # found in the repository from anywhere
+    ):  # paths in the repository work from any folder
         before, after = vars(parse(*base)), vars(parse(*base, f"@{path}"))
         assert sum(before[name] != after[name] for name in after) == (path.stem != "base")
 
@@ -623,7 +623,7 @@ def test_checkpoint_named_without_a_folder_is_resumed_in_the_current_one(images,
 
 @pytest.fixture
 def process(tmp_path):
-    """Runs a command in which importing torch fails: whatever it answers, it answers without."""
+    """Run a command in a process in which importing torch fails."""
     poison = tmp_path / "poison"
     poison.mkdir()
     (poison / "torch.py").write_text("raise ImportError('torch was imported')")

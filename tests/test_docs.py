@@ -29,7 +29,7 @@ LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def heading_anchor(heading):
-    """As GitHub makes it."""
+    """The anchor that GitHub gives to a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
@@ -55,7 +55,7 @@ def test_the_method_names_functions_of_the_files_that_it_links_to():
 
 
 def test_lines_are_at_most_100_columns():
-    """Of prose and commands; a row of a table, an image and a formula cannot be broken."""
+    """Rows of tables, images and formulas are exempt: they cannot be broken."""
     too_long = [
         f"{path.name}:{number}"
         for path in [*PAGES, *ROOT.glob("configs/**/*.args")]

@@ -98,7 +98,7 @@ def accelerated(monkeypatch):
             for sizes in (objectives.CHUNK_ELEMENTS, memory_bank.COSINES, memory_bank.CHUNK):
                 patch.setitem(
                     sizes, DEVICE.type, 2**12
-                )  # several blocks, as a GPU would have of larger things
+                )  # several blocks, as on a GPU with larger sizes
             yield accelerator
 
     return block
@@ -159,7 +159,7 @@ def test_a_run_is_that_of_a_cpu_and_its_steps_do_not_wait(
     )
     for one, other in zip(
         gpu, cpu, strict=True
-    ):  # of the last step and, where there is one, of the evaluation after it
+    ):  # of the last step, and of the evaluation after it if there is one
         assert one.keys() == other.keys()
         for name, value in other.items():
             assert one[name] == (
@@ -227,9 +227,7 @@ def test_a_bank_in_bfloat16_equals_that_of_a_cpu_and_the_host_does_not_wait(acce
     cpu = found_on("cpu")
     with accelerated() as accelerator:
         gpu = to_host(found_on(DEVICE))
-    assert not [
-        line for line in accelerator.waits if ".py" in line
-    ]  # the bank itself is put there by this test
+    assert not [line for line in accelerator.waits if ".py" in line]  # this test moves the bank
     assert torch.equal(gpu[1], cpu[1])
     for one, other in zip(gpu, cpu, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
@@ -237,7 +235,7 @@ def test_a_bank_in_bfloat16_equals_that_of_a_cpu_and_the_host_does_not_wait(acce
 
 @pytest.fixture(scope="module")
 def pretrained(folder, tmp_path_factory):
-    """A checkpoint each of a ResNet and of a ViT."""
+    """A checkpoint of a ResNet and one of a ViT."""
     out = tmp_path_factory.mktemp("runs")
     for name, flags in {"resnet": "", "vit": "--arch vit_tiny --patch-size 8"}.items():
         main_snclr.main(

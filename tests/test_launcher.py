@@ -1,4 +1,4 @@
-"""start.sh as its users call it, with stand-ins for nvidia-smi, srun and scontrol."""
+"""start.sh with replacements for nvidia-smi, srun and scontrol."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from test_ranks import SMALL, free_ports
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [*SMALL.split(), "--stop-after-steps", "2", "--eval-freq", "0"]
 
-# runs its command once a node, as srun would: the environment of a task of a step
+# runs its command once per node with the environment of a task, as srun does
 SRUN = """#!/usr/bin/env bash
 echo "srun $*" >> "$STUB_LOG"
 while [[ $1 == --* ]]; do shift; done
@@ -314,7 +314,7 @@ def test_two_machines_give_the_losses_of_one_process(start, images, tmp_path, si
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert losses(tmp_path / "run") == pytest.approx(single_process, rel=1e-4)
     assert json.loads((tmp_path / "run/args.json").read_text())["world_size"] == 2
-    assert "step 2/10" in outputs[1][0] and "step" not in outputs[0][0]  # node 0 speaks
+    assert "step 2/10" in outputs[1][0] and "step" not in outputs[0][0]  # only node 0 prints
 
 
 def test_a_slurm_job_of_two_nodes_gives_the_losses_of_one_process(

@@ -294,7 +294,7 @@ def damage(path, kind):
 def assert_stopped_with_one_clear_line(run):
     with pytest.raises(RunError, match=r"cannot read image \S*broken\.png") as caught:
         run()
-    traceback.clear_frames(caught.tb)  # they hold the loader, whose workers would be waited for
+    traceback.clear_frames(caught.tb)  # they hold the loader, and pytest would wait for its workers
     for unclear in ("\n", "Traceback", "np.str_"):
         assert unclear not in str(caught.value)
 
@@ -395,7 +395,7 @@ def test_whole_images_come_normalised_in_order_and_in_chunks(tmp_path, kind, wor
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library does not say what it keeps"
 )
 def test_freed_memory_is_kept_for_the_next_views():
-    program = """if True:  # asks the allocator itself: not every system counts page faults
+    program = """if True:  # reads the allocator's counters: not every system counts page faults
         import ctypes, numpy
         from snclr.running.workers import keep_freed_memory
         names = "arena ordblks smblks hblks hblkhd usmblks fsmblks".split()

@@ -67,7 +67,7 @@ def test_an_old_copy_of_the_query_is_its_own_neighbour_only_without_exclusion():
     assert torch.equal(rows[:, 0], torch.arange(8))
     _, rows = bank.search(queries, 20, ids)
     assert (bank.ids[rows] != ids[:, None])[rows >= 0].all()
-    bank.ids.fill_(3)  # nothing but copies
+    bank.ids.fill_(3)  # only copies
     _, rows = bank.search(queries, 2, torch.full((8,), 3))
     assert (rows == -1).all()
 

@@ -352,7 +352,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 
 
-# -- what people read ------------------------------------------------------------------------------
+# -- printed lines ---------------------------------------------------------------------------------
 
 
 def test_settings_are_saved_with_command_versions_and_commit(tmp_path):

@@ -29,7 +29,7 @@ from snclr.running.errors import UsageError
         (200, 0, 0.0),
         (5, 0.5, 1.0),
         (3, 0.5, 0.6),
-        (100, 20, 0.5),  # nothing but warm-up
+        (100, 20, 0.5),  # only warm-up
         (199, 20, 0.995),
     ],
 )
@@ -100,7 +100,7 @@ def test_only_parameters_of_several_dimensions_decay_and_frozen_ones_are_left_ou
 
 
 def test_the_grouping_sees_names(monkeypatch):
-    """So that a fork may decide by them, here: no weight decay for the layer named 3."""
+    """A fork may group by name; here the layer named 3 has no weight decay."""
     monkeypatch.setattr(optim, "decays", lambda name, p: p.ndim > 1 and not name.startswith("3."))
     model = network()
     decaying, others = optim.parameter_groups(model.named_parameters(), 0.1)
@@ -314,7 +314,7 @@ def assert_same(one, other):
 
 @pytest.fixture(params=OPTIMISERS)
 def name(request, monkeypatch):
-    """The name of an optimiser that is one entry."""
+    """The name of an optimiser that a fork added with one entry."""
     monkeypatch.setitem(options.OPTIMIZERS, request.param, OPTIMISERS[request.param])
     return request.param
 
