@@ -83,7 +83,7 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
 
 
 def _step(path: str) -> float:
-    """The step of a checkpoint; infinity if it cannot be read, since it may have been the newest."""
+    """Step of a checkpoint; infinity if it cannot be read, because it may be the newest."""
     if not os.path.isfile(path):  # opening a fifo would block
         return float("inf")
     try:

@@ -95,7 +95,7 @@ def union(items: set) -> set:
 
 @contextlib.contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """Let one process of each machine run the block before the others: it may write what they read."""
+    """Let one process per machine run the block first: it may write what the others read."""
     first = local_rank_zero()
     if not first:
         barrier()

@@ -1,4 +1,4 @@
-"""What a user reads when something is wrong: one line, and an exit code that scripts can rely on."""
+"""Errors that users see: one line, and an exit code that scripts can rely on."""
 
 import contextlib
 import os

@@ -85,8 +85,8 @@ class Guard:
             except RunError as error:
                 path = f"no file: {error}"
         raise RunError(
-            f"{message}, more than --skip-non-finite {self.limit}; {self._what_is_sound(step, count)};"
-            f" the images are listed in {path}"
+            f"{message}, more than --skip-non-finite {self.limit}; "
+            f"{self._what_is_sound(step, count)}; the images are listed in {path}"
         )
 
     def _what_is_sound(self, first_bad_step, count):

@@ -44,9 +44,9 @@ def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Modul
     The backbone maps images (B, 3, S, S) to features (B, C). which: 'online' or 'momentum', for
     files with both; 'untrained': the same architecture with random weights. settings: those of
     DEFAULTS, for files that do not say them (None: as the file says). img_size, num_heads, mean,
-    std and grey_range replace what the file says. info: these settings, 'num_features', 'encoder', 'epoch', and
-    'notes', lines that say what was loaded and assumed. Raises UsageError where the file and the
-    settings do not fit.
+    std and grey_range replace what the file says. info: these settings, 'num_features', 'encoder',
+    'epoch', and 'notes', lines that say what was loaded and assumed. Raises UsageError if the file
+    and the settings do not fit.
     """
     is_trained = which != "untrained"
     file = read_encoder(path, which if is_trained else "online")
