@@ -1,7 +1,7 @@
-"""Checkpoints: the state of a run, and how a run goes on from it.
+"""Checkpoints: the state of a run, and how a run continues from it.
 
-A file is a dictionary that torch.load(weights_only=True) reads: 'format', 'epoch' and 'step' (both
-completed), 'arch', 'state_dict' (MoCo v3's layout: module.base_encoder.*,
+A file is a dictionary that torch.load(weights_only=True) reads: 'format', 'epoch' and 'step' (how
+many are completed), 'arch', 'state_dict' (MoCo v3's layout: module.base_encoder.*,
 module.momentum_encoder.*, module.predictor.*, and module.memory_bank.*), 'optimizer', 'scaler',
 'args', 'images' and 'fingerprint' (number and identity of the training images), 'provenance'.
 checkpoint_last.pth.tar is the newest; older ones are checkpoint_last-1.pth.tar, -2 and so on.
@@ -26,8 +26,8 @@ PREFIX = "module."
 
 
 def load(path: str) -> dict:
-    """Read a checkpoint of this project. Raises UsageError where tensor_files.read does, and where
-    the file is something else.
+    """Read a checkpoint of this project. Raises UsageError if tensor_files.read does, or if the
+    file has other content.
     """
     state = tensor_files.read(path)
     kinds = dict(
@@ -40,13 +40,13 @@ def load(path: str) -> dict:
         raise UsageError(
             f"checkpoint {path} has format {state['format']}; this version reads up to {FORMAT}"
         )
-    odd = tensor_files.wrong_entries(state, kinds)
-    if not odd:
-        plain = tensor_files.plain_tensors(state["state_dict"])
-        odd = [str(name) for name in state["state_dict"] if name not in plain]
-    if odd or state["step"] < 0:
+    invalid = tensor_files.wrong_entries(state, kinds)
+    if not invalid:
+        tensors = state["state_dict"]
+        invalid = [str(name) for name in tensors.keys() - tensor_files.plain_tensors(tensors)]
+    if invalid or state["step"] < 0:
         raise UsageError(
-            f"checkpoint {path} cannot be resumed: no sensible {first_few(odd or ['step'])} in it"
+            f"checkpoint {path} cannot be resumed: invalid {first_few(sorted(invalid) or ['step'])}"
         )
     return state
 
@@ -80,7 +80,7 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
 
 
 def _step(path: str) -> float:
-    """The step of a checkpoint; infinity if it cannot be read, since it may have been the newest."""
+    """The step of a checkpoint; infinity if it cannot be read, as it may have been the newest."""
     if not os.path.isfile(path):  # opening a fifo would block
         return float("inf")
     try:
@@ -100,7 +100,7 @@ def pack(
     images: int,
     fingerprint: str | None = None,
 ) -> dict:
-    """Everything that a run needs to go on.
+    """Everything that a run needs to continue.
 
     model: without DDP. images, fingerprint: size of the training set, and ImageSet.fingerprint.
     """
@@ -119,9 +119,11 @@ def pack(
     }
 
 
-def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int) -> dict:
-    """Only the backbone, under its own names, with what is needed to rebuild it: a small file for
-    snclr.load_encoder. which: 'online' or 'momentum', as recorded in the file.
+def pack_encoder(encoder: nn.Module, kind: str, *, args: Namespace, epoch: int) -> dict:
+    """The content of a small file for snclr.load_encoder: only the backbone, under its own names,
+    and the settings that rebuild it.
+
+    kind: 'online' or 'momentum'; the file records it.
     """
     head = projector_name(encoder) + "."
     backbone = {
@@ -132,7 +134,7 @@ def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int)
         "epoch": epoch,
         "arch": args.arch,
         "args": vars(args),
-        "encoder": which,
+        "encoder": kind,
         "state_dict": backbone,
         "provenance": provenance.versions_and_commit(),
     }
@@ -177,9 +179,9 @@ def resume(
 
 
 def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
-    """Load an optimiser's state; its settings stay those of this start.
+    """Load an optimiser's state, but not its settings: those of this start apply.
 
-    Raises UsageError where the state is not one that this optimiser keeps for these parameters.
+    Raises UsageError if this optimiser keeps another state for these parameters.
     """
     expected, groups = _state_after_a_step(optimizer), optimizer.state_dict()["param_groups"]
     try:
@@ -194,13 +196,13 @@ def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
             for saved, group in zip(state["param_groups"], groups, strict=True)
         ]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-    except Exception as error:  # torch checks little: odd content raises anything
+    except Exception as error:  # torch checks little, so wrong content can raise anything
         raise UsageError(f"{path} does not fit the optimiser: {first_line(error)}") from error
 
 
 def _state_after_a_step(optimizer):
-    """What the optimiser keeps for each parameter, by its number in the state_dict: from a step of
-    a copy.
+    """The state of each parameter, by its number in the state_dict, after a step of a copy of the
+    optimiser.
     """
     trial = copy.deepcopy(optimizer)
     for group in trial.param_groups:

@@ -1,4 +1,4 @@
-"""What a user reads when something is wrong: one line, and an exit code that scripts can rely on."""
+"""Errors as a user sees them: one line, and an exit code that scripts can rely on."""
 
 import contextlib
 import os
@@ -18,8 +18,8 @@ class RunError(RuntimeError):
 class Interrupted(BaseException):
     """A signal ended the run, and everything is saved. Exit code 75 (EX_TEMPFAIL: try again).
 
-    It is no Exception, like KeyboardInterrupt: wherever it is raised, it must not be taken for an
-    image that cannot be read.
+    Like KeyboardInterrupt it is no Exception, so that `except Exception` around the decoding of an
+    image does not catch it.
     """
 
 
@@ -40,8 +40,8 @@ def first_few(names: list[str], limit: int = 3) -> str:
 
 
 def end_process(code: int) -> None:
-    """End this process. A rank ends at once: what is left of a process group that failed may wait
-    for other ranks forever.
+    """End this process. A rank ends at once, without Python's clean-up, in which the rest of a
+    failed process group might wait for other ranks forever.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -51,7 +51,7 @@ def end_process(code: int) -> None:
 
 
 def _print_line(line: str) -> None:
-    # one write: print writes the line's end separately, so that the lines of two ranks could mix
+    # in one write: print writes the end of the line separately, so the lines of ranks could mix
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 

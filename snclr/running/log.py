@@ -29,10 +29,11 @@ GROUPS = {
 
 
 class Log:
-    """metrics.jsonl and TensorBoard events in workdir, and the console; silent on all other ranks.
+    """metrics.jsonl and TensorBoard events in workdir, and the console. Does nothing unless enabled,
+    as on rank 0.
 
-    step: completed steps of a resumed run, else 0. Lines of later steps, and a line that a crash
-    cut short, are removed, so that each step stands in the file once.
+    step: completed steps of a resumed run, else 0. Lines of later steps are removed from the file,
+    as is a line that a crash cut short, so that each step is in it once.
     """
 
     def __init__(self, workdir: str, *, step: int, enabled: bool):
@@ -67,8 +68,8 @@ class Log:
     def flush(self, durable: bool = False) -> None:
         """Write the pending lines; on a full disk they stay pending.
 
-        durable: a checkpoint follows, which must find its lines even after the machine crashes;
-        raises RunError where they cannot be written.
+        durable: set before a checkpoint is saved, whose lines must survive a crash of the machine;
+        raises RunError if they cannot be written.
         """
         try:
             with writing(self.path):
@@ -108,7 +109,7 @@ class Log:
     def say(self, text: str) -> None:
         """Print one line on the console, above the progress bar if there is one."""
         if self.enabled:
-            # the name of a file may hold half a character
+            # a file name can contain bytes that are not UTF-8
             tqdm.write(text.encode(errors="replace").decode(), file=sys.stdout)
             sys.stdout.flush()
 
@@ -140,8 +141,8 @@ class Log:
 
 
 def cut_back(path: str, step: int) -> None:
-    """Remove from a metrics file the lines after `step`, and lines that are no whole JSON object;
-    atomically. Raises UsageError where path is something else than a file, OSError on a full disk.
+    """Remove from a metrics file, atomically, the lines of steps after `step` and lines that are
+    not a whole JSON object. Raises UsageError if path is not a regular file, OSError on a full disk.
     """
     if not os.path.lexists(path):
         return

@@ -1,4 +1,4 @@
-"""Lines about a run for people: of a training step, and at the end."""
+"""What a run prints: the line of a training step, and the lines at the end."""
 
 import os
 
@@ -45,7 +45,7 @@ def final_lines(workdir: str, done: bool) -> str:
 
 
 def _progress(evaluations: list[dict], metric: str, title: str, unit: str) -> str:
-    """'TITLE: raw pixels 30.1 %, untrained 31.2 %, epoch 5: 40.3 %', as far as it was measured."""
+    """'TITLE: raw pixels 30.1 %, untrained 31.2 %, epoch 5: 40.3 %', without what was not measured."""
     values = {}
     if evaluations and evaluations[0].get("epoch") == 0:
         values["raw pixels"] = evaluations[0].get(f"raw_pixels_{metric}")
