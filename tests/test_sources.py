@@ -151,7 +151,7 @@ def unreadable_image(root):
         (no_train, r"no folder train/; expected .*/train/<class>/<image>"),
         (no_image, r"no image in .*train; expected .*train/<class>/<image>"),
         (images_without_class, r"no image in .*train; expected .*train/<class>/<image>"),
-        (other_classes, r"must hold the same classes; only one of them has bee, cow$"),
+        (other_classes, r"must have the same classes; only one of the two has bee, cow$"),
         (missing_class, r"must hold the same classes; only one of them has bee$"),
         (unreadable_image, r"cannot read image .*broken\.png"),
     ],

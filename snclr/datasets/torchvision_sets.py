@@ -60,7 +60,7 @@ def open_torchvision(args: Namespace) -> tuple[ImageSet, ImageSet]:
 def _open_parts(name, parts, args) -> ImageSet:
     dataset_class = getattr(torchvision.datasets, name)
     try:
-        with local_rank_zero_first():  # it downloads; then the machine's other ranks find the files
+        with local_rank_zero_first():  # it downloads the files that the other ranks read
             datasets = [dataset_class(args.data, download=args.download, **part) for part in parts]
     except ImportError as error:
         raise UsageError(

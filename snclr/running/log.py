@@ -29,9 +29,9 @@ GROUPS = {
 
 
 class Log:
-    """metrics.jsonl and TensorBoard events in workdir, and the console. Does nothing unless enabled,
-    as on rank 0.
+    """metrics.jsonl and TensorBoard events in workdir, and the console.
 
+    enabled: on rank 0; on other ranks the log does nothing.
     step: completed steps of a resumed run, else 0. Lines of later steps are removed from the file,
     as is a line that a crash cut short, so that each step is in it once.
     """
@@ -142,7 +142,8 @@ class Log:
 
 def cut_back(path: str, step: int) -> None:
     """Remove from a metrics file, atomically, the lines of steps after `step` and lines that are
-    not a whole JSON object. Raises UsageError if path is not a regular file, OSError on a full disk.
+    not a whole JSON object. Raises UsageError if path is not a regular file, OSError if the disk is
+    full.
     """
     if not os.path.lexists(path):
         return

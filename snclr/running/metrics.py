@@ -23,7 +23,7 @@ class StepView(NamedTuple):
     weights         (B, K) positiveness
     counts          (M,) how often the global batch picked each bank row
     num_candidates  () of one sample
-    bank_fill       () share of the bank's rows that were written before this step; None without bank
+    bank_fill       () share of the bank's rows that were written before this step; None: no bank
     terms           further terms of the loss by name, scalars (), this rank's mean; the model adds
                     them to the loss, and the log has them as term_NAME
 

@@ -69,7 +69,7 @@ class Interruptions:
             interrupt(number, self.outcome)
 
     def due(self) -> bool:
-        """Whether all ranks save after this step. Every rank calls it in each step; no GPU waits."""
+        """Whether all ranks save after this step. Each rank calls it in each step; no GPU waits."""
         waited = time.monotonic() - self.last_save
         self.agreed = self.maximum(self.signal or int(waited > self.interval))
         return self.agreed > 0
@@ -94,7 +94,7 @@ class Interruptions:
 
 
 def end_at_once() -> None:
-    """Let a signal end the run at once from now on, as is safe while no unsaved work can be lost."""
+    """Let a signal end the run at once from now on, for work whose files are whole at any time."""
 
     def receive(number, frame):
         if number == signal.SIGINT:

@@ -82,7 +82,7 @@ def open_regular(path: str, *, follow: bool = True) -> BinaryIO:
 
 
 def read_bytes(path: str, limit: int = LIMIT, *, follow: bool = True) -> bytes:
-    """The bytes of a file. Raises UsageError if it cannot be read or has more than `limit` bytes."""
+    """The bytes of a file. Raises UsageError if it cannot be read or is longer than `limit`."""
     with open_regular(path, follow=follow) as file:
         try:
             content = file.read(limit + 1)

@@ -45,7 +45,9 @@ def final_lines(workdir: str, done: bool) -> str:
 
 
 def _progress(evaluations: list[dict], metric: str, title: str, unit: str) -> str:
-    """'TITLE: raw pixels 30.1 %, untrained 31.2 %, epoch 5: 40.3 %', without what was not measured."""
+    """'TITLE: raw pixels 30.1 %, untrained 31.2 %, epoch 5: 40.3 %'; what was not measured is left
+    out.
+    """
     values = {}
     if evaluations and evaluations[0].get("epoch") == 0:
         values["raw pixels"] = evaluations[0].get(f"raw_pixels_{metric}")

@@ -70,7 +70,7 @@ def read(path: str) -> object:
 
 
 def verify(path: str) -> None:
-    """Compare every record of a file with the checksum in the zip. Raises UsageError as read does."""
+    """Compare every record of a file with its checksum in the zip. Raises UsageError as `read`."""
     if not os.path.lexists(path):
         raise UsageError(f"checkpoint {path} does not exist")
     with open_regular(path) as file:
