@@ -199,7 +199,7 @@ def test_a_small_set_is_held_in_memory_although_some_of_it_cannot_be_read(
     train(spoilt, tmp_path / "run", "--on-bad-image", "skip")
     out = capsys.readouterr().out
     assert (
-        f"note: 6 images in {spoilt}/train are replaced in training" in out
+        f"note: 6 images in {spoilt}/train are replaced, by other images in training" in out
         and "note: 1 images in" in out
     )
     assert "6 more images cannot be read and are replaced" in out
