@@ -44,6 +44,7 @@ from snclr.running.metrics import Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
 from snclr.running.preemption import Interruptions, end_at_once, handlers_given_back, interrupt
 from snclr.running.settings import save_settings
+from snclr.running.workers import Stalled
 from snclr.weights.layouts import read_encoder
 from snclr.weights.load import choose_num_heads, load_backbone
 
@@ -154,6 +155,7 @@ def main(argv: list[str]) -> None:
         interruptions=Interruptions(args.save_every_minutes, args.timeout_minutes),
         log=log,
     )
+    loader.stop_waiting_if(lambda: run.interruptions.signal > 0)
     log.say(
         f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), "
         f"batch {args.batch_size}"
@@ -165,6 +167,7 @@ def main(argv: list[str]) -> None:
     for note in data_notes + start_notes + setting_notes(args, len(train)):
         log.say(f"note: {note}")
     if checkpoint_path:
+        run.guard.saved_step = step
         position = f"{checkpoint_path} after step {step} of {run.total_steps}"
         log.say("; ".join([f"resumed from {position}", *changes]))
 
@@ -192,7 +195,7 @@ def main(argv: list[str]) -> None:
     log.close()
     process_group.stop()
     if run.interruptions.ending:
-        interrupt(run.interruptions.ending, "saved")
+        interrupt(run.interruptions.ending, run.interruptions.outcome)
 
 
 def open_workdir(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
@@ -270,8 +273,14 @@ def train_epoch(run: Run, step: int) -> int:
 
     while step < end:
         step_start = time.perf_counter()
-        with waits:
-            batch = next(batches)
+        try:
+            with waits:
+                batch = next(batches)
+        except Stalled:
+            if run.interruptions.end_here():
+                run.guard.check()
+                break
+            raise
 
         lr = optim.learning_rate(
             step,
@@ -337,7 +346,7 @@ def train_epoch(run: Run, step: int) -> int:
     epoch, inside = divmod(step, loader.steps_per_epoch)
     is_shown = args.viz_freq and (epoch % args.viz_freq == 0 or epoch == args.epochs)
     if is_shown and not inside and log.enabled:
-        log.pictures(step, *steps.of_step(batch, shown, loader.images, args, step))
+        log.pictures(step, lambda: steps.of_step(batch, shown, loader.images, args, step))
     if note := record_bad_images(loader.images, loader.replaced, run.workdir):
         log.say(f"note: {note}")
     return step
@@ -350,8 +359,9 @@ def save(run: Run, step: int) -> None:
     If it fails, the run continues with a note, or raises RunError at its last save.
     """
     args, message = run.args, "saved"
+    epoch, inside = divmod(step, run.loader.steps_per_epoch)
+    reason = run.guard.what_is_unsound(step, run.model, run.optimizer)
     if distributed.rank() == 0:
-        epoch, inside = divmod(step, run.loader.steps_per_epoch)
         is_numbered = args.save_freq and not inside and epoch % args.save_freq == 0
         state = checkpoint.pack(
             run.model,
@@ -365,12 +375,29 @@ def save(run: Run, step: int) -> None:
         )
         encoder = checkpoint.pack_encoder(run.encoder, args.eval_encoder, args=args, epoch=epoch)
         try:
-            write_files(run, state, encoder, number=f"{epoch:04d}" if is_numbered else None)
+            if reason is None:
+                write_files(run, state, encoder, number=f"{epoch:04d}" if is_numbered else None)
+            else:
+                tensor_files.save(os.path.join(run.workdir, checkpoint.UNSOUND), state)
         except RunError as error:
+            if not os.path.lexists(run.workdir):
+                raise RunError(f"{run.workdir} was deleted or renamed during the run") from error
             if step >= run.last_step or run.interruptions.ending:
                 raise
             run.log.say(f"note: {error}; the run goes on and tries again at the next save")
             message = "not saved, the checkpoint before is whole"
+    if reason is not None:
+        sound = run.guard.saved_step
+        message = f"{reason}: saved as {checkpoint.UNSOUND}; " + (
+            "there is no sound checkpoint yet"
+            if sound is None
+            else f"the last sound checkpoint is of step {sound}"
+        )
+        if step >= run.total_steps:
+            raise RunError(message)
+        run.log.say(f"note: {message}")
+    elif message == "saved":
+        run.guard.saved_step = step
     run.interruptions.saved(message)
 
 
@@ -446,6 +473,10 @@ def evaluate_features(run: Run, embed, epoch: int, title: str) -> dict:
     embed: normalised images (B, 3, S, S) to features (B, F). Prints a line that ends in the title.
     """
     args, result, parts = run.args, {}, []
+    signals = label_free.signals(embed, run.loader)
+    if signals is None:
+        run.log.say(f"note: epoch {epoch} is not evaluated: the features are not finite ({title})")
+        return {}
     if run.val is not None:
         result |= knn.accuracy(
             embed,
@@ -456,7 +487,7 @@ def evaluate_features(run: Run, embed, epoch: int, title: str) -> dict:
             workers=args.workers,
         )
         parts.append(f"kNN top-1 {result['knn_top1']:.2f} %")
-    result |= label_free.signals(embed, run.loader)
+    result |= signals
     parts.append(f"effective rank {result['effective_rank']:.1f}")
     parts.append(f"view agreement {result['view_agreement']:.3f}")
     run.log.say(f"epoch {epoch}/{args.epochs}  {'  '.join(parts)} ({title})")

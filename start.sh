@@ -19,12 +19,21 @@
 # for each other.
 # Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal after saving (--resume auto
 # continues).
+if [ -z "${BASH_VERSION:-}" ]; then # started as `sh start.sh`
+  command -v bash >/dev/null || { echo "start.sh: error: bash is needed and was not found" >&2; exit 2; }
+  exec bash "$0" "$@"
+fi
 set -euo pipefail
 
 fail() { echo "start.sh: error: $1" >&2; exit 2; }
 
+self=${BASH_SOURCE[0]}
+while [ -L "$self" ]; do # started by a link: macOS has no `readlink -f`
+  link=$(readlink "$self")
+  case $link in /*) self=$link ;; *) self=$(dirname "$self")/$link ;; esac
+done
 # sbatch runs a copy of this file in another folder; the job was submitted from the repository
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(cd "$(dirname "$self")" && pwd)
 [ -e "$ROOT/main_snclr.py" ] || ROOT=${SLURM_SUBMIT_DIR:-$ROOT}
 [ -e "$ROOT/main_snclr.py" ] || fail "$ROOT is not the repository: submit the job from the repository's folder"
 source "$ROOT/tools/environment.sh"
@@ -56,7 +65,11 @@ visible_gpus() {
   fi
 }
 
-is_number() { [[ $2 =~ ^[0-9]+$ ]] || fail "$1 must be a whole number, found '$2'"; }
+number() { # name, value: the number without leading zeros, which bash would take for an octal one
+  [[ $2 =~ ^[0-9]+$ ]] || fail "$1 must be a whole number, found '$2'"
+  [[ $2 =~ ^0*([0-9]{1,6})$ ]] || fail "$1 must be below 1000000, found $2"
+  echo $((10#${BASH_REMATCH[1]}))
+}
 
 # srun sets SLURM_STEP_ID; sbatch and salloc do not, except that the shell of salloc can be an
 # interactive step (use_interactive_step), with the number SLURM_INTERACTIVE_STEP of slurm.h
@@ -64,11 +77,11 @@ in_step=${SLURM_STEP_ID:-}
 [ "$in_step" != 4294967290 ] || in_step=
 nodes=${NNODES:-$([ -n "$in_step" ] && echo "${SLURM_STEP_NUM_NODES:-1}" || echo "${SLURM_JOB_NUM_NODES:-1}")}
 processes=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(visible_gpus)}}
-is_number NNODES "$nodes"
-is_number NPROC_PER_NODE "$processes"
-is_number MAX_RESTARTS "${MAX_RESTARTS:-0}"
-is_number JOIN_SECONDS "${JOIN_SECONDS:-600}"
-[ "${MAX_RESTARTS:-0}" -eq 0 ] || [[ " ${flags[*]-} " == *" --workdir"* ]] || fail "MAX_RESTARTS needs --workdir"
+nodes=$(number NNODES "$nodes")
+processes=$(number NPROC_PER_NODE "$processes")
+MAX_RESTARTS=$(number MAX_RESTARTS "${MAX_RESTARTS:-0}")
+JOIN_SECONDS=$(number JOIN_SECONDS "${JOIN_SECONDS:-600}")
+[ "$MAX_RESTARTS" -eq 0 ] || [[ " ${flags[*]-} " == *" --workdir"* ]] || fail "MAX_RESTARTS needs --workdir"
 [ "$nodes" -gt 0 ] || fail "NNODES must be at least 1, found $nodes"
 processes=$((processes > 1 ? processes : 1))
 
@@ -89,7 +102,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($cores / processes > 1 ? $cores / p
 if [ "$nodes" -gt 1 ]; then
   node_rank=${NODE_RANK:-${SLURM_NODEID:-}}
   [ -n "$node_rank" ] || fail "NNODES is $nodes, so NODE_RANK must be 0 .. $((nodes - 1)), another one on each machine"
-  is_number NODE_RANK "$node_rank"
+  node_rank=$(number NODE_RANK "$node_rank")
   [ "$node_rank" -lt "$nodes" ] || fail "NODE_RANK must be 0 .. $((nodes - 1)) with NNODES=$nodes, found $node_rank"
   if [ -n "$in_step" ]; then
     hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST")
@@ -97,8 +110,7 @@ if [ "$nodes" -gt 1 ]; then
     MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))} # differs between jobs on a node
   fi
   [ -n "${MASTER_ADDR:-}" ] || fail "NNODES is $nodes, so MASTER_ADDR must name the machine of NODE_RANK 0"
-  port=${MASTER_PORT:-29500}
-  is_number MASTER_PORT "$port"
+  port=$(number MASTER_PORT "${MASTER_PORT:-29500}")
   [ "$port" -gt 0 ] && [ "$port" -lt 65536 ] || fail "MASTER_PORT must be 1 .. 65535, found $port"
   if [ "$node_rank" -eq 0 ] && [ -z "$DRY_RUN" ]; then
     "$PYTHON" "$ROOT/tools/torchrun.py" --port-is-free "$port" || fail "port $port is in use: set MASTER_PORT to a free one"

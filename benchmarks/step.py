@@ -3,7 +3,7 @@
 
     python benchmarks/step.py                        ViT-S/16 at 224 px, 8 images, ResNet-18 at 32 px: some minutes on a CPU
     python benchmarks/step.py -b 128 --cifar-batch 512 --steps 20 --compile      for a GPU
-    python benchmarks/step.py --only method          one of the tables: method, vit, resnet, optimiser
+    python benchmarks/step.py --only method          one table of: method, vit, resnet, local, optimiser
 
 Each row is against the first of its table; the sides alternate within one run. The images are noise.
 """

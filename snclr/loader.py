@@ -4,7 +4,8 @@ A request names an epoch and image numbers. The image sets (snclr/datasets/image
 crops; this file moves them to the device, augments them there, and deals out an epoch to the ranks.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from .augment import Recipe
 from .datasets.images import EncodedImages, ImageSet
 from .running.distributed import rank, world_size
 from .running.errors import RunError
-from .running.workers import keep_freed_memory, load_by_workers
+from .running.workers import WorkerBatches, check_shared_memory, keep_freed_memory
 
 EVALUATION_BATCH = 256  # images per rank
 SAMPLE_EPOCH = -1  # keys the views of TwoViewLoader.sample
@@ -41,13 +42,18 @@ class ViewLoader:
         if device.type == "cpu":
             keep_freed_memory()
         if isinstance(images, EncodedImages):
-            self.loader = load_by_workers(
+            self.loader = WorkerBatches(
                 _RequestedViews(images, recipe),
                 self.requests,
                 workers,
                 persistent=True,
                 pin_memory=device.type == "cuda",
             )
+
+    def stop_waiting_if(self, condition: Callable[[], bool]) -> None:
+        """Raise Stalled if no batch comes for a few seconds and the condition holds."""
+        if self.loader is not None:
+            self.loader.stop_waiting = condition
 
     def load(self, requests: list[tuple]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """For each request the ids (B,) and the normalised views, (B, 3, S, S) each, on the device.
@@ -110,6 +116,10 @@ class TwoViewLoader(ViewLoader):
         device: torch.device,
         workers: int,
     ):
+        if isinstance(images, EncodedImages):
+            image_bytes = sum(3 * view.size**2 for view in recipe.views)
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            check_shared_memory(global_batch_size // world_size() * image_bytes, workers, ranks)
         super().__init__(images, recipe, device, workers)
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = len(images) // global_batch_size
@@ -205,7 +215,7 @@ def whole_images(
     """
     chunks = np.split(indices, range(chunk, len(indices), chunk))
     if isinstance(images, EncodedImages):
-        batches = load_by_workers(_RequestedWholeImages(images, size), chunks, workers)
+        batches = WorkerBatches(_RequestedWholeImages(images, size), chunks, workers)
     else:
         batches = (images.whole(part, size) for part in chunks)
     for batch in batches:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 
 from .running.errors import UsageError, one_clear_line
+from .running.safe_files import read_text
 
 METHODS = ("snclr", "nnclr", "mocov3", "mocov2")
 FORMS = ("sum_of_logs", "log_of_sum")
@@ -58,31 +59,63 @@ class _Parser(argparse.ArgumentParser):
     Every error becomes a UsageError.
     """
 
-    def convert_arg_line_to_args(self, line):
-        return [_find_recipe(word) for word in shlex.split(line, comments=True)]
-
     def error(self, message):
-        message = message.replace("[Errno 2] No such file or directory:", "there is no recipe")
         # "argument -b/--batch-size: must be" -> "--batch-size must be"
         message = re.sub(r"^argument (?:-\w/)?(--[\w-]+): must be", r"\1 must be", message)
         raise UsageError(f"{message} (--help lists all flags)")
 
     def parse_args(self, args=None, namespace=None):
+        check_environment()
+        # intermixed: otherwise argparse refuses FILE --flag DATA
+        return super().parse_intermixed_args(_read_recipes(args, []), namespace)
+
+
+def _read_recipes(words: list[str], opened: list[str]) -> list[str]:
+    """The words of a command line with those of its recipes in place of each @FILE. Raises
+    UsageError.
+
+    opened: the recipes that were read; their number is limited, since a recipe can name itself.
+    """
+    result = []
+    for word in words:
+        if not word.startswith("@"):
+            result.append(word)
+            continue
+        path = _find_recipe(word[1:])
+        opened.append(path)
+        if len(opened) > 100:
+            raise UsageError(f"recipe {path} cannot be read: more than 100 recipes name each other")
+        if not os.path.lexists(path):
+            raise UsageError(f"there is no recipe {path!r}")
         try:
-            # intermixed: otherwise argparse refuses FILE --flag DATA
-            return super().parse_intermixed_args([_find_recipe(word) for word in args], namespace)
-        except UsageError:
-            raise
-        except (ValueError, RecursionError) as error:
-            # an open quote, a binary file, a recipe that reads itself
-            raise UsageError(f"a recipe among {' '.join(args)} cannot be read: {error}") from error
+            lines = read_text(path, limit=2**20).splitlines()
+            inner = [part for line in lines for part in shlex.split(line, comments=True)]
+        except ValueError as error:  # an open quote; a UsageError is a ValueError, too
+            raise UsageError(f"recipe {path} cannot be read: {error}") from error
+        result += _read_recipes(inner, opened)
+    return result
 
 
-def _find_recipe(word: str) -> str:
-    """An @FILE that is not in the current folder is looked for in this repository."""
-    own = os.path.join(ROOT, word[1:])
-    is_own = word.startswith("@") and not os.path.exists(word[1:]) and os.path.isfile(own)
-    return f"@{own}" if is_own else word
+def _find_recipe(path: str) -> str:
+    """A recipe that is not in the current folder is looked for in this repository."""
+    own = os.path.join(ROOT, path)
+    return own if not os.path.exists(path) and os.path.isfile(own) else path
+
+
+def check_environment() -> None:
+    """Raise UsageError for numbers in the environment that no launcher sets."""
+    numbers = {}
+    for name, least in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
+        if (text := os.environ.get(name)) is None:
+            continue
+        if not re.fullmatch("[0-9]{1,7}", text) or int(text) < least:
+            raise UsageError(f"the environment's {name} must be {least} or more, found {text!r}")
+        numbers[name] = int(text)
+    count = numbers.get("WORLD_SIZE", 1)
+    if numbers.get("RANK", 0) >= count:
+        raise UsageError(
+            f"the environment's RANK must be below WORLD_SIZE, {count}, found {numbers['RANK']}"
+        )
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -98,7 +131,6 @@ def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
         prog=prog,
         description=description,
         epilog="@FILE reads flags from a recipe of configs/; flags after it override it.",
-        fromfile_prefix_chars="@",
         formatter_class=_Help,
         allow_abbrev=False,
     )
@@ -119,7 +151,9 @@ def flag(
 
 
 def number(kind: type, *, above_zero: bool = False, most: float = math.inf) -> Callable:
-    """An argparse type: a finite int or float of at least 0 (or above 0) and at most `most`."""
+    """An argparse type: a finite int or float of at least 0 (or above 0) and at most `most`; ints
+    also fit into 32 bits.
+    """
     rule = "above 0" if above_zero else "0 or more"
     if most < math.inf:
         rule = f"above 0 and at most {most}" if above_zero else f"between 0 and {most}"
@@ -128,10 +162,20 @@ def number(kind: type, *, above_zero: bool = False, most: float = math.inf) -> C
         value = kind(text)
         if not (math.isfinite(value) and 0 <= value <= most) or (above_zero and value == 0):
             raise argparse.ArgumentTypeError(f"must be {rule}, found {text}")
+        if kind is int and value >= 2**31:
+            raise argparse.ArgumentTypeError(f"must be below 2^31, found {text}")
         return value
 
     convert.__name__ = kind.__name__  # argparse's messages name it
     return convert
+
+
+def seed(text: str) -> int:
+    """An argparse type: a random seed."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a number of 64 bits, found {text}")
+    return value
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -154,13 +198,13 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     kind = number(float, above_zero=True)
     flag(g, "--subset", type=kind, metavar="N", help=text, on_resume="fixed")
     text = "random seed of --subset; with the same seed a smaller subset is part of a larger one"
-    flag(g, "--subset-seed", type=int, default=0, metavar="N", help=text, on_resume="fixed")
+    flag(g, "--subset-seed", type=seed, default=0, metavar="N", help=text, on_resume="fixed")
     text = "mean of the channels in units of 0..1, to normalise (default: that of the data set)"
     flag(g, "--mean", type=float, nargs=3, metavar="X", help=text)
     text = "standard deviation, as --mean; `python -m snclr.mean_std DATA` measures both"
     flag(g, "--std", type=float, nargs=3, metavar="X", help=text)
     text = "height and width of the encoder's input (default: 224; 32 or 96 for small data sets)"
-    kind = number(int, above_zero=True)
+    kind = number(int, above_zero=True, most=2**14)
     flag(g, "--img-size", type=kind, metavar="PX", help=text, on_resume="fixed")
     text = "values that become black and white in images of more than 8 bits, the same for all "
     text += "images (default: the range of the pixel format, 0 65535, or 0 1 for floating point)"
@@ -193,6 +237,7 @@ def add_backbone_flags(
     flag(g, "--patch-size", type=kind, default=16, metavar="PX", help="side of a ViT's patch")
     text = "attention heads of a ViT (default: 12, vit_tiny 3; those of weights that are loaded)"
     flag(g, "--num-heads", type=kind, metavar="N", help=text, on_resume="fixed")
+    kind = number(int, above_zero=True, most=2**14)
     text = "channels of a ResNet's first stage (default: that of the architecture)"
     flag(g, "--width", type=kind, metavar="N", help=text)
     text = "ResNet stem for images of about 32 px: 3x3 convolution of stride 1, no pooling"
@@ -284,10 +329,11 @@ def build_parser() -> argparse.ArgumentParser:
     text = "freeze the randomly initialised patch embedding of a ViT"
     flag(g, "--stop-grad-conv1", action=on_off, default=False, help=text)
     positive = number(int, above_zero=True)
+    kind = number(int, above_zero=True, most=2**20)
     text = "output dimension of the projector and the predictor"
-    flag(g, "--snclr-dim", type=positive, default=256, metavar="D", help=text)
+    flag(g, "--snclr-dim", type=kind, default=256, metavar="D", help=text)
     text = "hidden width of the projector and the predictor"
-    flag(g, "--snclr-mlp-dim", type=positive, default=4096, metavar="N", help=text)
+    flag(g, "--snclr-mlp-dim", type=kind, default=4096, metavar="N", help=text)
 
     g = parser.add_argument_group("objective")
     text = "training objective"
@@ -364,7 +410,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "compile the backbones with torch.compile; the first steps then take minutes"
     flag(g, "--compile", action=on_off, default=False, help=text, on_resume="free")
     text = "random seed of the initial weights, the image order and the augmentations"
-    flag(g, "--seed", type=int, default=0, metavar="N", help=text, on_resume="fixed")
+    flag(g, "--seed", type=seed, default=0, metavar="N", help=text, on_resume="fixed")
 
     g = parser.add_argument_group("run")
     text = "output folder (default: a new folder in runs/)"
@@ -388,7 +434,8 @@ def build_parser() -> argparse.ArgumentParser:
         on_resume="free",
     )
     text = "number of recent checkpoints to keep, not counting those of --save-freq"
-    flag(g, "--keep", type=positive, default=2, metavar="N", help=text, on_resume="free")
+    kind = number(int, above_zero=True, most=1000)
+    flag(g, "--keep", type=kind, default=2, metavar="N", help=text, on_resume="free")
     text = "non-finite steps to skip, without a clean log line between them, before the run stops"
     flag(
         g,
@@ -403,7 +450,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         g,
         "--timeout-minutes",
-        type=number(float, above_zero=True),
+        type=number(float, above_zero=True, most=10**5),
         default=30,
         metavar="N",
         help=text,
@@ -587,8 +634,6 @@ def check(args: argparse.Namespace, world_size: int) -> None:
         raise UsageError(
             "--batch-size must be at least 2: batch norm and contrastive loss need other images"
         )
-    if not -(2**63) <= args.seed < 2**63:
-        raise UsageError(f"--seed must fit into 64 bits, found {args.seed}")
     for name in ("warmup_epochs", "nn_warmup_epochs"):
         if getattr(args, name) > args.epochs:
             raise UsageError(
@@ -640,6 +685,8 @@ def check_workdir(workdir: str | None, resume: str | None, run_files: tuple[str,
 
     run_files: names of files of which a run leaves at least one.
     """
+    if workdir == "":
+        raise UsageError("--workdir is empty: is it a variable of the shell that has no value?")
     parent = os.path.abspath(workdir or ".")
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)

@@ -1,9 +1,10 @@
-"""What the multi-rank tests run in processes of their own: started as `python ranks.py OUT JOB...`,
-each rank once.
+"""What each rank of the multi-rank tests runs, in a process of its own.
 
-A job is 'pieces' (collectives, batch norm, objectives, bank, kNN on fixed data) or a command line of main_snclr.py, or of
-main_lincls.py with 'main_lincls:' before it; with 'float64:' the whole run is in double precision, with 'term:' the loss has
-a further term. Results are left in OUT.
+    python ranks.py OUT JOB...
+
+A job is 'pieces' (collectives, batch norm, objectives, bank and kNN on fixed data) or a command
+line of main_snclr.py; 'main_lincls:' before it makes it one of main_lincls.py, 'float64:' runs it
+in double precision, 'term:' adds a term to the loss. Results are written to OUT.
 """
 
 import os

@@ -205,9 +205,8 @@ def test_a_vit_encodes_local_views_with_its_position_embedding_interpolated(arch
 
 
 def test_a_backbone_of_one_size_is_refused_with_what_to_do():
-    flags = (
-        "--img-size 32 --local-views 1 -a timm:vit_tiny_patch16_224 --timm-kwargs depth=1".split()
-    )
+    flags = ["--img-size", "32", "--local-views", "1", "-a", "timm:vit_tiny_patch16_224"]
+    flags += ["--timm-kwargs", "depth=1"]
     with pytest.raises(UsageError, match=r"local views of 16 px.*dynamic_img_size=True"):
         model_of(*flags)
     model_of(*flags, "dynamic_img_size=True")

@@ -8,7 +8,8 @@ from snclr import builder, options
 from snclr.running.errors import UsageError
 
 B = 8
-FLAGS = "--img-size 32 --patch-size 16 --width 8 --snclr-dim 8 --snclr-mlp-dim 16 --bank-size 20 --topk 3 --blur"
+FLAGS = "--img-size 32 --patch-size 16 --width 8 --snclr-dim 8 --snclr-mlp-dim 16 --bank-size 20"
+FLAGS += " --topk 3 --blur"
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def assert_close(found, expected):
         assert list(part) == list(other)
         for name, tensor in part.items():
             torch.testing.assert_close(
-                tensor, other[name], rtol=1e-9, atol=1e-11, msg=lambda text: f"{name}: {text}"
+                tensor, other[name], rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}"
             )
 
 

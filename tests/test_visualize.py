@@ -267,7 +267,7 @@ def test_the_last_epoch_is_shown_whatever_the_rhythm(images, tmp_path):
 def test_pictures_that_cannot_be_written_do_not_stop_a_run(tmp_path, capsys):
     log = Log(str(tmp_path), step=0, enabled=True)
     (tmp_path / "pictures").write_text("a file")
-    log.pictures(3, {"views": Image.new("RGB", (4, 4))}, {})
+    log.pictures(3, lambda: ({"views": Image.new("RGB", (4, 4))}, {}))
     log.close()
     assert "note: no pictures of step 3" in capsys.readouterr().out
 

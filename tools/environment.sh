@@ -30,15 +30,38 @@ find_python() { # requirement files
     { echo "start: python3 is $(python3 -V 2>&1 | cut -d' ' -f2), 3.10 or newer is needed" >&2; return 2; }
   satisfied "$PYTHON" "$@" && return
   PYTHON=$ROOT/.venv/bin/python
-  [ -x "$PYTHON" ] && satisfied "$PYTHON" "$@" && return
-  local args=() file
-  for file in "$@"; do args+=(-r "$file"); done
+  UNFINISHED=$ROOT/.venv.unfinished
+  [ -x "$PYTHON" ] && [ ! -e "$UNFINISHED" ] && satisfied "$PYTHON" "$@" && return
+  local file
+  REQUIREMENTS=()
+  for file in "$@"; do REQUIREMENTS+=(-r "$file"); done
   if [ -n "${DRY_RUN:-}" ]; then
     printf '%q ' python3 -m venv "$ROOT/.venv"; echo
-    printf '%q ' "$PYTHON" -m pip install "${args[@]}"; echo
+    printf '%q ' "$PYTHON" -m pip install "${REQUIREMENTS[@]}"; echo
     return
   fi
+  make_environment "$@" 9>>"$UNFINISHED"
+}
+
+# The file UNFINISHED is locked by the start that makes .venv (the kernel's lock ends with its processes), has content while
+# that goes on, and is removed at its end: where it was left behind, a start was killed in the middle.
+make_environment() { # requirement files
+  python3 -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' || return 1
+  satisfied "$PYTHON" "$@" && [ ! -s "$UNFINISHED" ] && { rm -f "$UNFINISHED"; return; }
+  if [ -s "$UNFINISHED" ]; then
+    echo "start: $ROOT/.venv was not finished by an earlier start: it is made anew" >&2
+    rm -rf "$ROOT/.venv"
+  fi
+  echo "$$" >"$UNFINISHED"
   echo "The active environment does not satisfy $*: installing into $ROOT/.venv (several GB with CUDA builds of torch)" >&2
-  [ -x "$PYTHON" ] || python3 -m venv "$ROOT/.venv" || return 1
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check "${args[@]}" >&2
+  local code=0
+  [ -x "$PYTHON" ] || python3 -m venv "$ROOT/.venv" || code=1
+  if [ "$code" -eq 0 ] && ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+    echo "start: $ROOT/.venv has no pip: it is put in" >&2
+    "$PYTHON" -m ensurepip >/dev/null 2>&1 ||
+      { echo "start: no pip can be put into $ROOT/.venv: remove that folder" >&2; code=1; }
+  fi
+  [ "$code" -ne 0 ] || "$PYTHON" -m pip install --quiet --disable-pip-version-check "${REQUIREMENTS[@]}" >&2 || code=1
+  rm -f "$UNFINISHED"
+  return "$code"
 }

@@ -16,15 +16,17 @@ NEIGHBOURS = 10
 
 
 @torch.no_grad()
-def signals(embed: Callable[[Tensor], Tensor], loader: TwoViewLoader) -> dict[str, float]:
-    """effective_rank and view_agreement of a fixed sample of the training images; the same on every
-    rank.
+def signals(embed: Callable[[Tensor], Tensor], loader: TwoViewLoader) -> dict[str, float] | None:
+    """effective_rank and view_agreement of a fixed sample of the training images, the same on every
+    rank; None if the features are not finite.
 
     embed: normalised images (B, 3, S, S) to features (B, F).
     """
     batches = loader.sample(SAMPLE)
     pairs = [tuple(map(embed, batch.views)) for batch in batches]
     first, second = (all_gather(widen(torch.cat(views))) for views in zip(*pairs, strict=True))
+    if not (first.isfinite().all() and second.isfinite().all()):
+        return None
     return {
         "effective_rank": effective_rank(first),
         "view_agreement": view_agreement(first, second, NEIGHBOURS),

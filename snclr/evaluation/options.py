@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "precision of the encoder (default: auto, 16 bits where native; mocov3: off)"
     g.add_argument("--amp", choices=options.AMP, help=text)
     text = "seed of initialisation, order, crops and held-out images"
-    g.add_argument("--seed", type=int, default=0, metavar="N", help=text)
+    g.add_argument("--seed", type=options.seed, default=0, metavar="N", help=text)
 
     g = parser.add_argument_group("linear probe")
     text = "grid: many heads, the best on held-out training images; mocov3: as published, one head "

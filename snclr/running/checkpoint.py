@@ -22,7 +22,9 @@ from .errors import UsageError, first_few, first_line
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
+UNSOUND = "checkpoint_unsound.pth.tar"  # a state that is not finite; never resumed by itself
 PREFIX = "module."
+BANK = "module.memory_bank."
 
 
 def load(path: str) -> dict:
@@ -60,6 +62,7 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
     """
     names = os.listdir(workdir) if os.path.isdir(workdir) else []
     names = [name for name in names if name.startswith("checkpoint_") and name.endswith(".pth.tar")]
+    names = [name for name in names if name != UNSOUND]
     names.sort(key=lambda name: (name != LAST, name))
     damaged = []
     for path in sorted((os.path.join(workdir, name) for name in names), key=_step, reverse=True):
@@ -171,11 +174,37 @@ def resume(
             f"{path} is of another run: {', '.join(refused)};"
             " repeat its settings or choose a new --workdir"
         )
+    check_content(path, state, args)
     load_strictly(path, state["state_dict"], model)
     load_optimizer(path, state["optimizer"], optimizer)
     if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     return state["step"], changes
+
+
+def check_content(path: str, state: dict, args: Namespace) -> None:
+    """Raises UsageError for values that no run writes: training would fail, or never end."""
+    steps_per_epoch = state["images"] // args.batch_size
+    epochs = state["args"].get("epochs")
+    if type(epochs) is int and not 0 <= state["step"] <= epochs * steps_per_epoch:
+        raise UsageError(
+            f"{path} cannot be resumed: it is of step {state['step']} of {epochs * steps_per_epoch}"
+        )
+    tensors = state["state_dict"]
+    if names := tensor_files.not_finite(tensors):
+        raise UsageError(
+            f"{path} cannot be resumed: {len(names)} tensors are not finite:"
+            f" {first_few(names)}; take an older one"
+        )
+    bounds = {"ids": (-1, state["images"] - 1)}
+    if (ids := tensors.get(f"{BANK}ids")) is not None:
+        bounds |= {"filled": (0, len(ids)), "pointer": (0, len(ids) - 1)} if ids.dim() else {}
+    for name, (low, high) in bounds.items():
+        tensor = tensors.get(BANK + name)
+        if tensor is not None and not bool(((tensor >= low) & (tensor <= high)).all()):
+            raise UsageError(
+                f"{path} cannot be resumed: {BANK}{name} must be {low} .. {high} in the memory bank"
+            )
 
 
 def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:

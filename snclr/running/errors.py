@@ -2,9 +2,13 @@
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
+
+from .console import console_may_vanish
+from .worker_failures import reason
 
 
 class UsageError(ValueError):
@@ -63,7 +67,13 @@ def one_clear_line(program: str) -> Iterator[None]:
 
     All ranks meet the same usage error, so only rank 0 prints it; a run error names its rank.
     """
-    rank = int(os.environ.get("RANK", 0))
+    with console_may_vanish():
+        yield from _one_clear_line(program)
+
+
+def _one_clear_line(program):
+    rank = os.environ.get("RANK", "0")
+    rank = int(rank) if rank.isascii() and rank.isdecimal() else 0
     try:
         yield
     except UsageError as error:
@@ -75,10 +85,10 @@ def one_clear_line(program: str) -> Iterator[None]:
             _print_line(f"{program}: {error}")
         end_process(75)
     except RuntimeError as error:
-        message = one_line(error)
-        if message.startswith("DataLoader worker"):  # torch's signal handler raises it anywhere
-            message = f"{message.partition('.')[0]}: out of memory? fewer --workers need less of it"
-        elif not isinstance(error, RunError):
+        # torch's signal handler raises a worker's end anywhere, but no longer from here on
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        message = one_line(error) if isinstance(error, RunError) else reason(error)
+        if message is None:
             raise
         _print_line(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {message}")
         end_process(1)

@@ -4,11 +4,13 @@ import os
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..loader import TwoViewLoader
 from .distributed import all_gather, rank
-from .errors import RunError
+from .errors import RunError, first_few
 from .safe_files import save_json
+from .tensor_files import not_finite
 
 COLLAPSED = 0.05  # a feature_std below this is a collapse; 1 is spread over the sphere
 PATIENCE = 10  # logged steps in a row
@@ -31,9 +33,11 @@ class Guard:
         norms = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
         self.statistics = [x for norm in norms for x in (norm.running_mean, norm.running_var)]
         self.saved_statistics = [x.clone() for x in self.statistics]
-        # since the last clean check: first step with a bad loss (-1: none), first step with a bad
-        # gradient, number of bad steps
-        self.counters = torch.tensor([-1, -1, 0], device=loader.device)
+        # since the last clean check: first step with a bad loss, with a bad gradient (-1: none),
+        # number of bad steps; the last bad step of all
+        self.counters = torch.tensor([-1, -1, 0, -1], device=loader.device)
+        self.last_bad_step = -1  # as of the last check
+        self.saved_step: int | None = None  # of the newest checkpoint
         self.num_reported = 0  # bad steps since the last clean check that are in the log
         self.num_collapsed = 0  # logged steps of collapse in a row
 
@@ -45,7 +49,9 @@ class Guard:
         bad = ~torch.stack([loss.detach(), grad_norm]).isfinite()
         bad[1] &= not self.scaled
         first = torch.where((self.counters[:2] < 0) & bad, step, self.counters[:2])
-        self.counters = torch.cat([first, self.counters[2:] + bad.any()])
+        count = self.counters[2:3] + bad.any()
+        last = torch.where(bad.any(), step, self.counters[3:])
+        self.counters = torch.cat([first, count, last])
 
     def check(self) -> str | None:
         """A line for the log if steps were skipped since the last call. Collective.
@@ -53,11 +59,12 @@ class Guard:
         Raises RunError if there were more than the limit; the indices of the images of the first
         bad step are then written to workdir/non_finite.json.
         """
-        losses, gradients, counts = zip(*all_gather(self.counters[None]).tolist(), strict=True)
-        count = max(counts)
+        counters = all_gather(self.counters[None]).tolist()
+        losses, gradients, counts, last_steps = zip(*counters, strict=True)
+        count, self.last_bad_step = max(counts), max(last_steps)
         if count == self.num_reported:
             torch._foreach_copy_(self.saved_statistics, self.statistics)
-            self.counters[:], self.num_reported = self.counters.new_tensor([-1, -1, 0]), 0
+            self.counters[:3], self.num_reported = self.counters.new_tensor([-1, -1, 0]), 0
             return None
         for current, saved in zip(self.statistics, self.saved_statistics, strict=True):
             current.copy_(torch.where(current.isfinite(), current, saved))
@@ -78,9 +85,30 @@ class Guard:
             except RunError as error:
                 path = f"no file: {error}"
         raise RunError(
-            f"{message}, more than --skip-non-finite {self.limit}; "
-            f"the last checkpoint is sound, the images are listed in {path}"
+            f"{message}, more than --skip-non-finite {self.limit}; {self._what_is_sound(step, count)};"
+            f" the images are listed in {path}"
         )
+
+    def _what_is_sound(self, first_bad_step, count):
+        if self.saved_step is None:
+            return "there is no sound checkpoint yet: start again with a lower --lr"
+        sound = f"the last sound checkpoint is of step {self.saved_step}"
+        if first_bad_step == self.saved_step + 1 and self.last_bad_step == self.saved_step + count:
+            sound += ", but no step after it was finite: an older one may be needed"
+        return sound
+
+    def what_is_unsound(self, step: int, model: nn.Module, optimizer: Optimizer) -> str | None:
+        """Why the state after step number `step` must not become a checkpoint; None if it may.
+
+        To be called after `check`.
+        """
+        if self.last_bad_step == step:
+            return f"step {step} was not finite"
+        tensors = dict(model.state_dict())
+        for number, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{name} of parameter {number}": value for name, value in state.items()}
+        names = not_finite(tensors)
+        return f"not finite after step {step}: {first_few(names)}" if names else None
 
     def collapse(self, feature_std: float) -> str | None:
         """A line for the log, once, if feature_std was low for PATIENCE logged steps in a row."""

@@ -5,7 +5,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from typing import BinaryIO
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .errors import RunError
+from . import console
+from .errors import RunError, first_line
 from .safe_files import json_object, new_file, open_regular, read_json_lines, writing
 
 # TensorBoard group of each metric of a training or evaluation line; all others: loss
@@ -39,10 +41,13 @@ class Log:
     def __init__(self, workdir: str, *, step: int, enabled: bool):
         self.enabled = enabled
         self.bar = None
+        self.num_notes = 0  # of console.lost, in metrics.jsonl
         if not enabled:
             return
         self.path, self.pending = os.path.join(workdir, "metrics.jsonl"), b""
         self.folder = os.path.join(workdir, "tensorboard")
+        self.events_lost = False
+        threading.excepthook = self._thread_failed
         with writing(workdir):
             # a run that starts anew also evaluates its start anew
             cut_back(self.path, step if step else -1)
@@ -54,16 +59,36 @@ class Log:
         if not self.enabled:
             return
         rounded = {name: _rounded(value) for name, value in metrics.items()}
+        if self.num_notes < len(console.lost):
+            rounded["note"] = "; ".join(console.lost[self.num_notes :])
+            self.num_notes = len(console.lost)
         self.pending += json.dumps(rounded).encode() + b"\n"
         self.flush()
         try:
-            self.events = self.events or SummaryWriter(self.folder)
+            self.events = self.events or self._new_events()
             for name, value in metrics.items():
                 if name not in ("epoch", "step") and isinstance(value, (int, float)):
                     group = next((g for g, names in GROUPS.items() if name in names), "loss")
                     self.events.add_scalar(f"{group}/{name}", value, metrics["step"])
-        except OSError:  # a full disk ended the writer's thread: the next line starts a new one
+        except OSError as error:  # a full disk ended the writer's thread: another one is tried
             self.events = None
+            self._report_lost_events(error)
+
+    def _new_events(self):
+        os.stat(os.path.dirname(self.path))  # TensorBoard would make a deleted workdir again
+        return SummaryWriter(self.folder)
+
+    def _thread_failed(self, failure):
+        """In place of the traceback of a thread of TensorBoard's."""
+        if not isinstance(failure.exc_value, OSError):
+            threading.__excepthook__(failure)
+        else:
+            self._report_lost_events(failure.exc_value)
+
+    def _report_lost_events(self, error):
+        if not self.events_lost:
+            self.say(f"note: TensorBoard's events are not written: {error.strerror or error}")
+        self.events_lost = True
 
     def flush(self, durable: bool = False) -> None:
         """Write the pending lines; on a full disk they stay pending.
@@ -86,25 +111,31 @@ class Log:
         lines = read_json_lines(self.path)
         return max((line["step"] for line in lines if "loss" not in line), default=None)
 
-    def pictures(self, step: int, pictures: dict, histograms: dict[str, Tensor]) -> None:
+    def pictures(self, step: int, draw: Callable[[], tuple[dict, dict[str, Tensor]]]) -> None:
         """Add PIL images and values (n,), by name, to TensorBoard; save the images also as
-        pictures/NAME_STEP.png.
+        pictures/NAME_STEP.png. draw() returns both. What cannot be drawn or written is a line.
         """
         if not self.enabled:
             return
         folder = os.path.join(os.path.dirname(self.path), "pictures")
         try:
-            os.makedirs(folder, exist_ok=True)
+            pictures, histograms = draw()
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder)  # not makedirs: a workdir that was deleted is not made again
+            self.events = self.events or self._new_events()
             for name, picture in pictures.items():
                 with new_file(os.path.join(folder, f"{name}_{step:07d}.png")) as file:
                     picture.save(file, format="png")
                 self.events.add_image(name, np.asarray(picture), step, dataformats="HWC")
             for name, values in histograms.items():
+                if not values.isfinite().all():
+                    self.say(f"note: no histogram of {name} at step {step}: it is not finite")
+                    continue
                 self.events.add_histogram(
                     f"neighbours/{name}", values.float().cpu().numpy(), step, bins=60
                 )
-        except OSError as error:  # no reason to stop a run
-            self.say(f"note: no pictures of step {step}: {error}")
+        except (OSError, RunError, ValueError) as error:  # no reason to stop a run
+            self.say(f"note: no pictures of step {step}: {first_line(error)}")
 
     def say(self, text: str) -> None:
         """Print one line on the console, above the progress bar if there is one."""

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from .distributed import LaggedMaximum
+from .distributed import LaggedMaximum, world_size
 from .errors import Interrupted, first_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -77,6 +77,12 @@ class Interruptions:
     def saved(self, outcome: str = "saved") -> None:
         """Restart the interval. outcome: what rank 0 reports if a signal then ends the run."""
         self.last_save, self.outcome = time.monotonic(), outcome
+
+    def end_here(self) -> bool:
+        """End the run before the next step, if a signal asks for it and no other rank needs to
+        agree."""
+        self.agreed = self.signal if world_size() == 1 else 0
+        return self.agreed > 0
 
     @property
     def ending(self) -> int:

@@ -29,7 +29,8 @@ def final_lines(workdir: str, done: bool) -> str:
     done: the schedule has ended.
     """
     metrics_path = os.path.join(workdir, "metrics.jsonl")
-    evaluations = [line for line in read_json_lines(metrics_path) if "loss" not in line]
+    lines = read_json_lines(metrics_path) if os.path.exists(metrics_path) else []
+    evaluations = [line for line in lines if "loss" not in line]
     lines = [
         _progress(evaluations, "knn_top1", "kNN top-1", " %"),
         _progress(evaluations, "effective_rank", "effective rank", ""),

@@ -122,3 +122,18 @@ def wrong_entries(content: object, kinds: dict[str, type]) -> list[str]:
         for name, kind in kinds.items()
         if not isinstance(entries.get(name), kind) or isinstance(entries[name], bool)
     ]
+
+
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """The names of the floating-point tensors that hold a value that is not finite. The host waits
+    once for all of them.
+    """
+    names = [
+        name
+        for name, x in tensors.items()
+        if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+    ]
+    if not names:
+        return []
+    finite = torch.stack([tensors[name].isfinite().all().cpu() for name in names])
+    return [name for name, is_finite in zip(names, finite.tolist(), strict=True) if not is_finite]

@@ -17,6 +17,7 @@ from ..backbones import (
 )
 from ..options import IMAGENET, NUM_HEADS
 from ..running.errors import UsageError, first_few, first_line
+from ..running.tensor_files import not_finite
 from .layouts import EncoderFile, read_encoder
 
 # attention heads of timm's, DeiT's and DINO's models, where NUM_HEADS has another number
@@ -152,6 +153,11 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
     notes += _adapt_position_embedding(encoder, tensors, own)
     _check_fit(file, tensors, own)
     loaded = {name: tensors[name] for name in own if name in tensors}
+    if names := not_finite(loaded):
+        raise UsageError(
+            f"{file.path}: {len(names)} of {len(loaded)} tensors are not finite:"
+            f" {first_few(names)}; take an earlier file"
+        )
     encoder.load_state_dict(loaded, strict=False)
     ignored = [name for name in tensors if name not in own]
     heads = [name for name in ignored if name.startswith(head)]

@@ -1,0 +1,83 @@
+"""A console that may vanish while a program runs: a full disk, a closed pipe, no console at all.
+
+A run lasts longer than the terminal that shows it. What cannot be printed is dropped, and `lost`
+says why, so that the run can record it.
+"""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+
+lost: list[str] = []  # one reason for each stream that was lost
+
+
+class Console:
+    """A text stream whose failures are recorded in place of raised; else as the stream."""
+
+    def __init__(self, stream, name: str):
+        self.stream, self.name, self.failed = stream, name, False
+
+    def write(self, text: str) -> int:
+        with self._failures_recorded():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._failures_recorded():
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    @contextlib.contextmanager
+    def _failures_recorded(self):
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
+            if not self.failed:
+                reason = getattr(error, "strerror", None) or str(error)
+                _record(f"{self.name} is lost ({reason})")
+            self.failed = True
+            # a full disk may have room again later; nobody comes back to a broken pipe
+            if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+                self.discard()
+
+    def discard(self) -> None:
+        """Send what is still in the stream's buffer, and all that follows, nowhere."""
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+
+def _record(line):
+    if line not in lost:
+        lost.append(line)
+
+
+@contextlib.contextmanager
+def console_may_vanish() -> Iterator[None]:
+    """During the block sys.stdout and sys.stderr are Consoles."""
+    for number in (0, 1, 2):
+        # a file that is opened must not become the console of torch's C++ code
+        with contextlib.suppress(OSError):
+            while (opened := os.open(os.devnull, os.O_RDWR)) <= number:
+                pass
+            os.close(opened)
+    before = sys.stdout, sys.stderr
+    for name, stream in zip(("stdout", "stderr"), before, strict=True):
+        if stream is None:  # it was closed before the program started
+            _record(f"{name} is lost (closed)")
+            stream = open(os.devnull, "w")  # noqa: SIM115 - open for the life of the process
+        setattr(sys, name, Console(stream, name))
+    try:
+        yield
+    finally:
+        for console in (sys.stdout, sys.stderr):
+            if isinstance(console, Console):
+                console.flush()
+                if console.failed:
+                    console.discard()
+        sys.stdout, sys.stderr = before

@@ -1,0 +1,68 @@
+"""Why a worker process was lost, in words for its user. Imports nothing slow.
+
+torch raises RuntimeError wherever the rank happens to be when a worker ends, and OSError or
+EOFError when a batch cannot be received from one that has ended.
+"""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Sequence
+
+SENDING_FAILED = 64  # plus errno: exit code of a worker that could not send a batch
+MORE_SHARED_MEMORY = (
+    "/dev/shm is full: enlarge it (docker run --shm-size=8g), or choose fewer --workers or a"
+    " smaller --batch-size"
+)
+MORE_FILES = "the limit of open files is too low: raise it (ulimit -n 4096)"
+MORE_MEMORY = "out of memory? fewer --workers need less of it"
+
+
+def reason(error: Exception, exit_codes: Sequence[int | None] = ()) -> str | None:
+    """The line for the user; None if the error is not about the processes (a bug in a worker).
+
+    exit_codes: of the workers, where they are known.
+    """
+    text = str(error)
+    if "Caught MemoryError in DataLoader worker" in text:
+        return f"a DataLoader worker has no memory left: {MORE_MEMORY}"
+    if text.startswith("Caught "):
+        return None
+    if not isinstance(error, OSError | EOFError) and not text.startswith(
+        ("DataLoader worker", "Too many open files")
+    ):
+        return None
+    sentence = text.partition(".")[0] or type(error).__name__
+    if not text.startswith("DataLoader worker"):
+        sentence = f"a DataLoader worker was lost ({sentence})"
+    codes = [*map(int, re.findall(r"exit code (\d+)", text)), *filter(None, exit_codes)]
+    numbers = [code - SENDING_FAILED for code in codes] + [getattr(error, "errno", None)]
+    if "Bus error" in text:
+        numbers.append(errno.ENOSPC)
+    return f"{sentence}: {_advice(numbers)}"
+
+
+def not_started(error: OSError) -> str:
+    """The line for the user if the workers cannot be started."""
+    return f"cannot start the DataLoader workers ({error.strerror}): {_advice([error.errno])}"
+
+
+def _advice(numbers):
+    """What helps against errors of these numbers."""
+    if errno.ENOSPC in numbers:  # semaphores, too, lie in shared memory
+        return MORE_SHARED_MEMORY
+    if errno.EMFILE in numbers or not _descriptors_left():
+        return MORE_FILES
+    return MORE_MEMORY
+
+
+def _descriptors_left(wanted: int = 10) -> bool:
+    """Whether this process may open as many files; one received with a batch needs some."""
+    with contextlib.ExitStack() as opened:
+        try:
+            for _ in range(wanted):
+                opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,123 @@
+"""A rank that waits for images that do not come: it notices, says why in one line, and signals end
+it.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import needs_root, one_line
+
+from snclr.running import worker_failures, workers
+from snclr.running.errors import UsageError
+
+
+@needs_root
+def test_too_little_shared_memory_is_seen_at_the_start(train, tmp_path):
+    case = train(shared_memory=2**16)
+    one_line(case, 2, "/dev/shm has 0.1 MiB free", "--shm-size", "--workers")
+    assert not (tmp_path / "run").exists()
+
+
+@needs_root
+def test_shared_memory_that_others_fill_ends_the_run_in_one_line(programs, photographs, tmp_path):
+    # a probe's batches are not known at the start: they are found out when they do not fit
+    flags = ["--pretrained", tmp_path / "run/encoder_last.pth.tar", "--workdir", tmp_path / "probe"]
+    small = "-a resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 60"
+    small += " --topk 3 -b 8 --epochs 1 --eval-freq 0 --viz-freq 0"
+    train = ["main_snclr.py", photographs, *small.split(), "--workdir", tmp_path / "run"]
+    assert programs.run(*train)[0] == 0
+    case = programs.start(
+        "main_lincls.py", photographs, *flags, "--epochs", 1, "-b", 20, "-j", 1, shared_memory=2**16
+    )
+    one_line(case, 1, "/dev/shm is full: enlarge it")
+
+
+@pytest.mark.parametrize("files", [20, 28, 40])
+def test_too_few_open_files_end_the_run_in_one_line(train, files):
+    one_line(train(limits={"NOFILE": files}), 1, "ulimit -n")
+
+
+def test_what_batches_need_is_compared_with_what_is_free(monkeypatch):
+    free = os.statvfs("/dev/shm").f_bavail * os.statvfs("/dev/shm").f_frsize
+    workers.check_shared_memory(free // 5 - 1, 2, 1)
+    workers.check_shared_memory(free, 0, 1)
+    with pytest.raises(UsageError, match="2 workers per rank"):
+        workers.check_shared_memory(free // 5 + 2**20, 2, 1)
+    with pytest.raises(UsageError):
+        workers.check_shared_memory(free // 5 - 1, 2, 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_a_run_that_waits_for_images_and_nothing_is_lost(train, tmp_path, number):
+    block = tmp_path / "block"
+    case = train("--epochs", "500", blocked_by=block)
+    case.wait_for("step 3/")
+    block.touch()
+    time.sleep(1)
+    case.signal(number)
+    code, output = case.ended(20)
+    assert code == 75 and f"{number.name}: saved" in output and "Traceback" not in output, output
+    done = [line.split()[3].split("/")[0] for line in output.splitlines() if "step" in line[:20]]
+    path = tmp_path / "run/checkpoint_last.pth.tar"
+    assert torch.load(path, weights_only=True)["step"] == int(done[-1])
+
+
+def test_a_rank_gives_up_after_a_time_without_images(monkeypatch):
+    monkeypatch.setattr(workers, "LIMIT", 1)
+    monkeypatch.setattr(workers, "POLL", 0.2)
+    batches = workers.WorkerBatches(Sleeper(), [0.0, 30.0], 1)
+    batches = iter(batches)
+    assert next(batches) == 0
+    with pytest.raises(workers.Stalled, match=r"no batch of images for \d s"):
+        next(batches)
+
+
+class Sleeper(torch.utils.data.Dataset):
+    def __getitem__(self, seconds):
+        time.sleep(seconds)
+        return seconds
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("a bug"), OSError("a bug")])
+def test_errors_in_a_worker(error):
+    class Faulty(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            raise error
+
+    if isinstance(error, MemoryError):
+        with pytest.raises(RuntimeError, match="no memory left"):
+            next(iter(workers.WorkerBatches(Faulty(), [0], 1)))
+    else:  # a bug keeps its traceback
+        with pytest.raises(type(error), match="in DataLoader worker process 0"):
+            next(iter(workers.WorkerBatches(Faulty(), [0], 1)))
+
+
+def test_reasons_of_lost_workers():
+    reason = worker_failures.reason
+    lost = "DataLoader worker (pid 7) exited unexpectedly with exit code {}. Details are lost."
+    assert "/dev/shm is full" in reason(RuntimeError(lost.format(64 + 28)))
+    assert "ulimit -n" in reason(RuntimeError(lost.format(64 + 24)))
+    assert "out of memory?" in reason(RuntimeError(lost.format(1)))
+    assert "out of memory?" in reason(ConnectionResetError(104, "Connection reset by peer"))
+    assert "/dev/shm is full" in reason(EOFError(), [None, 64 + 28])
+    assert reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_killed_worker_is_one_line(train, step):
+    case = train("--epochs", "500")
+    case.wait_for(f"step {step}/")
+    children = Path(f"/proc/{case.pid}/task/{case.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    one_line(case, 1, "DataLoader worker")
+
+
+def test_no_process_is_left(train):
+    case = train(limits={"NOFILE": 24})
+    case.ended(20)
+    assert subprocess.run(["pgrep", "-g", str(case.pid)], capture_output=True).returncode == 1
