@@ -64,7 +64,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     g.add_argument(
         "--pool", type=positive, default=5000, metavar="N", help="training images that are searched"
     )
-    g.add_argument("--seed", type=options.seed, default=0, metavar="N", help="seed that chooses the images")
+    g.add_argument(
+        "--seed", type=options.seed, default=0, metavar="N", help="seed that chooses the images"
+    )
     g.add_argument(
         "--out", metavar="DIR", help="folder of the pictures (default: pictures beside FILE)"
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import warnings
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..running.errors import RunError, first_line
-from .high_bit_depth import read_pixels, to_8_bits
+from ..running.errors import RunError, UsageError, first_line
+from ..running.safe_files import open_regular
+from .high_bit_depth import FORMATS, read_pixels, to_8_bits
 
 try:  # torchvision 0.29 warns that its decoders will be removed; PIL takes 1.5 times as long
     from torchvision.io import ImageReadMode, decode_image
@@ -19,6 +21,27 @@ except ImportError:
 warnings.filterwarnings(
     "ignore", message=".*capabilities of TorchVision are deprecated", category=DeprecationWarning
 )
+
+
+LARGEST = 2**29  # bytes of an encoded image
+
+
+def read_encoded(path: str, name: str, offset: int = 0, size: int | None = None) -> np.ndarray:
+    """The bytes (size,) uint8 of an image in a regular file from `offset` on, by default all.
+
+    Raises RunError, with `name` in its message, if they cannot be read or are more than LARGEST.
+    """
+    try:
+        with open_regular(path) as file:
+            available = os.fstat(file.fileno()).st_size - offset
+            size = available if size is None else size
+            if size > min(available, LARGEST):
+                raise unreadable(name, f"{size} bytes are more than {min(available, LARGEST)}")
+            file.seek(offset)
+            return np.fromfile(file, np.uint8, count=size)
+    except (UsageError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
+        raise unreadable(name, reason) from error
 
 
 def decode(encoded: np.ndarray, name: str, grey_range: tuple[float, float] | None = None) -> Tensor:
@@ -30,7 +53,7 @@ def decode(encoded: np.ndarray, name: str, grey_range: tuple[float, float] | Non
     """
     try:
         # PIL only reads the header here; it refuses an image that would fill the memory
-        with Image.open(io.BytesIO(encoded)) as picture:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
             # torchvision decodes only JPEG, because its PNG decoder crashes on damaged files
             if encoded[:3].tobytes() == b"\xff\xd8\xff" and decode_image:
                 with contextlib.suppress(RuntimeError):  # then PIL reads it or says why not

@@ -14,6 +14,7 @@ import torch
 from ..options import IMAGENET
 from ..running.distributed import local_rank_zero_first
 from ..running.errors import RunError, UsageError, first_few
+from ..running.safe_files import open_text
 from . import shards
 from .high_bit_depth import little_used_range
 from .images import FileImages, ImageFiles, ImageSet, ResidentImages
@@ -147,7 +148,7 @@ def _unreadable_folder(error):
 def _read_list(path):
     """Paths in a text file, one per line, relative to the file's folder."""
     folder = os.path.dirname(path)
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+    with open_text(path, errors="surrogateescape") as file:
         paths = [os.path.join(folder, line.rstrip("\n")) for line in file if line.strip()]
     if not paths:
         raise UsageError(f"{path} lists no image: expected one path per line")
@@ -163,7 +164,7 @@ def _read_list(path):
 
 def _read_labels(path, source, count):
     """Class names in a text file, one per line in the order of the images; None for '' and -1."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open_text(path) as file:
         names = [name if name not in ("", "-1") else None for name in map(str.strip, file)]
     if len(names) != count:
         raise UsageError(

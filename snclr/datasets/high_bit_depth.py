@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image, ImageOps
 
+# PIL knows many more, and starts Ghostscript for a file that begins like PostScript
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 INTEGERS, FLOATS = (0.0, 65535.0), (0.0, 1.0)  # the ranges without --grey-range
 # PIL's names of byte orders: little-endian, big-endian, native
 SWAPPED = {";16L": ";16B", ";16B": ";16L", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
@@ -30,7 +32,7 @@ def read_pixels(picture: Image.Image, encoded: np.ndarray) -> np.ndarray | None:
         return None
     if not all(rawmode[:-4] in ("RGB", "RGBA", "RGBX") for rawmode in rawmodes):
         raise ValueError(f"only 8 of its 16 bits can be read ({', '.join(rawmodes)})")
-    with Image.open(io.BytesIO(encoded)) as lower:
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as lower:
         lower.tile = [_with_swapped_bytes(tile) for tile in lower.tile]
         upper, lower = (
             np.asarray(ImageOps.exif_transpose(part).convert("RGB")).astype(np.uint16)
@@ -76,7 +78,7 @@ def little_used_range(samples: Iterable[tuple[str, np.ndarray]]) -> str | None:
     for name, encoded in samples:
         count += 1
         try:
-            with Image.open(io.BytesIO(encoded)) as picture:
+            with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
                 pixels = read_pixels(picture, encoded)
         except Exception:  # an unreadable image is reported when it is used
             continue

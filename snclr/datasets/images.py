@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from .. import augment
 from ..augment import Recipe, ViewParameters
 from ..running.errors import RunError
-from .decoding import decode, unreadable
+from .decoding import decode, read_encoded
 
 # bytes of decoded pixels up to which a set of equal-sized images is held in memory
 RESIDENT_LIMIT = 2**30
@@ -299,12 +299,7 @@ class ImageFiles(FileImages):
 
     def encoded(self, index: int) -> tuple[str, np.ndarray]:
         path = str(self.paths[index])
-        if not os.path.isfile(path) and os.path.exists(path):
-            raise unreadable(path, "it is not a file")  # such as a pipe, which would block
-        try:
-            return path, np.fromfile(path, np.uint8)
-        except OSError as error:
-            raise unreadable(path, error.strerror) from error
+        return path, read_encoded(path, path)
 
 
 def _draw(recipe, epoch, indices, view_numbers, heights, widths):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..running.errors import UsageError
-from ..running.safe_files import new_file
-from .decoding import unreadable
+from ..running.safe_files import new_file, open_regular
+from .decoding import read_encoded
 from .images import FileImages
 
 
@@ -57,10 +57,7 @@ class ShardImages(FileImages):
         path = str(self.files[self.shard[index]])
         offset, size = int(self.offset[index]), int(self.size[index])
         name = f"of {size} bytes at offset {offset} in {path}"
-        try:
-            return name, np.fromfile(path, np.uint8, count=size, offset=offset)
-        except OSError as error:
-            raise unreadable(name, error.strerror) from error
+        return name, read_encoded(path, name, offset, size)
 
 
 def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -> Index:
@@ -71,6 +68,8 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
     is no shard or one cannot be read.
     """
     files = [source] if os.path.isfile(source) else _tars_below(source)
+    for path in files:
+        open_regular(path).close()
     stats = [os.stat(path) for path in files]
     names = [os.path.relpath(path, source) for path in files]
     key = json.dumps(
@@ -121,7 +120,7 @@ def _scan(files, extensions) -> Index:
                     folder, base = os.path.split(name)
                     sample = os.path.join(folder, base.split(".")[0])
                     if base.lower().endswith(".cls"):
-                        content = os.pread(file.fileno(), size, offset)
+                        content = os.pread(file.fileno(), min(size, 2**16), offset)
                         class_names[shard, sample] = content.decode().strip()
                     elif base.lower().endswith(extensions) and not base.startswith("."):
                         images.append((shard, offset, size, sample, stem))
@@ -144,20 +143,21 @@ def _scan(files, extensions) -> Index:
     return Index(np.array(files), *columns, np.array(classes, dtype=str), np.array(ignored))
 
 
-def _members(file, path, start=0):
+def _members(file, path, start=0, depth=0):
     """For each regular file in a tar file: its name, its offset in the outermost file, its size,
     and the stem of the innermost tar file.
 
     Tar files within a tar file are read too, as in ImageNet's training set.
     """
+    if depth > 8:
+        raise tarfile.ReadError("more than 8 tar files inside of each other")
     stem = os.path.basename(path).removesuffix(".tar")
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep them all in memory
             if member.isfile() and member.name.endswith(".tar"):
-                yield from _members(
-                    archive.extractfile(member), member.name, start + member.offset_data
-                )
+                inner = archive.extractfile(member)
+                yield from _members(inner, member.name, start + member.offset_data, depth + 1)
             elif member.isfile():
                 yield member.name, start + member.offset_data, member.size, stem
 
@@ -178,13 +178,15 @@ def _name_classes(samples, stems):
 
 def _load(path, key) -> Index | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_regular(path) as opened, np.load(opened, allow_pickle=False) as file:
+            if any(record.compress_type for record in file.zip.infolist()):
+                return None  # not ours: it may unfold to terabytes
             return (
                 Index(np.empty(0), *(file[name] for name in Index._fields[1:]))
                 if file["key"].item() == key
                 else None
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile):
         return None  # absent, damaged or of another version
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import augment
 from ..datasets.images import ImageSet
 from ..running.errors import UsageError, first_few
+from ..running.safe_files import open_text
 
 
 def select_labelled(
@@ -100,7 +101,7 @@ def _listed(images, path):
             f"--label-list {path}: images of this --dataset have no file names; "
             "use --label-fraction"
         )
-    with open(path) as file:
+    with open_text(path) as file:
         wanted = {os.path.basename(line.strip()) for line in file if line.strip()}
     is_listed = np.isin(images.names, sorted(wanted))
     if absent := wanted - {*images.names[is_listed].tolist()}:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -41,6 +42,19 @@ def first_line(error: Exception) -> str:
 def first_few(names: list[str], limit: int = 3) -> str:
     """The first names of a list, for a message."""
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """The line for the user if that is what an error of torch or numpy means."""
+    text = first_line(error)
+    words = ("out of memory", "can't allocate memory", "calculation overflowed")
+    if not isinstance(error, MemoryError) and not any(word in text for word in words):
+        return None
+    sentence = re.sub(r"^\[.*?\] *|\. .*", "", text)
+    return (
+        f"not enough memory ({sentence}): smaller --batch-size, --micro-batch, --img-size or"
+        " --bank-size need less"
+    )
 
 
 def end_process(code: int) -> None:
@@ -84,10 +98,11 @@ def _one_clear_line(program):
         if rank == 0:
             _print_line(f"{program}: {error}")
         end_process(75)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         # torch's signal handler raises a worker's end anywhere, but no longer from here on
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         message = one_line(error) if isinstance(error, RunError) else reason(error)
+        message = message or out_of_memory(error)
         if message is None:
             raise
         _print_line(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {message}")

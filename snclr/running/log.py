@@ -16,7 +16,14 @@ from tqdm import tqdm
 
 from . import console
 from .errors import RunError, first_line
-from .safe_files import json_object, new_file, open_regular, read_json_lines, writing
+from .safe_files import (
+    json_object,
+    new_file,
+    open_regular,
+    open_to_append,
+    read_json_lines,
+    writing,
+)
 
 # TensorBoard group of each metric of a training or evaluation line; all others: loss
 GROUPS = {
@@ -51,7 +58,7 @@ class Log:
         with writing(workdir):
             # a run that starts anew also evaluates its start anew
             cut_back(self.path, step if step else -1)
-            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
+            self.file = open_to_append(self.path)  # open for the whole run
             self.events = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
 
     def line(self, metrics: dict) -> None:

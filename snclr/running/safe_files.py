@@ -6,12 +6,13 @@ and only regular files of limited size are read: a fifo would block forever, and
 """
 
 import contextlib
+import io
 import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from .errors import RunError, UsageError, first_line
 
@@ -51,6 +52,18 @@ def new_file(path: str) -> Iterator[BinaryIO]:
             os.remove(temporary)  # present only after an error or a signal
 
 
+def open_to_append(path: str) -> BinaryIO:
+    """Open a file, which is made if it is missing, to write at its end without a buffer. Raises
+    OSError, also where `path` is a link, or something else than a file.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is no regular file")
+    return open(descriptor, "ab", buffering=0)
+
+
 def save_text(path: str, text: str) -> None:
     """Write a text file, whole or not at all. Raises RunError."""
     with writing(path), new_file(path) as file:
@@ -79,6 +92,19 @@ def open_regular(path: str, *, follow: bool = True) -> BinaryIO:
         os.close(descriptor)
         raise UsageError(f"cannot read {path}: it is not a regular file")
     return open(descriptor, "rb")
+
+
+def open_text(path: str, *, errors: str = "replace", limit: int = 2**32) -> TextIO:
+    """Open a UTF-8 file for reading line by line. UsageError as open_regular, and if it has more
+    than `limit` bytes.
+
+    errors: what becomes of bytes that are no UTF-8, as in `open`.
+    """
+    file = open_regular(path)
+    if os.fstat(file.fileno()).st_size > limit:
+        file.close()
+        raise UsageError(f"cannot read {path}: it has more than {limit} bytes")
+    return io.TextIOWrapper(file, encoding="utf-8", errors=errors)
 
 
 def read_bytes(path: str, limit: int = LIMIT, *, follow: bool = True) -> bytes:

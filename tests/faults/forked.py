@@ -223,10 +223,10 @@ def _small_shared_memory(size):
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
-    import main_lincls  # noqa: F401 - imported before the first fork
-    import main_snclr  # noqa: F401
     import torch
 
+    import main_lincls  # noqa: F401 - imported before the first fork
+    import main_snclr  # noqa: F401
     import snclr.export
     import snclr.mean_std
     import snclr.report
