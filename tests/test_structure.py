@@ -13,7 +13,10 @@ FILES = {
     for path in sorted(ROOT.glob("snclr/**/*.py"))
 }
 # the ground floor, which every file may import: errors, ranks, number formats
-GROUND = {"snclr.running.errors", "snclr.running.distributed", "snclr.running.precision"}
+GROUND = {
+    f"snclr.running.{name}"
+    for name in ("console", "distributed", "errors", "precision", "worker_failures")
+}
 # python -m snclr.NAME, and what the package itself offers: like the scripts, nothing imports them
 COMMANDS = {"snclr.export", "snclr.mean_std", "snclr.report", "snclr.visualize"}
 TOP = {"main_snclr", "main_lincls", "snclr.__init__"} | COMMANDS

@@ -21,15 +21,13 @@ except ImportError:
 warnings.filterwarnings(
     "ignore", message=".*capabilities of TorchVision are deprecated", category=DeprecationWarning
 )
-
-
 LARGEST = 2**29  # bytes of an encoded image
 
 
 def read_encoded(path: str, name: str, offset: int = 0, size: int | None = None) -> np.ndarray:
-    """The bytes (size,) uint8 of an image in a regular file from `offset` on, by default all.
+    """The `size` bytes (size,) uint8 from `offset` in a regular file; by default all from there.
 
-    Raises RunError, with `name` in its message, if they cannot be read or are more than LARGEST.
+    Raises RunError, which includes `name`, if they cannot be read or are more than LARGEST.
     """
     try:
         with open_regular(path) as file:

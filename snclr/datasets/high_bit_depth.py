@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image, ImageOps
 
-# PIL knows many more, and starts Ghostscript for a file that begins like PostScript
+# PIL would read others too, and start Ghostscript for a file that begins like PostScript
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 INTEGERS, FLOATS = (0.0, 65535.0), (0.0, 1.0)  # the ranges without --grey-range
 # PIL's names of byte orders: little-endian, big-endian, native

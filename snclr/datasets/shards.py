@@ -150,7 +150,7 @@ def _members(file, path, start=0, depth=0):
     Tar files within a tar file are read too, as in ImageNet's training set.
     """
     if depth > 8:
-        raise tarfile.ReadError("more than 8 tar files inside of each other")
+        raise tarfile.ReadError("more than 8 tar files are nested")
     stem = os.path.basename(path).removesuffix(".tar")
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:

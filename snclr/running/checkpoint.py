@@ -22,7 +22,7 @@ from .errors import UsageError, first_few, first_line
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
-UNSOUND = "checkpoint_unsound.pth.tar"  # a state that is not finite; never resumed by itself
+UNSOUND = "checkpoint_unsound.pth.tar"  # a state that is not finite; --resume auto ignores it
 PREFIX = "module."
 BANK = "module.memory_bank."
 
@@ -56,13 +56,16 @@ def load(path: str) -> dict:
 def newest(workdir: str) -> tuple[str | None, list[str]]:
     """The checkpoint for --resume auto, and lines for the log.
 
-    That is the undamaged one of the latest step in workdir, None where there is no checkpoint. Each
-    later one, being damaged, is renamed NAME.damaged, with a line about it. Raises UsageError where
-    all checkpoints are damaged.
+    That is the undamaged checkpoint of the latest step in workdir, None if there is no checkpoint.
+    Damaged checkpoints of later steps are renamed to NAME.damaged, with a line about each. Raises
+    UsageError if all checkpoints are damaged.
     """
     names = os.listdir(workdir) if os.path.isdir(workdir) else []
-    names = [name for name in names if name.startswith("checkpoint_") and name.endswith(".pth.tar")]
-    names = [name for name in names if name != UNSOUND]
+    names = [
+        name
+        for name in names
+        if name.startswith("checkpoint_") and name.endswith(".pth.tar") and name != UNSOUND
+    ]
     names.sort(key=lambda name: (name != LAST, name))
     damaged = []
     for path in sorted((os.path.join(workdir, name) for name in names), key=_step, reverse=True):
@@ -84,7 +87,7 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
 
 def _step(path: str) -> float:
     """The step of a checkpoint; infinity if it cannot be read, as it may have been the newest."""
-    if not os.path.isfile(path):  # opening a fifo would block
+    if not os.path.isfile(path):  # such as a fifo, which would block
         return float("inf")
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
@@ -154,10 +157,10 @@ def resume(
     fingerprint: str | None = None,
 ) -> tuple[int, list[str]]:
     """Load a checkpoint into a run with the same settings; returns the number of completed steps
-    and the settings that have changed.
+    and the changed settings.
 
-    Raises UsageError, which names every setting that must not change, and every key or shape that
-    differs.
+    Raises UsageError with every changed setting that must not change, or with the keys and shapes
+    that differ.
     """
     state = load(path)
     refused, changes = settings.changes(state["args"], args)
@@ -183,7 +186,7 @@ def resume(
 
 
 def check_content(path: str, state: dict, args: Namespace) -> None:
-    """Raises UsageError for values that no run writes: training would fail, or never end."""
+    """Raises UsageError for values that no run saves, with which training would fail or not end."""
     steps_per_epoch = state["images"] // args.batch_size
     epochs = state["args"].get("epochs")
     if type(epochs) is int and not 0 <= state["step"] <= epochs * steps_per_epoch:
@@ -194,7 +197,7 @@ def check_content(path: str, state: dict, args: Namespace) -> None:
     if names := tensor_files.not_finite(tensors):
         raise UsageError(
             f"{path} cannot be resumed: {len(names)} tensors are not finite:"
-            f" {first_few(names)}; take an older one"
+            f" {first_few(names)}; take an older checkpoint"
         )
     bounds = {"ids": (-1, state["images"] - 1)}
     if (ids := tensors.get(f"{BANK}ids")) is not None:

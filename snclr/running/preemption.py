@@ -79,8 +79,9 @@ class Interruptions:
         self.last_save, self.outcome = time.monotonic(), outcome
 
     def end_here(self) -> bool:
-        """End the run before the next step, if a signal asks for it and no other rank needs to
-        agree."""
+        """End the run before the next step, if there was a signal, and there is only one rank;
+        returns whether it ends.
+        """
         self.agreed = self.signal if world_size() == 1 else 0
         return self.agreed > 0
 

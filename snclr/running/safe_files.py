@@ -53,14 +53,14 @@ def new_file(path: str) -> Iterator[BinaryIO]:
 
 
 def open_to_append(path: str) -> BinaryIO:
-    """Open a file, which is made if it is missing, to write at its end without a buffer. Raises
-    OSError, also where `path` is a link, or something else than a file.
+    """Open a file, or create it, to write at its end without a buffer. Raises OSError, also if
+    `path` is a link or not a regular file.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError("it is no regular file")
+        raise OSError("it is not a regular file")
     return open(descriptor, "ab", buffering=0)
 
 
@@ -95,10 +95,10 @@ def open_regular(path: str, *, follow: bool = True) -> BinaryIO:
 
 
 def open_text(path: str, *, errors: str = "replace", limit: int = 2**32) -> TextIO:
-    """Open a UTF-8 file for reading line by line. UsageError as open_regular, and if it has more
-    than `limit` bytes.
+    """Open a UTF-8 file for reading lines. Raises UsageError as open_regular does, and if it has
+    more than `limit` bytes.
 
-    errors: what becomes of bytes that are no UTF-8, as in `open`.
+    errors: how to handle bytes that are not UTF-8, as in `open`.
     """
     file = open_regular(path)
     if os.fstat(file.fileno()).st_size > limit:

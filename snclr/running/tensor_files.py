@@ -113,8 +113,8 @@ def plain_tensors(content: object) -> dict[str, Tensor]:
 
 
 def wrong_entries(content: object, kinds: dict[str, type]) -> list[str]:
-    """The names in `kinds` under which a value from a file has no entry of that type. True and
-    False are no int.
+    """The names in `kinds` whose entry in a value from a file is missing or of another type. True
+    and False do not count as int.
     """
     entries = content if isinstance(content, dict) else {}
     return [
@@ -125,9 +125,7 @@ def wrong_entries(content: object, kinds: dict[str, type]) -> list[str]:
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
-    """The names of the floating-point tensors that hold a value that is not finite. The host waits
-    once for all of them.
-    """
+    """The names of the tensors that contain a value that is not finite; ignores other entries."""
     names = [
         name
         for name, x in tensors.items()
