@@ -242,7 +242,7 @@ def test_a_dry_run_neither_runs_nor_installs(start, tmp_path):
 @pytest.mark.parametrize(
     "environment, named",
     [
-        ({"NNODES": "2"}, "NODE_RANK must be 0 .. 1, another one on each machine"),
+        ({"NNODES": "2"}, "NODE_RANK must be 0 .. 1, different on each machine"),
         ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK must be 0 .. 1 with NNODES=2, found 2"),
         ({"NNODES": "2", "NODE_RANK": "-1"}, "NODE_RANK must be a whole number, found '-1'"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR must name the machine of NODE_RANK 0"),

@@ -370,14 +370,14 @@ def test_last_lines_report_the_result_and_the_next_commands(done, expected, tmp_
         {"epoch": 2, "step": 8, "knn_top1": 55.5},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    printed = final_lines(str(tmp_path), done=done)
+    printed = final_lines(str(tmp_path), "checkpoint_last.pth.tar", done=done)
     assert "raw pixels 20.0 %, untrained 30.0 %, epoch 2: 55.5 %" in printed
     assert expected in printed
 
 
 def test_farewell_without_evaluation_does_not_speak_of_one(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "step": 1, "loss": 2.0}\n')
-    assert "kNN" not in final_lines(str(tmp_path), done=True)
+    assert "kNN" not in final_lines(str(tmp_path), "", done=True)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_what_is_no_file_is_not_replaced(write, make, tmp_path):
     path = tmp_path / "file"
     make(path)
     mode = path.lstat().st_mode
-    with pytest.raises(RunError, match=r"cannot write .*file: it exists and is no regular file"):
+    with pytest.raises(RunError, match=r"cannot write .*file: it exists and is not a regular file"):
         write(str(path))
     assert path.lstat().st_mode == mode and os.listdir(tmp_path) == ["file"]
 
@@ -222,7 +222,7 @@ def test_a_lock_is_not_written_through_a_link_nor_into_a_fifo(tmp_path):
         lock.hold(str(tmp_path), "x")
     assert victim.read_text() == "old"
     os.mkfifo(tmp_path / "y.lock")
-    with pytest.raises(UsageError, match="no regular file"):
+    with pytest.raises(UsageError, match="not a regular file"):
         lock.hold(str(tmp_path), "y")
 
 

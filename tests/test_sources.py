@@ -151,8 +151,8 @@ def unreadable_image(root):
         (no_train, r"no folder train/; expected .*/train/<class>/<image>"),
         (no_image, r"no image in .*train; expected .*train/<class>/<image>"),
         (images_without_class, r"no image in .*train; expected .*train/<class>/<image>"),
-        (other_classes, r"must hold the same classes; only one of them has bee, cow$"),
-        (missing_class, r"must hold the same classes; only one of them has bee$"),
+        (other_classes, r"must have the same classes; only one of the two has bee, cow$"),
+        (missing_class, r"must have the same classes; only one of the two has bee$"),
         (unreadable_image, r"cannot read image .*broken\.png"),
     ],
 )
@@ -504,7 +504,7 @@ def foreign(folder):
 def compressed(folder):
     for path in list(folder.glob("*.tar")):
         path.rename(path.with_suffix(".tar.gz"))
-    return "compressed and cannot be read at an offset"
+    return "is compressed: unpack it"
 
 
 def without_images(folder):

@@ -320,7 +320,7 @@ def test_what_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path):
     assert "nothing else is loaded" in refused(encoder, tmp_path / "code.pth")
     whole = (tmp_path / "wider.pth").read_bytes()
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
-    assert "truncated or no checkpoint" in refused(encoder, tmp_path / "half.pth")
+    assert "truncated or not a checkpoint" in refused(encoder, tmp_path / "half.pth")
     (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "is not a complete safetensors file" in refused(encoder, tmp_path / "half.safetensors")
     assert "does not exist" in refused(encoder, tmp_path / "nowhere.pth")

@@ -197,12 +197,12 @@ def test_a_small_set_is_held_in_memory_although_some_of_it_cannot_be_read(
     train(spoilt, tmp_path / "run", "--on-bad-image", "skip")
     out = capsys.readouterr().out
     assert (
-        f"note: 6 images in {spoilt}/train are replaced in training" in out
+        f"note: 6 images in {spoilt}/train are replaced, by other images in training" in out
         and "note: 1 images in" in out
     )
     assert "6 more images cannot be read and are replaced" in out
     listed = (tmp_path / "run/bad_images.txt").read_text().splitlines()
-    assert len(listed) == 6 and "train/a/00.png: it is no image" in listed[0]
+    assert len(listed) == 6 and "train/a/00.png: it is not an image" in listed[0]
     with pytest.raises(UsageError, match="or add --on-bad-image skip"):
         train(spoilt, tmp_path / "fail")
 
@@ -251,7 +251,7 @@ def test_undecodable_names_and_an_unwritable_list_end_no_run(spoilt, tmp_path, c
     train(spoilt, tmp_path / "run", "--on-bad-image", "skip")
     assert "cannot be read and are replaced, see cannot write" in capsys.readouterr().out
     train(spoilt, tmp_path / "again", "--on-bad-image", "skip")
-    assert "train/a/??.png: it is no image" in (tmp_path / "again/bad_images.txt").read_text()
+    assert "train/a/??.png: it is not an image" in (tmp_path / "again/bad_images.txt").read_text()
 
 
 def test_links_in_a_circle_are_followed_once(images, tmp_path):
