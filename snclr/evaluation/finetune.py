@@ -22,7 +22,7 @@ from .task import Task, crop_loader, rank_batches, report_epoch, steps_per_epoch
 
 
 class Rates(NamedTuple):
-    """Peak learning rates for a batch of 256 (encoder, head), and weight decay."""
+    """Peak learning rates of encoder and head for a batch of 256, and weight decay."""
 
     lr: float
     head_lr: float
@@ -30,13 +30,14 @@ class Rates(NamedTuple):
 
 
 DEFAULTS = {"sgd": Rates(0.02, 0.2, 0.0), "adamw": Rates(5e-4, 5e-3, 0.05)}
-# of a random encoder: encoder and head start equally untrained
+# for an untrained encoder, which has no reason to learn more slowly than its head
 FROM_SCRATCH = {"sgd": Rates(0.1, 0.1, 5e-4), "adamw": Rates(5e-4, 5e-4, 0.05)}
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear layer, which starts as N(0, 0.01): images (B, 3, S, S) to logits (B,
-    classes).
+    """An encoder and a linear layer, initialised as N(0, 0.01).
+
+    Images (B, 3, S, S) to logits (B, classes).
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int):
@@ -54,16 +55,14 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
     """Train encoder and classifier; returns the results after the last epoch and the confusion
     counts (classes, classes).
 
-    No validation image takes part in any choice.
+    Validation images choose nothing.
     """
     args, train, device = task.args, task.train, task.device
-    settings = resolve_settings(task)
-    steps = steps_per_epoch(train, args.batch_size)
+    steps, settings = steps_per_epoch(train, args.batch_size), resolve_settings(task)
     model = Classifier(task.encoder, len(train.classes)).to(device)
     model = synchronise_batch_norm(model, device)
-    scaled = {name: settings[name] * args.batch_size / 256 for name in ("lr", "head_lr")}
-    fixed = {name: settings[name] for name in ("weight_decay", "layer_decay")}
-    optimizer = build_optimizer(model, settings["optimizer"], **scaled, **fixed)
+    rates = {name: settings[name] * args.batch_size / 256 for name in ("lr", "head_lr")}
+    optimizer = build_optimizer(model, **settings | rates)
     scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
     epoch, _ = state.resume(task, STATE_FILE, model, optimizer)
     network = distributed.replicate(model, device)
@@ -82,8 +81,8 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
                     warmup_epochs=args.warmup_epochs,
                     epochs=args.epochs,
                 )
-            # stochastic layers draw from (seed, step, rank), so that a resumed run has no generator
-            # to restore
+            # stochastic layers draw from (seed, step, rank), so a resumed run needs no saved state
+            # of the random generator
             torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank())) >> 1)
             with autocast(task.amp, device):
                 logits = network(x)
@@ -108,8 +107,7 @@ def resolve_settings(task: Task) -> dict:
     """Optimiser, base rates, weight decay and layer decay: from the flags, else the defaults of
     this kind of encoder.
     """
-    args = task.args
-    is_vit = getattr(task.encoder, "kind", None) == "vit"
+    args, is_vit = task.args, getattr(task.encoder, "kind", None) == "vit"
     from_scratch = args.encoder == "untrained"
     name = args.optimizer or ("adamw" if is_vit else "sgd")
     rates = (FROM_SCRATCH if from_scratch else DEFAULTS)[name]
@@ -124,13 +122,18 @@ def resolve_settings(task: Task) -> dict:
 
 
 def build_optimizer(
-    model: Classifier, name: str, lr: float, head_lr: float, weight_decay: float, layer_decay: float
+    model: Classifier,
+    optimizer: str,
+    lr: float,
+    head_lr: float,
+    weight_decay: float,
+    layer_decay: float,
 ) -> torch.optim.Optimizer:
-    """'sgd' (momentum 0.9) or 'adamw'. Each group's 'peak' is its rate before the schedule: of the
-    encoder lr, or head_lr.
+    """'sgd' (momentum 0.9) or 'adamw'. Each group's 'peak' is its rate before the schedule, derived
+    from lr in the encoder, and head_lr in the head.
 
-    layer_decay: each layer has the rate of the next one times this factor (timm's grouping); 1: all
-    layers the same.
+    layer_decay: the rate of a layer is that of the next one times this factor (timm's grouping); 1:
+    all layers have the same rate. Raises UsageError if the encoder has no grouping.
     """
     if layer_decay == 1:
         groups = parameter_groups(model.encoder.named_parameters(), weight_decay)
@@ -143,7 +146,7 @@ def build_optimizer(
     groups = [{**group, "peak": lr * group.pop("lr_scale", 1.0)} for group in groups]
     head = parameter_groups(model.head.named_parameters(), weight_decay)
     groups += [{**group, "peak": head_lr} for group in head]
-    if name == "adamw":
+    if optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
 
@@ -155,8 +158,8 @@ def evaluate_classifier(task: Task, model: Classifier) -> tuple[float, float, np
     """
     model.eval()
     args, classes = task.args, len(task.train.classes)
-    # one tensor, summed over ranks at once: the confusion counts, and the number of images right
-    # among the best five
+    # one tensor, so that one sum over ranks is enough: the confusion counts, then the number of
+    # images whose class is among the best five
     totals = torch.zeros(classes * classes + 1, dtype=torch.long, device=task.device)
     indices = np.arange(distributed.rank(), len(task.val), distributed.world_size())
     labels = task.val.labels[indices].to(task.device).split(EVALUATION_BATCH)
