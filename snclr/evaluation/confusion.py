@@ -19,8 +19,8 @@ def class_accuracies(counts: np.ndarray) -> list[float | None]:
 
 
 def picture(counts: np.ndarray, classes: list[str], title: str) -> Image.Image:
-    """Draw the matrix of counts (C, C): rows are true classes, columns predicted ones. The colour and
-    number of a cell are its percentage of the row.
+    """Draw the matrix of counts (C, C): rows are true classes, columns predicted ones. Colour and
+    number of a cell show its percentage of the row.
     """
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     legible = len(classes) <= LEGIBLE

@@ -25,8 +25,8 @@ class Pixels(nn.Module):
 
 
 def digest(module: nn.Module) -> str:
-    """SHA-256 of the names, shapes and bytes of all parameters and buffers. It changes if any of them
-    does.
+    """SHA-256 of the names, shapes and bytes of all parameters and buffers: different if any of them
+    is.
     """
     sha = hashlib.sha256()
     for name, tensor in module.state_dict().items():

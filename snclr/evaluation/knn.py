@@ -116,7 +116,7 @@ def accuracy(
 
 
 def join_shares(x: Tensor, total: int) -> Tensor:
-    """All `total` rows, those of rank 0 first, the same on every rank. x: this rank's share of them,
+    """All `total` rows, those of rank 0 first; the same on every rank. x: the share of this rank,
     every world_size-th row.
     """
     longest = -(-total // world_size())

@@ -1,4 +1,4 @@
-"""Metrics of frozen features that need no labels: how many dimensions they use, and how well the two
+"""Metrics of frozen features that need no labels: how many dimensions they use, and how well two
 views of an image agree.
 """
 
@@ -34,8 +34,8 @@ def signals(embed: Callable[[Tensor], Tensor], loader: TwoViewLoader) -> dict[st
 def effective_rank(features: Tensor) -> float:
     """RankMe (Garrido et al. 2023, eq. 1): exp of the entropy of the normalised singular values.
 
-    features (n, F) -> between 1 (full collapse) and F. It counts the dimensions that are used, useful
-    or not.
+    features (n, F) -> between 1 (full collapse) and F. It counts the dimensions that are used,
+    whether they are useful or not.
     """
     values = torch.linalg.svdvals(features)
     shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)

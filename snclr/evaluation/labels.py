@@ -83,8 +83,8 @@ def class_share(
             count = min(max(count, 1), len(members) - 1)
         if not count:
             raise UsageError(
-                f"a share of {share:g} leaves class {classes[label]} with its {len(members)} images "
-                "none: use a larger one"
+                f"a share of {share:g} leaves class {classes[label]} with its "
+                f"{len(members)} images none: use a larger one"
             )
         selected[members[keys[members].argsort()[:count]]] = True
     return selected

@@ -22,8 +22,8 @@ def kinds_of(encoder: nn.Module) -> dict[str, int]:
 
 
 def features_of(encoder: nn.Module, x: Tensor) -> Tensor:
-    """(B, 3, S, S) -> the encoder's features (B, C); for a ViT with a class token this token and the
-    mean of the patch tokens, side by side (B, 2C).
+    """(B, 3, S, S) -> the encoder's features (B, C); for a ViT with a class token, this token and
+    the mean of the patch tokens, side by side (B, 2C).
     """
     if not _has_tokens(encoder):
         return encoder.embed(x)

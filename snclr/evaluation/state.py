@@ -1,5 +1,5 @@
-"""Saves the training of an evaluation after each epoch, and resumes it: classifier and optimiser, in
-one file of the workdir.
+"""Saves classifier and optimiser of an evaluation after each epoch, in one file of the workdir, and
+resumes from it.
 """
 
 import os

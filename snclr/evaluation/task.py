@@ -1,5 +1,5 @@
-"""The encoder and images of an evaluation, and the batches of its training images, for both probe and
-fine-tuning.
+"""The encoder and images of an evaluation, and the batches of its training images. Probe and
+fine-tuning share them.
 """
 
 import argparse
