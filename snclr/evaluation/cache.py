@@ -1,5 +1,5 @@
-"""Encodes the training images once for all epochs of a probe, and keeps their features in memory or,
-if they are large, in a memory-mapped file.
+"""Encodes the training images once for all epochs of a probe. Their features stay in memory or, if
+they are large, in a memory-mapped file.
 """
 
 import hashlib

@@ -25,8 +25,8 @@ class Pixels(nn.Module):
 
 
 def digest(module: nn.Module) -> str:
-    """SHA-256 of the names, shapes and bytes of all parameters and buffers: different if any of them
-    is.
+    """SHA-256 of the names, shapes and bytes of all parameters and buffers. It changes when one of
+    them does.
     """
     sha = hashlib.sha256()
     for name, tensor in module.state_dict().items():
@@ -47,7 +47,7 @@ def encode_share(
     """Features (n_r, F) and labels (n_r,) of this rank's share of a labelled set, on the CPU.
 
     The share of rank r is image r and every world_size-th image after it. embed: normalised images
-    (B, 3, size, size) to features (B, F) in at least float32, without gradient.
+    (B, 3, size, size) to features (B, F).
     """
     indices = np.arange(rank(), len(images), world_size())
     batches = whole_images(images, indices, size=size, device=device, workers=workers)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .. import augment, optim
-from ..loader import EVALUATION_BATCH, whole_images
 from ..optim import parameter_groups
 from ..running import distributed
 from ..running.batch_norm import synchronise_batch_norm
 from ..running.errors import UsageError
 from ..running.precision import autocast, widen
 from . import state
+from .features import encode_share
 from .options import STATE_FILE
 from .task import Task, crop_loader, rank_batches, report_epoch, steps_per_epoch
 
@@ -156,21 +156,18 @@ def evaluate_classifier(task: Task, model: Classifier) -> tuple[float, float, np
     """Top-1 and top-5 in percent, and confusion counts (classes, classes), on the validation images
     of all ranks.
     """
+    classes, device = len(task.train.classes), task.device
     model.eval()
-    args, classes = task.args, len(task.train.classes)
-    # one tensor, so that one sum over ranks is enough: the confusion counts, then the number of
-    # images whose class is among the best five
-    totals = torch.zeros(classes * classes + 1, dtype=torch.long, device=task.device)
-    indices = np.arange(distributed.rank(), len(task.val), distributed.world_size())
-    labels = task.val.labels[indices].to(task.device).split(EVALUATION_BATCH)
-    batches = whole_images(
-        task.val, indices, size=args.img_size, device=task.device, workers=args.workers
-    )
-    for x, y in zip(batches, labels, strict=True):
-        with autocast(task.amp, task.device):
-            best = model(x).topk(min(5, classes), dim=1).indices
-        totals[:-1] += torch.bincount(y * classes + best[:, 0], minlength=classes * classes)
-        totals[-1] += (best == y[:, None]).sum()
+
+    def best_classes(x):
+        with autocast(task.amp, device):
+            return model(x).topk(min(5, classes), dim=1).indices
+
+    loader_args = dict(size=task.args.img_size, device=device, workers=task.args.workers)
+    best, labels = encode_share(best_classes, task.val, **loader_args)
+    counts = torch.bincount(labels * classes + best[:, 0], minlength=classes**2)
+    # one tensor, so that one sum over ranks is enough
+    totals = torch.cat([counts, (best == labels[:, None]).sum()[None]]).to(device)
     totals = distributed.all_sum(totals).cpu().numpy()
     counts = totals[:-1].reshape(classes, classes)
     return 100 * counts.trace() / len(task.val), 100 * totals[-1] / len(task.val), counts

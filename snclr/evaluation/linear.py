@@ -105,12 +105,6 @@ class LinearGrid(nn.Module):
             columns.append(product + self.biases[key])
         return torch.cat(columns, dim=1)
 
-    def losses(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy (heads,) of each head, the mean over this rank's batch."""
-        logits = self.logits(features).transpose(1, 2)  # (B, classes, heads)
-        targets = labels[:, None].expand(len(labels), logits.shape[2])
-        return nn.functional.cross_entropy(logits, targets, reduction="none").mean(dim=0)
-
     def train_step(
         self, optimizer: torch.optim.Optimizer, features: Tensor, labels: Tensor
     ) -> Tensor:
@@ -119,7 +113,9 @@ class LinearGrid(nn.Module):
 
         optimizer: torch.optim.SGD of these parameters, without weight decay and with s(t) as lr.
         """
-        losses = self.losses(features, labels)
+        logits = self.logits(features).transpose(1, 2)  # (B, classes, heads)
+        targets = labels[:, None].expand(len(labels), logits.shape[2])
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none").mean(dim=0)
         optimizer.zero_grad(set_to_none=True)
         (losses * self.rates.repeat(len(self.weights))).sum().backward()
         if world_size() > 1:

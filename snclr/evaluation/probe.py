@@ -62,10 +62,9 @@ def run_grid(task: Task, train_share: Share, val_share: Share) -> tuple[dict, np
         )
     grid = new_heads(task, kinds_of(task.encoder), args.lrs)
     (top1, _), _ = train_heads(task, grid, images, selection, STATE_FILE, f"best {args.select}")
-    heads = results_of(task, grid, args.lrs, val_share)
+    heads, best = results_of(task, grid, args.lrs, val_share), int(top1.argmax())
     for head, percent in zip(heads, top1.tolist(), strict=True):
         head[f"{args.select}_top1"] = percent
-    best = int(top1.argmax())
     protocol = f"grid: best of {len(heads)} heads on {choice}; {describe_training(task)}"
     task.log(table(heads, args.lrs))
     report(task, "linear probe", heads[best], protocol)
