@@ -47,7 +47,8 @@ def cached_features(task: Task, loader: ViewLoader) -> Tensor:
             for _ in chunks:
                 pass  # sends this rank's part to the rank that writes the file
         barrier()
-    return torch.from_file(path, shared=True, size=math.prod(shape)).view(shape)
+    array = torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.float32)
+    return array.view(shape)
 
 
 def cache_key(task: Task, loader: ViewLoader) -> str:

@@ -1,6 +1,4 @@
-"""Drawing with PIL: a page with a title and a key of colours, and a sheet of small images with frames
-and lines of text.
-"""
+"""Drawing with PIL: a page with a title and a key of colours, and a sheet of small images."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

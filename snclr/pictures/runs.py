@@ -116,7 +116,7 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
 
 
 def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Groups of runs that differ only in their seeds, by a name that shows what distinguishes them."""
+    """Groups of runs that differ only in their seeds, by names made of the other differences."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         key = json.dumps(_relevant_settings(run), sort_keys=True, default=str)
