@@ -62,8 +62,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--format", choices=FORMATS, required=True, help="library that will read it"
     )
-    out = "file to write; a folder for hf, and for timm unless it ends in .safetensors or .pth"
-    parser.add_argument("--out", required=True, metavar="OUT", help=out)
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="OUT",
+        help="file to write; a folder for hf, and for timm unless it ends in .safetensors or .pth",
+    )
     parser.add_argument(
         "--encoder",
         choices=("online", "momentum"),
@@ -71,8 +75,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="which encoder, for files with both",
     )
     group = add_backbone_flags(parser, default_arch=None)
-    size = "side of an image (default: as the file says, else 224)"
-    group.add_argument("--img-size", type=int, metavar="PX", help=size)
+    group.add_argument(
+        "--img-size",
+        type=int,
+        metavar="PX",
+        help="side of an image (default: as the file says, else 224)",
+    )
     parser.set_defaults(patch_size=None, small_stem=None)  # as the file says
     args = parser.parse_args(argv)
     if os.path.exists(args.out):

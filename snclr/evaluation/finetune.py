@@ -1,7 +1,6 @@
 """Fine-tunes an encoder together with a linear classifier on top of it."""
 
 import time
-from typing import NamedTuple
 
 import numpy as np
 import timm.optim
@@ -20,18 +19,10 @@ from .features import encode_share
 from .options import STATE_FILE
 from .task import Task, crop_loader, rank_batches, report_epoch, steps_per_epoch
 
-
-class Rates(NamedTuple):
-    """Peak learning rates of encoder and head for a batch of 256, and weight decay."""
-
-    lr: float
-    head_lr: float
-    weight_decay: float
-
-
-DEFAULTS = {"sgd": Rates(0.02, 0.2, 0.0), "adamw": Rates(5e-4, 5e-3, 0.05)}
-# for an untrained encoder, which has no reason to learn more slowly than its head
-FROM_SCRATCH = {"sgd": Rates(0.1, 0.1, 5e-4), "adamw": Rates(5e-4, 5e-4, 0.05)}
+# peak learning rates of encoder and head for a batch of 256, and weight decay
+DEFAULTS = {"sgd": (0.02, 0.2, 0.0), "adamw": (5e-4, 5e-3, 0.05)}
+# the same for an untrained encoder, which has no reason to learn more slowly than its head
+FROM_SCRATCH = {"sgd": (0.1, 0.1, 5e-4), "adamw": (5e-4, 5e-4, 0.05)}
 
 
 class Classifier(nn.Module):
@@ -110,13 +101,13 @@ def resolve_settings(task: Task) -> dict:
     args, is_vit = task.args, getattr(task.encoder, "kind", None) == "vit"
     from_scratch = args.encoder == "untrained"
     name = args.optimizer or ("adamw" if is_vit else "sgd")
-    rates = (FROM_SCRATCH if from_scratch else DEFAULTS)[name]
-    lr = args.lr or rates.lr
+    default_lr, head_lr, weight_decay = (FROM_SCRATCH if from_scratch else DEFAULTS)[name]
+    lr = args.lr or default_lr
     return {
         "optimizer": name,
         "lr": lr,
-        "head_lr": args.head_lr or lr * (rates.head_lr / rates.lr),
-        "weight_decay": rates.weight_decay if args.wd is None else args.wd,
+        "head_lr": args.head_lr or lr * (head_lr / default_lr),
+        "weight_decay": weight_decay if args.wd is None else args.wd,
         "layer_decay": args.layer_decay or (0.75 if is_vit and not from_scratch else 1.0),
     }
 

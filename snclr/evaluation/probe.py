@@ -67,8 +67,8 @@ def run_grid(task: Task, train_share: Share, val_share: Share) -> tuple[dict, np
         head[f"{args.select}_top1"] = percent
     protocol = f"grid: best of {len(heads)} heads on {choice}; {describe_training(task)}"
     task.log(table(heads, args.lrs))
-    report(task, "linear probe", heads[best], protocol)
-    result = {**result_of(heads[best]), "select": args.select, "protocol": protocol, "heads": heads}
+    result = report(task, "linear probe", heads[best], protocol)
+    result |= {"best_head": heads[best], "select": args.select, "heads": heads}
     return result, distributed.all_sum(grid.confusion(best, *val_share)).cpu().numpy()
 
 
@@ -98,15 +98,10 @@ def run_mocov3(task: Task, val_share: Share) -> tuple[dict, np.ndarray]:
         f"mocov3: one head on all {len(task.train)} training images, after the last epoch; "
         f"{describe_training(task)}"
     )
-    report(task, "linear probe", head, protocol)
+    result = report(task, "linear probe", head, protocol)
     task.log(f"  best epoch on the validation images: {best + 1}, top-1 {history[best]:.2f} %")
-    result = {
-        **result_of(head),
-        "protocol": protocol,
-        "heads": [head],
-        "best_epoch": best + 1,
-        "best_epoch_top1": history[best],
-    }
+    result |= {"best_head": head, "heads": [head]}
+    result |= {"best_epoch": best + 1, "best_epoch_top1": history[best]}
     return result, distributed.all_sum(heads.confusion(0, *val_share)).cpu().numpy()
 
 
@@ -186,16 +181,6 @@ def results_of(task: Task, heads: LinearGrid, lrs: list[float], val_share: Share
     ]
 
 
-def result_of(head: dict) -> dict:
-    """The entries in results.json about the reported head."""
-    return {
-        "linear_top1": head["val_top1"],
-        "linear_top5": head["val_top5"],
-        "best_lr": head["lr"],
-        "best_head": head,
-    }
-
-
 def describe_training(task: Task) -> str:
     """A description of schedule, crops and precision."""
     args, crops = task.args, "whole images, flipped at random"
@@ -208,13 +193,19 @@ def describe_training(task: Task) -> str:
     )
 
 
-def report(task: Task, title: str, head: dict, protocol: str) -> None:
-    """Print the results of a head."""
+def report(task: Task, title: str, head: dict, protocol: str) -> dict:
+    """Print the results of a head, and return its entries in results.json."""
     task.log(
         f"{title}: top-1 {head['val_top1']:.2f} %, top-5 {head['val_top5']:.2f} % "
         f"on {len(task.val)} images"
     )
     task.log(f"  ({protocol}; {head['features']}, {head['norm']}, base lr {head['lr']:g})")
+    return {
+        "linear_top1": head["val_top1"],
+        "linear_top5": head["val_top5"],
+        "best_lr": head["lr"],
+        "protocol": protocol,
+    }
 
 
 def table(heads: list[dict], rates: list[float]) -> str:

@@ -134,8 +134,8 @@ def frame_key(rows: Sequence[Sequence[Tile]]) -> list[tuple[Colour, str]]:
 
 def _pixels(images: ImageSet, indices: Sequence[int], size: int) -> np.ndarray:
     """Images as (n, S, S, 3) uint8."""
-    whole = images.whole(np.array(indices, dtype=np.int64), size)
-    return whole.permute(0, 2, 3, 1).cpu().numpy()
+    indices = np.array(indices, dtype=np.int64)
+    return images.whole(indices, size).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _class_name(images: ImageSet, index: int) -> str:

@@ -3,6 +3,7 @@
 A workdir may come from someone else: any file in it may be missing or have any content.
 """
 
+import glob
 import json
 import math
 import os
@@ -51,11 +52,7 @@ def load(workdir: str) -> Run:
         for path in paths
         if (result := _read_object(path))
     ]
-    folder = os.path.join(workdir, "pictures")
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    pictures = [
-        os.path.join(folder, name) for name in names if re.fullmatch(r"neighbours_.*\.png", name)
-    ]
+    pictures = sorted(glob.glob(f"{glob.escape(workdir)}/pictures/neighbours_*.png"))
     return Run(workdir, settings, lines, results, pictures)
 
 

@@ -126,8 +126,8 @@ def to_mocov3(encoder: nn.Module, info: dict) -> Export:
             f"MoCo v3's {arch} has {VITS[arch][2]} attention heads, this one {info['num_heads']}: "
             "its readers would compute other features; choose another --format"
         )
-    state = {prefix + name: tensor for name, tensor in encoder.state_dict().items()}
-    content = {"epoch": info["epoch"], "arch": arch, "state_dict": state}
+    content = {"epoch": info["epoch"], "arch": arch}
+    content["state_dict"] = {prefix + name: x for name, x in encoder.state_dict().items()}
     is_resnet = arch in RESNETS
     name, arguments = (
         (_plain_resnet(info, "MoCo v3"), {}) if is_resnet else _timm_model(encoder, info)
@@ -291,10 +291,8 @@ def _timm_model(encoder, info):
         return _plain_resnet(info, "timm"), {"num_classes": 0}
     _, depth, _, embed_layer = VITS[arch]
     arguments = {"num_heads": info["num_heads"], "num_classes": 0}
-    if info["img_size"] != 224:
-        arguments["img_size"] = info["img_size"]
-    if info["patch_size"] != 16:
-        arguments["patch_size"] = info["patch_size"]
+    sizes = {"img_size": 224, "patch_size": 16}  # of this model of timm
+    arguments |= {name: info[name] for name, size in sizes.items() if info[name] != size}
     if embed_layer is ConvStem:
         arguments |= {"depth": depth, "embed_layer": ConvStem}
     return f"{arch.replace('_conv', '')}_patch16_224", arguments
