@@ -438,6 +438,17 @@ def test_the_best_epoch_survives_an_interruption(images, pretrained, tmp_path, m
     assert len(histories[0]) == 3 and histories[0] == histories[1]
 
 
+@pytest.mark.parametrize("history", [[], [50.0], "50", None])
+def test_a_state_without_the_accuracy_of_each_epoch_is_refused(
+    images, pretrained, tmp_path, history
+):
+    published(images, pretrained, tmp_path)
+    path = tmp_path / "lincls_last.pth.tar"
+    torch.save(torch.load(path, weights_only=True) | {"history": history}, path)
+    with pytest.raises(UsageError, match=r"lincls_last\.pth\.tar .*choose a new --workdir"):
+        published(images, pretrained, tmp_path, "--resume", "auto")
+
+
 def test_the_chosen_head_is_trained_again_on_all_images(images, pretrained, tmp_path, float64):
     plain = probe(images, pretrained, tmp_path / "plain")
     result = probe(images, pretrained, tmp_path / "w", "--retrain")

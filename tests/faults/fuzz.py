@@ -192,7 +192,8 @@ class Seeds:
             "model": self.grid.state_dict(),
             "optimizer": self.sgd.state_dict(),
         }
-        self.probe |= {"args": {"epochs": 3, "seed": 0, "lrs": [0.1, 1.0]}, "encoder_digest": "x"}
+        settings = {"epochs": 3, "seed": 0, "lrs": [0.1, 1.0], "finetune": False}
+        self.probe |= {"args": settings, "encoder_digest": "x", "history": [50.0]}
 
     def fresh(self):
         model = builder.build_model(self.args)
