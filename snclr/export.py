@@ -8,8 +8,9 @@ import argparse
 import os
 import sys
 
-from .options import add_backbone_flags, new_parser
+from .arguments import new_parser
 from .running.errors import UsageError, one_clear_line
+from .shared_options import add_backbone_flags
 from .weights import files
 from .weights.libraries import FORMATS
 from .weights.load import open_encoder

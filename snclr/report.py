@@ -9,7 +9,7 @@ sent by mail. Runs that differ only in their seed are one row: mean and sample s
 import os
 import sys
 
-from .options import new_parser
+from .arguments import new_parser
 from .pictures.report import write
 from .running.errors import UsageError, one_clear_line
 

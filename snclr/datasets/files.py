@@ -9,7 +9,7 @@ from argparse import Namespace
 import numpy as np
 import torch
 
-from ..options import IMAGENET
+from ..choices import IMAGENET
 from ..running.distributed import local_rank_zero_first
 from ..running.errors import RunError, UsageError
 from . import shards

@@ -5,7 +5,8 @@ import shlex
 import sys
 from argparse import Namespace
 
-from ..options import NUM_HEADS, ON_RESUME
+from ..choices import NUM_HEADS
+from ..options import ON_RESUME
 from .provenance import versions_and_commit
 from .safe_files import save_json
 
@@ -31,7 +32,7 @@ def changes(saved: dict, args: Namespace) -> tuple[list[str], list[str]]:
         for name, now in vars(args).items()
         if name in saved and differ(saved[name], now)
     }
-    kinds = {"fixed": [], "reported": [], "free": []}  # see options.flag
+    kinds = {"fixed": [], "reported": [], "free": []}  # see arguments.flag
     for name, change in differing.items():
         kinds[ON_RESUME.get(name, "reported")].append(change)
     return kinds["fixed"], kinds["reported"]
