@@ -231,8 +231,8 @@ def poison(monkeypatch):
     return poison
 
 
-def state_of(workdir):
-    return torch.load(workdir / "checkpoint_last.pth.tar", weights_only=True)
+def state_of(workdir, name="checkpoint_last.pth.tar"):
+    return torch.load(workdir / name, weights_only=True)
 
 
 def test_steps_that_stay_non_finite_stop_the_run_naming_step_and_images_and_keep_the_checkpoint(
@@ -266,7 +266,8 @@ def test_a_non_finite_step_is_skipped_and_leaves_no_trace_in_the_state(
         "step 4: the loss is not finite (on rank 0); 1 such steps were skipped"
         in capsys.readouterr().out
     )
-    before, after = (state_of(tmp_path / name) for name in ("before", "after"))
+    before = state_of(tmp_path / "before")
+    after = state_of(tmp_path / "after", "checkpoint_unsound.pth.tar")  # its last step was skipped
     online = [
         name for name in before["state_dict"] if "base_encoder" in name or "predictor" in name
     ]
