@@ -45,8 +45,8 @@ LONGER = {
     "snclr.builder": 310,
     "snclr.datasets.images": 345,
     "snclr.datasets.sources": 280,
-    "snclr.objectives": 325,
-    "snclr.options": 730,
+    "snclr.objectives": 330,
+    "snclr.options": 520,
     "snclr.weights.libraries": 380,
 }
 
