@@ -221,7 +221,9 @@ def run(cases, seed, folder, programs, photographs, finished, first=0):
         gone = outside(case)[0] != before[0]
         if not sound or new or gone or late:
             told = f"case {number} of seed {seed} ({case.kind}; {'; '.join(what)}): code {code}"
-            raise SystemExit(f"{told}, {seconds:.1f} s, new {new}, changed {gone}\n{output[-3000:]}")
+            raise SystemExit(
+                f"{told}, {seconds:.1f} s, new {new}, changed {gone}\n{output[-3000:]}"
+            )
         ends[case.kind, code] += 1
         shutil.rmtree(place, ignore_errors=True)
     return ends, slowest
@@ -253,7 +255,9 @@ if __name__ == "__main__":
         programs.close()
     for kind in PROGRAMS:
         codes = ", ".join(
-            f"{count} with code {code}" for (name, code), count in sorted(ends.items()) if name == kind
+            f"{count} with code {code}"
+            for (name, code), count in sorted(ends.items())
+            if name == kind
         )
         print(f"{kind}: {codes}")
     print(f"the slowest took {slowest:.1f} s")
