@@ -23,7 +23,7 @@ TOP = {"main_snclr", "main_lincls", "snclr.__init__"} | COMMANDS
 # The longest chain of imports down to the ground floor, which is not counted. The model needs 4:
 # builder, backbones, heads, batch_norm; files that save it or write it for other libraries import
 # it. An image is opened in 3 files (images, decoding, high_bit_depth), on which a data set stands
-# with 3 more (sources, files, shards), pictures and checks of images with 2 (the loader in between),
+# with 3 more (sources, files, shards), pictures and checks of images with 2 (through the loader),
 # and evaluation with 4 (probe, state, task, loader).
 LONGEST_CHAIN = 4
 LONGER_CHAINS = {
