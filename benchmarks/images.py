@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from benchmarks import measure
-from snclr import augment, options
+from snclr import augment, shared_options
 from snclr.datasets import sources
 from snclr.datasets.images import ImageFiles
 from snclr.loader import ViewLoader
@@ -51,7 +51,7 @@ def main():
     )
     args = parser.parse_args()
     device = process_group.own_device()
-    images, *_ = sources.open_data(options.parse_data([args.data, "--dataset", "folder"]))
+    images, *_ = sources.open_data(shared_options.parse_data([args.data, "--dataset", "folder"]))
     resident = None if isinstance(images, ImageFiles) else images.images
     size, blur = (224, True) if resident is None else (resident.shape[-1], False)
     recipe = augment.Recipe(0, augment.moco_v3_views(size, crop_min=0.2, blur=blur))

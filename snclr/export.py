@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .options import add_backbone_flags, new_parser
+from .arguments import new_parser
 from .running import tensor_files
 from .running.errors import RunError, UsageError, one_clear_line
 from .running.safe_files import new_file, writing
+from .shared_options import add_backbone_flags
 from .weights.layouts import SETTINGS_KEY
 from .weights.libraries import FORMATS, Export
 from .weights.load import DEFAULTS, open_encoder

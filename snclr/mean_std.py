@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import torch
 
-from . import options
 from .datasets import sources
 from .datasets.images import ImageSet
 from .loader import whole_images
 from .running.errors import one_clear_line
+from .shared_options import parse_data
 
 
 def mean_std(images: ImageSet, size: int, workers: int) -> tuple[list[float], list[float]]:
@@ -34,7 +34,7 @@ def mean_std(images: ImageSet, size: int, workers: int) -> tuple[list[float], li
 
 if __name__ == "__main__":
     with one_clear_line("snclr.mean_std"):
-        args = options.parse_data(sys.argv[1:])
+        args = parse_data(sys.argv[1:])
         train, _, _ = sources.open_data(args)
         print(f"{len(train)} images of {args.dataset} at {args.img_size} px", file=sys.stderr)
         mean, std = (

@@ -9,7 +9,7 @@ mail. Runs that differ only in their seed share a row: mean and sample standard 
 import os
 import sys
 
-from .options import new_parser
+from .arguments import new_parser
 from .pictures.report import write
 from .running.errors import UsageError, one_clear_line
 

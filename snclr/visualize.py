@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from . import augment, options
+from . import augment
+from .arguments import new_parser, number, seed
 from .datasets import sources
 from .datasets.images import ImageFiles, ImageSet
 from .evaluation import knn
@@ -31,16 +32,17 @@ from .pictures.steps import denormalize
 from .running import process_group
 from .running.errors import RunError, UsageError, one_clear_line
 from .running.safe_files import new_file, writing
+from .shared_options import add_backbone_flags, add_data_flags, check_data, resolve_data
 from .weights import load
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags, checked. Raises UsageError."""
-    parser = options.new_parser(
+    parser = new_parser(
         "snclr.visualize", "Draws what one encoder has learned, or two for comparison."
     )
     parser.add_argument("file", metavar="FILE", help="checkpoint or state dict, any layout")
-    options.add_data_flags(parser)
+    add_data_flags(parser)
     g = parser.add_argument_group("pictures")
     g.add_argument(
         "--encoder",
@@ -56,24 +58,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     g.add_argument(
         "--image", metavar="PATH", help="image file; its nearest training images are shown as well"
     )
-    positive = options.number(int, above_zero=True)
+    positive = number(int, above_zero=True)
     g.add_argument("--count", type=positive, default=8, metavar="N", help="images in a picture")
     g.add_argument("--topk", type=positive, default=6, metavar="K", help="nearest images of each")
     g.add_argument(
         "--pool", type=positive, default=5000, metavar="N", help="training images that are searched"
     )
-    g.add_argument(
-        "--seed", type=options.seed, default=0, metavar="N", help="seed that chooses the images"
-    )
+    g.add_argument("--seed", type=seed, default=0, metavar="N", help="seed that chooses the images")
     g.add_argument(
         "--out", metavar="DIR", help="folder of the pictures (default: pictures beside FILE)"
     )
-    options.add_backbone_flags(parser, default_arch=None)
+    add_backbone_flags(parser, default_arch=None)
     parser.set_defaults(patch_size=None, small_stem=None)  # as FILE says
     args = parser.parse_args(argv)
     args.workdir = None  # without a run's folder for the index of shards on read-only disks
-    options.resolve_data(args)
-    options.check_data(args)
+    resolve_data(args)
+    check_data(args)
     if args.image is not None and not os.path.isfile(args.image):
         raise UsageError(f"--image {args.image}: there is no such file")
     return args

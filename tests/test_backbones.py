@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from snclr import backbones, heads, options
+from snclr import backbones, choices, heads, options
 from snclr.backbones import build_encoder, sincos_position_embedding
 from snclr.builder import SNCLR
 from snclr.memory_bank import MemoryBank
@@ -67,7 +67,7 @@ def shallow(monkeypatch):
 
 
 def test_flags_and_backbones_know_the_same_archs():
-    assert (*backbones.VITS, *backbones.RESNETS) == options.ARCHS
+    assert (*backbones.VITS, *backbones.RESNETS) == choices.ARCHS
 
 
 def test_unknown_arch_is_refused_and_the_known_ones_are_named():

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import main_snclr
-from snclr import export, options, report, visualize
+from snclr import arguments, export, options, report, shared_options, visualize
 from snclr.evaluation import options as lincls_options
 from snclr.running.errors import Interrupted, RunError, UsageError, one_clear_line
 
@@ -215,7 +215,7 @@ PROGRAMS = {
         *(
             str(path.relative_to(ROOT))
             for path in (ROOT / "snclr").rglob("*.py")
-            if path.stem != "options"
+            if path.stem not in ("options", "shared_options")
         ),
     ],
     lincls_options.parse: [
@@ -230,7 +230,7 @@ PROGRAMS = {
     visualize.parse: ["snclr/visualize.py", *DATA_FLAGS_ARE_READ_IN],
     export.main: ["snclr/export.py"],
     report.main: ["snclr/report.py"],
-    options.parse_data: ["snclr/mean_std.py", *DATA_FLAGS_ARE_READ_IN],
+    shared_options.parse_data: ["snclr/mean_std.py", *DATA_FLAGS_ARE_READ_IN],
 }
 
 
@@ -244,7 +244,7 @@ def test_every_flag_is_read_by_its_program(start, monkeypatch):
         parsers.append(parser)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(options._Parser, "parse_args", stop)
+    monkeypatch.setattr(arguments._Parser, "parse_args", stop)
     with pytest.raises(KeyboardInterrupt):
         start([])
     text = "".join((ROOT / name).read_text() for name in PROGRAMS[start])
@@ -265,7 +265,7 @@ def test_every_flag_is_explained():
 def test_every_flag_states_what_a_resumed_run_does_with_it():
     assert set(options.ON_RESUME) == {flag.dest for flag in FLAGS}
     with pytest.raises(ValueError, match="must be fixed, reported or free, found 'never'"):
-        options.flag(argparse.ArgumentParser(), "--new", on_resume="never")
+        arguments.flag(argparse.ArgumentParser(), "--new", on_resume="never")
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_every_flag_states_what_a_resumed_run_does_with_it():
     ],
 )
 def test_a_number_has_limits(kind, limits, text, expected):
-    convert = options.number(kind, **limits)
+    convert = arguments.number(kind, **limits)
     if isinstance(expected, str):
         with pytest.raises(argparse.ArgumentTypeError, match=f"^{expected}$"):
             convert(text)
@@ -719,4 +719,4 @@ def test_a_line_is_written_in_one_piece_so_that_those_of_several_ranks_do_not_ru
 
 def test_real_bugs_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), one_clear_line("prog"):
-        1 / 0  # noqa: B018
+        1 / 0

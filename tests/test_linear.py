@@ -534,7 +534,8 @@ def test_a_default_batch_that_ranks_cannot_share_is_refused(pretrained, monkeypa
     args = lincls_options.parse(["--pretrained", str(pretrained)])
     args.img_size = 32
     with pytest.raises(
-        UsageError, match="--batch-size 1024 is global and must be divisible by the 3"
+        UsageError,
+        match="--batch-size 1024 is for all ranks together and must be divisible by the 3",
     ):
         lincls_options.resolve_training(args, 10**6)
 

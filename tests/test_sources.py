@@ -17,7 +17,7 @@ from sample_images import picture, rgb, save_folder
 from test_ranks import SMALL, start_ranks, write_images
 
 import main_snclr
-from snclr import mean_std, options
+from snclr import choices, mean_std, shared_options
 from snclr.datasets import embedded, shards, sources
 from snclr.datasets.images import ImageFiles, ResidentImages
 from snclr.running.errors import RunError, UsageError
@@ -25,7 +25,7 @@ from snclr.running.errors import RunError, UsageError
 
 def open_data(*flags):
     """Training set, validation set and notes, through the flags as a user gives them."""
-    return sources.open_data(options.parse_data([str(flag) for flag in flags]))
+    return sources.open_data(shared_options.parse_data([str(flag) for flag in flags]))
 
 
 def refused(*flags):
@@ -87,9 +87,9 @@ def test_a_start_that_ends_early_exits_with_its_own_code(tmp_path):
         Image.effect_noise(size, 80).convert("RGB").save(folder / f"{number:02}.jpg")
     program = """if True:  # one import of torch for all tries
         import os, sys
-        from snclr import options
+        from snclr import shared_options
         from snclr.datasets import sources
-        args = options.parse_data(sys.argv[1:])
+        args = shared_options.parse_data(sys.argv[1:])
         for _ in range(5):
             child = os.fork()
             if not child:
@@ -225,7 +225,7 @@ def test_the_embedded_set_opens_without_a_folder():
     assert isinstance(train, ResidentImages) and len(train) == 5000 and len(val) == 1000
     assert train.classes == val.classes == list(embedded.CLASSES)
     torch.testing.assert_close(
-        (train.mean, train.std), tuple(map(torch.tensor, options.MEAN_STD["embedded"]))
+        (train.mean, train.std), tuple(map(torch.tensor, choices.MEAN_STD["embedded"]))
     )
 
 
@@ -480,7 +480,7 @@ def test_the_index_goes_to_the_workdir_where_the_shards_may_not_be_written_besid
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", read_only)
-    args = options.parse_data([str(tmp_path / "data")])
+    args = shared_options.parse_data([str(tmp_path / "data")])
     args.workdir = str(tmp_path / "work")
     scans, scan = [], shards._scan
     monkeypatch.setattr(shards, "_scan", lambda *arguments: scans.append(1) or scan(*arguments))
@@ -670,11 +670,11 @@ def test_torchvision_sets_open_from_files_in_their_own_layout(tmp_path, monkeypa
 
 
 def test_options_and_sources_know_the_same_sets():
-    assert tuple(sources.TORCHVISION) == options.TORCHVISION_DATASETS
+    assert tuple(sources.TORCHVISION) == choices.TORCHVISION_DATASETS
     assert {*TORCHVISION_SETS, "cifar10"} == {*sources.TORCHVISION}
 
 
-@pytest.mark.parametrize("name", options.TORCHVISION_DATASETS)
+@pytest.mark.parametrize("name", choices.TORCHVISION_DATASETS)
 def test_a_set_that_is_not_on_disk_is_refused_without_download(tmp_path, monkeypatch, name):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
     assert "add --download" in refused(tmp_path, "--dataset", name)
@@ -759,7 +759,7 @@ def test_moments_from_flags_are_used_and_the_command_measures_them(tmp_path, cap
     save_folder(tmp_path, [(16, 16)] * 10)
     pixels = np.stack([np.array(picture(16, 16, seed=number)) for number in range(10)]) / 255
     images, _, _ = open_data(tmp_path)
-    assert images.mean.tolist() == pytest.approx(options.IMAGENET[0])
+    assert images.mean.tolist() == pytest.approx(choices.IMAGENET[0])
     measured = mean_std.mean_std(images, 16, workers=0)
     np.testing.assert_allclose(
         measured, (pixels.mean(axis=(0, 1, 2)), pixels.std(axis=(0, 1, 2))), atol=1e-6

@@ -15,7 +15,7 @@ from ..backbones import (
     projector_name,
     sincos_position_embedding,
 )
-from ..options import IMAGENET, NUM_HEADS
+from ..choices import IMAGENET, NUM_HEADS
 from ..running.errors import UsageError, first_few, first_line
 from ..running.tensor_files import not_finite
 from .layouts import EncoderFile, read_encoder
