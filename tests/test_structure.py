@@ -21,12 +21,12 @@ GROUND = {
 COMMANDS = {"snclr.export", "snclr.mean_std", "snclr.report", "snclr.visualize"}
 TOP = {"main_snclr", "main_lincls", "snclr.__init__"} | COMMANDS
 # The longest chain of imports down to the ground floor, which is not counted. The model needs 4:
-# builder, backbones, heads, batch_norm; exports, which are built from it, 5. An image is opened in
-# 3 files (images, decoding, high_bit_depth), on which a data set stands with 3 more (sources, files,
-# shards), and what shows or checks images with 2 (the loader in between). The flags are 3 files
-# (options, shared_options, arguments). The settings of a run stand on them, since a flag says what a
-# resumed run may change; then come checkpoint and summary, or runs, curves and report. Evaluation
-# has a state file, which is a checkpoint, and 2 files on top of it.
+# builder, backbones, heads, batch_norm; exports, which are built from it, 5. An image is opened
+# in 3 files (images, decoding, high_bit_depth), on which a data set stands with 3 more (sources,
+# files, shards), and what shows or checks images with 2 (the loader in between). The flags are 3
+# files (options, shared_options, arguments). The settings of a run stand on them, since a flag
+# says what a resumed run may change; then come checkpoint and summary, or runs, curves and
+# report. Evaluation has a state file, which is a checkpoint, and 2 files on top of it.
 LONGEST_CHAIN = 4
 LONGER_CHAINS = {
     "snclr.datasets.": 6,
