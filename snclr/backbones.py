@@ -22,7 +22,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from . import heads
-from .options import ARCHS, NUM_HEADS, check_num_heads
+from .choices import ARCHS, NUM_HEADS, check_num_heads
 from .running.errors import UsageError, first_line
 from .running.recompute import recomputed
 

@@ -5,9 +5,9 @@ dimensions, K neighbours, M bank rows, T temperature. z is the prediction of one
 online projection, k the momentum projection of the other view (key), C the bank, NN_1..K its rows
 nearest to k, NN_0 = k itself.
 
-All functions normalise query, online and key themselves and compute in at least float32 (float64
-stays float64). They need the same B on every rank, gather what they need from all ranks, and return
-this rank's mean: DDP averages the gradients, which gives the gradient of the global mean.
+All functions normalise query, online and key themselves, and compute in at least float32. They need
+the same B on every rank, gather what they need from all ranks, and return this rank's mean: DDP
+averages the gradients, which gives the gradient of the global mean.
 """
 
 import math
@@ -17,23 +17,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from .choices import FORMS
 from .memory_bank import gather, on_host
-from .options import FORMS
 from .running.distributed import all_gather, all_gather_with_grad, all_sum, rank
 from .running.precision import full_precision, unit, widen
 
-# logits at a time: as many as stay in a core's cache, or as fill a GPU
+# logits computed at a time: on a CPU they stay in a core's cache, on a GPU they fill it
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
 
 
 class Candidates(NamedTuple):
-    """What every query of the global batch is compared with, as one multiset.
+    """What every query of the global batch is compared with.
 
-    keys (N, D)     unit momentum keys of all ranks, in rank order, each once
-    counts (M,)     int32, how often the global batch picked each bank row; 0: no candidate
+    keys (N, D)     unit momentum keys of all ranks, in rank order; each counts once
+    counts (M,)     int32, how often the global batch picked each bank row; 0: not a candidate
 
-    The ranks exchange counts instead of the picked features, which makes the objective cheap: M
-    integers, whatever N, K and D are.
+    The ranks exchange counts, not the picked features: M integers, whatever N, K and D are.
     """
 
     keys: Tensor
@@ -45,7 +44,7 @@ def count_picks(rows: Tensor, bank_size: int) -> Tensor:
 
     rows (B, K): the neighbours of this rank's images, -1 for none.
     """
-    picks = rows.flatten() + 1  # slot 0 takes the -1s
+    picks = rows.flatten() + 1  # entry 0 counts the -1s
     counts = torch.zeros(bank_size + 1, dtype=torch.int32, device=rows.device)
     counts.scatter_add_(0, picks, torch.ones_like(picks, dtype=torch.int32))
     return all_sum(counts[1:])
@@ -61,9 +60,9 @@ def gather_candidates(key: Tensor, rows: Tensor, bank_size: int) -> Candidates:
 
 
 def gather_neighbours(bank: Tensor, rows: Tensor) -> Tensor:
-    """bank[rows] (B, K, D) of bank (M, D) and rows (B, K), with any row in the place of a -1.
+    """bank[rows] (B, K, D) of bank (M, D) and rows (B, K); any bank row where rows has -1.
 
-    Attention and loss of a direction share it.
+    positiveness and snclr_loss share it.
     """
     return gather(bank, rows.clamp(min=0))
 
@@ -79,7 +78,7 @@ def positiveness(
     projections: tuple[Tensor, Tensor] | None = None,
     neighbours: Tensor | None = None,
 ) -> Tensor:
-    """Soft weights of the neighbours, over the valid rows:
+    """Soft weights of the neighbours. The softmax runs over the valid rows:
 
         w_ik = softmax_k( y_i . C[rows_ik] / temperature )
 
@@ -91,7 +90,7 @@ def positiveness(
     online (B, D)       online projections, with gradient
     bank (M, D)         unit rows
     rows (B, K)         neighbours, -1 for none
-    temperature         1 is the released plain cosine attention
+    temperature         1 in the released code
     threshold           a weight that is not strictly above 1/(number of valid rows) becomes 0; the
                         others are not renormalised
     projections         (f1, f2), two (D', D) matrices with gradient
@@ -106,7 +105,7 @@ def positiveness(
         # f1 y . f2 c = (f2' f1 y) . c: no neighbour needs to be projected
         attending = attending @ f1.T @ f2
     cosines = _cosines_with_rows(attending, bank, rows, neighbours)
-    # finite, not -inf: else an image without any neighbour would get 0/0, in value and in gradient
+    # finite, not -inf, which would give an image without any neighbour 0/0, also in the gradient
     logits = (cosines / temperature).masked_fill(~valid, torch.finfo(cosines.dtype).min)
     weights = torch.softmax(logits, dim=1) * valid
     if threshold:
@@ -148,7 +147,7 @@ def snclr_loss(
     weights (B, K)          with or without gradient
     candidates, neighbours  from gather_candidates and gather_neighbours, if the caller has them
 
-    Returns a scalar.
+    Returns a scalar. Raises ValueError for an unknown form.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, found {form!r}")
@@ -166,7 +165,7 @@ def snclr_loss(
         weights = torch.cat([torch.ones_like(own[:, None]), weights], dim=1)
         # not log w + s: the gradient of log w is infinite where a weight is 0
         largest = scores.detach().masked_fill(weights <= 0, -math.inf).amax(dim=1, keepdim=True)
-        # only entries of weight 0 can reach the clamp
+        # the clamp only changes entries of weight 0
         exponentials = (scores - largest).clamp(max=50).exp()
         per_image = log_z - largest[:, 0] - (weights * exponentials).sum(dim=1).log()
     return 2 * temperature * per_image.mean()
@@ -177,13 +176,10 @@ def mocov3_loss(query: Tensor, key: Tensor, *, temperature: float) -> Tensor:
 
         loss = 2T * mean_i ( log sum_n exp(z_i . k_n / T) - z_i . k_i / T )
 
-    query (B, D) with gradient, key (B, D). It is snclr_loss without neighbours (K = 0), to the last
-    digit.
+    query (B, D) with gradient, key (B, D). This is snclr_loss without neighbours (K = 0).
     """
-    nothing = key.new_zeros(0, key.shape[1])
-    no_rows = torch.empty(len(key), 0, dtype=torch.long, device=key.device)
     no_weights = widen(key).new_empty(len(key), 0)
-    return snclr_loss(query, key, nothing, no_rows, no_weights, temperature=temperature)
+    return snclr_loss(query, key, key[:0], no_weights.long(), no_weights, temperature=temperature)
 
 
 @full_precision
@@ -195,9 +191,7 @@ def nnclr_loss(neighbour: Tensor, prediction: Tensor, *, temperature: float) -> 
         loss = mean_i ( log sum_j exp(NN(y1_i) . z2_j / T) - NN(y1_i) . z2_i / T )
 
     neighbour (B, D)    nearest bank row of each online projection, no gradient
-    prediction (B, D)   of the other view, gathered WITH gradient
-
-    Deviation, in the caller: an image without an eligible bank row is its own neighbour.
+    prediction (B, D)   of the other view, gathered from all ranks with gradient
     """
     neighbour, prediction = unit(neighbour).detach(), all_gather_with_grad(unit(prediction))
     labels = torch.arange(len(neighbour), device=neighbour.device) + rank() * len(neighbour)
@@ -228,8 +222,12 @@ def loss_at_chance(
 ) -> float | None:
     """The loss of a step if all candidates look the same to the encoder.
 
-    num_candidates  C of one sample, own key included
-    weight_sum      W, the actual mean of sum_k w_ik with w_i0 = 1
+    num_candidates  C, the candidates of one image, with its own key
+    weight_sum      W, the mean of sum_k w_ik in this step, with w_i0 = 1
+
+        mocov2, nnclr           log C
+        mocov3, sum_of_logs     4T * W log C
+        log_of_sum              4T * (log C - log W)
 
     None for a single candidate: then the loss is always 0.
     """
@@ -267,10 +265,10 @@ def log_sum_exp(
 
 
 class _LogSumExp(torch.autograd.Function):
-    """Streams the candidates once, with a running maximum.
+    """log_sum_exp in one pass over the candidates, with a running maximum.
 
     The gradient of log Z_i is the softmax-weighted mean of the candidates, divided by T. The
-    candidates need no gradient, so forward sums up this mean in the same pass, as flash attention
+    candidates need no gradient, so forward computes this mean in the same pass, as flash attention
     does with its values. Backward is one multiplication.
     """
 
@@ -288,7 +286,7 @@ class _LogSumExp(torch.autograd.Function):
             if multiplicity is not None:
                 logits += multiplicity.to(query.dtype).log()
             new_largest = torch.maximum(largest, logits.amax(dim=1, keepdim=True))
-            # without candidates so far the maximum is -inf, and -inf - (-inf) would be nan
+            # before the first candidate the maximum is -inf, and -inf - (-inf) would be nan
             pivot = new_largest.masked_fill(new_largest == -math.inf, 0)
             exponentials = logits.sub_(pivot).exp_()
             scale = (largest - pivot).exp()
@@ -310,10 +308,10 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def _blocks(keys: Tensor, bank: Tensor, counts: Tensor, chunk: int):
-    """Candidates in blocks of c <= chunk rows: features (c, D), counts (c,) or None for once."""
+    """Candidates in blocks of c <= chunk rows: features (c, D) and counts (c,); None: each once."""
     for part in keys.split(chunk) if len(keys) else ():
         yield part, None
-    if on_host(counts):  # only rows that somebody picked
+    if on_host(counts):  # on a CPU it pays to skip the rows that no image picked
         picked = counts.nonzero().squeeze(1)
         for rows in picked.split(chunk) if len(picked) else ():
             yield bank.index_select(0, rows), counts[rows]
@@ -324,9 +322,8 @@ def _blocks(keys: Tensor, bank: Tensor, counts: Tensor, chunk: int):
 def _cosines_with_rows(
     query: Tensor, bank: Tensor, rows: Tensor, neighbours: Tensor | None
 ) -> Tensor:
-    """Products of query (B, D), with gradient, and bank[rows] (B, K, D): (B, K); 0 at row -1."""
+    """query (B, D), with gradient, times bank[rows] (B, K, D): (B, K), 0 where rows has -1."""
     if not rows.numel():
         return query.new_zeros(rows.shape)
-    if neighbours is None:
-        neighbours = gather_neighbours(bank, rows)
+    neighbours = gather_neighbours(bank, rows) if neighbours is None else neighbours
     return torch.einsum("bd,bkd->bk", query, neighbours.to(query.dtype)) * (rows >= 0)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from .options import OPTIMIZERS
+from .choices import OPTIMIZERS
 
 
 def learning_rate(
@@ -52,7 +52,7 @@ def parameter_groups(
 def build_optimizer(name: str, module: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
     """The optimiser of that name over the trainable parameters, with learning rate 0.
 
-    options.OPTIMIZERS has the names. Raises ValueError for another one.
+    choices.OPTIMIZERS has the names. Raises ValueError for another one.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimiser {name!r}; known are {', '.join(OPTIMIZERS)}")

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from snclr import options
+from snclr import choices
 from snclr.datasets import embedded
 
 draw_once = functools.cache(embedded.draw)
@@ -36,8 +36,8 @@ def test_no_validation_picture_of_the_embedded_set_is_a_training_picture():
 def test_the_stated_moments_are_those_of_the_embedded_training_images():
     pixels = draw_once("train")[0].astype(np.float64) / 255
     np.testing.assert_allclose(
-        pixels.mean(axis=(0, 2, 3)), options.MEAN_STD["embedded"][0], atol=0.01
+        pixels.mean(axis=(0, 2, 3)), choices.MEAN_STD["embedded"][0], atol=0.01
     )
     np.testing.assert_allclose(
-        pixels.std(axis=(0, 2, 3)), options.MEAN_STD["embedded"][1], atol=0.01
+        pixels.std(axis=(0, 2, 3)), choices.MEAN_STD["embedded"][1], atol=0.01
     )

@@ -18,7 +18,7 @@ from sample_images import levels_apart, picture, rgb, save_folder
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from snclr import augment, options
+from snclr import augment, choices, shared_options
 from snclr.augment import Recipe, View, moco_v3_views
 from snclr.datasets import sources
 from snclr.datasets.images import ImageFiles, ResidentImages
@@ -32,7 +32,7 @@ MOMENTS = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 def open_folder(root):
     """The training images of a folder."""
-    return sources.open_data(options.parse_data([str(root)]))[0]
+    return sources.open_data(shared_options.parse_data([str(root)]))[0]
 
 
 MIXED = [(20 + 3 * (n % 7), 18 + 5 * (n % 4)) for n in range(30)]
@@ -102,7 +102,7 @@ def test_a_batch_has_two_different_views_of_each_image_normalised_by_the_sets_mo
 ):
     images = image_sets[kind]
     assert (images.mean.tolist(), images.std.tolist()) == tuple(
-        map(pytest.approx, options.IMAGENET)
+        map(pytest.approx, choices.IMAGENET)
     )
     for ids, view1, view2 in load(images, epoch=4):
         assert ids.shape == (8,) and ids.dtype == torch.int64
@@ -112,7 +112,7 @@ def test_a_batch_has_two_different_views_of_each_image_normalised_by_the_sets_mo
         )
         assert not torch.equal(view1, view2)
         _, (crops,), (parameters,) = images.views(RECIPE, 4, ids.numpy())
-        expected = augment.apply(crops, parameters, *map(torch.tensor, options.IMAGENET))
+        expected = augment.apply(crops, parameters, *map(torch.tensor, choices.IMAGENET))
         assert torch.equal(torch.cat([view1, view2]), expected)
 
 
@@ -261,7 +261,7 @@ def test_resident_images_and_files_give_the_same_crops_to_one_level(tmp_path):
 
 
 def test_photographs_give_the_same_two_views_for_any_number_of_ranks(photographs, load):
-    images = ImageFiles([str(path) for path in photographs], None, [], options.IMAGENET)
+    images = ImageFiles([str(path) for path in photographs], None, [], choices.IMAGENET)
     recipe = Recipe(5, moco_v3_views(size=64, crop_min=0.2, blur=True))
     assert_same_batches(load(images, recipe=recipe), load(images, recipe=recipe, ranks=2))
     (_, view1, view2), *_ = load(images, recipe=recipe)
@@ -294,7 +294,7 @@ def damage(path, kind):
 def assert_stopped_with_one_clear_line(run):
     with pytest.raises(RunError, match=r"cannot read image \S*broken\.png") as caught:
         run()
-    traceback.clear_frames(caught.tb)  # they hold the loader, whose workers would be waited for
+    traceback.clear_frames(caught.tb)  # they hold the loader, and pytest would wait for its workers
     for unclear in ("\n", "Traceback", "np.str_"):
         assert unclear not in str(caught.value)
 
@@ -355,19 +355,19 @@ def test_evaluation_sees_the_central_seven_eighths(tmp_path, kind, height, width
     originals = [rgb(picture(height, width, seed)).to(torch.uint8) for seed in range(3)]
     whole = as_sets(originals)[kind](tmp_path).whole(np.array([2, 0]), size)
     side = round(min(height, width) * 7 / 8)
-    for image, found in zip([originals[2], originals[0]], whole, strict=True):
+    for image, actual in zip([originals[2], originals[0]], whole, strict=True):
         expected = F.resize(
             F.center_crop(image, side), [size, size], InterpolationMode.BILINEAR, antialias=True
         )
         if (height - side) % 2 == 0 and (
             width - side
         ) % 2 == 0:  # else torchvision may cut half a pixel elsewhere
-            assert levels_apart(found, expected) <= 1
+            assert levels_apart(actual, expected) <= 1
         top, left = (height - side) // 2, (width - side) // 2
         expected = F.resized_crop(
             image, top, left, side, side, [size, size], InterpolationMode.BILINEAR, antialias=True
         )
-        assert levels_apart(found, expected) <= 1
+        assert levels_apart(actual, expected) <= 1
 
 
 @pytest.mark.parametrize("kind", ["resident", "files"])
@@ -395,7 +395,7 @@ def test_whole_images_come_normalised_in_order_and_in_chunks(tmp_path, kind, wor
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library does not say what it keeps"
 )
 def test_freed_memory_is_kept_for_the_next_views():
-    program = """if True:  # asks the allocator itself: not every system counts page faults
+    program = """if True:  # reads the allocator's counters: not every system counts page faults
         import ctypes, numpy
         from snclr.running.workers import keep_freed_memory
         names = "arena ordblks smblks hblks hblkhd usmblks fsmblks".split()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..options import IMAGENET
+from ..choices import IMAGENET
 from ..running.distributed import local_rank_zero_first
 from ..running.errors import RunError, UsageError, first_few
 from ..running.safe_files import open_text

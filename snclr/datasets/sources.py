@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from .. import augment
-from ..options import IMAGENET
+from ..choices import IMAGENET
 from ..running.errors import UsageError
 from . import embedded
 from .files import open_files

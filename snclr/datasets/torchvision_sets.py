@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from ..options import IMAGENET
+from ..choices import IMAGENET
 from ..running.distributed import local_rank_zero_first
 from ..running.errors import UsageError, first_line
 from .decoding import to_rgb, unreadable

@@ -78,6 +78,10 @@ class Interruptions:
         """Restart the interval. outcome: what rank 0 reports if a signal then ends the run."""
         self.last_save, self.outcome = time.monotonic(), outcome
 
+    def is_signalled(self) -> bool:
+        """Whether a signal asks for the end of the run."""
+        return self.signal > 0
+
     def end_here(self) -> bool:
         """End the run before the next step, if there was a signal, and there is only one rank;
         returns whether it ends.

@@ -32,8 +32,8 @@ def writing(path: str) -> Iterator[None]:
 def new_file(path: str) -> Iterator[BinaryIO]:
     """A file that replaces `path` when the block ends without an error; else `path` stays as it is.
 
-    It is created under a new name beside `path`, and renamed when its bytes are on the disk. A link
-    at `path` is replaced, not followed. Raises OSError, also if `path` exists and is not a file.
+    It is created exclusively under a fresh name beside `path`. A link at `path` is replaced, not
+    followed. Raises OSError, also where `path` is something else than a file.
     """
     with contextlib.suppress(FileNotFoundError):
         mode = os.lstat(path).st_mode
@@ -44,8 +44,6 @@ def new_file(path: str) -> Iterator[BinaryIO]:
     try:
         with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):

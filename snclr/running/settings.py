@@ -5,7 +5,8 @@ import shlex
 import sys
 from argparse import Namespace
 
-from ..options import NUM_HEADS, ON_RESUME
+from ..choices import NUM_HEADS
+from ..options import ON_RESUME
 from .provenance import versions_and_commit
 from .safe_files import save_json
 
@@ -25,7 +26,7 @@ def changes(saved: dict, args: Namespace) -> tuple[list[str], list[str]]:
     """
     # files of earlier versions have no number of heads, which was always the architecture's default
     saved = {"num_heads": NUM_HEADS.get(args.arch), **saved}
-    kinds = {"fixed": [], "reported": [], "free": []}  # see options.flag
+    kinds = {"fixed": [], "reported": [], "free": []}  # see arguments.flag
     for name, now in vars(args).items():
         if name in saved and differ(saved[name], now):
             kinds[ON_RESUME.get(name, "reported")].append(f"{name} {saved[name]!r} -> {now!r}")

@@ -29,10 +29,9 @@ def save(path: str, state: dict, keep: int = 1) -> None:
                 os.remove(leftover)
         with new_file(path) as file:
             torch.save(state, file)
-            if keep > 1:
-                file.flush()
-                os.fsync(file.fileno())
-                _rename_older(path, keep)
+            file.flush()
+            os.fsync(file.fileno())  # the bytes are on the disk before the file gets its name
+            _rename_older(path, keep)
         folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
         os.fsync(folder)  # makes the new name durable, not only the bytes
         os.close(folder)
@@ -64,8 +63,8 @@ def read(path: str) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can make unpickling raise anything
         raise UsageError(
-            f"checkpoint {path} contains other objects than tensors and plain values,"
-            " which are not loaded"
+            f"checkpoint {path} is not a dictionary of tensors and plain values;"
+            " nothing else is loaded"
         ) from error
 
 

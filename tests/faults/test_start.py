@@ -1,4 +1,4 @@
-"""start.sh as strangers call it: through sh or a link, with numbers that are none, with an environment that was half made."""
+"""start.sh called through sh or a link, with invalid numbers, with an incomplete environment."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import attack
 import pytest
 
 START = attack.ROOT / "start.sh"
-# stands in for python3 -m venv and for the interpreter of the environment that this makes, which installs nothing
+# replaces python3 -m venv and the interpreter of the new environment; installs nothing
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
 case "$1 $2" in
@@ -30,7 +30,7 @@ esac
 
 @pytest.fixture
 def clone(tmp_path):
-    """A copy of what start.sh needs, whose python3 is the stand-in; returns a function that starts it."""
+    """A function that starts a copy of start.sh with the replaced python3."""
     root = tmp_path / "clone"
     (root / "tools").mkdir(parents=True)
     for name in ("start.sh", "tools/environment.sh", "main_snclr.py", "requirements.txt"):

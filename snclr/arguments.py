@@ -1,0 +1,155 @@
+"""How a command line is read: recipes, flags and bounded numbers. Imports nothing slow."""
+
+import argparse
+import ast
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable
+
+from .running.errors import UsageError
+from .running.safe_files import read_text
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reads @FILE recipes: flags as on a command line, any number a line; # starts a comment.
+
+    Every error becomes a UsageError.
+    """
+
+    def error(self, message):
+        # "argument -b/--batch-size: must be" -> "--batch-size must be"
+        message = re.sub(r"^argument (?:-\w/)?(--[\w-]+): must be", r"\1 must be", message)
+        raise UsageError(f"{message} (--help lists all flags)")
+
+    def parse_args(self, args=None, namespace=None):
+        check_environment()
+        # intermixed: otherwise argparse refuses FILE --flag DATA
+        return super().parse_intermixed_args(_read_recipes(args, []), namespace)
+
+
+def _read_recipes(words: list[str], opened: list[str]) -> list[str]:
+    """Replace each @FILE of a command line by the flags in that recipe. Raises UsageError.
+
+    opened: the recipes read so far. Their number is limited, since a recipe can name itself.
+    """
+    flags = []
+    for word in words:
+        if not word.startswith("@"):
+            flags.append(word)
+            continue
+        path = _find_recipe(word[1:])
+        opened.append(path)
+        if len(opened) > 100:
+            raise UsageError(f"recipe {path} cannot be read: more than 100 recipes name each other")
+        if not os.path.lexists(path):
+            raise UsageError(f"there is no recipe {path!r}")
+        try:
+            lines = read_text(path, limit=2**20).splitlines()
+            inner = [part for line in lines for part in shlex.split(line, comments=True)]
+        except ValueError as error:  # an open quote; a UsageError is a ValueError, too
+            raise UsageError(f"recipe {path} cannot be read: {error}") from error
+        flags += _read_recipes(inner, opened)
+    return flags
+
+
+def _find_recipe(path: str) -> str:
+    """A recipe that is not in the current folder is looked for in this repository."""
+    own = os.path.join(ROOT, path)
+    return own if not os.path.exists(path) and os.path.isfile(own) else path
+
+
+def check_environment() -> None:
+    """Raise UsageError for numbers of ranks in the environment that no launcher sets."""
+    numbers = {"WORLD_SIZE": 1, "RANK": 0}
+    for name, least in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
+        if (text := os.environ.get(name)) is None:
+            continue
+        if not re.fullmatch("[0-9]{1,7}", text) or int(text) < least:
+            raise UsageError(f"the environment's {name} must be {least} or more, found {text!r}")
+        numbers[name] = int(text)
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise UsageError(
+            f"the environment's RANK must be below WORLD_SIZE, {numbers['WORLD_SIZE']}, "
+            f"found {numbers['RANK']}"
+        )
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser that reads @FILE recipes and turns every error into a UsageError."""
+    return _Parser(
+        prog=prog,
+        description=description,
+        epilog="@FILE reads flags from a recipe of configs/; flags after it override it.",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+
+
+def flag(
+    group: argparse._ArgumentGroup, *names: str, on_resume: str = "reported", **arguments
+) -> None:
+    """Add a flag to a group. arguments: those of argparse's add_argument.
+
+    on_resume says whether a resumed run may have another value than its checkpoint. 'fixed': no,
+    since the flag decides which images the run sees, or what its state means. 'reported': yes, and
+    the log names the change. 'free': yes, since it does not change any result.
+    """
+    if on_resume not in ("fixed", "reported", "free"):
+        raise ValueError(f"on_resume must be fixed, reported or free, found {on_resume!r}")
+    group.add_argument(*names, **arguments).on_resume = on_resume
+
+
+def resume_rules(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """The on_resume of each flag (see `flag`), by the name of its setting."""
+    return {a.dest: a.on_resume for a in parser._actions if hasattr(a, "on_resume")}
+
+
+def number(kind: type, *, above_zero: bool = False, most: float = math.inf) -> Callable:
+    """An argparse type: a finite int or float of at least 0 (or above 0) and at most `most`.
+
+    An int must fit into 32 bits as well.
+    """
+    rule = "above 0" if above_zero else "0 or more"
+    if most < math.inf:
+        rule = f"above 0 and at most {most}" if above_zero else f"between 0 and {most}"
+
+    def convert(text):
+        value = kind(text)
+        if not (math.isfinite(value) and 0 <= value <= most) or (above_zero and value == 0):
+            raise argparse.ArgumentTypeError(f"must be {rule}, found {text}")
+        if kind is int and value >= 2**31:
+            raise argparse.ArgumentTypeError(f"must be below 2^31, found {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return convert
+
+
+def seed(text: str) -> int:
+    """An argparse type: a random seed, which must fit into 64 bits."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a number of 64 bits, found {text}")
+    return value
+
+
+def key_value(text: str) -> list:
+    """An argparse type: 'key=value' as [key, value]. A Python literal is read as such."""
+    key, equals, value = text.partition("=")
+    if not (key.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, found {text!r}")
+    try:
+        return [key, ast.literal_eval(value)]
+    except (ValueError, SyntaxError):
+        return [key, value]

@@ -1,0 +1,377 @@
+"""The flags and checks that several commands share: images, backbone, batch size and workdir.
+
+Imports nothing slow.
+"""
+
+import argparse
+import math
+import os
+
+from .arguments import flag, key_value, new_parser, number, seed
+from .choices import (
+    ARCHS,
+    DATASETS,
+    IMAGENET,
+    IMG_SIZES,
+    LOCAL_DATASETS,
+    MEAN_STD,
+    TORCHVISION_DATASETS,
+    check_num_heads,
+)
+from .running.errors import UsageError
+
+# -- images ----------------------------------------------------------------------------------------
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose the images (snclr/datasets/sources.py)."""
+    g = parser.add_argument_group("data")
+    flag(
+        g,
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="folder, list (.txt) or .tar file of the training images (default: the embedded data "
+        "set)",
+        on_resume="free",
+    )
+    flag(
+        g,
+        "--dataset",
+        choices=DATASETS,
+        metavar="KIND",
+        help=f"kind of DATA: {', '.join(DATASETS)} (default: found from DATA)",
+        on_resume="fixed",
+    )
+    flag(
+        g,
+        "--val",
+        metavar="PATH",
+        help="validation images, of the same kind as DATA (default: DATA/val beside DATA/train)",
+        on_resume="free",
+    )
+    flag(
+        g,
+        "--labels",
+        metavar="FILE",
+        help="text file with the label of each training image, one a line; none: ignore all labels",
+        on_resume="free",
+    )
+    flag(
+        g,
+        "--val-labels",
+        metavar="FILE",
+        help="text file with the label of each validation image, one a line",
+        on_resume="free",
+    )
+    flag(
+        g,
+        "--download",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="download a torchvision data set to DATA if it is missing",
+        on_resume="free",
+    )
+    flag(
+        g,
+        "--subset",
+        type=number(float, above_zero=True),
+        metavar="N",
+        help="train on N randomly chosen images, or on this share of all images if N is below 1",
+        on_resume="fixed",
+    )
+    flag(
+        g,
+        "--subset-seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="random seed of --subset; a smaller subset is part of a larger one of the same seed",
+        on_resume="fixed",
+    )
+    flag(
+        g,
+        "--mean",
+        type=float,
+        nargs=3,
+        metavar="X",
+        help="mean of each channel, in units of 0..1, to normalise (default: that of the data set)",
+    )
+    flag(
+        g,
+        "--std",
+        type=float,
+        nargs=3,
+        metavar="X",
+        help="standard deviation of each channel; `python -m snclr.mean_std DATA` measures both",
+    )
+    flag(
+        g,
+        "--img-size",
+        type=number(int, above_zero=True, most=2**14),
+        metavar="PX",
+        help="height and width of the encoder's input (default: 32 for embedded, CIFAR and SVHN, "
+        "96 for STL-10, else 224)",
+        on_resume="fixed",
+    )
+    flag(
+        g,
+        "--grey-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="pixel values that become black and white in images of more than 8 bits (default: the "
+        "range of the pixel format, 0 65535, or 0 1 for floating point)",
+        on_resume="fixed",
+    )
+    flag(
+        g,
+        "--on-bad-image",
+        choices=("fail", "skip"),
+        default="fail",
+        help="if an image cannot be read: stop, or replace it and list it in bad_images.txt",
+        on_resume="free",
+    )
+    flag(
+        g,
+        "-j",
+        "--workers",
+        type=number(int),
+        metavar="N",
+        help="processes of each rank that load images (default: one a core, at most 8)",
+        on_resume="free",
+    )
+
+
+def resolve_data(args: argparse.Namespace) -> None:
+    """Fill in the kind of DATA and the number of workers. Raises UsageError for a mean without std.
+
+    The image size and the channels' statistics follow later: for an evaluation the encoder's file
+    has them, for all others see `resolve_views`.
+    """
+    has_bad_std = any(not 0 < value <= 1 for value in args.std or ())
+    if (args.mean is None) != (args.std is None) or has_bad_std:
+        raise UsageError(
+            "--mean and --std must be given together, three numbers each in units of 0..1, with "
+            "--std above 0"
+        )
+    if args.dataset is None:
+        args.dataset = _recognise_dataset(args.data)
+    if args.workers is None:
+        # sched_getaffinity (only Linux) counts the cores that this process may use
+        has_affinity = hasattr(os, "sched_getaffinity")
+        num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        args.workers = max(1, min(8, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _recognise_dataset(data):
+    if data is None:
+        return "embedded"
+    if os.path.isfile(data):
+        return {".tar": "shards", ".txt": "list"}.get(os.path.splitext(data)[1], "folder")
+    train = os.path.join(data, "train")
+    root = train if os.path.isdir(train) else data
+    entries = list(os.scandir(root)) if os.path.isdir(root) else []
+    if any(entry.name.endswith(".tar") for entry in entries):
+        return "shards"
+    has_classes = root == train and any(entry.is_dir() for entry in entries)
+    # a missing folder counts as one with classes, and check_data refuses it as such
+    return "folder" if has_classes or not os.path.isdir(data) else "tree"
+
+
+def resolve_views(args: argparse.Namespace) -> None:
+    """Fill in the image size, and the mean and standard deviation of the channels."""
+    if args.img_size is None:
+        args.img_size = IMG_SIZES.get(args.dataset, 224)
+    mean, std = MEAN_STD.get(args.dataset, IMAGENET)
+    args.mean, args.std = args.mean or list(mean), args.std or list(std)
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Raise UsageError for data flags that cannot work."""
+    low, high = args.grey_range or (0, 1)
+    if not -math.inf < low < high < math.inf:
+        raise UsageError(f"--grey-range needs LOW below HIGH, both finite, found {low:g} {high:g}")
+    if args.subset is not None and args.subset > 1 and args.subset % 1:
+        raise UsageError(
+            f"--subset must be a whole number of images or a share below 1, found {args.subset}"
+        )
+    if args.dataset == "embedded" and args.data is not None:
+        raise UsageError(
+            f"the embedded data set is drawn by the program and needs no DATA: remove {args.data}, "
+            "or choose another --dataset"
+        )
+    if args.dataset != "embedded" and args.data is None:
+        raise UsageError(f"--dataset {args.dataset} needs DATA, the folder or file of the images")
+    if args.download and args.dataset not in TORCHVISION_DATASETS:
+        raise UsageError(
+            f"--download is for torchvision's data sets ({', '.join(TORCHVISION_DATASETS)}), "
+            f"not for {args.dataset}"
+        )
+    needs_file = args.dataset == "list" or (args.data is not None and args.data.endswith(".tar"))
+    exists = os.path.isfile if needs_file else os.path.isdir
+    if args.data is not None and not exists(args.data) and not args.download:
+        raise UsageError(
+            f"--dataset {args.dataset}: there is no {'file' if needs_file else 'folder'} "
+            f"{args.data}; DATA is a folder of images or of .tar files, one .tar file, or a .txt "
+            "file that lists paths"
+        )
+    labels = None if args.labels == "none" else args.labels
+    for name, path in (
+        ("--val", args.val),
+        ("--labels", labels),
+        ("--val-labels", args.val_labels),
+    ):
+        if path is None:
+            continue
+        if args.dataset not in LOCAL_DATASETS or (name != "--val" and args.dataset == "folder"):
+            raise UsageError(
+                f"{name} {path} cannot be used with --dataset {args.dataset}, which has its own"
+            )
+        if not os.path.exists(path):
+            raise UsageError(f"{name} {path} does not exist")
+    if args.val_labels and not args.labels:
+        raise UsageError("--val-labels needs --labels, the labels of the training images, as well")
+
+
+def parse_data(argv: list[str]) -> argparse.Namespace:
+    """Only the data flags, for commands that only look at images. Raises UsageError."""
+    parser = new_parser(
+        "snclr.mean_std", "Measures the mean and standard deviation of the channels."
+    )
+    add_data_flags(parser)
+    parser.set_defaults(workdir=None)
+    args = parser.parse_args(argv)
+    resolve_data(args)
+    resolve_views(args)
+    check_data(args)
+    return args
+
+
+# -- backbone --------------------------------------------------------------------------------------
+
+
+def add_backbone_flags(
+    parser: argparse.ArgumentParser, default_arch: str | None
+) -> argparse._ArgumentGroup:
+    """Add the flags that describe a backbone (snclr/backbones.py); returns their group."""
+    g = parser.add_argument_group("model")
+    flag(
+        g,
+        "-a",
+        "--arch",
+        default=default_arch,
+        help=f"backbone: {', '.join(ARCHS)}, or timm:NAME for any model of timm",
+        on_resume="fixed",
+    )
+    flag(
+        g,
+        "--timm-kwargs",
+        nargs="+",
+        type=key_value,
+        metavar="KEY=VALUE",
+        help="arguments of a timm:NAME model",
+        on_resume="fixed",
+    )
+    flag(
+        g,
+        "--patch-size",
+        type=number(int, above_zero=True),
+        default=16,
+        metavar="PX",
+        help="side of a ViT's patch",
+    )
+    flag(
+        g,
+        "--num-heads",
+        type=number(int, above_zero=True),
+        metavar="N",
+        help="attention heads of a ViT (default: those of the loaded weights, else 12; 3 for "
+        "vit_tiny)",
+        on_resume="fixed",
+    )
+    flag(
+        g,
+        "--width",
+        type=number(int, above_zero=True, most=2**14),
+        metavar="N",
+        help="channels of a ResNet's first stage (default: that of the architecture)",
+    )
+    flag(
+        g,
+        "--small-stem",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="ResNet stem for images of about 32 px: 3x3 convolution of stride 1, no pooling",
+        on_resume="fixed",
+    )
+    return g
+
+
+def check_backbone(args: argparse.Namespace) -> None:
+    """Raise UsageError for backbone flags that cannot work."""
+    if args.arch not in ARCHS and not args.arch.startswith("timm:"):
+        raise UsageError(
+            f"--arch {args.arch} is unknown; known are {', '.join(ARCHS)}, and timm:NAME for any "
+            "model of timm"
+        )
+    check_num_heads(args.num_heads, args.arch)
+    if args.timm_kwargs and not args.arch.startswith("timm:"):
+        raise UsageError(f"--timm-kwargs are for --arch timm:NAME, not for {args.arch}")
+    if args.arch.startswith("vit_conv") and args.patch_size != 16:
+        raise UsageError(f"--arch {args.arch} needs --patch-size 16, found {args.patch_size}")
+    if args.arch.startswith("vit") and args.img_size % args.patch_size:
+        raise UsageError(
+            f"--img-size {args.img_size} is not a multiple of --patch-size {args.patch_size}"
+        )
+
+
+# -- run -------------------------------------------------------------------------------------------
+
+
+def resolve_resume(args: argparse.Namespace) -> None:
+    """Let a run continue if torchrun, start.sh or SLURM has started it again."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SNCLR_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    if any(os.environ.get(name, "0") != "0" for name in counts) and args.resume is None:
+        args.resume = "auto"
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise UsageError if the ranks cannot share a batch equally."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % world_size:
+        raise UsageError(
+            f"--batch-size {batch_size} is for all ranks together and must be divisible by the "
+            f"{world_size} ranks"
+        )
+
+
+def check_workdir(workdir: str | None, resume: str | None, run_files: tuple[str, ...]) -> None:
+    """Raise UsageError if workdir is not writable, or holds another run than the resumed one.
+
+    run_files: names of files of which a run leaves at least one.
+    """
+    if workdir == "":
+        raise UsageError("--workdir is empty: is it a variable of the shell that has no value?")
+    if workdir is not None and workdir != os.fsencode(workdir).decode(errors="replace"):
+        raise UsageError(f"--workdir must be UTF-8 text, found {os.fsencode(workdir)}")
+    parent = os.path.abspath(workdir or ".")
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise UsageError(
+            f"--workdir {workdir} cannot be created: {parent} is a file, or is not writable"
+        )
+    if resume == "auto":
+        if workdir is None and "SLURM_JOB_ID" not in os.environ:
+            raise UsageError("--resume auto needs --workdir, the folder of the run to continue")
+        return
+    if resume is not None and not os.path.isfile(resume):
+        raise UsageError(f"--resume {resume}: there is no such checkpoint")
+    if workdir is not None and any(os.path.exists(os.path.join(workdir, n)) for n in run_files):
+        resumed_workdir = os.path.dirname(os.path.abspath(resume)) if resume else None
+        if resumed_workdir != os.path.abspath(workdir):
+            raise UsageError(
+                f"--workdir {workdir} holds another run: add --resume auto to continue it, or "
+                "choose a new folder"
+            )
