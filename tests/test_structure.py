@@ -40,13 +40,16 @@ LONGER_CHAINS = {
 # lines of a file; longer are lists of flags, models and layouts, and what is best read as a whole
 LONGEST_FILE = 250
 LONGER = {
-    "snclr.augment": 460,
+    "snclr.augment": 455,
     "snclr.backbones": 390,
-    "snclr.builder": 310,
+    "snclr.builder": 320,
     "snclr.datasets.images": 345,
     "snclr.datasets.sources": 280,
+    "snclr.evaluation.options": 350,
     "snclr.objectives": 330,
     "snclr.options": 520,
+    "snclr.running.checkpoint": 270,
+    "snclr.shared_options": 380,
     "snclr.weights.libraries": 380,
 }
 
