@@ -357,7 +357,7 @@ def train_epoch(run: Run, step: int) -> int:
 
 
 def save(run: Run, step: int) -> None:
-    """Save the checkpoint and the encoder, from rank 0; also under a number every --save-freq epochs.
+    """Save checkpoint and encoder, from rank 0; also under a number every --save-freq epochs.
 
     If weights or optimiser state are not finite, only checkpoint.UNSOUND is written, so that the
     last sound checkpoint stays. If a save fails, the run continues with a note; at its last save it

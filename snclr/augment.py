@@ -126,8 +126,8 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.argsort(keyed_bits(seed, epoch, np.arange(size), -1), kind="stable")
 
 
-# Name of a draw: its columns of the keyed uniforms. A new draw takes the columns after the last one.
-# Each column is hashed by itself, so a new one changes none of the others.
+# Name of a draw: its columns of the keyed uniforms. A new draw takes the columns after the last
+# one. Each column is hashed by itself, so a new one changes none of the others.
 DRAWS = {
     "top": 0,
     "left": 1,
@@ -371,9 +371,9 @@ def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
 def adjust_hue_(x: Tensor, turns: Tensor) -> Tensor:
     """Rotate the hue of HSV by up to a sixth of a turn either way.
 
-    If a sixth of a turn has the length chroma, the angle from red is +-(value - 2 low + green + blue
-    - red), with the sign of green - blue: the same formula for all sextants. A channel is low +
-    clamp(2 chroma - distance, 0, chroma), where distance is the angle to its own primary, the
+    If a sixth of a turn has the length chroma, the angle from red is +-(value - 2 low + green +
+    blue - red), with the sign of green - blue: the same formula for all sextants. A channel is
+    low + clamp(2 chroma - distance, 0, chroma), where distance is the angle to its own primary, the
     shorter way round: 3 chroma - |3 chroma - |angle||.
     """
     red, green, blue = x.split(1, dim=1)
@@ -398,7 +398,7 @@ def grayscale(x: Tensor) -> Tensor:
 
 
 def gaussian_taps(sigma: np.ndarray) -> np.ndarray:
-    """Weights (B, 2R + 1) of a Gaussian blur with sigma (B,), 0 beyond 3 sigma; rows add up to 1."""
+    """Weights (B, 2R + 1) of a blur with sigma (B,): 0 beyond 3 sigma; each row adds up to 1."""
     radius = math.ceil(3 * SIGMA_RANGE[1])
     offsets, sigma = np.arange(-radius, radius + 1), sigma[:, None]
     taps = np.exp(-(offsets**2) / (2 * sigma**2)) * (np.abs(offsets) <= np.ceil(3 * sigma))

@@ -143,8 +143,8 @@ class MemoryBank(nn.Module):
     def enqueue(self, keys: Tensor, ids: Tensor) -> None:
         """Write the keys (N, D) of all ranks, normalised, over the oldest rows.
 
-        ids (N,): data-set indices of their images. If N exceeds M, only the last M keys are written,
-        into the same rows as if the keys were written one by one.
+        ids (N,): data-set indices of their images. If N exceeds M, only the last M keys are
+        written, into the same rows as if the keys were written one by one.
         """
         size, dim = self.features.shape
         if keys.dim() != 2 or keys.shape[1] != dim or ids.shape != keys.shape[:1]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .memory_bank import gather, on_host
 from .choices import FORMS
+from .memory_bank import gather, on_host
 from .running.distributed import all_gather, all_gather_with_grad, all_sum, rank
 from .running.precision import full_precision, unit, widen
 

@@ -78,9 +78,9 @@ def step_if_finite(
 ) -> None:
     """Take a step if grad_norm () is finite; else neither weights nor optimiser state change.
 
-    torch's fused optimisers and our LARS read their attribute found_inf, and skip on the device. For
-    any other optimiser the host reads the norm, and so waits for the device at every step. In fp16
-    the scaler does the same.
+    torch's fused optimisers and our LARS read their attribute found_inf, and skip on the device.
+    For any other optimiser the host reads the norm, and so waits for the device at every step. In
+    fp16 the scaler does the same.
     """
     if scaler.is_enabled():
         scaler.step(optimizer)

@@ -110,8 +110,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--img-size",
         type=number(int, above_zero=True, most=2**14),
         metavar="PX",
-        help="height and width of the encoder's input (default: 32 for embedded, CIFAR and SVHN, 96 "
-        "for STL-10, else 224)",
+        help="height and width of the encoder's input (default: 32 for embedded, CIFAR and SVHN, "
+        "96 for STL-10, else 224)",
         on_resume="fixed",
     )
     flag(

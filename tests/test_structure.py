@@ -15,18 +15,18 @@ FILES = {
 # the ground floor, which every file may import: errors, safe files, ranks, number formats
 GROUND = {
     f"snclr.running.{name}"
-    for name in "errors console worker_failures safe_files distributed precision".split()
+    for name in ("errors", "console", "worker_failures", "safe_files", "distributed", "precision")
 }
 # python -m snclr.NAME, and what the package itself offers: like the scripts, nothing imports them
 COMMANDS = {"snclr.export", "snclr.mean_std", "snclr.report", "snclr.visualize"}
 TOP = {"main_snclr", "main_lincls", "snclr.__init__"} | COMMANDS
 # The longest chain of imports down to the ground floor, which is not counted. The model needs 4:
 # builder, backbones, heads, batch_norm; exports, which are built from it, 5. An image is opened in
-# 3 files (images, decoding, high_bit_depth), on which a data set stands with 3 more (sources, files,
-# shards), and what shows or checks images with 2 (the loader in between). The flags are 3 files
-# (options, shared_options, arguments). The settings of a run stand on them, since a flag says what a
-# resumed run may change; then come checkpoint and summary, or runs, curves and report. Evaluation
-# has a state file, which is a checkpoint, and 2 files on top of it.
+# 3 files (images, decoding, high_bit_depth), on which a data set stands with 3 more (sources,
+# files, shards), and what shows or checks images with 2 (the loader in between). The flags are 3
+# files (options, shared_options, arguments). A flag says whether a resumed run may change it, so
+# settings, checkpoint and summary stand on the flags, and so do runs, curves and report. The state
+# of an evaluation is a checkpoint, on which probe and finetune stand.
 LONGEST_CHAIN = 4
 LONGER_CHAINS = {
     "snclr.datasets.": 6,
