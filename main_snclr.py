@@ -155,7 +155,7 @@ def main(argv: list[str]) -> None:
         interruptions=Interruptions(args.save_every_minutes, args.timeout_minutes),
         log=log,
     )
-    loader.stop_waiting_if(lambda: run.interruptions.signal > 0)
+    loader.stop_waiting_if(run.interruptions.is_signalled)
     log.say(
         f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), "
         f"batch {args.batch_size}"
@@ -189,7 +189,8 @@ def main(argv: list[str]) -> None:
         result = "the same" if len(digests) == 1 else "NOT the same"
         log.say(f"weights and bank of the ranks: {result}, {', '.join(digests)}")
     if is_rank_zero and not run.interruptions.ending:
-        log.say(summary.final_lines(workdir, done=step == run.total_steps))
+        path = os.path.join(workdir, checkpoint.LAST)
+        log.say(summary.final_lines(workdir, path, done=step == run.total_steps))
         log.say(report.write_into(workdir))
     run.interruptions.maximum.finish()
     log.close()

@@ -1,12 +1,17 @@
 #!/usr/bin/env python3
-"""Images to two normalised views, against MoCo v3's pipeline of torchvision and PIL: images/s, both views of one counted once.
+"""Speed of loading: images to two normalised views, compared with torchvision and PIL.
 
-taskset -c 0 python benchmarks/images.py /data/imagenet                 photographs to 224 px, on one core
-taskset -c 0 python benchmarks/images.py /data/cifar10 -b 128 -n 1024   small images of one size, which are held in memory
-python benchmarks/images.py /data/imagenet -b 256 -n 4096 -j 16         16 workers for either; our second half on the GPU
+    # photographs to 224 px, on one core
+    taskset -c 0 python benchmarks/images.py /data/imagenet
+    # small images of one size, which are held in memory
+    taskset -c 0 python benchmarks/images.py /data/cifar10 -b 128 -n 1024
+    # 16 workers for both pipelines; our second half runs on the GPU
+    python benchmarks/images.py /data/imagenet -b 256 -n 4096 -j 16
+
+The other pipeline has the transforms of MoCo v3. Images per second count an image once, not twice
+for its two views.
 """
 
-import argparse
 import os
 import random
 import sys
@@ -28,15 +33,21 @@ from snclr.running import process_group
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.argument_parser(__doc__)
     parser.add_argument("data", metavar="DATA", help="folder with train/<class>/<image>")
-    parser.add_argument("-n", "--images", type=int, default=64, help="images a turn")
-    parser.add_argument("-b", "--batch-size", type=int, default=32)
-    parser.add_argument("-j", "--workers", type=int, default=0)
     parser.add_argument(
-        "--steps", type=int, default=9, help="turns of each side, alternating; the fastest counts"
+        "-n", "--images", type=int, default=64, metavar="N", help="number of images"
+    )
+    parser.add_argument("-b", "--batch-size", type=int, default=32, metavar="N", help="per batch")
+    parser.add_argument(
+        "-j", "--workers", type=int, default=0, metavar="N", help="worker processes per pipeline"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=9,
+        metavar="N",
+        help="passes over the images; the fastest counts",
     )
     args = parser.parse_args()
     device = process_group.own_device()
@@ -49,16 +60,19 @@ def main():
         (0, part) for part in np.split(chosen, range(args.batch_size, len(chosen), args.batch_size))
     ]
 
-    # as torchvision's sets hold small images, and as its ImageFolder reads the others
+    # torchvision's data sets hold small images as arrays; its ImageFolder reads files
     pictures = (
         images.paths[chosen]
         if resident is None
         else resident[chosen].permute(0, 2, 3, 1).contiguous().numpy()
     )
     pairs = PILViews(pictures, recipe, images.mean, images.std)
-    keeps, pins = args.workers > 0, device.type == "cuda"
     theirs = DataLoader(
-        pairs, args.batch_size, num_workers=args.workers, persistent_workers=keeps, pin_memory=pins
+        pairs,
+        args.batch_size,
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+        pin_memory=device.type == "cuda",
     )
     halves = [images.views(recipe, *request) for request in requests]
     halves = [(views.crops[0].to(device), views.parameters[0]) for views in halves]
@@ -71,14 +85,14 @@ def main():
         "  first half: decode, draw, crop, resize": lambda: (
             images.views(recipe, *request) for request in requests
         ),
-        "  decoding alone": lambda: map(images.image, chosen),
-        "  second half: all else": lambda: (
+        "  only decoding": lambda: map(images.image, chosen),
+        "  second half: all the rest": lambda: (
             augment.apply(*half, images.mean, images.std) for half in halves
         ),
     }
     if resident is not None:
-        del sides["  decoding alone"]
-    if args.workers:  # nothing to hold a single process against
+        del sides["  only decoding"]
+    if args.workers:  # these run in this process, so they cannot be compared with workers
         sides = {name: side for name, side in sides.items() if "decod" not in name}
     calls = {name: lambda side=side: deque(side(), maxlen=0) for name, side in sides.items()}
     seconds = measure.fastest(calls, args.steps, device)
@@ -87,14 +101,18 @@ def main():
         for name, time in seconds.items()
     ]
     print(
-        f"{len(chosen)} images to 2 x {size} px, blur {'on' if blur else 'off'}, batch {args.batch_size}"
+        f"{len(chosen)} images to 2 x {size} px, blur {'on' if blur else 'off'}, "
+        f"batch {args.batch_size}"
     )
     print(f"{measure.hardware(device)}, {args.workers} workers\n")
     print(measure.table(["", "images/s", "ratio"], rows))
 
 
 class PILViews:
-    """Item i is the views of picture i by torchvision and PIL, with the settings of a recipe's table."""
+    """Data set whose item i is the views of picture i, made by torchvision and PIL.
+
+    pictures: paths, or uint8 arrays (H, W, 3). The settings are those of the recipe's views.
+    """
 
     def __init__(self, pictures, recipe, mean, std):
         self.pictures = pictures
@@ -104,7 +122,7 @@ class PILViews:
                     transforms.RandomResizedCrop(view.size, (view.crop_min, view.crop_max)),
                     transforms.RandomApply([transforms.ColorJitter(*view.jitter)], p=view.jitter_p),
                     transforms.RandomGrayscale(p=view.gray_p),
-                    transforms.RandomApply([blurred], p=view.blur_p),
+                    transforms.RandomApply([gaussian_blur], p=view.blur_p),
                     transforms.RandomSolarize(128, p=view.solarize_p),
                     transforms.RandomHorizontalFlip(view.flip_p),
                     transforms.ToTensor(),
@@ -119,14 +137,14 @@ class PILViews:
 
     def __getitem__(self, item):
         if isinstance(self.pictures[item], str):
-            with Image.open(self.pictures[item]) as opened:
-                picture = opened.convert("RGB")
+            with Image.open(self.pictures[item]) as file:
+                picture = file.convert("RGB")
         else:
             picture = Image.fromarray(self.pictures[item])
         return [view(picture) for view in self.views]
 
 
-def blurred(picture):
+def gaussian_blur(picture):
     return picture.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 

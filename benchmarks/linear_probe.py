@@ -1,14 +1,12 @@
 #!/usr/bin/env python3
-"""Time of a probe's step: the whole grid against a single head, cached against freshly encoded
-features.
+"""Time of a step of the linear probe: the grid of heads compared with one head.
 
     python benchmarks/linear_probe.py                       ViT-S at 224 px, about a minute on a CPU
     python benchmarks/linear_probe.py -b 1024 --steps 20    the batch size of ImageNet, for a GPU
 
-It needs no files: the images are noise.
+Both are timed with features that the step encodes and with cached ones. The images are random.
 """
 
-import argparse
 import os
 import sys
 
@@ -24,26 +22,31 @@ from snclr.running import process_group
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = measure.argument_parser(__doc__)
+    parser.add_argument("--arch", default="vit_small", help="backbone")
+    parser.add_argument("--img-size", type=int, default=224, metavar="PX", help="image size")
+    parser.add_argument(
+        "-b", "--batch-size", type=int, default=32, metavar="N", help="images per step"
     )
-    parser.add_argument("--arch", default="vit_small")
-    parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("-b", "--batch-size", type=int, default=32)
-    parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of each kind, in turn")
+    parser.add_argument("--classes", type=int, default=1000, metavar="N", help="number of classes")
+    parser.add_argument(
+        "--steps", type=int, default=4, metavar="N", help="steps of each row; the fastest counts"
+    )
     args = parser.parse_args()
     device = process_group.own_device()
     torch.manual_seed(0)
-    settings = dict(
+    encoder = build_encoder(
+        args.arch,
         img_size=args.img_size,
         patch_size=16,
         width=None,
         small_stem=False,
         stop_grad_conv1=False,
         timm_kwargs={},
+        hidden_dim=8,
+        out_dim=8,
     )
-    encoder = build_encoder(args.arch, **settings, hidden_dim=8, out_dim=8).to(device).eval()
+    encoder = encoder.to(device).eval()
     kinds = linear.kinds_of(encoder)
     x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     y = torch.randint(args.classes, (args.batch_size,), device=device)
@@ -80,7 +83,7 @@ def main():
     rows = [
         [name, f"{1000 * time:.1f}", f"{time / reference:.3f}"] for name, time in seconds.items()
     ]
-    print(measure.table(["", "ms a step", "over one head, encoded"], rows))
+    print(measure.table(["", "ms per step", "over one head, encoded"], rows))
 
 
 if __name__ == "__main__":

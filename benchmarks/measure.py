@@ -1,5 +1,6 @@
-"""What the benchmarks share: alternating timings, peak memory, the hardware's name, tables."""
+"""Shared code of the benchmarks: timing, peak memory, the name of the hardware, tables."""
 
+import argparse
 import contextlib
 import ctypes
 import platform
@@ -11,12 +12,24 @@ from pathlib import Path
 import torch
 
 
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that keeps the line breaks of the description and prints defaults."""
+
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        pass
+
+    return argparse.ArgumentParser(description=description, formatter_class=Formatter)
+
+
 def fastest(
     sides: dict[str, Callable[[], object]], steps: int, device: torch.device
 ) -> dict[str, float]:
-    """Seconds of the fastest of `steps` calls of each function. They alternate, so that a machine that slows down slows all
-    alike, and the fastest was disturbed least; a call of each goes before, to warm up. On one thread of a CPU they are that
-    CPU's seconds, which other jobs on the machine do not lengthen."""
+    """Seconds of the fastest of `steps` calls of each function, after one call to warm up.
+
+    The functions alternate: if the machine slows down, it slows all of them. The fastest call is
+    the least disturbed one. With one thread on a CPU these are seconds of processor time, which
+    other jobs on the machine do not lengthen.
+    """
     clock = (
         time.process_time
         if device.type == "cpu" and torch.get_num_threads() == 1
@@ -35,17 +48,19 @@ def fastest(
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a second call takes at most, beyond what was held before it; on a CPU by Linux's own account."""
+    """Most bytes that a second call holds at once, beyond those held before it.
+
+    On a CPU the number comes from /proc/self/status, which only Linux has.
+    """
     function()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # what the first call freed goes back to the system, and is counted when it is taken again
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    # return freed memory to the system, so that the second call has to allocate it again
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _status("VmRSS")
     function()
     return _status("VmHWM") - before
@@ -56,27 +71,27 @@ def _status(name: str) -> int:
 
 
 def wait(device: torch.device) -> None:
-    """Wait for the GPU, if there is one."""
+    """Wait for the device if it is a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def hardware(device: torch.device) -> str:
-    """Name of the device, threads and torch's version, for the head of a table."""
+    """Name of the device, number of threads and version of torch, to print above a table."""
     if device.type == "cuda":
         return f"one {torch.cuda.get_device_name()}, torch {torch.__version__}"
-    models = (
-        re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        if Path("/proc/cpuinfo").exists()
-        else []
-    )
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     model = models[0] if models else platform.machine()
     bf16 = "with" if torch.cpu._is_avx512_bf16_supported() else "without"
-    return f"{torch.get_num_threads()} threads of {model} ({bf16} native bfloat16), torch {torch.__version__}"
+    return (
+        f"{torch.get_num_threads()} threads of {model} ({bf16} native bfloat16), "
+        f"torch {torch.__version__}"
+    )
 
 
 def table(head: list[str], rows: Iterable[list]) -> str:
-    """Columns of text, the first to the left, the others to the right."""
+    """Columns of text: the first is aligned to the left, the others to the right."""
     lines = [list(map(str, line)) for line in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     first, rest = widths[0], widths[1:]
@@ -93,9 +108,11 @@ def table(head: list[str], rows: Iterable[list]) -> str:
 
 @contextlib.contextmanager
 def simulated_ranks(number: int):
-    """Let this process believe in `number` ranks that all hold what it holds; yields a list of the bytes that a rank sends in
-    each collective of the block, by the ring algorithms: a gather passes a rank's part on to all others, a reduction sends
-    everything twice."""
+    """Replace torch.distributed's collectives by those of `number` ranks that hold equal tensors.
+
+    Yields a list to which each collective appends the bytes that one rank sends with the ring
+    algorithm: in a gather, its part to all others; in a reduction, everything twice.
+    """
     sent = []
 
     def all_gather(parts, x):
@@ -113,11 +130,11 @@ def simulated_ranks(number: int):
         "get_rank": lambda: 0,
     }
     stand_ins |= {"all_gather": all_gather, "all_reduce": all_reduce}
-    true = {name: getattr(torch.distributed, name) for name in stand_ins}
+    originals = {name: getattr(torch.distributed, name) for name in stand_ins}
     try:
         for name, function in stand_ins.items():
             setattr(torch.distributed, name, function)
         yield sent
     finally:
-        for name, function in true.items():
+        for name, function in originals.items():
             setattr(torch.distributed, name, function)

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""A large batch in the memory of a small one: --micro-batch against the undivided step, in time and peak memory.
+"""Time and peak memory of a step with --micro-batch, compared with the undivided step.
 
-    python benchmarks/micro_batch.py                    ViT-S/16 at 64 px, batch 256, float32: some minutes on a CPU
-    python benchmarks/micro_batch.py -b 4096 --micro-batch 512 1024 --img-size 224 --flags '--amp bf16 --compile' \\
-        --undivided 512 --peak-tflops 989               the paper's batch on one H100 or H200
+    # ViT-S/16 at 64 px, batch 256, float32: some minutes on a CPU
+    python benchmarks/micro_batch.py
+    # the paper's batch on one H100 or H200
+    python benchmarks/micro_batch.py -b 4096 --micro-batch 512 1024 --img-size 224 \\
+        --flags '--amp bf16 --compile' --undivided 512 --peak-tflops 989
 
-The undivided step may need a smaller batch to fit (--undivided); the ratio is one of images a second. With --peak-tflops, also
-the share of the chip's peak that the undivided step's own products are (those repeated in backward do not count as work).
+If the undivided step does not fit into memory, give it a smaller batch with --undivided; ratios
+compare images per second. With --peak-tflops, the share of the chip's peak that the undivided step
+reaches is also printed (products repeated in backward do not count as work).
 """
 
-import argparse
 import os
 import sys
 
@@ -23,25 +25,33 @@ from snclr.running import process_group
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-b", "--batch", type=int, default=256)
+    parser = measure.argument_parser(__doc__)
+    parser.add_argument("-b", "--batch", type=int, default=256, metavar="N", help="images per step")
     parser.add_argument(
         "--undivided",
         type=int,
         metavar="N",
-        help="images of the undivided step (default: the batch)",
+        help="images of the undivided step; None: --batch",
     )
     parser.add_argument(
-        "--micro-batch", type=int, nargs="+", default=[32, 128], help="views encoded at a time"
+        "--micro-batch",
+        type=int,
+        nargs="+",
+        default=[32, 128],
+        metavar="N",
+        help="views encoded at a time; a row for each",
     )
-    parser.add_argument("--img-size", type=int, default=64)
-    parser.add_argument("--flags", default="", help="more flags of main_snclr.py, of all sides")
+    parser.add_argument("--img-size", type=int, default=64, metavar="PX", help="image size")
+    parser.add_argument("--flags", default="", help="more flags of main_snclr.py, for all rows")
     parser.add_argument(
-        "--peak-tflops", type=float, metavar="TFLOPS", help="of the chip, in the products' format"
+        "--peak-tflops",
+        type=float,
+        metavar="TFLOPS",
+        help="peak of the chip in the number format of the products",
     )
-    parser.add_argument("--steps", type=int, default=3, help="steps of each side, alternating")
+    parser.add_argument(
+        "--steps", type=int, default=3, metavar="N", help="steps of each row; the fastest counts"
+    )
     args = parser.parse_args()
     device = process_group.own_device()
     flags = f"{VIT} --img-size {args.img_size} {args.flags}"
@@ -58,7 +68,8 @@ def main():
     seconds = measure.fastest(sides, args.steps, device)
     rates = {name: side.images / seconds[name] for name, side in sides.items()}
     print(
-        f"ViT-S/16, {args.img_size} px {args.flags}; {measure.hardware(device)}; fastest of {args.steps}\n"
+        f"ViT-S/16, {args.img_size} px {args.flags}; {measure.hardware(device)}; "
+        f"fastest of {args.steps}\n"
     )
     rows = []
     for name, rate in rates.items():
@@ -68,19 +79,18 @@ def main():
         )
     print(
         measure.table(
-            ["", "ms a step", "images/s", "of undivided", "MB of activations", "of undivided"], rows
+            ["", "ms per step", "images/s", "of undivided", "MB of activations", "of undivided"],
+            rows,
         )
     )
     if args.peak_tflops:
-        plain = Step(
-            f"{VIT} --img-size {args.img_size}", 2, device
-        )  # not compiled, so that its products can be counted
+        # the counter cannot see into compiled code, so --flags are not used here
+        plain = Step(f"{VIT} --img-size {args.img_size}", 2, device)
         with FlopCounterMode(display=False) as counter:
             plain()
-        done = counter.get_total_flops() / plain.images * rates[undivided] / 1e12
-        print(
-            f"\nundivided: {done:.1f} TFLOP/s, {done / args.peak_tflops:.0%} of {args.peak_tflops:g}"
-        )
+        reached = counter.get_total_flops() / plain.images * rates[undivided] / 1e12
+        peak = args.peak_tflops
+        print(f"\nundivided: {reached:.1f} TFLOP/s, {reached / peak:.0%} of {peak:g}")
 
 
 if __name__ == "__main__":

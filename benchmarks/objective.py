@@ -1,14 +1,21 @@
 #!/usr/bin/env python3
-"""Objective and bank at the paper's scale: search, loss forward and backward of both directions, enqueue.
+"""Time and memory of objective and bank at the paper's scale, compared with the dense design.
 
-    python benchmarks/objective.py                     a rank's part of 32 x 128 images, K = 30, M = 128000: minutes on a CPU
-    python benchmarks/objective.py --ranks 4 -M 16000  smaller
+    # one rank's part of 32 x 128 images, K = 30, M = 128000: minutes on a CPU
+    python benchmarks/objective.py
+    # smaller
+    python benchmarks/objective.py --ranks 4 -M 16000
 
-Streamed (snclr/objectives.py, snclr/memory_bank.py) against the dense formulation of the released design, written anew: the
-neighbours' features of all ranks joined, masks and labels over all candidates, the bank cloned and normalised at every step.
-The other ranks are simulated: their keys and the rows they picked are given, so that nothing but the network is missing.
-Random picks are the worst case for the streamed form: neighbours found in a real bank repeat each other.
-Also: how exact the bfloat16 products are, against float64.
+A step is search, loss forward and backward of both directions, and enqueue. Streamed is this
+project's form (snclr/objectives.py, snclr/memory_bank.py). Dense is the design of the released
+code, written from its equations: it joins the neighbours' features of all ranks, builds masks and
+labels over all candidates, and clones and normalises the bank at every step.
+
+The other ranks are simulated: their keys and the rows that they picked are random inputs, so only
+the network is missing. Random picks are the worst case for the streamed form, because in a real
+bank many queries have the same neighbours.
+
+The second table compares bfloat16 products with float64.
 """
 
 import argparse
@@ -19,7 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 from benchmarks import measure
 from snclr import objectives
@@ -31,17 +38,31 @@ T = 0.2
 
 
 class Problem:
-    """Projections of one rank's B images and what the other ranks have: keys (N, D), rows (N, K), each for two directions."""
+    """Inputs of one rank with B of the N images of a step; lists hold one entry per direction.
 
-    def __init__(self, args, device, clustered=False):
+    bank    (M, D) unit rows, and ids (M,)
+    online  [(B, D)] projections of this rank, and query [(B, D)] near them
+    keys    [(N, D)] of all ranks, this rank's first
+    rows    (2, N, K) rows of the bank that the images of all ranks picked
+
+    clustered: features are in clusters, in which two have a cosine of about 0.95.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, clustered: bool = False):
         generator = torch.Generator().manual_seed(0)
-        draw = lambda *shape: normalize(torch.randn(*shape, args.dim, generator=generator), dim=-1)  # noqa: E731
-        if clustered:  # features crowd: two of a cluster have a cosine of about .95
-            centres, spread = draw(max(1, args.bank // 500)), (1 / 0.95 - 1) ** 0.5
-            pick = lambda n: centres[torch.randint(len(centres), (n,), generator=generator)]  # noqa: E731
-            make = lambda n: normalize(pick(n) + spread * draw(n), dim=1).to(device)  # noqa: E731
-        else:
-            make = lambda n: draw(n).to(device)  # noqa: E731
+        centres, spread = None, (1 / 0.95 - 1) ** 0.5
+
+        def draw(count: int) -> Tensor:
+            return normalize(torch.randn(count, args.dim, generator=generator), dim=-1)
+
+        def make(count: int) -> Tensor:
+            if centres is None:
+                return draw(count).to(device)
+            picks = centres[torch.randint(len(centres), (count,), generator=generator)]
+            return normalize(picks + spread * draw(count), dim=1).to(device)
+
+        if clustered:
+            centres = draw(max(1, args.bank // 500))
         total = args.batch * args.ranks
         self.batch, self.topk = args.batch, args.topk
         self.bank, self.ids = make(args.bank), torch.arange(args.bank, device=device)
@@ -60,11 +81,11 @@ class Problem:
 
 
 class Dense:
-    """The released design. Its bank: features (M, D) that are cloned and normalised whenever they are searched."""
+    """The released design. Its bank (M, D) is cloned and normalised at every search."""
 
     def __init__(self, problem: Problem):
         self.p, self.bank, self.pointer = problem, problem.bank.clone(), 0
-        # what the gather brings from the other ranks: K + 1 features an image
+        # what a rank gathers from the other ranks: K + 1 features per image
         self.others = [
             torch.cat([key[:, None], problem.bank[rows]], dim=1)[problem.batch :].flatten(0, 1)
             for key, rows in zip(problem.keys, problem.rows, strict=True)
@@ -79,8 +100,8 @@ class Dense:
             loss = dense_loss(z, y, key, bank[rows], self.others[direction])
             gradients += [loss.detach(), *torch.autograd.grad(loss, (z, y))]
         total = len(self.p.keys[0])
-        where = (self.pointer + torch.arange(total, device=key.device)) % len(self.bank)
-        self.bank[where] = self.p.keys[0]
+        oldest = (self.pointer + torch.arange(total, device=key.device)) % len(self.bank)
+        self.bank[oldest] = self.p.keys[0]
         self.pointer = (self.pointer + total) % len(self.bank)
         return gradients
 
@@ -88,7 +109,9 @@ class Dense:
 def dense_loss(z: Tensor, y: Tensor, key: Tensor, neighbours: Tensor, others: Tensor) -> Tensor:
     """2T * mean_i of the sum-of-logs loss, with masks and labels (B, N(K+1)).
 
-    z, y, key (B, D) unit rows; neighbours (B, K, D); others ((N-B)(K+1), D) the candidates of the other ranks.
+    z, y, key   (B, D) unit rows
+    neighbours  (B, K, D)
+    others      ((N-B)(K+1), D) candidates of the other ranks
     """
     batch, topk = neighbours.shape[:2]
     own = torch.cat([key[:, None], neighbours], dim=1)
@@ -105,7 +128,7 @@ def dense_loss(z: Tensor, y: Tensor, key: Tensor, neighbours: Tensor, others: Te
 
 
 class Streamed:
-    """This project's: one bank of unit rows, neighbours as counts."""
+    """This project's form: a bank of unit rows, neighbours of other ranks as counts per row."""
 
     def __init__(self, problem: Problem, bfloat16: bool):
         self.p = problem
@@ -117,81 +140,92 @@ class Streamed:
     def step(self):
         p, gradients = self.p, []
         keys = [key[: p.batch] for key in p.keys]
-        _, found = self.bank.search(torch.cat(keys), p.topk, p.own_ids[: p.batch].repeat(2))
-        for direction, ((z, y), rows) in enumerate(zip(p.leaves(), found.chunk(2), strict=True)):
+        _, nearest = self.bank.search(torch.cat(keys), p.topk, p.own_ids[: p.batch].repeat(2))
+        for direction, ((z, y), rows) in enumerate(zip(p.leaves(), nearest.chunk(2), strict=True)):
             counts = objectives.count_picks(rows, len(self.bank)) + self.others[direction]
-            given = dict(candidates=Candidates(p.keys[direction], counts))
-            given["neighbours"] = gather_neighbours(self.bank.features, rows)
-            weights = positiveness(y, self.bank.features, rows, neighbours=given["neighbours"])
+            neighbours = gather_neighbours(self.bank.features, rows)
             loss = snclr_loss(
-                z, keys[direction], self.bank.products, rows, weights, temperature=T, **given
+                z,
+                keys[direction],
+                self.bank.products,
+                rows,
+                positiveness(y, self.bank.features, rows, neighbours=neighbours),
+                temperature=T,
+                candidates=Candidates(p.keys[direction], counts),
+                neighbours=neighbours,
             )
             gradients += [loss.detach(), *torch.autograd.grad(loss, (z, y))]
         self.bank.enqueue(p.keys[0], p.own_ids)
         return gradients
 
 
-def exactness(args, device) -> list[list]:
-    """Of one step with bfloat16 products against float64: relative error of the loss, cosine of the gradients, and the share of
-    the true K neighbours that the search finds."""
+def accuracy_of_bfloat16(args: argparse.Namespace, device: torch.device) -> list[list]:
+    """Rows of a table that compares a step with bfloat16 products with one in float64.
+
+    Columns: features, largest relative error of the loss, least cosine of an image's gradients,
+    share of the exact K neighbours that the search finds.
+    """
     lines = []
     for clustered in (False, True):
         problem = Problem(args, device, clustered)
-        found = Streamed(problem, bfloat16=True)
+        streamed = Streamed(problem, bfloat16=True)
         keys = torch.cat([key[: problem.batch] for key in problem.keys])
-        _, rows = found.bank.search(keys, args.topk)
-        wide = problem.bank.double()
-        true = torch.cat(
-            [(part.double() @ wide.T).topk(args.topk).indices for part in keys.split(32)]
+        _, rows = streamed.bank.search(keys, args.topk)
+        bank64 = problem.bank.double()
+        exact_rows = torch.cat(
+            [(part.double() @ bank64.T).topk(args.topk).indices for part in keys.split(32)]
         )
-        recall = (
-            torch.stack([torch.isin(a, b).float().mean() for a, b in zip(true, rows, strict=True)])
-            .mean()
-            .item()
-        )
+        shares = [
+            torch.isin(exact, row).float().mean()
+            for exact, row in zip(exact_rows, rows, strict=True)
+        ]
+        recall = torch.stack(shares).mean().item()
         errors, cosines = [], []
         for direction, own in enumerate(rows.chunk(2)):
-            counts = objectives.count_picks(own, args.bank) + found.others[direction]
+            counts = objectives.count_picks(own, args.bank) + streamed.others[direction]
             results = []
-            for form in (torch.float32, torch.float64):
+            for dtype in (torch.float32, torch.float64):
                 z, y = (
-                    x[direction].to(form).requires_grad_() for x in (problem.query, problem.online)
+                    x[direction].to(dtype).requires_grad_() for x in (problem.query, problem.online)
                 )
-                key, bank = problem.keys[direction].to(form), problem.bank.to(form)
-                products = bank.bfloat16() if form == torch.float32 else bank
-                given = dict(
-                    candidates=Candidates(key, counts), neighbours=gather_neighbours(bank, own)
-                )
-                weights = positiveness(y, bank, own, neighbours=given["neighbours"])
+                key, bank = problem.keys[direction].to(dtype), problem.bank.to(dtype)
+                neighbours = gather_neighbours(bank, own)
                 loss = snclr_loss(
-                    z, key[: problem.batch], products, own, weights, temperature=T, **given
+                    z,
+                    key[: problem.batch],
+                    bank.bfloat16() if dtype == torch.float32 else bank,
+                    own,
+                    positiveness(y, bank, own, neighbours=neighbours),
+                    temperature=T,
+                    candidates=Candidates(key, counts),
+                    neighbours=neighbours,
                 )
-                results.append(
-                    (
-                        loss.item(),
-                        torch.cat([g.double() for g in torch.autograd.grad(loss, (z, y))]),
-                    )
-                )
-            (loss, gradient), (true_loss, true_gradient) = results
-            errors.append(abs(loss / true_loss - 1))
-            cosines.append(
-                torch.nn.functional.cosine_similarity(gradient, true_gradient, dim=1).min().item()
-            )
-        name = "clusters of cosine .95" if clustered else "random features"
+                gradients = torch.autograd.grad(loss, (z, y))
+                results.append((loss.item(), torch.cat([g.double() for g in gradients])))
+            (loss, gradient), (exact_loss, exact_gradient) = results
+            errors.append(abs(loss / exact_loss - 1))
+            cosines.append(cosine_similarity(gradient, exact_gradient, dim=1).min().item())
+        name = "clusters of cosine 0.95" if clustered else "random features"
         lines.append([name, f"{max(errors):.1e}", f"{min(cosines):.5f}", f"{recall:.4f}"])
     return lines
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = measure.argument_parser(__doc__)
+    parser.add_argument("--batch", type=int, default=128, metavar="B", help="images per rank")
+    parser.add_argument("--ranks", type=int, default=32, metavar="N", help="simulated ranks")
+    parser.add_argument(
+        "-K", "--topk", type=int, default=30, metavar="K", help="neighbours per image"
     )
-    parser.add_argument("--batch", type=int, default=128, help="images a rank (B)")
-    parser.add_argument("--ranks", type=int, default=32)
-    parser.add_argument("-K", "--topk", type=int, default=30)
-    parser.add_argument("-M", "--bank", type=int, default=128000)
-    parser.add_argument("-D", "--dim", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=5, help="steps of each side, alternating")
+    parser.add_argument(
+        "-M", "--bank", type=int, default=128000, metavar="M", help="rows of the bank"
+    )
+    parser.add_argument(
+        "-D", "--dim", type=int, default=256, metavar="D", help="feature dimensions"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=5, metavar="N", help="steps of each row; the fastest counts"
+    )
     args = parser.parse_args()
     device = process_group.own_device()
     problem = Problem(args, device)
@@ -204,23 +238,20 @@ def main():
     seconds = measure.fastest({name: side.step for name, side in sides.items()}, args.steps, device)
     sizes = f"B {args.batch}, {args.ranks} ranks, K {args.topk}, M {args.bank}, D {args.dim}"
     print(
-        f"{sizes}: search, both directions forward and backward, enqueue\n{measure.hardware(device)}; fastest of {args.steps}\n"
+        f"{sizes}: search, both directions forward and backward, enqueue\n"
+        f"{measure.hardware(device)}; fastest of {args.steps}\n"
     )
     dense = next(iter(sides))
     rows = []
     for name, taken in seconds.items():
-        less = [f"{memory[name] / 2**20:.0f}", f"{memory[dense] / memory[name]:.1f}"]
-        rows.append([name, f"{1000 * taken:.0f}", f"{seconds[dense] / taken:.1f}", *less])
-    print(
-        measure.table(["", "ms a step", "times faster", "MB beyond the bank", "times less"], rows)
-    )
-    head = [
-        "bfloat16 products against float64",
-        "loss, relative error",
-        "least gradient cosine",
-        "recall of the top K",
-    ]
-    print("\n" + measure.table(head, exactness(args, device)))
+        cells = [f"{1000 * taken:.0f}", f"{seconds[dense] / taken:.1f}"]
+        cells += [f"{memory[name] / 2**20:.0f}", f"{memory[dense] / memory[name]:.1f}"]
+        rows.append([name, *cells])
+    head = ["", "ms per step", "times faster", "MB beyond the bank", "times less"]
+    print(measure.table(head, rows))
+    head = ["bfloat16 products against float64", "loss, relative error"]
+    head += ["least gradient cosine", "recall of the top K"]
+    print("\n" + measure.table(head, accuracy_of_bfloat16(args, device)))
 
 
 if __name__ == "__main__":

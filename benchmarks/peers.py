@@ -1,25 +1,25 @@
 #!/usr/bin/env python3
-"""Training on small images, end to end with data, beside lightly: NNCLR on the same images, backbone, batch and threads.
+"""Speed of training on small images, data loading included, compared with lightly's NNCLR.
 
     pip install -r benchmarks/requirements.txt
-    taskset -c 0 python benchmarks/peers.py /data/cifar10                   one core
-    python benchmarks/peers.py /data/cifar10 -b 512 -j 16 --turn 40         a GPU; the workers are lightly's: ours needs none
+    # one core
+    taskset -c 0 python benchmarks/peers.py /data/cifar10
+    # a GPU; only lightly needs the workers
+    python benchmarks/peers.py /data/cifar10 -b 512 -j 16 --turn 40
 
-Ours is train_epoch of main_snclr.py with configs/cifar10_resnet18.args; lightly's are its loader, transforms, heads, bank and
-loss, in the loop of its own NNCLR example, with our widths, bank size and optimiser. All sides alternate within one run.
+Ours is train_epoch of main_snclr.py with configs/cifar10_resnet18.args. Lightly's has its loader,
+transforms, heads, bank and loss, in the loop of its NNCLR example. Images, backbone, widths, bank
+size, batch, optimiser and threads are the same. The rows alternate within one run.
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from lightly.data import LightlyDataset
-from lightly.loss import NTXentLoss
-from lightly.models.modules import NNCLRPredictionHead, NNCLRProjectionHead, NNMemoryBankModule
-from lightly.transforms import SimCLRTransform
 
 import main_snclr
 from benchmarks import measure
@@ -40,7 +40,7 @@ RECIPE = os.path.join(
 
 
 class Ours:
-    """Steps of main_snclr.py. flags: beside the recipe's."""
+    """One call is `turn` steps of main_snclr.py. flags: in addition to those of the recipe."""
 
     def __init__(self, flags: list[str], train: ImageSet, device: torch.device, turn: int):
         self.args = args = options.parse([f"@{RECIPE}", *flags])
@@ -52,7 +52,7 @@ class Ours:
             else torch.preserve_format
         )
         model = build_model(args, bfloat16=self.amp == "bf16").to(device, memory_format=layout)
-        bank = model.memory_bank  # full, as lightly's is from the start
+        bank = model.memory_bank  # full, as lightly's bank is from the start
         bank.enqueue(
             torch.randn(len(bank), args.snclr_dim, device=device),
             torch.full((len(bank),), -1, device=device),
@@ -92,31 +92,36 @@ class Ours:
 
 
 class Lightly:
-    """Steps of lightly's NNCLR example. args: our flags of the same run; amp: 'off' or 'bf16'."""
+    """One call is `turn` steps of lightly's NNCLR example. amp: 'off' or 'bf16'."""
 
     def __init__(
         self, args: argparse.Namespace, device: torch.device, turn: int, workers: int, amp: str
     ):
+        from lightly.data import LightlyDataset
+        from lightly.loss import NTXentLoss
+        from lightly.models import modules
+        from lightly.transforms import SimCLRTransform
+
         torch.manual_seed(0)
         self.device, self.turn, self.amp = device, turn, amp
-        transform = SimCLRTransform(
-            input_size=args.img_size, cj_strength=0.5, gaussian_blur=0.0
-        )  # as in its CIFAR benchmark
+        # the settings of lightly's CIFAR benchmark
+        transform = SimCLRTransform(input_size=args.img_size, cj_strength=0.5, gaussian_blur=0.0)
         dataset = LightlyDataset(os.path.join(args.data, "train"), transform=transform)
-        how = dict(
-            shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
-        )
         self.loader = torch.utils.data.DataLoader(
-            dataset, args.batch_size, pin_memory=device.type == "cuda", **how
+            dataset,
+            args.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
         )
         encoder = build_model(args).base_encoder
         features, dim, hidden = encoder.num_features, args.snclr_dim, args.snclr_mlp_dim
-        encoder.fc = NNCLRProjectionHead(features, hidden, dim)
-        self.encoder, self.predictor = (
-            encoder.to(device),
-            NNCLRPredictionHead(dim, hidden, dim).to(device),
-        )
-        self.bank = NNMemoryBankModule(size=(args.bank_size, dim)).to(device)
+        encoder.fc = modules.NNCLRProjectionHead(features, hidden, dim)
+        self.encoder = encoder.to(device)
+        self.predictor = modules.NNCLRPredictionHead(dim, hidden, dim).to(device)
+        self.bank = modules.NNMemoryBankModule(size=(args.bank_size, dim)).to(device)
         self.criterion = NTXentLoss(temperature=args.snclr_t)
         parameters = [*self.encoder.parameters(), *self.predictor.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=args.wd)
@@ -132,12 +137,13 @@ class Lightly:
             with autocast(self.amp, self.device):
                 online = [self.encoder(view) for view in views]
                 predicted = [self.predictor(z) for z in online]
-                near = [
+                nearest = [
                     self.bank(z.detach(), update=update)
                     for z, update in zip(online, (False, True), strict=True)
                 ]
                 loss = 0.5 * (
-                    self.criterion(near[0], predicted[1]) + self.criterion(near[1], predicted[0])
+                    self.criterion(nearest[0], predicted[1])
+                    + self.criterion(nearest[1], predicted[0])
                 )
             loss.backward()
             self.optimizer.step()
@@ -145,22 +151,23 @@ class Lightly:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.argument_parser(__doc__)
     parser.add_argument("data", metavar="DATA", help="folder with train/<class>/<image>")
-    parser.add_argument("-b", "--batch-size", type=int, default=64)
-    parser.add_argument("-j", "--workers", type=int, default=0, help="of lightly's loader")
+    parser.add_argument("-b", "--batch-size", type=int, default=64, metavar="N", help="per step")
+    parser.add_argument("-j", "--workers", type=int, default=0, metavar="N", help="of lightly")
     parser.add_argument(
         "--turn",
         type=int,
         default=1,
-        help="training steps that a side takes before the next one does",
+        metavar="N",
+        help="training steps of one turn; the rows take turns",
     )
     parser.add_argument(
-        "--steps", type=int, default=3, help="turns of each side; the fastest counts"
+        "--steps", type=int, default=3, metavar="N", help="turns of each row; the fastest counts"
     )
     args = parser.parse_args()
+    if importlib.util.find_spec("lightly") is None:
+        parser.error("lightly is not installed: pip install -r benchmarks/requirements.txt")
     device = process_group.own_device()
     common = [
         args.data,
@@ -193,14 +200,11 @@ def main():
     seconds = measure.fastest(sides, args.steps, device)
     first, images = next(iter(seconds.values())), args.batch_size * args.turn
     print(
-        f"{parsed.arch} with the small stem, {len(train)} images, batch {args.batch_size}; {measure.hardware(device)}\n"
+        f"{parsed.arch} with the small stem, {len(train)} images, batch {args.batch_size}; "
+        f"{measure.hardware(device)}\n"
     )
-    print(
-        measure.table(
-            ["", "images/s", "ratio"],
-            [[n, f"{images / t:.1f}", f"{first / t:.2f}"] for n, t in seconds.items()],
-        )
-    )
+    rows = [[n, f"{images / t:.1f}", f"{first / t:.2f}"] for n, t in seconds.items()]
+    print(measure.table(["", "images/s", "ratio"], rows))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""How cost grows with batch, neighbours, bank and ranks: tables, and a plot beside them.
+"""Growth of time, memory and communication with batch, neighbours, bank and ranks.
 
-    python benchmarks/scaling.py --out scaling.png    objective and bank with 1 to 64 simulated ranks; 1, 2, 4 true ones
-    python benchmarks/scaling.py --true-ranks         the simulated part alone
+    # objective and bank with 1 to 64 simulated ranks, then training steps of 1, 2 and 4 processes
+    python benchmarks/scaling.py --out scaling.png
+    # only the simulated part
+    python benchmarks/scaling.py --true-ranks
 
-Simulated ranks: this process has one rank's images, and is given the others' keys and picks, as in objective.py; the bytes
-are those that the collectives of a step send. True ranks (gloo on CPUs): a step of a small network, one thread a rank, the
-batch a rank fixed.
+Simulated ranks: this process has the images of one rank; keys and picks of the others are inputs,
+as in objective.py. Bytes are those that the collectives of a step send. True ranks are processes
+(gloo on CPUs) that train a small network, with one thread and a fixed batch per rank.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from unittest import mock
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
+from PIL import Image
 
 from benchmarks import measure
 from benchmarks.objective import Problem, Streamed
@@ -29,7 +31,7 @@ from snclr.running import distributed, process_group
 from snclr.running.batch_norm import synchronise_batch_norm
 
 BASE = dict(batch=128, topk=30, bank=128000, ranks=32, dim=256)
-SWEEPS = {  # what is varied, all else as in BASE
+SWEEPS = {  # one value varies, the others are those of BASE
     "batch": (32, 64, 128, 256),
     "topk": (1, 10, 30, 100, 300),
     "bank": (16000, 32000, 64000, 128000, 256000),
@@ -37,12 +39,15 @@ SWEEPS = {  # what is varied, all else as in BASE
 }
 
 
-def simulated(args, device) -> dict[str, list[list]]:
-    """For each sweep: value, milliseconds of the loss (forward and backward), of the loss if bank rows that nobody picked
-    were multiplied too, as on a GPU, and of the search; peak MB, MB sent."""
-    found = {}
+def simulated(args: Namespace, device: torch.device) -> dict[str, list[list]]:
+    """Lines of each sweep: value, loss ms, loss with all rows ms, search ms, peak MB, MB sent.
+
+    The loss is timed forward and backward. On a CPU it skips bank rows that nobody picked; "all
+    rows" multiplies them too, as a GPU does.
+    """
+    sweeps = {}
     for name, values in SWEEPS.items():
-        found[name] = []
+        sweeps[name] = []
         for value in values:
             sizes = Namespace(**{**BASE, name: value})
             side = Streamed(Problem(sizes, device), bfloat16=not args.float32)
@@ -61,14 +66,14 @@ def simulated(args, device) -> dict[str, list[list]]:
                     )
                 distributed.all_gather(side.p.own_ids[: sizes.batch])
             loss, of_all = (1000 * (seconds[side] - seconds["search"]) for side in ("step", "all"))
-            found[name].append(
+            sweeps[name].append(
                 [value, loss, of_all, 1000 * seconds["search"], memory / 2**20, sum(sent) / 1e6]
             )
-    return found
+    return sweeps
 
 
 def true_rank(rank: int, world_size: int, port: int, batch: int, steps: int) -> None:
-    """One process of `world_size`: the time of its training step, which rank 0 prints."""
+    """One process of `world_size`: time its training step; rank 0 prints it."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -87,79 +92,88 @@ def true_rank(rank: int, world_size: int, port: int, batch: int, steps: int) -> 
         seconds.append(time.perf_counter() - start)
     distributed.barrier()
     if rank == 0:
-        print(
-            f"{world_size:>5}  {1000 * min(seconds[1:]):>9.1f}  {world_size * batch / min(seconds[1:]):>8.0f}",
-            flush=True,
-        )
+        fastest = min(seconds[1:])
+        rate = world_size * batch / fastest
+        print(f"{world_size:>5}  {1000 * fastest:>11.1f}  {rate:>8.0f}", flush=True)
     process_group.stop()
 
 
-def plot(found: dict[str, list[list]], title: str, told: str):
-    """Loss and search over each sweep's values, both axes logarithmic in effect: evenly spaced values, times from 0."""
+def plot(sweeps: dict[str, list[list]], title: str, subtitle: str) -> Image.Image:
+    """Milliseconds of loss and search, a panel per sweep; values at even distances."""
     side, gap = 230, 70
     key = [
         (BLUE, "loss, forward and backward"),
         (GREY, "the same, all bank rows multiplied"),
         (ORANGE, "search"),
     ]
-    image, draw, top = page(len(found) * (side + gap), side + 50, title, told, key)
-    highest = 1.1 * max(max(line[1:4]) for lines in found.values() for line in lines)
+    image, draw, top = page(len(sweeps) * (side + gap), side + 50, title, subtitle, key)
+    highest = 1.1 * max(max(line[1:4]) for lines in sweeps.values() for line in lines)
     step = next(
         s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if highest / s <= 6
     )
-    for number, (name, lines) in enumerate(found.items()):
+    for number, (name, lines) in enumerate(sweeps.items()):
         left = MARGIN + 40 + number * (side + gap)
         y_of = lambda value: top + side - side * value / highest  # noqa: E731
         for tick in range(0, int(highest) + 1, step):
             draw.line((left, y_of(tick), left + side, y_of(tick)), fill=(225, 225, 225))
             draw.text((left - 6, y_of(tick)), str(tick), fill=FAINT, font=font(11), anchor="rm")
-        places = [left + side * (i + 0.5) / len(lines) for i in range(len(lines))]
+        xs = [left + side * (i + 0.5) / len(lines) for i in range(len(lines))]
         for column, colour in ((2, GREY), (1, BLUE), (3, ORANGE)):
-            points = [(x, y_of(line[column])) for x, line in zip(places, lines, strict=True)]
+            points = [(x, y_of(line[column])) for x, line in zip(xs, lines, strict=True)]
             draw.line(points, fill=colour, width=2)
             for x, y in points:
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-        for x, line in zip(places, lines, strict=True):
+        for x, line in zip(xs, lines, strict=True):
             draw.text((x, top + side + 10), str(line[0]), fill=FAINT, font=font(11), anchor="mm")
         draw.text((left + side / 2, top + side + 30), name, fill=INK, font=font(), anchor="mm")
     return image
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", metavar="PNG", help="where the plot goes")
+    parser = measure.argument_parser(__doc__)
+    parser.add_argument("--out", metavar="PNG", help="file to write a plot to")
     parser.add_argument(
         "--float32", action="store_true", help="products in float32 instead of bfloat16"
     )
-    parser.add_argument("--true-ranks", type=int, nargs="*", default=[1, 2, 4], metavar="N")
-    parser.add_argument("-b", "--batch", type=int, default=32, help="images of a true rank")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument(
+        "--true-ranks",
+        type=int,
+        nargs="*",
+        default=[1, 2, 4],
+        metavar="N",
+        help="numbers of processes to train with; none: skip this part",
+    )
+    parser.add_argument(
+        "-b", "--batch", type=int, default=32, metavar="N", help="images per process"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3, metavar="N", help="steps of each row; the fastest counts"
+    )
     args = parser.parse_args()
     device = process_group.own_device()
     products = "float32" if args.float32 else "bfloat16"
     base = ", ".join(f"{name} {value}" for name, value in BASE.items())
     print(
-        f"{products} products; {measure.hardware(device)}; fastest of {args.steps}\nall else as in: {base}"
+        f"{products} products; {measure.hardware(device)}; fastest of {args.steps}\n"
+        f"values that do not vary: {base}"
     )
-    found = simulated(args, device)
-    for name, lines in found.items():
+    sweeps = simulated(args, device)
+    for name, lines in sweeps.items():
         rows = [
             [line[0], *(f"{value:.0f}" for value in line[1:5]), f"{line[5]:.2f}"] for line in lines
         ]
-        print(
-            "\n"
-            + measure.table(
-                [name, "loss, ms", "all rows, ms", "search, ms", "peak MB", "MB sent a rank"], rows
-            )
-        )
+        head = [name, "loss, ms", "all rows, ms", "search, ms", "peak MB", "MB sent per rank"]
+        print("\n" + measure.table(head, rows))
     if args.out:
-        told = f"milliseconds a step of one rank, both directions, {products} products; all else as in {base}"
-        plot(found, "Objective and bank as the work grows", told).save(args.out, optimize=True)
+        subtitle = (
+            f"milliseconds per step of one rank, both directions, {products} products; "
+            f"values that do not vary: {base}"
+        )
+        plot(sweeps, "Objective and bank as the work grows", subtitle).save(args.out, optimize=True)
     if args.true_ranks:
         print(
-            f"\n{args.batch} images a rank, ResNet-8, one thread a rank, {os.cpu_count()} cores\nranks  ms a step  images/s"
+            f"\n{args.batch} images and one thread per rank, ResNet-8, {os.cpu_count()} cores\n"
+            "ranks  ms per step  images/s"
         )
     for number, world_size in enumerate(args.true_ranks):
         settings = (world_size, 29600 + number, args.batch, args.steps)

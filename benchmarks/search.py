@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Memory of the bank and time of one search, by the number of its rows.
+"""Memory of the bank and time of one search by number of rows, in float32 and in bfloat16.
 
     python benchmarks/search.py                     128,000 rows and 4,096,000 rows (7 GB)
     python benchmarks/search.py --rows 128000 --queries 1024
@@ -7,7 +7,6 @@
 The queries are those of one rank in one step: two for each of its images. All features are random.
 """
 
-import argparse
 import os
 import sys
 
@@ -17,11 +16,11 @@ import torch
 
 from benchmarks import measure
 from snclr.memory_bank import MemoryBank
-from snclr.running import distributed
+from snclr.running import process_group
 
 
 def filled_bank(rows: int, dim: int, bfloat16: bool, device: torch.device) -> MemoryBank:
-    """A full bank of random unit features, each of an image of its own."""
+    """A full bank of random unit features, each of a different image."""
     bank = MemoryBank(rows, dim, bfloat16).to(device)
     for ids in torch.arange(rows, device=device).split(2**16):
         bank.enqueue(torch.randn(len(ids), dim, device=device), ids)
@@ -29,16 +28,27 @@ def filled_bank(rows: int, dim: int, bfloat16: bool, device: torch.device) -> Me
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = measure.argument_parser(__doc__)
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[128_000, 4_096_000],
+        metavar="M",
+        help="rows of the bank; a search is timed for each",
     )
-    parser.add_argument("--rows", type=int, nargs="+", default=[128_000, 4_096_000], metavar="M")
-    parser.add_argument("--queries", type=int, default=256, metavar="N")
-    parser.add_argument("-K", "--topk", type=int, default=30)
-    parser.add_argument("-D", "--dim", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--queries", type=int, default=256, metavar="N", help="queries per search")
+    parser.add_argument(
+        "-K", "--topk", type=int, default=30, metavar="K", help="neighbours per query"
+    )
+    parser.add_argument(
+        "-D", "--dim", type=int, default=256, metavar="D", help="feature dimensions"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3, metavar="N", help="searches of each row; the fastest counts"
+    )
     args = parser.parse_args()
-    device = distributed.own_device()
+    device = process_group.own_device()
     torch.manual_seed(0)
     queries = torch.randn(args.queries, args.dim, device=device)
     lines = []
@@ -54,7 +64,7 @@ def main():
             del bank, search  # the next one may need the memory
     sizes = f"{args.queries} queries, K {args.topk}, D {args.dim}"
     print(f"{sizes}; {measure.hardware(device)}; fastest of {args.steps}")
-    print(measure.table(["products", "MB of the bank", "ms a search"], lines))
+    print(measure.table(["", "MB of the bank", "ms per search"], lines))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""A training step of main_snclr.py without its images: what the method costs, and what each accelerator gains by itself.
+"""Time of a training step without data loading: cost of the method, gain of each setting.
 
-    python benchmarks/step.py                        ViT-S/16 at 224 px, 8 images, ResNet-18 at 32 px: some minutes on a CPU
-    python benchmarks/step.py -b 128 --cifar-batch 512 --steps 20 --compile      for a GPU
-    python benchmarks/step.py --only method          one table of: method, vit, resnet, local, optimiser
+    # all tables: ViT-S/16 at 224 px with 8 images, ResNet-18 at 32 px; some minutes on a CPU
+    python benchmarks/step.py
+    # for a GPU
+    python benchmarks/step.py -b 128 --cifar-batch 512 --steps 20 --compile
+    # some of the tables
+    python benchmarks/step.py --only method optimiser
 
-Each row is against the first of its table; the sides alternate within one run. The images are noise.
+Each row is compared with the first of its table; the rows alternate. The images are random.
 """
 
 import argparse
@@ -27,7 +30,13 @@ RESNET = "@configs/cifar10_resnet18.args DATA --amp off"
 
 
 class Step:
-    """What train_epoch of main_snclr.py does with a batch. flags: of main_snclr.py; channels_last: of the convolutions."""
+    """One call is the step of train_epoch (main_snclr.py) on a batch of random images.
+
+    flags          flags of main_snclr.py
+    batch          number of images
+    channels_last  whether the weights of convolutions are in torch.channels_last
+    joins_views    whether both views are encoded in one call; None: as the model decides
+    """
 
     def __init__(
         self,
@@ -36,7 +45,7 @@ class Step:
         device: torch.device,
         *,
         channels_last: bool = False,
-        joins: bool | None = None,
+        joins_views: bool | None = None,
     ):
         args = parse(flags)
         torch.manual_seed(0)
@@ -45,8 +54,8 @@ class Step:
         self.model = (
             build_model(args, bfloat16=self.amp == "bf16").to(device, memory_format=layout).train()
         )
-        if joins is not None:
-            self.model.joins_views = joins
+        if joins_views is not None:
+            self.model.joins_views = joins_views
         self.optimizer = optim.build_optimizer(args.optimizer, self.model, args.wd)
         self.images = batch
         self.views = [
@@ -70,9 +79,8 @@ class Step:
 
 
 def parse(flags: str) -> argparse.Namespace:
-    """Flags of main_snclr.py, for noise instead of images."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    root = os.path.dirname(here)
+    """Parsed flags of main_snclr.py. @configs is that of the repository; DATA is never read."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     words = [
         word.replace("@configs", f"@{root}/configs").replace("DATA", root) for word in flags.split()
     ]
@@ -80,12 +88,15 @@ def parse(flags: str) -> argparse.Namespace:
 
 
 class Optimiser:
-    """One optimiser step over a model's parameters with given gradients, in one of torch's implementations."""
+    """One call is a step of AdamW on the parameters of a ViT-S with random gradients.
 
-    def __init__(self, device, **implementation):
+    flags choose torch's implementation: foreach, fused.
+    """
+
+    def __init__(self, device: torch.device, **flags: bool):
         model = build_model(parse(VIT)).to(device)
         groups = optim.parameter_groups(model.named_parameters(), 0.1)
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, **implementation)
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, **flags)
         for group in groups:
             for parameter in group["params"]:
                 parameter.grad = torch.randn_like(parameter)
@@ -95,9 +106,14 @@ class Optimiser:
 
 
 def tables(args, device) -> dict:
-    """The sides of each table, made when they are asked for."""
-    vit = lambda more="", **how: Step(f"{VIT} {more}", args.batch, device, **how)  # noqa: E731
-    resnet = lambda more="", **how: Step(f"{RESNET} {more}", args.cifar_batch, device, **how)  # noqa: E731
+    """For each table a function that builds its rows: a name and what to time."""
+
+    def vit(flags: str = "", **kwargs) -> Step:
+        return Step(f"{VIT} {flags}", args.batch, device, **kwargs)
+
+    def resnet(flags: str = "", **kwargs) -> Step:
+        return Step(f"{RESNET} {flags}", args.cifar_batch, device, **kwargs)
+
     amp = "--amp bf16"
     return {
         "method": lambda: {
@@ -107,10 +123,10 @@ def tables(args, device) -> dict:
             "ViT-S/16, snclr, float32": vit(),
         },
         "vit": lambda: {
-            "ViT-S/16, float32, a view at a time": vit(joins=False),
-            "both views in one call": vit(),
-            "bfloat16, a view at a time": vit(amp, joins=False),
-            "bfloat16": vit(amp),
+            "ViT-S/16, float32, views one by one": vit(joins_views=False),
+            "float32, both views in one call": vit(),
+            "bfloat16, views one by one": vit(amp, joins_views=False),
+            "bfloat16, both views in one call": vit(amp),
             "bfloat16, --grad-checkpointing": vit(f"{amp} --grad-checkpointing"),
             **({"bfloat16, compiled": vit(f"{amp} --compile")} if args.compile else {}),
         },
@@ -119,21 +135,27 @@ def tables(args, device) -> dict:
             "bfloat16": resnet(amp),
             "bfloat16, channels-last": resnet(amp, channels_last=True),
             **(
-                {"the same, compiled": resnet(f"{amp} --compile", channels_last=True)}
+                {
+                    "bfloat16, channels-last, compiled": resnet(
+                        f"{amp} --compile", channels_last=True
+                    )
+                }
                 if args.compile
                 else {}
             ),
         },
         "local": lambda: {
             "ResNet-18 (CIFAR stem), two views of 32 px": resnet(),
-            "and 2 local views of 16 px": resnet("--local-views 2"),
-            "and 6 local views of 16 px": resnet("--local-views 6"),
+            "plus 2 local views of 16 px": resnet("--local-views 2"),
+            "plus 6 local views of 16 px": resnet("--local-views 6"),
             "ViT-S/16, two views of 224 px": vit(),
-            "and 2 local views of 96 px": vit("--local-views 2"),
-            "and 6 local views of 96 px": vit("--local-views 6"),
+            "plus 2 local views of 96 px": vit("--local-views 2"),
+            "plus 6 local views of 96 px": vit("--local-views 6"),
         },
         "optimiser": lambda: {
-            "AdamW on ViT-S, parameter by parameter": Optimiser(device, foreach=False, fused=False),
+            "AdamW on ViT-S, one parameter at a time": Optimiser(
+                device, foreach=False, fused=False
+            ),
             "foreach": Optimiser(device, foreach=True),
             "fused": Optimiser(device, fused=True),
         },
@@ -141,22 +163,31 @@ def tables(args, device) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-b", "--batch", type=int, default=8, help="images of the ViT's batch")
-    parser.add_argument("--cifar-batch", type=int, default=64, help="images of the ResNet's batch")
-    parser.add_argument("--steps", type=int, default=5, help="steps of each side, alternating")
+    parser = measure.argument_parser(__doc__)
     parser.add_argument(
-        "--compile", action="store_true", help="compiled backbones, too: minutes more"
+        "-b", "--batch", type=int, default=8, metavar="N", help="images per step, ViT"
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="TABLE", help="method, vit, resnet, local, optimiser"
+        "--cifar-batch", type=int, default=64, metavar="N", help="images per step, ResNet"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=5, metavar="N", help="steps of each row; the fastest counts"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="also time compiled backbones: minutes more"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=("method", "vit", "resnet", "local", "optimiser"),
+        metavar="TABLE",
+        help="tables to print: method, vit, resnet, local, optimiser; None: all",
     )
     args = parser.parse_args()
     device = process_group.own_device()
     print(
-        f"batch {args.batch} (ResNet {args.cifar_batch}); {measure.hardware(device)}; fastest of {args.steps}"
+        f"batch {args.batch} (ResNet {args.cifar_batch}); {measure.hardware(device)}; "
+        f"fastest of {args.steps}"
     )
     for name, make in tables(args, device).items():
         if args.only and name not in args.only:
@@ -168,7 +199,7 @@ def main():
         for side, taken in seconds.items():
             rate = f"{sides[side].images / taken:.1f}" if hasattr(sides[side], "images") else ""
             rows.append([side, f"{1000 * taken:.1f}", rate, f"{taken / first:.2f}"])
-        print("\n" + measure.table([name, "ms a step", "images/s", "of the first"], rows))
+        print("\n" + measure.table([name, "ms per step", "images/s", "over the first"], rows))
 
 
 if __name__ == "__main__":

@@ -6,16 +6,17 @@ In a notebook: encoder, info = snclr.load_encoder("checkpoint_last.pth.tar")
 __version__ = "0.1.0"
 
 
-def load_encoder(path: str, which: str = "online", **settings) -> tuple:
+def load_encoder(path: str, branch: str = "online", **settings) -> tuple:
     """The backbone in a file, frozen, and its info, a dictionary.
 
-    The backbone maps normalised images (B, 3, S, S) to features (B, C).
-    info has the mean and std of the images, and notes on what was loaded. which: 'online' or
-    'momentum'. settings, for files that do not say them: arch, img_size, patch_size, num_heads,
-    width, small_stem, timm_kwargs. See snclr.weights.load.open_encoder. torch is imported only when
-    this is called.
-    """
-    from .weights.load import open_encoder
+    The backbone maps normalised images (B, 3, S, S) to features (B, C). info has the mean and std
+    of the images, and notes on what was loaded.
 
-    encoder, info = open_encoder(path, which, **settings)
+    branch     'online' or 'momentum'
+    settings   for files that lack them: arch, img_size, patch_size, num_heads, width, small_stem,
+               timm_kwargs; see snclr.weights.load.open_encoder
+    """
+    from .weights.load import open_encoder  # torch is imported only here
+
+    encoder, info = open_encoder(path, branch, **settings)
     return encoder.requires_grad_(False), info

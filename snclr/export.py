@@ -1,43 +1,49 @@
 """Weights for other libraries: python -m snclr.export FILE --format FORMAT --out OUT
 
-Prints the code that builds the library's model from what was written. The file gets its name only
-after the library has read it and has computed the encoder's features of a random image.
+Prints the code that builds the library's model from the written file. The file gets its name only
+after the library has read it and computed the same features as the encoder for a random image.
 """
 
 import argparse
+import json
 import os
+import shutil
 import sys
+from collections import OrderedDict
 
+import torch
+from torch import Tensor, nn
+
+from . import __version__
 from .arguments import new_parser
-from .running.errors import UsageError, one_clear_line
+from .running import tensor_files
+from .running.errors import RunError, UsageError, one_clear_line
+from .running.safe_files import new_file, writing
 from .shared_options import add_backbone_flags
-from .weights import files
-from .weights.libraries import FORMATS
-from .weights.load import open_encoder
+from .weights.layouts import SETTINGS_KEY
+from .weights.libraries import FORMATS, Export
+from .weights.load import DEFAULTS, open_encoder
+
+# largest relative difference of features; float32 rounding stays far below
+TOLERANCE = 1e-5
+SAFETENSORS = ".safetensors"
+# for --format timm, which can be a file or a folder: any other ending means a folder
+FILE_SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    settings = {
-        name: getattr(args, name)
-        for name in (
-            "arch",
-            "img_size",
-            "patch_size",
-            "num_heads",
-            "width",
-            "small_stem",
-            "timm_kwargs",
-        )
-    }
+    settings = {name: getattr(args, name, None) for name in DEFAULTS}
     encoder, info = open_encoder(args.file, args.encoder, **settings)
-    is_folder = args.format == "timm" and not args.out.endswith(files.FILE_SUFFIXES)
+    is_folder = args.format == "timm" and not args.out.endswith(FILE_SUFFIXES)
     to_library = FORMATS[args.format]
     export = to_library(encoder, info, as_folder=True) if is_folder else to_library(encoder, info)
-    # without its folder, which is another one for every reader
-    build = export.build(os.path.basename(os.path.abspath(args.out)))
-    about = files.settings_for_metadata(info, build)
-    difference = files.write_checked(export, about, args.out, encoder, info["img_size"])
+    # the metadata names the file without its folder, which differs from reader to reader
+    saved = {"build": export.build(os.path.basename(os.path.abspath(args.out)))}
+    saved |= {name: info[name] for name in (*DEFAULTS, "encoder", "epoch")}
+    difference = write_checked(
+        export, saved | {"version": __version__}, args.out, encoder, info["img_size"]
+    )
     for note in info["notes"]:
         print(f"note: {note}")
     print(f"{args.out}: {info['arch']} ({info['encoder']} encoder) for {args.format}")
@@ -57,8 +63,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--format", choices=FORMATS, required=True, help="library that will read it"
     )
-    out = "file to write; a folder for hf, and for timm unless it ends in .safetensors or .pth"
-    parser.add_argument("--out", required=True, metavar="OUT", help=out)
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="OUT",
+        help="file to write; a folder for hf, and for timm unless it ends in .safetensors or .pth",
+    )
     parser.add_argument(
         "--encoder",
         choices=("online", "momentum"),
@@ -66,20 +76,85 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="which encoder, for files with both",
     )
     group = add_backbone_flags(parser, default_arch=None)
-    size = "side of an image (default: as the file says, else 224)"
-    group.add_argument("--img-size", type=int, metavar="PX", help=size)
+    group.add_argument(
+        "--img-size",
+        type=int,
+        metavar="PX",
+        help="side of an image (default: as the file says, else 224)",
+    )
     parser.set_defaults(patch_size=None, small_stem=None)  # as the file says
     args = parser.parse_args(argv)
     if os.path.exists(args.out):
         raise UsageError(f"--out {args.out} exists: choose another name or remove it")
     if not os.access(os.path.dirname(os.path.abspath(args.out)), os.W_OK):
-        raise UsageError(f"--out {args.out}: its folder does not exist, or may not be written to")
-    if args.out.endswith(files.SAFETENSORS) and args.format not in ("timm", "torchvision"):
+        raise UsageError(f"--out {args.out}: its folder does not exist or is not writable")
+    if args.out.endswith(SAFETENSORS) and args.format not in ("timm", "torchvision"):
         raise UsageError(
             f"--format {args.format} is more than safetensors can hold in one file: "
             "choose another --out"
         )
     return args
+
+
+@torch.no_grad()
+def write_checked(
+    export: Export, settings: dict, out: str, encoder: nn.Module, img_size: int
+) -> float:
+    """Write `out`, but only if the library's model computes the encoder's features from it.
+
+    Both encode one random image. Returns the largest difference of features, divided by the largest
+    feature. Raises RunError above TOLERANCE.
+    """
+    folder, name = os.path.split(os.path.abspath(out))
+    unchecked = os.path.join(folder, f"unchecked_{name}")
+    try:
+        write(export, settings, unchecked)
+        x = torch.randn(1, 3, img_size, img_size, generator=torch.Generator().manual_seed(0))
+        expected = encoder.embed(x)
+        features = export.read(unchecked)(x)
+        difference = ((features - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= TOLERANCE:
+            raise RunError(
+                f"the exported weights give other features (relative difference {difference:.1e}): "
+                f"{out} is not written"
+            )
+        os.replace(unchecked, out)
+    finally:
+        if os.path.isdir(unchecked):
+            shutil.rmtree(unchecked)
+        elif os.path.exists(unchecked):
+            os.remove(unchecked)
+    return difference
+
+
+def write(export: Export, settings: dict, out: str) -> None:
+    """Write a folder if the export has configuration files, else one file in the format of its
+    suffix. settings: plain values for the metadata, from which layouts.read_encoder reads them.
+    """
+    if export.configs:
+        os.makedirs(out, exist_ok=True)
+        for name, config in export.configs.items():
+            _write_bytes(os.path.join(out, name), json.dumps(config, indent=2).encode() + b"\n")
+        out = os.path.join(out, "model.safetensors")
+    if out.endswith(SAFETENSORS):
+        from safetensors.torch import save  # optional
+
+        tensors = {name: tensor.contiguous() for name, tensor in export.content.items()}
+        metadata = {"format": "pt", "build": settings["build"]}
+        metadata[SETTINGS_KEY] = json.dumps(settings, default=str)
+        _write_bytes(out, save(tensors, metadata))
+    elif all(isinstance(value, Tensor) for value in export.content.values()):
+        # torch stores such metadata with a state dict, and load_state_dict ignores unknown entries
+        state = OrderedDict(export.content)
+        state._metadata = OrderedDict({SETTINGS_KEY: settings})
+        tensor_files.save(out, state)
+    else:
+        tensor_files.save(out, {**export.content, SETTINGS_KEY: settings})
+
+
+def _write_bytes(path: str, content: bytes) -> None:
+    with writing(path), new_file(path) as file:
+        file.write(content)
 
 
 if __name__ == "__main__":

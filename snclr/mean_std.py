@@ -18,18 +18,16 @@ from .shared_options import parse_data
 def mean_std(images: ImageSet, size: int, workers: int) -> tuple[list[float], list[float]]:
     """Mean and standard deviation (3,) in [0, 1], over all pixels of all images as evaluated.
 
-    Sets the moments of `images` to 0 and 1.
+    Sets images.mean to 0 and images.std to 1.
     """
     images.mean, images.std = torch.zeros(3), torch.ones(3)
     first, second = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    everything = np.arange(len(images))
+    cpu, count = torch.device("cpu"), len(images) * size**2
     for batch in whole_images(
-        images, everything, size=size, device=torch.device("cpu"), workers=workers
+        images, np.arange(len(images)), size=size, device=cpu, workers=workers
     ):
-        pixels = batch.double()
-        first += pixels.sum(dim=(0, 2, 3))
-        second += pixels.square().sum(dim=(0, 2, 3))
-    count = len(images) * size**2
+        first += batch.double().sum(dim=(0, 2, 3))
+        second += batch.double().square().sum(dim=(0, 2, 3))
     mean = first / count
     return mean.tolist(), (second / count - mean.square()).sqrt().tolist()
 
@@ -39,11 +37,8 @@ if __name__ == "__main__":
         args = parse_data(sys.argv[1:])
         train, _, _ = sources.open_data(args)
         print(f"{len(train)} images of {args.dataset} at {args.img_size} px", file=sys.stderr)
-        moments = zip(
-            ("--mean", "--std"), mean_std(train, args.img_size, args.workers), strict=True
+        mean, std = (
+            " ".join(f"{value:.4f}" for value in values)
+            for values in mean_std(train, args.img_size, args.workers)
         )
-        print(
-            " ".join(
-                f"{flag} {' '.join(f'{value:.4f}' for value in values)}" for flag, values in moments
-            )
-        )
+        print(f"--mean {mean} --std {std}")

@@ -2,8 +2,8 @@
 
     python -m snclr.report W1 [W2 ...] [--out FILE]
 
-Everything is inside the file (styles, curves as SVG, pictures as data URIs), so that it can be
-sent by mail. Runs that differ only in their seed are one row: mean and sample standard deviation.
+The file contains everything (styles, curves as SVG, pictures as data URIs), so it can be sent by
+mail. Runs that differ only in their seed share a row: mean and sample standard deviation.
 """
 
 import os
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     out = args.out or os.path.join(args.workdirs[0], "report.html")
     if os.path.exists(out) and not os.path.isfile(out):
-        raise UsageError(f"--out {out} is no regular file: name another one")
+        raise UsageError(f"--out {out} is no regular file: choose another name")
     write(args.workdirs, out)
     print(out)
 

@@ -353,6 +353,8 @@ def check_workdir(workdir: str | None, resume: str | None, run_files: tuple[str,
     """
     if workdir == "":
         raise UsageError("--workdir is empty: is it a variable of the shell that has no value?")
+    if workdir is not None and workdir != os.fsencode(workdir).decode(errors="replace"):
+        raise UsageError(f"--workdir must be UTF-8 text, found {os.fsencode(workdir)}")
     parent = os.path.abspath(workdir or ".")
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)

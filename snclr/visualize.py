@@ -1,16 +1,14 @@
-"""Pictures of what an encoder has learned, alone or beside another one.
+"""Pictures of what one encoder has learned, or two for comparison.
 
     python -m snclr.visualize runs/NAME/checkpoint_last.pth.tar DATA --against untrained
 
 writes PNG files: nearest images, attention maps (of ViTs), a map of the features and, with --image
-photo.jpg, the images nearest to the photo. The same flags and seed draw the same pictures.
+photo.jpg, the images nearest to the photo. The same flags and seed give the same pictures.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator
-from itertools import islice
 
 import numpy as np
 import torch
@@ -41,7 +39,7 @@ from .weights import load
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags, checked. Raises UsageError."""
     parser = new_parser(
-        "snclr.visualize", "Draws what an encoder has learned, alone or beside another one."
+        "snclr.visualize", "Draws what one encoder has learned, or two for comparison."
     )
     parser.add_argument("file", metavar="FILE", help="checkpoint or state dict, any layout")
     add_data_flags(parser)
@@ -73,7 +71,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_backbone_flags(parser, default_arch=None)
     parser.set_defaults(patch_size=None, small_stem=None)  # as FILE says
     args = parser.parse_args(argv)
-    args.workdir = None  # a run's folder takes the index of shards on read-only disks; none here
+    args.workdir = None  # without a run's folder for the index of shards on read-only disks
     resolve_data(args)
     check_data(args)
     if args.image is not None and not os.path.isfile(args.image):
@@ -84,18 +82,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     device = process_group.own_device()
-    torch.manual_seed(args.seed)  # of an untrained encoder's weights
+    torch.manual_seed(args.seed)  # decides the weights of an untrained encoder
     loader_args = {"device": device, "workers": args.workers}
-    encoders = [_open_encoder(args, args.file, args.encoder, letter="A")]
-    args.mean, args.std = encoders[0].info["mean"], encoders[0].info["std"]
-    args.grey_range = encoders[0].info["grey_range"]
+    # the flags on architecture, size and normalisation concern only the first encoder
+    settings = {name: getattr(args, name) for name in load.DEFAULTS}
+    first = _open_encoder(args, args.file, args.encoder, "A", settings)
+    args.mean, args.std = first.info["mean"], first.info["std"]
+    args.grey_range = first.info["grey_range"]
     train, val, _ = sources.open_data(args)
-    encoders[0] = _ready(encoders[0], args.encoder, train, loader_args)
+    encoders = [_ready(first, args.encoder, train, loader_args)]
     if args.against is not None:
-        untrained = args.against == "untrained"
-        path, which = (args.file, "untrained") if untrained else (args.against, args.encoder)
-        second = _open_encoder(args, path, which, letter="B")
-        encoders.append(_ready(second, which, train, loader_args))
+        path, branch = args.against, args.encoder
+        if path == "untrained":
+            path, branch = args.file, "untrained"
+        second = _open_encoder(args, path, branch, "B", {})
+        encoders.append(_ready(second, branch, train, loader_args))
     pictures = _draw(args, encoders, train, val, loader_args)
     out = args.out or os.path.join(os.path.dirname(os.path.abspath(args.file)), "pictures")
     with writing(out):
@@ -107,31 +108,20 @@ def main(argv: list[str]) -> None:
             print(path)
 
 
-def _open_encoder(args: argparse.Namespace, path: str, which: str, letter: str) -> Encoder:
-    """The encoder A or B; the flags on architecture, size and normalisation concern A."""
-    settings = {
-        "arch": args.arch,
-        "img_size": args.img_size,
-        "patch_size": args.patch_size,
-        "num_heads": args.num_heads,
-        "width": args.width,
-        "small_stem": args.small_stem,
-        "timm_kwargs": args.timm_kwargs,
-        "mean": args.mean,
-        "std": args.std,
-        "grey_range": args.grey_range,
-    }
-    module, info = load.open_encoder(path, which, **(settings if letter == "A" else {}))
+def _open_encoder(
+    args: argparse.Namespace, path: str, branch: str, letter: str, settings: dict
+) -> Encoder:
+    """The encoder of a file. letter: A or B, for its name if there are two."""
+    module, info = load.open_encoder(path, branch, **settings)
     epoch = f", epoch {info['epoch']}" if info["epoch"] else ""
-    name = f"{info['arch']} ({which}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
+    name = f"{info['arch']} ({branch}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
     return Encoder(module, info, f"{letter}: {name}" if args.against is not None else name)
 
 
-def _ready(encoder: Encoder, which: str, train: ImageSet, loader_args: dict) -> Encoder:
-    """The encoder on its device; an untrained one with batch norms calibrated on train."""
-    module = encoder.module.to(loader_args["device"])
-    if which == "untrained":
-        size = encoder.info["img_size"]
+def _ready(encoder: Encoder, branch: str, train: ImageSet, loader_args: dict) -> Encoder:
+    """The encoder on its device; batch norms of an untrained one get the statistics of train."""
+    module, size = encoder.module.to(loader_args["device"]), encoder.info["img_size"]
+    if branch == "untrained":
         module = knn.calibrated_copy(module, train, size=size, **loader_args)
     return encoder._replace(module=module)
 
@@ -145,17 +135,11 @@ def _draw(
 ) -> dict[str, Image.Image]:
     """All pictures, by file name without suffix."""
     size, queries = encoders[0].info["img_size"], train if val is None else val
-    pool, chosen = (
-        _readable(images, augment.epoch_order(args.seed, 0, len(images)))
-        for images in (train, queries)
-    )
-    pool, chosen = (
-        np.array(sorted(islice(pool, args.pool))),
-        np.array([*islice(chosen, args.count)]),
-    )
+    pool, chosen = _choose(train, args.pool, args.seed), _choose(queries, args.count, args.seed)
+    pool.sort()
     if len(pool) < 3:
         raise UsageError(
-            f"neighbours and a map need three training images at least, found {len(pool)}"
+            f"neighbours and a map need at least three training images, found {len(pool)}"
         )
     features = {encoder.name: encoder.features(train, pool, **loader_args) for encoder in encoders}
 
@@ -177,31 +161,36 @@ def _draw(
         pictures["retrieval"] = retrieval(photo, np.array([0]), title)
     maps = {
         f"{method} of {name}": points
-        for name in features
-        for method, points in projections(features[name], args.seed).items()
+        for name, of_pool in features.items()
+        for method, points in projections(of_pool, args.seed).items()
     }
     labels = None if train.labels is None else train.labels[pool].numpy()
     pictures["map"] = map_picture(maps, labels, train.classes)
     for encoder, suffix in zip(encoders, ("", "_against"), strict=False):
         if isinstance(encoder.module, VisionTransformer):
             batch = next(encoder.batches(queries, chosen, **loader_args))
-            maps = attention_maps(encoder.module, batch).cpu()
+            attention = attention_maps(encoder.module, batch).cpu()
             pixels = denormalize(batch, queries.mean, queries.std)
-            pictures[f"attention{suffix}"] = attention_picture(maps, pixels, encoder.name)
+            pictures[f"attention{suffix}"] = attention_picture(attention, pixels, encoder.name)
     return pictures
 
 
-def _readable(images: ImageSet, indices: np.ndarray) -> Iterator[int]:
-    """The indices of images that can be read; all of them, without a test, unless --on-bad-image
-    allows bad ones.
+def _choose(images: ImageSet, count: int, seed: int) -> np.ndarray:
+    """Indices of `count` random images, or of all if there are fewer.
+
+    With --on-bad-image skip, an image that cannot be read is not chosen.
     """
-    for index in indices:
+    chosen = []
+    for index in augment.epoch_order(seed, 0, len(images)):
+        if len(chosen) == count:
+            break
         try:
             if images.skip_bad:
                 images.image(index)
+            chosen.append(index)
         except RunError:
             continue
-        yield index
+    return np.array(chosen)
 
 
 if __name__ == "__main__":

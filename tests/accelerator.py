@@ -1,9 +1,9 @@
-"""A pretended accelerator, to run on a CPU what was written for a GPU.
+"""A pretended accelerator: runs code for GPUs on a CPU.
 
-Its tensors say that they are on torch's meta device, and keep their values on the CPU. As on a GPU,
-there is no sum of tensors in two places, and whoever looks at a value waits for it, which is
-written down. Kernels, streams, 16 bits and NCCL are not pretended, nor is pinned memory: a copy
-that need not be waited for may be waited for where its source is large and not pinned.
+Its tensors claim to be on torch's meta device and keep their values on the CPU. As on a GPU,
+tensors on different devices cannot be combined, and reading a value makes the host wait; each wait
+is recorded. Kernels, streams, 16-bit formats, NCCL and pinned memory are not simulated: on a real
+GPU a non-blocking copy of a large source that is not pinned may still wait.
 """
 
 import traceback
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("meta")
-# the host needs values for these
+# operations for which the host needs the values
 LOOKS = {
     "_local_scalar_dense",
     "nonzero",
@@ -35,14 +35,14 @@ class Remote(torch.Tensor):
 
     @staticmethod
     def __new__(cls, local):
-        how = dict(
+        layout = dict(
             dtype=local.dtype,
             strides=local.stride(),
             storage_offset=local.storage_offset(),
             device=DEVICE,
         )
         return torch.Tensor._make_wrapper_subclass(
-            cls, local.shape, requires_grad=local.requires_grad, **how
+            cls, local.shape, requires_grad=local.requires_grad, **layout
         )
 
     def __init__(self, local):
@@ -59,9 +59,7 @@ def to_host(tree):
 
 
 class Accelerator(TorchDispatchMode):
-    """While it is active, whatever is put onto DEVICE is there. waits: the places where the host
-    waited for it.
-    """
+    """A mode in which tensors can be put onto DEVICE. waits: lines where the host waited for it."""
 
     active = None
 
@@ -71,7 +69,7 @@ class Accelerator(TorchDispatchMode):
 
     def __enter__(self):
         Accelerator.active = self
-        # these work below the level at which a mode sees them
+        # a dispatch mode does not see these
         self.own = torch.tensor, torch.as_tensor, torch.Tensor.new_tensor, torch.Tensor.tolist
         make, keep, _, read = self.own
         torch.tensor = lambda *args, device="cpu", **how: make(*args, **how).to(device)
@@ -93,8 +91,8 @@ class Accelerator(TorchDispatchMode):
         remote = [isinstance(x, Remote) for x in tensors]
         asked = kwargs.get("device")
         wanted = any(remote) if asked is None else torch.device(asked) == DEVICE
-        where = {"device": torch.device("cpu")} if asked is not None and wanted else {}
-        out = function(*to_host(args), **to_host({**kwargs, **where}))
+        device = {"device": torch.device("cpu")} if asked is not None and wanted else {}
+        out = function(*to_host(args), **to_host({**kwargs, **device}))
         if name in ("_to_copy", "copy_"):
             here, there = remote[-1], remote[0] if name == "copy_" else wanted
             at_once = kwargs.get("non_blocking") or args[2:] == (True,)
@@ -109,7 +107,7 @@ class Accelerator(TorchDispatchMode):
         numbers = name not in ("stack", "cat", "where")  # elsewhere a number may come from the host
         for x, is_remote in zip(tensors, remote, strict=True):
             assert is_remote or not any(remote) or (numbers and not x.ndim), (
-                f"{name} of tensors in two places, {_place()}"
+                f"{name} of tensors on two devices, {_place()}"
             )
         if not wanted:
             return out
@@ -121,7 +119,7 @@ class Accelerator(TorchDispatchMode):
 
 
 def _place():
-    """The project's lines that led here, the last one first."""
+    """Lines of the project on the call stack, innermost first."""
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_stack()]
     ours = [
         f"{path.name}:{line}"

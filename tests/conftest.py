@@ -1,22 +1,63 @@
+import functools
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-# processes that tests start find the package, too
+# so that processes that tests start can import the package
 os.environ["PYTHONPATH"] = str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", "")
 
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """Restore signal handlers that a test changes; they would keep a signal from ending pytest."""
+    """Restore signal handlers after each test, so that a signal can still end pytest."""
     from snclr.running.preemption import handlers_given_back
 
     with handlers_given_back():
         yield
+
+
+@pytest.fixture
+def float64():
+    """Let float64 be torch's default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 40 + 10 small images in two classes."""
+    from test_ranks import write_images
+
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def pretrain(images, tmp_path_factory):
+    """From an architecture to a checkpoint after two steps."""
+    from test_ranks import NO_EVALUATION
+
+    import main_snclr
+
+    @functools.cache
+    def pretrain(arch):
+        workdir = tmp_path_factory.mktemp(arch)
+        flags = f"{NO_EVALUATION} --stop-after-steps 2 --workdir {workdir}"
+        main_snclr.main([str(images), *flags.replace("resnet8", arch).split()])
+        return workdir / "checkpoint_last.pth.tar"
+
+    return pretrain
+
+
+@pytest.fixture(scope="module", params=["resnet8", "vit_tiny"])
+def pretrained(request, pretrain):
+    """A checkpoint after two steps, of a ResNet and of a ViT."""
+    return pretrain(request.param)
 
 
 @pytest.fixture

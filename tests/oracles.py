@@ -78,12 +78,12 @@ def pairs(num_views):
     """Every view is a query against each of the two global views (0 and 1) but itself: list of
     (query, key view).
     """
-    found = []
+    matches = []
     for key in range(2):
         for query in range(num_views):
             if query != key:
-                found.append((query, key))
-    return found
+                matches.append((query, key))
+    return matches
 
 
 def snclr_step(y, z, keys, bank, rows, temperature):
@@ -98,7 +98,7 @@ def snclr_step(y, z, keys, bank, rows, temperature):
 
 
 def mocov3_step(z, keys, temperature):
-    """The same without neighbours."""
+    """As above, without neighbours."""
     nothing = torch.empty(len(keys[0]), 0)
     return snclr_step(z, z, keys, keys[0][:0], [nothing.long(), nothing.long()], temperature)
 

@@ -1,10 +1,11 @@
-"""What each rank of the multi-rank tests runs, in a process of its own.
+"""One rank of a multi-rank test: `python ranks.py OUT JOB...` runs the jobs and saves into OUT.
 
-    python ranks.py OUT JOB...
+A job is 'pieces' (collectives, batch norm, objectives, bank, kNN on fixed data) or a command line
+of main_snclr.py. Prefixes, in this order:
 
-A job is 'pieces' (collectives, batch norm, objectives, bank and kNN on fixed data) or a command
-line of main_snclr.py; 'main_lincls:' before it makes it one of main_lincls.py, 'float64:' runs it
-in double precision, 'term:' adds a term to the loss. Results are written to OUT.
+main_lincls:  the command line is one of main_lincls.py
+term:         the loss has a further term, in this job and all later ones
+float64:      the run is in double precision
 """
 
 import os
@@ -28,7 +29,7 @@ from snclr.running.batch_norm import synchronise_batch_norm
 N, D, M, K = 8, 6, 20, 3  # global batch, dimensions, bank, neighbours
 
 
-def mine(x):
+def share_of(x):
     """This rank's contiguous share of a global tensor."""
     return x.chunk(distributed.world_size())[distributed.rank()].clone()
 
@@ -59,17 +60,17 @@ def objectives():
                     form=form,
                 )
             )
-    found = {}
+    results = {}
     for name, loss in losses.items():
-        q, y = mine(query).requires_grad_(), mine(online).requires_grad_()
-        value = loss(q, y, mine(key), mine(rows)) / distributed.world_size()
+        q, y = share_of(query).requires_grad_(), share_of(online).requires_grad_()
+        value = loss(q, y, share_of(key), share_of(rows)) / distributed.world_size()
         value.backward()
         grads = [
             distributed.all_gather(torch.zeros_like(x) if x.grad is None else x.grad)
             for x in (q, y)
         ]
-        found[name] = [distributed.all_sum(value), *grads]
-    return found
+        results[name] = [distributed.all_sum(value), *grads]
+    return results
 
 
 def batch_norm(shape):
@@ -82,10 +83,10 @@ def batch_norm(shape):
     norms = nn.Sequential(kind(shape[1]), kind(shape[1], affine=False, momentum=None))
     nn.init.uniform_(norms[0].weight)
     norms = synchronise_batch_norm(norms, torch.device("cpu"))
-    share = mine(x).requires_grad_()
+    share = share_of(x).requires_grad_()
     for _ in range(2):
         out = norms(share)
-    (out * mine(target)).sum().backward()
+    (out * share_of(target)).sum().backward()
     parameters = [distributed.all_sum(p.grad) for p in norms.parameters()]
     evaluated = norms.eval()(share)
     return [
@@ -101,8 +102,8 @@ def bank():
     bank = MemoryBank(M, D)
     for step in range(3):
         keys, ids = torch.randn(N, D), torch.arange(N) + step
-        bank.enqueue(distributed.all_gather(mine(keys)), distributed.all_gather(mine(ids)))
-    scores, rows = bank.search(mine(torch.randn(N, D)), K, mine(torch.arange(N)))
+        bank.enqueue(distributed.all_gather(share_of(keys)), distributed.all_gather(share_of(ids)))
+    scores, rows = bank.search(share_of(torch.randn(N, D)), K, share_of(torch.arange(N)))
     return [
         *bank.state_dict().values(),
         distributed.all_gather(scores),
@@ -123,7 +124,7 @@ def nearest():
 
 
 def add_term(patch=setattr):
-    """Let the loss have a further term, 'size', as a fork would by one line."""
+    """Add a further term, 'size', to the loss, as a fork would in one line."""
     show = SNCLR._show
 
     def _show(self, projection, *arguments):
@@ -137,13 +138,13 @@ def add_term(patch=setattr):
 def pieces(out):
     torch.set_default_dtype(torch.float64)
     process_group.start()
-    found = {
+    results = {
         "objectives": objectives(),
         "batch_norm": {"1d": batch_norm((N, 5)), "2d": batch_norm((N, 5, 3, 2))},
         "bank": bank(),
         "knn": nearest(),
     }
-    torch.save(found, out / f"pieces_{distributed.rank()}.pt")
+    torch.save(results, out / f"pieces_{distributed.rank()}.pt")
     process_group.stop()
 
 

@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 
 
 def picture(height=24, width=32, seed=0):
-    """A smooth colour picture, of which no two turned or mirrored copies are alike."""
+    """A smooth colour picture that differs from each of its rotations and mirror images."""
     y, x = np.mgrid[0:height, 0:width] / 32
     phase = np.random.default_rng(seed).uniform(0, 2, 3)
     levels = [0.5 + 0.45 * np.sin(2 * x + p) * np.cos(3 * y * p + x * y) for p in phase]
@@ -14,7 +14,7 @@ def picture(height=24, width=32, seed=0):
 
 
 def rgb(image):
-    """What PIL makes of a picture: (3, H, W) int."""
+    """A picture decoded by PIL: (3, H, W) int."""
     return (
         torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
         .permute(2, 0, 1)
@@ -28,7 +28,7 @@ def levels_apart(one, other):
 
 
 def save_folder(root, sizes, split="train", classes=("ant", "bee")):
-    """One small PNG for each (height, width), in class folders by turns."""
+    """One small PNG for each (height, width), alternating between the class folders."""
     for number, (height, width) in enumerate(sizes):
         folder = root / split / classes[number % len(classes)]
         folder.mkdir(parents=True, exist_ok=True)

@@ -162,8 +162,8 @@ def test_seed_epoch_index_and_view_each_change_crop_and_parameters(change):
 def test_probabilities_are_those_of_moco_v3(view, blur, solarize):
     _, parameters = draw_many(view=view)
     chances = {"jitter": 0.8, "gray": 0.2, "flip": 0.5, "solarize": solarize}
-    found = {name: getattr(parameters, name).double().mean().item() for name in chances}
-    assert found == pytest.approx(chances, abs=0.015)
+    actual = {name: getattr(parameters, name).double().mean().item() for name in chances}
+    assert actual == pytest.approx(chances, abs=0.015)
     assert (parameters.sigma > 0).double().mean().item() == pytest.approx(blur, abs=0.01)
     if blur == 1:
         assert (parameters.sigma > 0).all()
@@ -176,8 +176,8 @@ def test_probabilities_and_strengths_of_moco_v2_are_the_same_for_both_views():
     chances = {"jitter": 0.8, "gray": 0.2, "flip": 0.5, "solarize": 0.0}
     for view in (0, 1):
         _, p = draw_many(recipe, view=view)
-        found = {name: getattr(p, name).double().mean().item() for name in chances}
-        assert found == pytest.approx(chances, abs=0.015)
+        actual = {name: getattr(p, name).double().mean().item() for name in chances}
+        assert actual == pytest.approx(chances, abs=0.015)
         assert (p.sigma > 0).double().mean().item() == pytest.approx(0.5, abs=0.015)
         half_widths = (p.factors - torch.tensor([1, 1, 1, 0])).abs().amax(dim=0)
         assert half_widths.tolist() == pytest.approx([0.4, 0.4, 0.4, 0.1], abs=1e-3)
@@ -228,7 +228,7 @@ def test_no_two_draws_share_a_column():
     ],
 )
 def test_draws_are_those_of_all_earlier_versions(draws, digest):
-    """A changed draw would change every run: this digest stays."""
+    """A changed draw would change every run, so this digest must not change."""
     boxes, p = draw_many(view=1, count=1000, epoch=2)
     arrays = {"boxes": [boxes], "parameters": [field.numpy() for field in p]}[draws]
     bits = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
@@ -287,7 +287,7 @@ def test_crops_are_distributed_as_torchvisions(crop_min, height, width):
     expected = np.array(
         [RandomResizedCrop.get_params(canvas, (crop_min, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)]
     )
-    found, _ = draw_many(crops_from(crop_min), count=3000, height=height, width=width)
+    actual, _ = draw_many(crops_from(crop_min), count=3000, height=height, width=width)
 
     def summary(boxes):
         top, left, h, w = boxes.T
@@ -296,7 +296,7 @@ def test_crops_are_distributed_as_torchvisions(crop_min, height, width):
         values = [area, aspect, *place]
         return [value.mean() for value in values] + [value.std() for value in values]
 
-    np.testing.assert_allclose(summary(found), summary(expected), atol=0.02)
+    np.testing.assert_allclose(summary(actual), summary(expected), atol=0.02)
 
 
 @pytest.mark.parametrize("crop_min", [1e-4, 0.2, 1.0])
@@ -361,11 +361,11 @@ def test_crop_and_resize_equals_torchvision_to_one_level(box, size):
     image = torch.randint(
         0, 256, (3, 37, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    found = augment.crop_and_resize(image[None], torch.tensor([box]), size)
+    actual = augment.crop_and_resize(image[None], torch.tensor([box]), size)
     expected = F.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
-    assert found.shape == (1, 3, size, size) and found.dtype == torch.uint8
-    assert (found[0].int() - expected.int()).abs().max() <= 1
-    assert (found[0] != expected).double().mean() < 0.01  # rounding of halves alone
+    assert actual.shape == (1, 3, size, size) and actual.dtype == torch.uint8
+    assert (actual[0].int() - expected.int()).abs().max() <= 1
+    assert (actual[0] != expected).double().mean() < 0.01  # only rounding of halves
 
 
 def test_each_image_gets_its_own_box():
@@ -473,7 +473,7 @@ def test_blur_of_a_picture_smaller_than_the_kernel_keeps_flat_areas_and_stays_in
 
 @pytest.mark.parametrize("form", [augment._blur_by_products_, augment._blur_by_shifts_])
 def test_both_ways_to_blur_equal_torchvisions_at_every_size(form):
-    """One is a GPU's, the other a CPU's, where images are large."""
+    """One is used on GPUs, the other on CPUs for large images."""
     sigmas = torch.linspace(0.1, 2, 9)
     taps = torch.from_numpy(augment.gaussian_taps(sigmas.numpy())).float()
     for size in (7, 64, 65, 100):
@@ -485,7 +485,7 @@ def test_both_ways_to_blur_equal_torchvisions_at_every_size(form):
         torch.testing.assert_close(form(x.clone(), taps), expected, atol=1e-5, rtol=0)
 
 
-# -- the whole half of the device -----------------------------------------------------------------
+# -- all operations on the device -----------------------------------------------------------------
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 
@@ -556,13 +556,13 @@ def test_whole_views_are_those_of_pil_and_torchvision(view, throughout, mean, mo
     pixels = pictures(count, 150, seed=9).mul(255).round().to(torch.uint8)
     boxes, p = draw_many(view=view, count=count, height=150, width=150)
     crops = augment.crop_and_resize(pixels, torch.from_numpy(boxes), size)
-    found = augment.apply(crops, p, torch.zeros(3), torch.ones(3))
+    actual = augment.apply(crops, p, torch.zeros(3), torch.ones(3))
     pictured = map(F.to_pil_image, pixels)
     expected = [
         view_of_picture(picture, boxes[i].tolist(), p, i, size, throughout)
         for i, picture in enumerate(pictured)
     ]
-    apart = 255 * (found - torch.stack(expected)).abs().mean(dim=(1, 2, 3))
+    apart = 255 * (actual - torch.stack(expected)).abs().mean(dim=(1, 2, 3))
     assert apart.mean() < mean and apart.max() < most
 
 
@@ -587,7 +587,7 @@ def threads(request):
 @pytest.mark.parametrize("threads, size", [(1, 32), (2, 32), (2, 192)], indirect=["threads"])
 @pytest.mark.parametrize("part", [1, 3])
 def test_a_view_is_the_same_bit_for_bit_in_any_batch(threads, size, part):
-    """Else the number of ranks would show in the pixels. Beyond 181 px torch shares the sum over
+    """Otherwise pixels would depend on the number of ranks. Beyond 181 px torch shares the sum over
     one image among threads.
     """
     crops = pictures(6, size).mul(255).round().to(torch.uint8)
@@ -610,13 +610,13 @@ def test_a_view_is_the_same_bit_for_bit_with_any_number_of_threads(size):
     images = pictures(8, size + 8).mul(255).round().to(torch.uint8)
     _, parameters = draw_many(view=0, count=8)
     boxes = torch.tensor([[0, 3, size + 8, size], [5, 0, size // 2, size]]).repeat(8, 1)
-    before, found = torch.get_num_threads(), []
+    before, actual = torch.get_num_threads(), []
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
         crops = augment.crop_and_resize(images, boxes, size)[:8]
-        found.append(augment.apply(crops, parameters, MEAN, STD))
+        actual.append(augment.apply(crops, parameters, MEAN, STD))
     torch.set_num_threads(before)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert all(torch.equal(actual[0], other) for other in actual[1:])
 
 
 def test_a_large_batch_in_parts_is_the_same(monkeypatch):

@@ -32,7 +32,7 @@ def build(arch, **settings):
 
 @functools.lru_cache(maxsize=1)
 def built(arch):
-    """The encoder in eval mode; not to be changed."""
+    """The encoder in eval mode. Tests must not change it."""
     torch.manual_seed(0)
     return build(arch).eval()
 
@@ -61,13 +61,13 @@ def backbone_of(encoder):
 
 
 def shallow(monkeypatch):
-    """ViTs of two blocks, for what does not depend on the depth."""
+    """ViTs of two blocks, for tests that do not depend on depth."""
     for arch, (width, _, *rest) in backbones.VITS.items():
         monkeypatch.setitem(backbones.VITS, arch, (width, 2, *rest))
 
 
 def test_flags_and_backbones_know_the_same_archs():
-    assert choices.ARCHS == (*backbones.VITS, *backbones.RESNETS)
+    assert (*backbones.VITS, *backbones.RESNETS) == choices.ARCHS
 
 
 def test_unknown_arch_is_refused_and_the_known_ones_are_named():
@@ -144,13 +144,13 @@ def test_one_step_gives_every_trainable_parameter_a_gradient_and_the_momentum_en
             continue
         gradient = parameter.grad
         assert gradient is not None and gradient.isfinite().all(), name
-        if name.endswith("attn.qkv.bias"):  # the softmax is blind to what is added to all keys
+        if name.endswith("attn.qkv.bias"):  # softmax ignores a constant added to all keys
             query, key, value = gradient.chunk(3)
             assert key.abs().max() < 1e-12
             gradient = torch.minimum(query.abs().max(), value.abs().max())
         if gradient.abs().max() < 1e-12:
             without.append(name)
-    # and the projector's batch norm to what is added to all features
+    # and the projector's batch norm a constant added to all features
     assert without == (["norm.bias"] if arch in VITS else [])
 
 
@@ -209,11 +209,11 @@ def test_position_embedding_equals_the_loop(rows, columns, width):
             expected.append(line)
     torch.set_default_dtype(torch.float64)
     try:
-        found = sincos_position_embedding(rows, columns, width)
+        actual = sincos_position_embedding(rows, columns, width)
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(
-        found, torch.tensor([expected], dtype=torch.float64), rtol=1e-12, atol=1e-12
+        actual, torch.tensor([expected], dtype=torch.float64), rtol=1e-12, atol=1e-12
     )
 
 
@@ -377,7 +377,7 @@ def test_a_timm_model_trains_with_a_momentum_encoder_of_its_own():
         ("deit_tiny_distilled_patch16_224", {}, "no single classifier"),
     ],
 )
-def test_what_timm_refuses_is_said_in_one_line(name, settings, named):
+def test_what_timm_refuses_is_one_line_of_error(name, settings, named):
     with pytest.raises(UsageError, match=named) as caught:
         build(f"timm:{name}", timm_kwargs=settings)
     assert "\n" not in str(caught.value)
@@ -470,7 +470,7 @@ def test_synchronised_norms_on_gpus_keep_timms_activations(monkeypatch):
     encoder = build("timm:test_efficientnet").eval()
     monkeypatch.setattr(batch_norm, "world_size", lambda: 2)
     x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():  # in evaluation torch's layer runs on a CPU, too
+    with torch.no_grad():  # in eval mode torch's layer also runs on a CPU
         expected = encoder(x)
         keys = list(encoder.state_dict())
         # timm before 1.0.15 or so leaves what it converts in training mode

@@ -169,9 +169,9 @@ def test_a_step_with_local_views_equals_the_mean_over_pairs(double, method, arch
     model = model_of("--method", method, "-a", arch, "--local-views", str(local))
     views, ids = views_of(local), torch.arange(B) + 17  # of the first three an older copy is known
     loss, gradients = oracle(model, views, ids)
-    found, _ = model(views, ids, MOMENTUM)
-    found.backward()
-    torch.testing.assert_close(found.detach(), loss, rtol=1e-10, atol=1e-12)
+    actual, _ = model(views, ids, MOMENTUM)
+    actual.backward()
+    torch.testing.assert_close(actual.detach(), loss, rtol=1e-10, atol=1e-12)
     parameters = dict(model.named_parameters())
     for name, expected in gradients.items():
         difference = (parameters[name].grad - expected).norm()
@@ -181,8 +181,8 @@ def test_a_step_with_local_views_equals_the_mean_over_pairs(double, method, arch
 def test_local_views_reach_neither_the_momentum_encoder_nor_the_bank(double):
     plain, local = model_of("-a", "resnet8"), model_of("-a", "resnet8", "--local-views", "2")
     views, ids = views_of(2), torch.arange(B) + 30
-    for model, given in ((plain, views[:2]), (local, views)):
-        model(given, ids, MOMENTUM)
+    for model, inputs in ((plain, views[:2]), (local, views)):
+        model(inputs, ids, MOMENTUM)
     for name in ("momentum_encoder", "memory_bank"):
         states = [getattr(model, name).state_dict() for model in (plain, local)]
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

@@ -22,7 +22,7 @@ TINY = (
 
 
 class Run:
-    """What a run saves and resumes, as main_snclr.py holds it."""
+    """Model, optimiser and scaler as main_snclr.py saves and resumes them."""
 
     def __init__(self, flags="", images=10):
         self.args, self.images = options.parse(f"{TINY} {flags}".split()), images
@@ -62,7 +62,7 @@ def path(tmp_path):
 
 
 def equal(a, b):
-    """Nested dictionaries, lists and tensors, exactly."""
+    """Whether nested dictionaries, lists and tensors are equal, bit for bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -103,13 +103,13 @@ def small():
 
 def test_file_has_the_documented_keys_and_only_plain_values(state, path):
     tensor_files.save(str(path), state)
-    found = torch.load(path, weights_only=True)
+    saved = torch.load(path, weights_only=True)
     documented = set(re.findall(r"'(\w+)'", checkpoint.__doc__))
-    assert {"epoch", "step", "arch", "state_dict", "optimizer"} < documented == set(found)
-    assert (found["epoch"], found["step"], found["arch"], found["images"]) == (1, 7, "resnet8", 10)
-    assert found["args"]["topk"] == 2
-    assert {"torch", "timm", "python", "snclr"} <= set(found["provenance"]["versions"])
-    assert equal(found, state)
+    assert {"epoch", "step", "arch", "state_dict", "optimizer"} < documented == set(saved)
+    assert (saved["epoch"], saved["step"], saved["arch"], saved["images"]) == (1, 7, "resnet8", 10)
+    assert saved["args"]["topk"] == 2
+    assert {"torch", "timm", "python", "snclr"} <= set(saved["provenance"]["versions"])
+    assert equal(saved, state)
 
 
 @pytest.mark.parametrize("arch, head", [("resnet8", "fc"), ("vit_tiny", "head")])
@@ -133,7 +133,7 @@ def test_state_has_moco_v3s_layout(arch, head, monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", options.OPTIMIZERS)
-def test_resumed_run_goes_on_exactly_as_the_one_that_never_stopped(optimizer, path):
+def test_resumed_run_equals_the_uninterrupted_one(optimizer, path):
     torch.manual_seed(0)
     run = Run(f"--optimizer {optimizer}").train()
     tensor_files.save(str(path), run.pack())
@@ -387,7 +387,7 @@ def test_many_keys_are_counted_and_the_first_are_named(run):
     assert message.endswith(" ...") and len(message) < 300
 
 
-def test_model_that_does_not_fit_stays_as_it_was(run):
+def test_model_that_does_not_fit_is_not_changed(run):
     before = copy.deepcopy(run.model.state_dict())
     other = Run().pack()["state_dict"]
     del other["module.predictor.0.weight"]
@@ -440,7 +440,7 @@ def test_all_changes_are_named_at_once(state, path, run):
 
 
 @pytest.mark.parametrize("name", ["topk", "snclr_t", "epochs", "lr"])
-def test_setting_that_may_change_does_and_is_told(name, state, path, run):
+def test_setting_that_may_change_does_and_is_reported(name, state, path, run):
     tensor_files.save(str(path), state)
     old = getattr(run.args, name)
     change(run, **{name: 1})
@@ -448,7 +448,7 @@ def test_setting_that_may_change_does_and_is_told(name, state, path, run):
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_setting_that_changes_no_result_is_not_told(name, state, path, run):
+def test_setting_that_changes_no_result_is_not_reported(name, state, path, run):
     tensor_files.save(str(path), state)
     change(run, **{name: 1})
     assert run.resume(path) == (7, [])
@@ -549,8 +549,8 @@ def test_a_crash_between_the_renames_leaves_the_one_before_or_the_new_one(
     monkeypatch.setattr(os, "replace", die)
     with pytest.raises(KeyboardInterrupt):
         tensor_files.save(str(path), {**small(), "step": 4}, 3)
-    found, _ = checkpoint.newest(str(path.parent))
-    assert checkpoint.load(found)["step"] == 3
+    newest, _ = checkpoint.newest(str(path.parent))
+    assert checkpoint.load(newest)["step"] == 3
 
 
 @pytest.mark.parametrize(
@@ -559,7 +559,7 @@ def test_a_crash_between_the_renames_leaves_the_one_before_or_the_new_one(
         ({"last": 5}, "last"),
         ({"0002": 4, "last": 5}, "last"),
         ({"0002": 5, "last": 5}, "last"),  # saved together
-        ({"0002": 5, "last": 4}, "0002"),  # a last one copied back from elsewhere
+        ({"0002": 5, "last": 4}, "0002"),  # an older file was copied to 'last'
         ({"0002": 4, "0010": 6, "0004": 5}, "0010"),
         ({"last_1": 4, "0002": 2}, "last-1"),  # a crash between two renames
         ({"0009": 90, "0010": 100}, "0010"),
@@ -576,7 +576,9 @@ def test_checkpoint_of_the_latest_step_is_chosen_whatever_its_time(steps, expect
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "no zip"])
-def test_the_newest_whole_one_is_taken_and_the_damaged_one_named_and_set_aside(damage, tmp_path):
+def test_the_newest_readable_checkpoint_is_loaded_and_the_damaged_one_named_and_renamed(
+    damage, tmp_path
+):
     write(tmp_path, last=5, last_1=4, last_2=3)
     path = tmp_path / "checkpoint_last.pth.tar"
     whole = path.read_bytes()
@@ -590,9 +592,9 @@ def test_the_newest_whole_one_is_taken_and_the_damaged_one_named_and_set_aside(d
         "no zip": b"hello",
     }[damage]
     path.write_bytes(broken)
-    found, (told,) = checkpoint.newest(str(tmp_path))
-    assert found == str(tmp_path / "checkpoint_last-1.pth.tar")
-    assert str(path) in told and found in told and "\n" not in told
+    path_found, (note,) = checkpoint.newest(str(tmp_path))
+    assert path_found == str(tmp_path / "checkpoint_last-1.pth.tar")
+    assert str(path) in note and path_found in note and "\n" not in note
     assert (
         tmp_path / "checkpoint_last.pth.tar.damaged"
     ).read_bytes() == broken and not path.exists()
@@ -601,11 +603,11 @@ def test_the_newest_whole_one_is_taken_and_the_damaged_one_named_and_set_aside(d
         "last": 6,
         "last-1": 4,
         "last-2": 3,
-    }  # the whole one is not pushed out
+    }  # the readable one is not overwritten
     assert checkpoint.newest(str(tmp_path)) == (str(path), [])
 
 
-def test_without_a_whole_one_nothing_is_started_anew_nor_renamed(tmp_path):
+def test_without_a_readable_checkpoint_no_run_starts_and_no_file_is_renamed(tmp_path):
     write(tmp_path, last=5, last_1=4)
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:500])

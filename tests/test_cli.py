@@ -28,7 +28,7 @@ TINY += "--topk 2 -b 4 --epochs 2"
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """A new folder to stand in, and one process."""
+    """A new current folder, and the environment of a single process."""
     monkeypatch.chdir(tmp_path)
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -52,7 +52,7 @@ def tiny(images, *flags):
 
 @pytest.fixture(scope="module")
 def finished(images, tmp_path_factory):
-    """The workdir of a run that has ended; not to be changed."""
+    """The workdir of a finished run. Tests must not change it."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     main_snclr.main(tiny(images, "--workdir", workdir))
     return workdir
@@ -60,7 +60,7 @@ def finished(images, tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it."""
+    """A copy of that workdir."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -163,7 +163,7 @@ def content(folder):
         ("--batch-size 1", "--batch-size"),
     ],
 )
-def test_wrong_flags_are_answered_in_one_line_that_names_them(flags, named):
+def test_wrong_flags_are_named_in_one_line(flags, named):
     assert named in refused(*flags.split())
 
 
@@ -248,7 +248,7 @@ def test_every_flag_is_read_by_its_program(start, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         start([])
     text = "".join((ROOT / name).read_text() for name in PROGRAMS[start])
-    text = re.sub(r"\s+", " ", text)  # however the lines are broken
+    text = re.sub(r"\s+", " ", text)  # ignore line breaks
     flags = {action.dest for action in parsers[0]._actions} - {"help"}
     by_name = {
         name
@@ -262,7 +262,7 @@ def test_every_flag_is_explained():
     assert [flag.dest for flag in FLAGS if not flag.help] == []
 
 
-def test_every_flag_says_what_a_resumed_run_does_with_it():
+def test_every_flag_states_what_a_resumed_run_does_with_it():
     assert set(options.ON_RESUME) == {flag.dest for flag in FLAGS}
     with pytest.raises(ValueError, match="must be fixed, reported or free, found 'never'"):
         arguments.flag(argparse.ArgumentParser(), "--new", on_resume="never")
@@ -329,7 +329,7 @@ def test_defaults_follow_from_the_data(images):
 
 
 def recipe(path, *flags):
-    """Arguments of a run by a recipe, with a folder as its data where it needs one."""
+    """Arguments of a run with a recipe; data is a folder if the recipe needs one."""
     dataset = options.build_parser().parse_args([f"@{path}"]).dataset
     return [f"@{path}", *([] if dataset == "embedded" else [os.getcwd()]), *map(str, flags)]
 
@@ -339,14 +339,18 @@ def test_there_are_recipes():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_parses_and_says_what_it_is_for(path):
+def test_recipe_parses_and_states_its_purpose(path):
     parse(*recipe(path))
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert path.read_text().startswith("#")
-    told = " ".join(line[2:] for line in head)
-    assert "Source: " in told and ("not measured" in told or "docs/RESULTS.md" in told)
+    header = " ".join(line[2:] for line in head)
+    assert "Source: " in header and ("not measured" in header or "docs/RESULTS.md" in header)
     if path.parent.name == "configs":  # an ablation's are those of its base
-        assert "Hardware" in told and "memory" in told and ("hours" in told or "minutes" in told)
+        assert (
+            "Hardware" in header
+            and "memory" in header
+            and ("hours" in header or "minutes" in header)
+        )
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
@@ -354,7 +358,7 @@ def test_an_ablation_changes_one_setting_of_the_recipe_before_it_or_of_the_embed
     for base in (
         [],
         ["@configs/cifar10_resnet18.args", os.getcwd()],
-    ):  # found in the repository from anywhere
+    ):  # paths in the repository work from any folder
         before, after = vars(parse(*base)), vars(parse(*base, f"@{path}"))
         assert sum(before[name] != after[name] for name in after) == (path.stem != "base")
 
@@ -372,7 +376,7 @@ def test_a_recipe_here_is_preferred_to_the_repositorys(tmp_path):
     assert parse("@configs/embedded.args").topk == 3
 
 
-def test_the_recipes_of_the_methods_differ_in_the_method_alone():
+def test_the_recipes_of_the_methods_differ_only_in_the_method():
     base = ROOT / "configs/cifar10_resnet18.args"
     for method in ("nnclr", "mocov3", "mocov2"):
         other = vars(parse(*recipe(base.with_stem(f"{base.stem}_{method}"))))
@@ -518,7 +522,7 @@ def test_batch_larger_than_the_data_set_is_refused_and_nothing_is_left(images):
 
 
 @pytest.mark.parametrize("flags", [[], ["--resume", "auto"]])
-def test_a_probe_in_the_workdir_of_a_pretraining_run_is_refused_and_that_stays_as_it_is(
+def test_a_probe_in_the_workdir_of_a_pretraining_run_is_refused_and_the_folder_is_not_changed(
     flags, images, run
 ):
     before, checkpoint = content(run), run / "checkpoint_last.pth.tar"
@@ -537,7 +541,7 @@ def test_a_probe_in_the_workdir_of_a_pretraining_run_is_refused_and_that_stays_a
 
 
 @pytest.mark.parametrize("flags", [[], ["--resume", "elsewhere.pth.tar"]])
-def test_workdir_of_another_run_is_refused_and_stays_as_it_is(flags, images, run):
+def test_workdir_of_another_run_is_refused_and_not_changed(flags, images, run):
     shutil.copy(run / "checkpoint_last.pth.tar", "elsewhere.pth.tar")
     before = content(run)
     assert "holds another run" in refused(
@@ -573,7 +577,7 @@ def test_resume_auto_without_workdir_is_refused():
     assert "--workdir" in refused("--resume", "auto")
 
 
-def test_without_a_whole_checkpoint_the_run_is_refused_and_stays_as_it_is(images, run):
+def test_without_a_readable_checkpoint_the_run_is_refused_and_not_changed(images, run):
     for name in ("last", "last-1"):
         path = run / f"checkpoint_{name}.pth.tar"
         path.write_bytes(path.read_bytes()[:5000])
@@ -594,7 +598,7 @@ def test_without_a_whole_checkpoint_the_run_is_refused_and_stays_as_it_is(images
         ("--crop-min 0.5", "crop_min 0.08 -> 0.5"),
     ],
 )
-def test_checkpoint_of_other_settings_is_refused_and_the_run_stays_as_it_is(
+def test_checkpoint_of_other_settings_is_refused_and_the_run_is_not_changed(
     flags, named, images, run
 ):
     before = content(run)
@@ -604,12 +608,12 @@ def test_checkpoint_of_other_settings_is_refused_and_the_run_stays_as_it_is(
     assert content(run) == before
 
 
-def test_resume_auto_begins_where_there_is_nothing_yet(images):
+def test_resume_auto_starts_a_new_run_in_an_empty_folder(images):
     main_snclr.main(tiny(images, "--workdir", "new", "--resume", "auto", "--stop-after-steps", 1))
     assert Path("new/checkpoint_last.pth.tar").exists()
 
 
-def test_checkpoint_named_without_its_folder_goes_on_in_the_current_one(images, run, monkeypatch):
+def test_checkpoint_named_without_a_folder_is_resumed_in_the_current_one(images, run, monkeypatch):
     monkeypatch.chdir(run)
     main_snclr.main(tiny(images, "--resume", "checkpoint_last.pth.tar"))
 
@@ -619,7 +623,7 @@ def test_checkpoint_named_without_its_folder_goes_on_in_the_current_one(images, 
 
 @pytest.fixture
 def process(tmp_path):
-    """Runs a command in which importing torch fails: whatever it answers, it answers without."""
+    """Run a command in a process in which importing torch fails."""
     poison = tmp_path / "poison"
     poison.mkdir()
     (poison / "torch.py").write_text("raise ImportError('torch was imported')")

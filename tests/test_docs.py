@@ -29,7 +29,7 @@ LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def heading_anchor(heading):
-    """As GitHub makes it."""
+    """The anchor that GitHub gives to a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
@@ -55,7 +55,7 @@ def test_the_method_names_functions_of_the_files_that_it_links_to():
 
 
 def test_lines_are_at_most_100_columns():
-    """Of prose and commands; a row of a table, an image and a formula cannot be broken."""
+    """Rows of tables, images and formulas are exempt: they cannot be broken."""
     too_long = [
         f"{path.name}:{number}"
         for path in [*PAGES, *ROOT.glob("configs/**/*.args")]
@@ -65,7 +65,7 @@ def test_lines_are_at_most_100_columns():
     assert too_long == []
 
 
-def test_no_figure_is_left_open():
+def test_no_page_has_an_open_figure():
     assert [path.name for path in PAGES if re.search(r"@[A-Z]+@|TODO", path.read_text())] == []
 
 
@@ -105,7 +105,7 @@ def test_the_list_of_files_is_that_of_the_package():
     assert sorted(listed) == sorted(name for name in files if "__init__" not in name)
 
 
-def test_public_functions_say_their_types():
+def test_public_functions_have_type_annotations():
     bare = []
     for path in ROOT.glob("snclr/**/*.py"):
         top = ast.parse(path.read_text()).body
@@ -160,6 +160,16 @@ FLAGS = ["--stop-after-steps=2", "--print-freq=1", "--eval-freq=0", "--amp=off",
 EXAMPLES = ("objective", "loss term", "augmentation", "optimiser", "backbone", "data set")
 
 
+DRAW = """
+import numpy as np, torch
+from snclr import augment
+recipe = augment.Recipe(0, augment.moco_v3_views(32, 0.2, True))
+sides = np.full(2000, 32)
+boxes, drawn = augment.draw(recipe, 3, np.arange(2000), np.arange(2000) % 2, sides, sides)
+torch.save([torch.from_numpy(boxes), *drawn], "draws.pt")
+"""
+
+
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
     """A copy of the repository with the edits of the page, in which its commands ran two steps.
@@ -173,7 +183,7 @@ def extended(tmp_path_factory):
     page = EXTENDING.read_text()
     edits = [(path, old, new) for path, old, new in REPLACE.findall(page)]
     edits += [(path, anchor, new + anchor) for path, anchor, new in ADD.findall(page)]
-    assert len(edits) == len(re.findall(r"^In `", page, re.MULTILINE))  # all have been understood
+    assert len(edits) == len(re.findall(r"^In `", page, re.MULTILINE))  # no edit was missed
     for path, old, new in edits:
         source = (copy / path).read_text()
         assert source.count(old) == 1, f"{path} has {old!r} {source.count(old)} times"
@@ -185,6 +195,7 @@ def extended(tmp_path_factory):
         (command,) = COMMAND.findall(section)
         run = [*command.split(), *FLAGS, "--workdir", str(copy / name)]
         script += f"print('{name}:', flush=True)\nmain_snclr.main({run})\n"
+    script += DRAW  # in the same process
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=copy, env=environment, capture_output=True, text=True
@@ -213,24 +224,11 @@ def test_the_example_of_a_loss_term_is_logged_and_in_the_loss(extended):
     assert all(line["loss_ratio"] is None for line in lines)  # there is a term beside the objective
 
 
-DRAW = """
-import numpy as np, torch
-from snclr import augment
-recipe = augment.Recipe(0, augment.moco_v3_views(32, 0.2, True))
-sides = np.full(2000, 32)
-boxes, drawn = augment.draw(recipe, 3, np.arange(2000), np.arange(2000) % 2, sides, sides)
-torch.save([torch.from_numpy(boxes), *drawn], "draws.pt")
-"""
-
-
-def test_the_example_of_an_augmentation_changes_no_other_draw(extended, tmp_path):
-    """It is drawn for a fifth of the second views, after all that was drawn before."""
-    draws = []
-    for root in (ROOT, extended[0]):
-        environment = os.environ | {"PYTHONPATH": str(root)}
-        subprocess.run([sys.executable, "-c", DRAW], cwd=tmp_path, env=environment, check=True)
-        draws.append(torch.load(tmp_path / "draws.pt"))
-    before, (*after, posterized) = draws
+def test_the_example_of_an_augmentation_changes_no_other_draw(extended, tmp_path, monkeypatch):
+    """It is drawn for a fifth of the second views, after all other draws."""
+    monkeypatch.chdir(tmp_path)
+    exec(DRAW, {})
+    before, (*after, posterized) = torch.load("draws.pt"), torch.load(extended[0] / "draws.pt")
     assert all(map(torch.equal, before, after)) and len(before) == len(after)
     first, second = posterized.view(-1, 2).float().mean(dim=0)
     assert first == 0 and abs(second - 0.2) < 0.04

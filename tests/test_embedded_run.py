@@ -1,4 +1,4 @@
-"""The promise of `bash start.sh`, whole: minutes a run, hence on demand (bash tests/run.sh -m slow)."""
+"""The run of `bash start.sh` on the embedded images learns (minutes each)."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_the_embedded_run_learns(tmp_path, amp, seed):
-    """bf16 is emulated, many times slower, on CPUs without it."""
+    """On CPUs without bfloat16 it is emulated, many times slower."""
     flags = ["--amp", amp, "--seed", str(seed), "--workdir", str(tmp_path)]
     subprocess.run([sys.executable, str(ROOT / "main_snclr.py"), *flags], check=True)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -5,8 +5,7 @@ import pytest
 import torch
 from sample_images import save_folder
 from test_backbones import build
-from test_linear import float64, images, interrupted_after, pretrained  # noqa: F401 - fixtures
-from test_ranks import start_ranks
+from test_linear import interrupted_after
 
 import main_lincls
 from snclr.evaluation import features, finetune
@@ -17,7 +16,7 @@ from snclr.weights import load as weights
 TUNE = "--finetune --epochs 3 -b 8 -j 0 --amp off"
 
 
-def tune(images, pretrained, workdir, *flags):  # noqa: F811
+def tune(images, pretrained, workdir, *flags):
     main_lincls.main(
         [
             str(images),
@@ -78,21 +77,6 @@ def test_resumed_fine_tuning_equals_the_uninterrupted_one(
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
 
 
-def test_two_ranks_fine_tune_as_one_does(images, pretrained, tmp_path, float64):  # noqa: F811
-    command = (
-        f"main_lincls:float64:{images} --pretrained {pretrained} {TUNE} --workdir {tmp_path}/2"
-    )
-    start_ranks(2, tmp_path, [command])
-    tune(images, pretrained, tmp_path / "1")
-    one, two = state(tmp_path / "1"), state(tmp_path / "2")
-    for name, tensor in one.items():
-        if tensor.is_floating_point():
-            assert (
-                tensor.dtype == torch.float64
-                and (two[name] - tensor).norm() < 1e-8 * tensor.norm() + 1e-8
-            ), name
-
-
 def test_an_untrained_encoder_starts_at_random_and_pixels_are_a_baseline_too(
     images, pretrained, tmp_path
 ):
@@ -147,7 +131,7 @@ def test_a_fraction_of_the_labels_is_balanced_and_the_same_each_time(
     assert first["label_fraction"] == flags[1]
 
 
-def test_a_list_of_names_chooses_the_training_images(pretrained, tmp_path):  # noqa: F811
+def test_a_list_of_names_chooses_the_training_images(pretrained, tmp_path):
     for sizes in (
         [(32, 32)] * 24,
         [(32, 33)] * 12 + [(32, 32)] * 12,
@@ -184,7 +168,7 @@ def test_a_list_of_names_chooses_the_training_images(pretrained, tmp_path):  # n
         ("--lr 0", "--lr must be above 0"),
     ],
 )
-def test_a_wrong_flag_gives_one_line(images, pretrained, tmp_path, flags, message):  # noqa: F811
+def test_a_wrong_flag_gives_one_line(images, pretrained, tmp_path, flags, message):
     with pytest.raises(UsageError) as caught:
         tune(images, pretrained, tmp_path / "w", *flags.split())
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -247,7 +231,7 @@ def test_rates_fall_from_layer_to_layer():
         finetune.build_optimizer(finetune.Classifier(build("resnet8"), 5), "sgd", 1, 1, 0, 0.5)
 
 
-def test_transfer_to_a_torchvision_set_of_photographs(pretrained, tmp_path):  # noqa: F811
+def test_transfer_to_a_torchvision_set_of_photographs(pretrained, tmp_path):
     from test_sources import save_pets
 
     save_pets(tmp_path)

@@ -1,10 +1,9 @@
-"""What a GPU is asked to do, on a pretended one: the same results as on a CPU, and no step that
-makes the host wait.
-"""
+"""The code for GPUs, run on a pretended one: equal results, and no step makes the host wait."""
 
 import contextlib
 import importlib
 import json
+import shlex
 import sys
 from functools import partial
 
@@ -26,9 +25,10 @@ from snclr.evaluation.options import STATE_FILE
 from snclr.running import checkpoint, distributed, process_group, tensor_files
 
 RUN = (
-    "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 1000 --topk 3 --epochs 2 -b 12 "
-    "--optimizer lars --lr 0.1 --workers 0 --print-freq 100 --eval-freq 0 --viz-freq 0"  # 2 steps an epoch
-)
+    "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 1000 "
+    "--topk 3 --epochs 2 -b 12 --optimizer lars --lr 0.1 --workers 0 --print-freq 100 "
+    "--eval-freq 0 --viz-freq 0"
+)  # 2 steps an epoch
 VARIANTS = (
     "--eval-freq 1 --viz-freq 1",
     "--form log_of_sum --optimizer adamw",
@@ -41,9 +41,10 @@ VARIANTS = (
     "--micro-batch 3",
     "--grad-checkpointing",
     "--arch vit_tiny --patch-size 16",
-    "--arch timm:test_efficientnet --img-size 80 --blur",  # larger than what a CPU augments in batches
+    # larger than what a CPU augments in batches
+    "--arch timm:test_efficientnet --img-size 80 --blur",
 )
-NO_OP = "ignore:.*which is a no-op"  # said of copies to the meta device, which ours is not
+NO_OP = "ignore:.*which is a no-op"  # a warning about copies to the meta device
 PROBES = (
     ("vit", "--lrs 0.1 1"),
     ("resnet", "--lrs 0.1 1 --cache-features --cache-copies 2 --select val"),
@@ -54,7 +55,7 @@ PROBES = (
 
 @pytest.fixture(scope="module", autouse=True)
 def doubles():
-    """So that the order of a sum is no matter."""
+    """Use float64, so that the order of sums hardly matters."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -97,7 +98,7 @@ def accelerated(monkeypatch):
             for sizes in (objectives.CHUNK_ELEMENTS, memory_bank.COSINES, memory_bank.CHUNK):
                 patch.setitem(
                     sizes, DEVICE.type, 2**12
-                )  # several blocks, as a GPU would have of larger things
+                )  # several blocks, as on a GPU with larger sizes
             yield accelerator
 
     return block
@@ -126,11 +127,11 @@ def watch(monkeypatch, accelerator, begin, ends):
     return waited
 
 
-def assert_close(found, expected):
-    assert found.keys() == expected.keys()
+def assert_close(actual, expected):
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name], value, rtol=1e-9, atol=1e-9, msg=lambda told, name=name: f"{name}: {told}"
+            actual[name], value, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -158,7 +159,7 @@ def test_a_run_is_that_of_a_cpu_and_its_steps_do_not_wait(
     )
     for one, other in zip(
         gpu, cpu, strict=True
-    ):  # of the last step and, where there is one, of the evaluation after it
+    ):  # of the last step, and of the evaluation after it if there is one
         assert one.keys() == other.keys()
         for name, value in other.items():
             assert one[name] == (
@@ -204,7 +205,7 @@ def test_ranks_exchange_what_is_on_the_device_and_do_not_wait(
     assert len(exchanged) > 20 and all(isinstance(x, Remote) for x in exchanged)
 
 
-def test_a_bank_in_bfloat16_is_that_of_a_cpu_and_nobody_waits_for_it(accelerated):
+def test_a_bank_in_bfloat16_equals_that_of_a_cpu_and_the_host_does_not_wait(accelerated):
     keys, queries = torch.randn(700, 16), torch.randn(8, 16)
 
     def found_on(device):
@@ -226,9 +227,7 @@ def test_a_bank_in_bfloat16_is_that_of_a_cpu_and_nobody_waits_for_it(accelerated
     cpu = found_on("cpu")
     with accelerated() as accelerator:
         gpu = to_host(found_on(DEVICE))
-    assert not [
-        place for place in accelerator.waits if ".py" in place
-    ]  # the bank itself is put there by this test
+    assert not [line for line in accelerator.waits if ".py" in line]  # this test moves the bank
     assert torch.equal(gpu[1], cpu[1])
     for one, other in zip(gpu, cpu, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
@@ -236,7 +235,7 @@ def test_a_bank_in_bfloat16_is_that_of_a_cpu_and_nobody_waits_for_it(accelerated
 
 @pytest.fixture(scope="module")
 def pretrained(folder, tmp_path_factory):
-    """A checkpoint each of a ResNet and of a ViT."""
+    """A checkpoint of a ResNet and one of a ViT."""
     out = tmp_path_factory.mktemp("runs")
     for name, flags in {"resnet": "", "vit": "--arch vit_tiny --patch-size 8"}.items():
         main_snclr.main(
@@ -304,7 +303,7 @@ def test_a_benchmark_runs_there(name, folder, tmp_path, monkeypatch, capsys, acc
         test_benchmarks.RUNS[name],
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [name, *flags.format(folder=folder).split()])
+    monkeypatch.setattr(sys, "argv", [name, *shlex.split(flags.format(folder=folder))])
     monkeypatch.setattr(step, "autocast", main_snclr.autocast)
     torch.set_default_dtype(torch.float32)
     try:
@@ -312,5 +311,5 @@ def test_a_benchmark_runs_there(name, folder, tmp_path, monkeypatch, capsys, acc
             module.main()
     finally:
         torch.set_default_dtype(torch.float64)
-    told = capsys.readouterr().out
-    assert all(side in told for side in expected)
+    output = capsys.readouterr().out
+    assert all(row in output for row in expected)

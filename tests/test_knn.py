@@ -345,7 +345,7 @@ def test_calibration_in_several_batches_comes_close_to_all_statistics(count):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_calibration_leaves_the_original_as_it_was(training):
+def test_calibration_does_not_change_the_original(training):
     encoder = encoder_with_other_statistics().train(training)
     before = copy.deepcopy(encoder.state_dict())
     calibrated = knn.calibrated_copy(encoder, noise_images(20), **LOADER_ARGS)

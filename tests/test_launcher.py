@@ -1,4 +1,4 @@
-"""start.sh as its users call it, with stand-ins for nvidia-smi, srun and scontrol."""
+"""start.sh with replacements for nvidia-smi, srun and scontrol."""
 
 import json
 import os
@@ -10,19 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_ranks import SMALL, free_ports, write_images
+from test_ranks import SMALL, free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [*SMALL.split(), "--stop-after-steps", "2", "--eval-freq", "0"]
 
-# runs its command once a node, as srun would: the environment of a task of a step
+# runs its command once per node with the environment of a task, as srun does
 SRUN = """#!/usr/bin/env bash
 echo "srun $*" >> "$STUB_LOG"
 while [[ $1 == --* ]]; do shift; done
 pids=()
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
-  SLURM_STEP_ID=0 SLURM_STEP_NUM_NODES=$SLURM_JOB_NUM_NODES SLURM_STEP_NODELIST=$SLURM_JOB_NODELIST \
-    SLURM_NODEID=$node SLURM_PROCID=$node "$@" &
+  SLURM_STEP_ID=0 SLURM_STEP_NUM_NODES=$SLURM_JOB_NUM_NODES \
+    SLURM_STEP_NODELIST=$SLURM_JOB_NODELIST SLURM_NODEID=$node SLURM_PROCID=$node "$@" &
   pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid" || exit $?; done
@@ -201,7 +201,7 @@ def test_inside_a_step_the_node_takes_its_part(start):
     ]
 
 
-def test_the_shell_of_salloc_starts_srun_also_where_it_is_a_step_itself(start):
+def test_the_shell_of_salloc_starts_srun_also_if_it_is_a_step(start):
     command = dry(
         start, **SLURM, SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_NODES="1", SLURM_NODEID="0"
     )
@@ -242,7 +242,7 @@ def test_a_dry_run_neither_runs_nor_installs(start, tmp_path):
 @pytest.mark.parametrize(
     "environment, named",
     [
-        ({"NNODES": "2"}, "NODE_RANK must be 0 .. 1, another one on each machine"),
+        ({"NNODES": "2"}, "NODE_RANK must be 0 .. 1, different on each machine"),
         ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK must be 0 .. 1 with NNODES=2, found 2"),
         ({"NNODES": "2", "NODE_RANK": "-1"}, "NODE_RANK must be a whole number, found '-1'"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR must name the machine of NODE_RANK 0"),
@@ -273,7 +273,7 @@ def test_wrong_settings_are_answered_in_one_line(start, environment, named):
     )
 
 
-def test_a_port_in_use_is_said(start):
+def test_a_port_in_use_is_an_error(start):
     with socket.socket() as server:
         server.bind(("", 0))
         server.listen()
@@ -284,18 +284,13 @@ def test_a_port_in_use_is_said(start):
     )
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
 def losses(workdir):
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="module")
-def alone(images, tmp_path_factory):
+def single_process(images, tmp_path_factory):
     """The losses of one process."""
     workdir = tmp_path_factory.mktemp("alone")
     command = [sys.executable, MAIN, str(images), *TRAIN, "--workdir", str(workdir / "run")]
@@ -303,7 +298,7 @@ def alone(images, tmp_path_factory):
     return losses(workdir / "run")
 
 
-def test_two_machines_give_the_losses_of_one_process(start, images, tmp_path, alone):
+def test_two_machines_give_the_losses_of_one_process(start, images, tmp_path, single_process):
     (port,) = free_ports(1)
     environment = {
         "NNODES": "2",
@@ -317,12 +312,14 @@ def test_two_machines_give_the_losses_of_one_process(start, images, tmp_path, al
     ]
     outputs = [node.communicate(timeout=200) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-4)
+    assert losses(tmp_path / "run") == pytest.approx(single_process, rel=1e-4)
     assert json.loads((tmp_path / "run/args.json").read_text())["world_size"] == 2
-    assert "step 2/10" in outputs[1][0] and "step" not in outputs[0][0]  # node 0 speaks
+    assert "step 2/10" in outputs[1][0] and "step" not in outputs[0][0]  # only node 0 prints
 
 
-def test_a_slurm_job_of_two_nodes_gives_the_losses_of_one_process(start, images, tmp_path, alone):
+def test_a_slurm_job_of_two_nodes_gives_the_losses_of_one_process(
+    start, images, tmp_path, single_process
+):
     done = start(
         images,
         *TRAIN,
@@ -332,7 +329,7 @@ def test_a_slurm_job_of_two_nodes_gives_the_losses_of_one_process(start, images,
         **{**SLURM, "SLURM_JOB_ID": str(os.getpid())},
     )
     assert done.returncode == 0, done.err
-    assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-4)
+    assert losses(tmp_path / "run") == pytest.approx(single_process, rel=1e-4)
     assert (tmp_path / "log").read_text().count("srun") == 1 and done.out.count("step 2/10") == 1
 
 

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_ranks import SMALL, start_ranks, write_images
 from torch import nn
 
 import main_lincls
-import main_snclr
 from snclr import augment
 from snclr.datasets import sources
 from snclr.evaluation import cache, confusion, features, knn, linear
@@ -25,13 +23,6 @@ from snclr.weights import load as weights
 
 RATES, DIMS, CLASSES = (0.01, 0.3, 2.0), {"token": 4, "token+mean": 7}, 5
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 # -- the grid of heads -------------------------------------------------------------------------
@@ -53,7 +44,7 @@ def train_one_head(grid, kind, norm, rate, steps, factors):
     return layer, normalise.eval()
 
 
-def test_each_head_of_the_grid_equals_training_it_alone(float64):
+def test_each_head_of_the_grid_equals_a_head_trained_separately(float64):
     torch.manual_seed(0)
     steps = [(torch.randn(12, 7) * 3 + 1, torch.randint(CLASSES, (12,))) for _ in range(9)]
     factors = [1.0, 0.9, 0.7, 0.5, 0.5, 0.3, 0.2, 0.1, 0.0]
@@ -186,31 +177,6 @@ def test_the_digest_sees_every_bit():
     assert features.digest(module) != changed
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module", params=["resnet8", "vit_tiny"])
-def pretrained(request, images, tmp_path_factory):
-    """A checkpoint after two steps."""
-    workdir = tmp_path_factory.mktemp(request.param)
-    flags = SMALL.replace("resnet8", request.param).split()
-    main_snclr.main(
-        [
-            str(images),
-            *flags,
-            "--eval-freq",
-            "0",
-            "--stop-after-steps",
-            "2",
-            "--workdir",
-            str(workdir),
-        ]
-    )
-    return workdir / "checkpoint_last.pth.tar"
-
-
 PROBE = "--epochs 4 -b 8 -j 0 --lrs 0.01 0.1 1 --amp off"
 
 
@@ -267,11 +233,11 @@ def test_a_probe_writes_its_results(images, pretrained, tmp_path, capsys):
 
 
 def interrupted_after(epochs):
-    """state.save, and then a Ctrl-C after so many epochs."""
+    """A state.save that raises KeyboardInterrupt after so many epochs."""
     saves, save = [], evaluation_state.save
 
-    def interrupted(*arguments, **named):
-        save(*arguments, **named)
+    def interrupted(*args, **kwargs):
+        save(*args, **kwargs)
         saves.append(1)
         if len(saves) == epochs:
             raise KeyboardInterrupt
@@ -295,7 +261,7 @@ def test_a_resumed_probe_equals_the_uninterrupted_one(images, pretrained, tmp_pa
         probe(images, pretrained, tmp_path / "parts", "--resume", "auto", "--seed", 1)
 
 
-def test_a_head_has_the_same_result_in_a_grid_and_alone(images, pretrained, tmp_path):
+def test_a_head_has_the_same_result_in_a_grid_and_separately(images, pretrained, tmp_path):
     grid = {
         (h["features"], h["norm"]): h
         for h in probe(images, pretrained, tmp_path / "grid")["heads"]
@@ -303,25 +269,6 @@ def test_a_head_has_the_same_result_in_a_grid_and_alone(images, pretrained, tmp_
     }
     single = probe(images, pretrained, tmp_path / "single", "--lrs", 0.1)["heads"]
     assert [grid[head["features"], head["norm"]] for head in single] == single
-
-
-def test_two_ranks_have_the_results_of_one(images, pretrained, tmp_path, float64):
-    flags = {"fresh": [], "cached": ["--cache-features"]}
-    command = (
-        f"main_lincls:float64:{images} --pretrained {pretrained} {PROBE} --workdir {tmp_path}/2"
-    )
-    start_ranks(2, tmp_path, [f"{command}/{name} {' '.join(more)}" for name, more in flags.items()])
-    for name, more in flags.items():
-        one = probe(images, pretrained, tmp_path / "1" / name, *more)
-        assert comparable(
-            json.loads((tmp_path / "2" / name / "results.json").read_text())
-        ) == comparable(one)
-        states = [
-            torch.load(tmp_path / n / name / "lincls_last.pth.tar", weights_only=True)["model"]
-            for n in "12"
-        ]
-        for key, tensor in states[0].items():
-            torch.testing.assert_close(states[1][key], tensor, rtol=1e-9, atol=1e-9)
 
 
 def test_cached_features_on_disk_equal_those_in_memory_and_are_used_again(
@@ -491,6 +438,17 @@ def test_the_best_epoch_survives_an_interruption(images, pretrained, tmp_path, m
     assert len(histories[0]) == 3 and histories[0] == histories[1]
 
 
+@pytest.mark.parametrize("history", [[], [50.0], "50", None])
+def test_a_state_without_the_accuracy_of_each_epoch_is_refused(
+    images, pretrained, tmp_path, history
+):
+    published(images, pretrained, tmp_path)
+    path = tmp_path / "lincls_last.pth.tar"
+    torch.save(torch.load(path, weights_only=True) | {"history": history}, path)
+    with pytest.raises(UsageError, match=r"lincls_last\.pth\.tar .*choose a new --workdir"):
+        published(images, pretrained, tmp_path, "--resume", "auto")
+
+
 def test_the_chosen_head_is_trained_again_on_all_images(images, pretrained, tmp_path, float64):
     plain = probe(images, pretrained, tmp_path / "plain")
     result = probe(images, pretrained, tmp_path / "w", "--retrain")
@@ -516,7 +474,7 @@ def test_the_chosen_head_is_trained_again_on_all_images(images, pretrained, tmp_
     assert result["retrained_top1"] == pytest.approx(history[-1])
 
 
-def test_an_interrupted_retraining_goes_on(images, pretrained, tmp_path, monkeypatch):
+def test_an_interrupted_retraining_is_resumed(images, pretrained, tmp_path, monkeypatch):
     whole = probe(images, pretrained, tmp_path / "whole", "--retrain")
     with monkeypatch.context() as patch:
         patch.setattr(evaluation_state, "save", interrupted_after(6))

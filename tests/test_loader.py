@@ -294,7 +294,7 @@ def damage(path, kind):
 def assert_stopped_with_one_clear_line(run):
     with pytest.raises(RunError, match=r"cannot read image \S*broken\.png") as caught:
         run()
-    traceback.clear_frames(caught.tb)  # they hold the loader, whose workers would be waited for
+    traceback.clear_frames(caught.tb)  # they hold the loader, and pytest would wait for its workers
     for unclear in ("\n", "Traceback", "np.str_"):
         assert unclear not in str(caught.value)
 
@@ -355,19 +355,19 @@ def test_evaluation_sees_the_central_seven_eighths(tmp_path, kind, height, width
     originals = [rgb(picture(height, width, seed)).to(torch.uint8) for seed in range(3)]
     whole = as_sets(originals)[kind](tmp_path).whole(np.array([2, 0]), size)
     side = round(min(height, width) * 7 / 8)
-    for image, found in zip([originals[2], originals[0]], whole, strict=True):
+    for image, actual in zip([originals[2], originals[0]], whole, strict=True):
         expected = F.resize(
             F.center_crop(image, side), [size, size], InterpolationMode.BILINEAR, antialias=True
         )
         if (height - side) % 2 == 0 and (
             width - side
         ) % 2 == 0:  # else torchvision may cut half a pixel elsewhere
-            assert levels_apart(found, expected) <= 1
+            assert levels_apart(actual, expected) <= 1
         top, left = (height - side) // 2, (width - side) // 2
         expected = F.resized_crop(
             image, top, left, side, side, [size, size], InterpolationMode.BILINEAR, antialias=True
         )
-        assert levels_apart(found, expected) <= 1
+        assert levels_apart(actual, expected) <= 1
 
 
 @pytest.mark.parametrize("kind", ["resident", "files"])
@@ -395,7 +395,7 @@ def test_whole_images_come_normalised_in_order_and_in_chunks(tmp_path, kind, wor
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library does not say what it keeps"
 )
 def test_freed_memory_is_kept_for_the_next_views():
-    program = """if True:  # asks the allocator itself: not every system counts page faults
+    program = """if True:  # reads the allocator's counters: not every system counts page faults
         import ctypes, numpy
         from snclr.running.workers import keep_freed_memory
         names = "arena ordblks smblks hblks hblkhd usmblks fsmblks".split()

@@ -49,15 +49,15 @@ def test_search_equals_the_exhaustive_one(rows, exclude, chunk, k, on_host, monk
     monkeypatch.setattr(memory_bank, "on_host", lambda _: on_host)
     bank = filled_bank(rows=rows)
     queries, ids = torch.randn(9, 6, dtype=torch.float64), torch.arange(9)
-    scores, found = bank.search(queries, k, ids if exclude else None, chunk=chunk)
+    scores, actual = bank.search(queries, k, ids if exclude else None, chunk=chunk)
     expected = oracles.neighbours(
         queries, bank.features, bank.ids, int(bank.filled), k, ids if exclude else None
     )
-    assert torch.equal(found, expected)
-    valid = found >= 0
+    assert torch.equal(actual, expected)
+    valid = actual >= 0
     assert torch.equal(scores == float("-inf"), ~valid)
     cosines = normalize(queries, dim=1) @ bank.features.T
-    torch.testing.assert_close(scores[valid], cosines.gather(1, found.clamp(min=0))[valid])
+    torch.testing.assert_close(scores[valid], cosines.gather(1, actual.clamp(min=0))[valid])
 
 
 def test_an_old_copy_of_the_query_is_its_own_neighbour_only_without_exclusion():
@@ -67,7 +67,7 @@ def test_an_old_copy_of_the_query_is_its_own_neighbour_only_without_exclusion():
     assert torch.equal(rows[:, 0], torch.arange(8))
     _, rows = bank.search(queries, 20, ids)
     assert (bank.ids[rows] != ids[:, None])[rows >= 0].all()
-    bank.ids.fill_(3)  # nothing but copies
+    bank.ids.fill_(3)  # only copies
     _, rows = bank.search(queries, 2, torch.full((8,), 3))
     assert (rows == -1).all()
 

@@ -84,15 +84,15 @@ def metrics_by_loops(view, ids, labels):
 def test_neighbour_metrics_equal_the_loops(batch, k, seed, unlabelled):
     view = shown(batch, k, seed=seed)
     ids, labels = torch.arange(batch) + 5, torch.arange(40) % 3 - int(unlabelled)
-    found = step_metrics(torch.tensor(2.0), view, ids, labels, **SNCLR)
+    metrics = step_metrics(torch.tensor(2.0), view, ids, labels, **SNCLR)
     similarity, entropy, purity = metrics_by_loops(view, ids, labels)
-    assert found["neighbour_similarity"] == pytest.approx(similarity, rel=1e-6)
-    assert found["positiveness_entropy"] == pytest.approx(entropy, rel=1e-6)
-    assert found["neighbour_purity"] == pytest.approx(purity, rel=1e-12)
-    assert found["distinct_rows"] == sum(count > 0 for count in view.counts.tolist())
-    assert found["largest_count"] == max(view.counts.tolist())
-    assert found["bank_fill"] == 0.5
-    assert json.loads(json.dumps(found)) == found  # plain numbers, ready for a line of JSON
+    assert metrics["neighbour_similarity"] == pytest.approx(similarity, rel=1e-6)
+    assert metrics["positiveness_entropy"] == pytest.approx(entropy, rel=1e-6)
+    assert metrics["neighbour_purity"] == pytest.approx(purity, rel=1e-12)
+    assert metrics["distinct_rows"] == sum(count > 0 for count in view.counts.tolist())
+    assert metrics["largest_count"] == max(view.counts.tolist())
+    assert metrics["bank_fill"] == 0.5
+    assert json.loads(json.dumps(metrics)) == metrics  # plain numbers, ready for a line of JSON
 
 
 @pytest.mark.parametrize("k", [2, 3, 30])
@@ -102,10 +102,10 @@ def test_entropy_is_one_for_uniform_weights_and_zero_for_a_single_positive(k):
         neighbour_ids=torch.zeros(6, k, dtype=torch.long), scores=torch.zeros(6, k)
     )
     for weights, expected in ((torch.full((6, k), 1 / k), 1), (torch.eye(k)[0].expand(6, k), 0)):
-        found = step_metrics(
+        metrics = step_metrics(
             torch.tensor(2.0), view._replace(weights=weights), torch.arange(6), None, **SNCLR
         )
-        assert found["positiveness_entropy"] == pytest.approx(expected, abs=1e-6)
+        assert metrics["positiveness_entropy"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_entropy_is_of_the_shares_that_a_threshold_leaves():
@@ -113,15 +113,15 @@ def test_entropy_is_of_the_shares_that_a_threshold_leaves():
         neighbour_ids=torch.zeros(6, 4, dtype=torch.long), scores=torch.zeros(6, 4)
     )
     left = view._replace(weights=torch.tensor([0.3, 0.3, 0, 0]).expand(6, 4))
-    found = step_metrics(torch.tensor(2.0), left, torch.arange(6), None, **SNCLR)
-    assert found["positiveness_entropy"] == pytest.approx(0.5, abs=1e-6)
+    metrics = step_metrics(torch.tensor(2.0), left, torch.arange(6), None, **SNCLR)
+    assert metrics["positiveness_entropy"] == pytest.approx(0.5, abs=1e-6)
 
 
-def test_entropy_is_undefined_where_nobody_has_two_neighbours():
+def test_entropy_is_undefined_if_no_image_has_two_neighbours():
     view = shown(k=1)
-    found = step_metrics(torch.tensor(2.0), view, torch.arange(6), None, **SNCLR)
-    assert found["positiveness_entropy"] is None
-    assert found["neighbour_similarity"] == pytest.approx(
+    metrics = step_metrics(torch.tensor(2.0), view, torch.arange(6), None, **SNCLR)
+    assert metrics["positiveness_entropy"] is None
+    assert metrics["neighbour_similarity"] == pytest.approx(
         view.scores[view.neighbour_ids >= 0].mean().item()
     )
 
@@ -154,9 +154,9 @@ def test_step_without_any_neighbour_has_no_neighbour_metrics(k):
             weights=torch.zeros(6, k),
             counts=torch.zeros(20, dtype=torch.int32),
         )
-    found = step_metrics(torch.tensor(2.0), view, torch.arange(6), torch.arange(40), **SNCLR)
-    assert not (NEIGHBOUR_METRICS | {"bank_fill"}) & set(found)
-    assert all(math.isfinite(value) for value in found.values())
+    metrics = step_metrics(torch.tensor(2.0), view, torch.arange(6), torch.arange(40), **SNCLR)
+    assert not (NEIGHBOUR_METRICS | {"bank_fill"}) & set(metrics)
+    assert all(math.isfinite(value) for value in metrics.values())
 
 
 @pytest.mark.parametrize("dim", [64, 256])
@@ -166,26 +166,26 @@ def test_feature_std_is_one_for_random_directions_of_any_length(dim):
         * torch.rand(2000, 1)
         * 10
     )
-    found = step_metrics(
+    metrics = step_metrics(
         torch.tensor(2.0), without_neighbours(projection), torch.arange(2000), None, **SNCLR
     )
-    assert found["feature_std"] == pytest.approx(1, abs=0.01)
+    assert metrics["feature_std"] == pytest.approx(1, abs=0.01)
 
 
 def test_feature_std_is_zero_at_collapse():
     projection = torch.randn(1, 64) * torch.rand(500, 1)  # one direction, many lengths
-    found = step_metrics(
+    metrics = step_metrics(
         torch.tensor(2.0), without_neighbours(projection), torch.arange(500), None, **SNCLR
     )
-    assert found["feature_std"] == pytest.approx(0, abs=1e-5)
+    assert metrics["feature_std"] == pytest.approx(0, abs=1e-5)
 
 
 def test_feature_std_equals_the_loop():
     view = shown()
     unit = normalize(view.projection.double(), dim=1)
     expected = sum(unit[:, d].std(unbiased=False).item() for d in range(16)) / 16 * math.sqrt(16)
-    found = step_metrics(torch.tensor(2.0), view, torch.arange(6), None, **SNCLR)
-    assert found["feature_std"] == pytest.approx(expected, rel=1e-6)
+    metrics = step_metrics(torch.tensor(2.0), view, torch.arange(6), None, **SNCLR)
+    assert metrics["feature_std"] == pytest.approx(expected, rel=1e-6)
 
 
 # -- the loss at chance ----------------------------------------------------------------------------
@@ -228,10 +228,10 @@ def test_loss_at_chance_is_snclrs_loss_where_all_candidates_look_the_same(kind, 
     view = view._replace(
         scores=torch.zeros(5, 3), neighbour_ids=rows, weights=weights, counts=torch.ones(12)
     )
-    found = step_metrics(
+    metrics = step_metrics(
         loss, view, torch.arange(5), None, method="snclr", form=form, temperature=0.3
     )
-    assert found["loss_ratio"] == pytest.approx(1, rel=1e-10)
+    assert metrics["loss_ratio"] == pytest.approx(1, rel=1e-10)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -261,7 +261,7 @@ def test_loss_at_chance_is_mocov2s(filled):
 def test_single_candidate_has_no_chance_level_and_no_ratio(method):
     assert loss_at_chance(method, "sum_of_logs", 0.2, 1, 1.0) is None
     view = without_neighbours(torch.randn(1, 8), num_candidates=1)
-    found = step_metrics(
+    metrics = step_metrics(
         torch.tensor(0.0),
         view,
         torch.arange(1),
@@ -270,7 +270,7 @@ def test_single_candidate_has_no_chance_level_and_no_ratio(method):
         form="log_of_sum",
         temperature=0.2,
     )
-    assert found["loss_ratio"] is None and found["loss"] == 0
+    assert metrics["loss_ratio"] is None and metrics["loss"] == 0
 
 
 # -- metrics.jsonl ---------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_lines_that_are_no_object_with_a_step_are_dropped(odd, tmp_path):
     )
 
 
-def test_later_lines_are_dropped_wherever_they_stand(tmp_path):
+def test_later_lines_are_dropped_at_any_position(tmp_path):
     assert cut(tmp_path / "metrics.jsonl", FIRST[0] + FIRST[2] + FIRST[1], 5) == FIRST[0] + FIRST[1]
 
 
@@ -329,7 +329,7 @@ def test_cutting_back_leaves_no_other_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_each_step_stands_once_after_a_crash_and_a_resume(tmp_path):
+def test_each_step_is_logged_once_after_a_crash_and_a_resume(tmp_path):
     for first, last, resumed in ((1, 7, 0), (5, 9, 4)):
         log = run_log.Log(str(tmp_path), step=resumed, enabled=True)
         for step in range(first, last):
@@ -341,7 +341,7 @@ def test_each_step_stands_once_after_a_crash_and_a_resume(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
-def test_other_ranks_leave_nothing(tmp_path, capsys):
+def test_other_ranks_write_nothing(tmp_path, capsys):
     log = run_log.Log(str(tmp_path), step=0, enabled=False)
     log.progress(3, 0, "epoch")
     log.advance()
@@ -352,10 +352,10 @@ def test_other_ranks_leave_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 
 
-# -- what people read ------------------------------------------------------------------------------
+# -- printed lines ---------------------------------------------------------------------------------
 
 
-def test_settings_are_left_with_command_versions_and_commit(tmp_path):
+def test_settings_are_saved_with_command_versions_and_commit(tmp_path):
     folder = tmp_path / "new" / "run"
     save_settings(str(folder), Namespace(topk=3, data=None), {"world_size": 2})
     settings = json.loads((folder / "args.json").read_text())
@@ -364,26 +364,26 @@ def test_settings_are_left_with_command_versions_and_commit(tmp_path):
 
 
 @pytest.mark.parametrize("done, expected", [(True, "next:"), (False, "--resume auto")])
-def test_farewell_tells_the_result_and_what_to_do_next(done, expected, tmp_path):
+def test_last_lines_report_the_result_and_the_next_commands(done, expected, tmp_path):
     lines = [
         {"epoch": 0, "step": 0, "raw_pixels_knn_top1": 20.04, "knn_top1": 30.0},
         {"epoch": 2, "step": 8, "knn_top1": 55.5},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = final_lines(str(tmp_path), done=done)
-    assert "raw pixels 20.0 %, untrained 30.0 %, epoch 2: 55.5 %" in told
-    assert expected in told
+    printed = final_lines(str(tmp_path), "checkpoint_last.pth.tar", done=done)
+    assert "raw pixels 20.0 %, untrained 30.0 %, epoch 2: 55.5 %" in printed
+    assert expected in printed
 
 
 def test_farewell_without_evaluation_does_not_speak_of_one(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "step": 1, "loss": 2.0}\n')
-    assert "kNN" not in final_lines(str(tmp_path), done=True)
+    assert "kNN" not in final_lines(str(tmp_path), "", done=True)
 
 
 @pytest.mark.parametrize(
     "ratio, purity, expected", [(0.5, None, "(0.50 of chance)"), (None, 0.25, "purity 0.25")]
 )
-def test_training_line_shows_what_is_known(ratio, purity, expected):
+def test_training_line_shows_the_known_metrics(ratio, purity, expected):
     metrics = dict(
         epoch=1,
         step=5,
@@ -404,18 +404,18 @@ def test_training_line_shows_what_is_known(ratio, purity, expected):
 def test_waits_are_the_time_inside_the_blocks_since_the_last_call(monkeypatch):
     clock = iter([1.0, 1.5, 7.0, 7.25, 20.0, 21.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    waits, found = Waits(torch.device("cpu")), []
+    waits, measured = Waits(torch.device("cpu")), []
     for blocks in (2, 1, 0):
         for _ in range(blocks):
             with waits:
                 pass
-        found.append(waits.seconds())
-    assert found == [0.75, 1.0, 0]
+        measured.append(waits.seconds())
+    assert measured == [0.75, 1.0, 0]
 
 
 def test_waits_on_a_gpu_are_between_marks_in_its_own_work(monkeypatch):
     class Event:
-        """One that the GPU passes 2 ms after the one before it, whatever the host does meanwhile."""
+        """An event 2 ms after the one before it on the GPU, whatever the host does."""
 
         passed = 0
 

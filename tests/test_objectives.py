@@ -46,22 +46,22 @@ def check_against_oracle(
     """Loss and both gradients of the fast functions equal the oracle's; returns the gradients
     (query, online).
     """
-    found = []
+    results = []
     for attend, contrast in ((positiveness, fast_loss), (oracles.positiveness, slow_loss)):
         query.grad = online.grad = None
         weights = attend(online, bank, rows, **attention)
         loss = contrast(query, key, bank, rows, weights, temperature, form)
         loss.backward()
-        found.append(
+        results.append(
             (
                 loss.detach(),
                 query.grad,
                 torch.zeros_like(online) if online.grad is None else online.grad,
             )
         )
-    for fast, slow in zip(*found, strict=True):
+    for fast, slow in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, **TIGHT)
-    return found[0][1:]
+    return results[0][1:]
 
 
 def fast_loss(query, key, bank, rows, weights, temperature, form):
@@ -186,18 +186,18 @@ def test_positiveness_is_a_softmax_over_the_valid_rows_and_zero_elsewhere(attent
 def test_neighbours_that_the_caller_gathered_change_nothing(form, attention):
     query, online, key, bank, rows = problem()
     rows[0, 2:] = -1
-    found = []
-    for given in ({}, {"neighbours": objectives.gather_neighbours(bank, rows)}):
-        weights = positiveness(online, bank, rows, **attention, **given)
-        loss = snclr_loss(query, key, bank, rows, weights, temperature=0.2, form=form, **given)
-        found.append(
+    results = []
+    for kwargs in ({}, {"neighbours": objectives.gather_neighbours(bank, rows)}):
+        weights = positiveness(online, bank, rows, **attention, **kwargs)
+        loss = snclr_loss(query, key, bank, rows, weights, temperature=0.2, form=form, **kwargs)
+        results.append(
             torch.stack([loss.expand_as(query), *torch.autograd.grad(loss, (query, online))])
         )
-    assert torch.equal(*found)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("form", objectives.FORMS)
-def test_weights_of_invalid_rows_count_nowhere(form):
+def test_weights_of_invalid_rows_are_ignored(form):
     query, _, key, bank, rows = problem()
     rows[:, -1] = -1
     weights = torch.rand(rows.shape, dtype=torch.float64)
@@ -253,17 +253,17 @@ def test_bfloat16_products_stay_near_the_float64_loss_and_gradient(form, crowd):
         for x in (query, online, key, bank):
             x += crowd
         bank = normalize(bank, dim=1)
-    found = []
+    results = []
     for products in (bank, bank.bfloat16()):
         wide = torch.float64 if products is bank else torch.float32
         z, y, own = (x.detach().to(wide).requires_grad_() for x in (query, online, key))
         weights = positiveness(y, bank.to(wide), rows)
         loss = snclr_loss(z, own, products, rows, weights, temperature=0.2, form=form)
         assert loss.dtype == wide
-        found.append(
+        results.append(
             (loss.item(), torch.cat([g.double() for g in torch.autograd.grad(loss, (z, y))]))
         )
-    (exact, exact_gradient), (loss, gradient) = found
+    (exact, exact_gradient), (loss, gradient) = results
     assert loss == pytest.approx(exact, rel=1e-3)
     assert (
         torch.nn.functional.cosine_similarity(gradient.flatten(), exact_gradient.flatten(), dim=0)
@@ -378,14 +378,14 @@ def test_golden_figures_of_the_released_computation(threshold, monkeypatch):
             candidates=candidates,
         )
         loss.backward()
-        for name, found in (
+        for name, actual in (
             ("loss", loss),
             ("grad_query", query.grad),
             ("grad_online", online.grad),
         ):
             expected = golden[f"{name}_{rank}_{threshold}"]
             torch.testing.assert_close(
-                found.detach(), expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+                actual.detach(), expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 

@@ -29,13 +29,15 @@ from snclr.running.errors import UsageError
         (200, 0, 0.0),
         (5, 0.5, 1.0),
         (3, 0.5, 0.6),
-        (100, 20, 0.5),  # nothing but warm-up
+        (100, 20, 0.5),  # only warm-up
         (199, 20, 0.995),
     ],
 )
 def test_learning_rate_has_its_closed_form(step, warmup, expected):
-    found = optim.learning_rate(step, peak=3.0, steps_per_epoch=10, warmup_epochs=warmup, epochs=20)
-    assert found == pytest.approx(3.0 * expected, abs=1e-12)
+    actual = optim.learning_rate(
+        step, peak=3.0, steps_per_epoch=10, warmup_epochs=warmup, epochs=20
+    )
+    assert actual == pytest.approx(3.0 * expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 2.5, 7])
@@ -98,7 +100,7 @@ def test_only_parameters_of_several_dimensions_decay_and_frozen_ones_are_left_ou
 
 
 def test_the_grouping_sees_names(monkeypatch):
-    """So that a fork may decide by them, here: no weight decay for the layer named 3."""
+    """A fork may group by name; here the layer named 3 has no weight decay."""
     monkeypatch.setattr(optim, "decays", lambda name, p: p.ndim > 1 and not name.startswith("3."))
     model = network()
     decaying, others = optim.parameter_groups(model.named_parameters(), 0.1)
@@ -207,7 +209,7 @@ def test_lars_equals_the_loop_over_parameters(weight_decay, momentum, trust):
         )
 
 
-def test_lars_leaves_the_gradients_as_they_are():
+def test_lars_does_not_change_the_gradients():
     parameter = nn.Parameter(torch.randn(3, 3))
     parameter.grad = torch.randn(3, 3)
     before = parameter.grad.clone()
@@ -215,7 +217,7 @@ def test_lars_leaves_the_gradients_as_they_are():
     assert torch.equal(parameter.grad, before)
 
 
-def test_lars_goes_on_from_its_state_as_if_it_had_never_stopped():
+def test_lars_resumed_from_its_state_equals_the_uninterrupted_one():
     ends = []
     for stops in (False, True):
         parameter = nn.Parameter(PARAMETERS["matrix"].clone())
@@ -312,7 +314,7 @@ def assert_same(one, other):
 
 @pytest.fixture(params=OPTIMISERS)
 def name(request, monkeypatch):
-    """The name of an optimiser that is one entry."""
+    """The name of an optimiser that a fork added with one entry."""
     monkeypatch.setitem(options.OPTIMIZERS, request.param, OPTIMISERS[request.param])
     return request.param
 
@@ -354,7 +356,7 @@ def test_sgd_has_momentum_from_the_first_step():
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_resumed_optimiser_goes_on_as_if_it_had_never_stopped(name, steps, tmp_path):
+def test_a_resumed_optimiser_equals_the_uninterrupted_one(name, steps, tmp_path):
     run, resumed = Trained(name), Trained(name).step(5)
     for number in range(steps):
         run.step(number)
@@ -417,21 +419,21 @@ def test_momentum_encoder_is_the_average_of_old_and_new(pair, momentum):
     old = [p.clone() for p in pair.momentum_encoder.parameters()]
     new = [p.detach().clone() for p in pair.base_encoder.parameters()]
     pair._momentum_projections(momentum, [torch.randn(3, 6, dtype=torch.float64)])
-    for before, online, p, found in zip(
+    for before, online, p, actual in zip(
         old, new, pair.base_encoder.parameters(), pair.momentum_encoder.parameters(), strict=True
     ):
         assert torch.equal(p, online)
         torch.testing.assert_close(
-            found, momentum * before + (1 - momentum) * online, rtol=1e-12, atol=1e-14
+            actual, momentum * before + (1 - momentum) * online, rtol=1e-12, atol=1e-14
         )
         if momentum == 1:
-            assert torch.equal(found, before)
+            assert torch.equal(actual, before)
 
 
 def test_momentum_encoder_moves_before_it_projects(pair):
     view = torch.randn(3, 6, dtype=torch.float64)
-    (found,) = pair._momentum_projections(0.0, [view])
-    torch.testing.assert_close(found, pair.base_encoder(view).detach())
+    (actual,) = pair._momentum_projections(0.0, [view])
+    torch.testing.assert_close(actual, pair.base_encoder(view).detach())
 
 
 def test_momentum_encoder_moves_once_a_step_for_both_views(pair):
@@ -440,8 +442,8 @@ def test_momentum_encoder_moves_once_a_step_for_both_views(pair):
     triples = zip(
         old, pair.base_encoder.parameters(), pair.momentum_encoder.parameters(), strict=True
     )
-    for before, online, found in triples:
-        torch.testing.assert_close(found, (before + online.detach()) / 2)
+    for before, online, actual in triples:
+        torch.testing.assert_close(actual, (before + online.detach()) / 2)
 
 
 def test_momentum_norms_see_their_own_batches_in_training(pair):

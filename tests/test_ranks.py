@@ -7,26 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.io import write_png
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
-    "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 30 --topk 3 --lr 0.01 --epochs 2 "
-    "--print-freq 1 --eval-freq 1 -b 8"  # 5 steps an epoch
+    "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 30 "
+    "--topk 3 --lr 0.01 --epochs 2 --print-freq 1 --eval-freq 1 -b 8"  # 5 steps an epoch
 )
-TIMM = SMALL.replace("resnet8", "timm:test_efficientnet").replace(
-    "--eval-freq 1", "--eval-freq 0"
-)  # norms with activations
-CLOCK = (
-    "images_per_s",
-    "data_wait",
-    "slowest_step_s",
-)  # metrics that differ between two equal runs
-VIT = SMALL.replace("resnet8", "vit_tiny").replace("--eval-freq 1", "--eval-freq 0")
+NO_EVALUATION = SMALL.replace("--eval-freq 1", "--eval-freq 0")
+TIMM = NO_EVALUATION.replace("resnet8", "timm:test_efficientnet")  # its norms have activations
+VIT = NO_EVALUATION.replace("resnet8", "vit_tiny")
+CLOCK = ("images_per_s", "data_wait", "slowest_step_s")  # metrics that differ between equal runs
 
 
 def free_ports(count):
-    """Ports that nobody listens on at the moment; held together, so that all differ."""
+    """Different ports that are free at the moment."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -74,39 +70,35 @@ def write_images(root):
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory, images):
-    """For a world size: the folder with its results, all jobs run once; resumed ones in new processes."""
+    """From a world size to the folder with the results of all jobs, which run once.
+
+    Runs are resumed in new processes.
+    """
     done = {}
 
     def get(world_size):
         if world_size not in done:
             out = done[world_size] = tmp_path_factory.mktemp(f"ranks{world_size}")
-            number = (
-                "float64:" if world_size == 4 else ""
-            )  # of 4 summands the order depends on DDP's buckets
+            short = f"--stop-after-steps 5 --workdir {out}"
+            # DDP's buckets change the order in which 4 ranks are summed
+            dtype = "float64:" if world_size == 4 else ""
+            long = f"{dtype}{images} {SMALL} --local-views 1 --workdir {out}"
             jobs = [
                 "pieces",
-                f"float64:{images} {SMALL} --workdir {out}/resnet --stop-after-steps 5",
-                f"float64:{images} {VIT} --workdir {out}/vit --stop-after-steps 5",
-                f"float64:{images} {VIT} --micro-batch 3 --workdir {out}/micro --stop-after-steps 5",
-                f"float64:{images} {TIMM} --workdir {out}/timm --stop-after-steps 5",
-                f"float64:{images} {SMALL} --method mocov2 --workdir {out}/mocov2 --stop-after-steps 5",
-                f"float64:{images} {SMALL} --local-views 2 --workdir {out}/local --stop-after-steps 5",
-                f"float64:{images} {SMALL} --weights projected --wd 0 --workdir {out}/projected --stop-after-steps 5",
-                f"{number}{images} {SMALL} --local-views 1 --workdir {out}/whole",
-                f"{number}{images} {SMALL} --local-views 1 --workdir {out}/parts --stop-after-steps 7",
+                f"float64:{images} {SMALL} {short}/resnet",
+                f"float64:{images} {VIT} {short}/vit",
+                f"float64:{images} {VIT} --micro-batch 3 {short}/micro",
+                f"float64:{images} {TIMM} {short}/timm",
+                f"float64:{images} {SMALL} --method mocov2 {short}/mocov2",
+                f"float64:{images} {SMALL} --local-views 2 {short}/local",
+                f"float64:{images} {SMALL} --weights projected --wd 0 {short}/projected",
+                f"{long}/whole",
+                f"{long}/parts --stop-after-steps 7",
+                f"term:float64:{images} {NO_EVALUATION} {short}/term",  # last: it changes the class
             ]
             start_ranks(world_size, out, jobs)
-            start_ranks(
-                world_size,
-                out,
-                [f"{number}{images} {SMALL} --local-views 1 --workdir {out}/parts --resume auto"],
-            )
+            start_ranks(world_size, out, [f"{long}/parts --resume auto"])
         return done[world_size]
 
     return get
@@ -116,24 +108,24 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-def assert_same(found, expected, **tolerance):
+def assert_same(actual, expected, **tolerance):
     """Nested lists and dictionaries of tensors are equal, bit for bit without a tolerance."""
-    assert type(found) is type(expected)
-    if isinstance(found, dict):
-        assert list(found) == list(expected)
-        for name in found:
-            assert_same(found[name], expected[name], **tolerance)
-    elif isinstance(found, (list, tuple)):
-        assert len(found) == len(expected)
-        for a, b in zip(found, expected, strict=True):
+    assert type(actual) is type(expected)
+    if isinstance(actual, dict):
+        assert list(actual) == list(expected)
+        for name in actual:
+            assert_same(actual[name], expected[name], **tolerance)
+    elif isinstance(actual, (list, tuple)):
+        assert len(actual) == len(expected)
+        for a, b in zip(actual, expected, strict=True):
             assert_same(a, b, **tolerance)
-    elif isinstance(found, torch.Tensor):
-        if tolerance and found.is_floating_point():
-            torch.testing.assert_close(found, expected, **tolerance)
+    elif isinstance(actual, torch.Tensor):
+        if tolerance and actual.is_floating_point():
+            torch.testing.assert_close(actual, expected, **tolerance)
         else:
-            assert torch.equal(found, expected)
+            assert torch.equal(actual, expected)
     else:
-        assert found == expected
+        assert actual == expected
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -160,8 +152,8 @@ def test_five_steps_of_training_do_not_depend_on_the_number_of_ranks(run, world_
     assert one["step"] == many["step"] == 5
     for name, tensor in one["state_dict"].items():
         if tensor.is_floating_point():
-            # What has no true gradient (a key's bias, a bias before a batch norm) holds rounding errors, which AdamW
-            # divides by its eps of 1e-8: hence the absolute part.
+            # A parameter without a true gradient (a key's bias, a bias before a batch norm) gets
+            # rounding errors, which AdamW divides by its eps of 1e-8: hence the absolute part.
             error = (many["state_dict"][name] - tensor).norm()
             assert error < 1e-9 * tensor.norm() + 1e-10, (
                 f"{name}: {error:.1e} of {tensor.norm():.1e}"
@@ -177,6 +169,23 @@ def test_five_steps_of_training_do_not_depend_on_the_number_of_ranks(run, world_
         for name in undefined:  # approx takes no None
             del line[name], expected[name]
         assert line == pytest.approx(expected, rel=1e-5)  # six digits are written
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_further_term_of_the_loss_is_logged_the_same_on_any_number_of_ranks(run, world_size):
+    folders = run(1) / "term", run(world_size) / "term"
+    one, many = (read_lines(folder, CLOCK) for folder in folders)
+    for line, expected in zip(many, one, strict=True):
+        assert line.pop("loss_ratio") is expected.pop("loss_ratio") is None
+        assert line == pytest.approx(expected, rel=1e-5) and line["term_size"] > 0
+    states = [load(folder / "checkpoint_last.pth.tar")["state_dict"] for folder in folders]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-8, atol=1e-9)
+    events = EventAccumulator(str(folders[1] / "tensorboard")).Reload()
+    assert {"loss/loss", "loss/term_size", "optim/lr"} <= set(events.Tags()["scalars"])
+    assert "loss/loss_ratio" not in events.Tags()["scalars"]
+    shown = [event.value for event in events.Scalars("loss/term_size")]
+    assert shown == pytest.approx([line["term_size"] for line in many], rel=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -228,7 +237,7 @@ def test_the_launcher_starts_several_processes(tmp_path, images):
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 x cpu" in done.stdout and done.stdout.count("step 2/10") == 1  # one rank speaks
+    assert "2 x cpu" in done.stdout and done.stdout.count("step 2/10") == 1  # only rank 0 prints
     assert f"report: {tmp_path}/report.html" in done.stdout and (tmp_path / "report.html").exists()
     assert load(tmp_path / "checkpoint_last.pth.tar")["step"] == 2
     assert json.loads((tmp_path / "args.json").read_text())["world_size"] == 2

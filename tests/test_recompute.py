@@ -8,15 +8,9 @@ from snclr import builder, options
 from snclr.running.errors import UsageError
 
 B = 8
-FLAGS = "--img-size 32 --patch-size 16 --width 8 --snclr-dim 8 --snclr-mlp-dim 16 --bank-size 20"
-FLAGS += " --topk 3 --blur"
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+FLAGS = "--img-size 32 --patch-size 16 --width 8 --snclr-dim 8 --snclr-mlp-dim 16 --blur"
+FLAGS += " --bank-size 20 --topk 3"
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def model_of(flags):
@@ -40,12 +34,16 @@ def step_of(model, side=32, local=0):
     return {"loss": loss.detach(), **gradients}, dict(model.state_dict())
 
 
-def assert_close(found, expected):
-    for part, other in zip(found, expected, strict=True):
+def assert_close(actual, expected):
+    for part, other in zip(actual, expected, strict=True):
         assert list(part) == list(other)
         for name, tensor in part.items():
             torch.testing.assert_close(
-                tensor, other[name], rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}"
+                tensor,
+                other[name],
+                rtol=1e-9,
+                atol=1e-11,
+                msg=lambda text, name=name: f"{name}: {text}",
             )
 
 
@@ -61,17 +59,16 @@ def test_without_batch_norm_a_micro_batched_step_is_the_undivided_one(method, mi
 @pytest.mark.parametrize("micro_batch", [3, 100])
 def test_local_views_are_encoded_in_micro_batches_too(micro_batch):
     flags = "--arch vit_tiny --patch-size 8 --local-views 2 --local-size 16"
-    found = step_of(model_of(f"{flags} --micro-batch {micro_batch}"), local=2)
-    assert_close(found, step_of(model_of(flags), local=2))
+    actual = step_of(model_of(f"{flags} --micro-batch {micro_batch}"), local=2)
+    assert_close(actual, step_of(model_of(flags), local=2))
 
 
 def test_batch_norms_see_a_micro_batch_at_a_time_and_count_it_once():
-    found = step_of(model_of("--arch resnet8 --micro-batch 4"))
+    actual = step_of(model_of("--arch resnet8 --micro-batch 4"))
     twin = model_of("--arch resnet8")
-    twin.embed = lambda encoder, x: torch.cat(
-        [encoder.embed(part) for part in x.split(4)]
-    )  # the same, nothing recomputed
-    assert_close(found, step_of(twin))
+    # the same batches, without recomputation
+    twin.embed = lambda encoder, x: torch.cat([encoder.embed(part) for part in x.split(4)])
+    assert_close(actual, step_of(twin))
     assert twin.base_encoder.bn1.num_batches_tracked == 4  # two views of two micro-batches
 
 
@@ -86,7 +83,7 @@ def test_grad_checkpointing_changes_neither_gradients_nor_batch_norms(flags):
 
 @pytest.mark.parametrize("flags", ["--micro-batch 2", "--grad-checkpointing"])
 @pytest.mark.parametrize("arch", ["vit_tiny", "resnet8"])
-def test_less_is_held_for_backward(arch, flags):
+def test_less_memory_is_held_for_backward(arch, flags):
     held = []
     for more in ("", flags):
         model, size = model_of(f"--arch {arch} {more}"), []
@@ -128,10 +125,10 @@ def test_compiled_backbones_keep_keys_and_values(monkeypatch):
     )  # needs no C++ compiler
     arch = "--arch timm:test_vit --img-size 160"
     for flags in ("--micro-batch 3", "--grad-checkpointing"):
-        found, expected = (
+        actual, expected = (
             step_of(model_of(f"{arch} {flags} {more}"), side=160) for more in ("--compile", "")
         )
-        assert_close(found, expected)
+        assert_close(actual, expected)
 
 
 @pytest.mark.slow

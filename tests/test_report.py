@@ -68,9 +68,9 @@ def write_run(folder, knn=50.0, pictures=(), results=None, lines=(), **settings)
         "workdir": str(folder),
     }
     (folder / "args.json").write_text(json.dumps({**defaults, **settings, **about}))
-    told = [{"epoch": 0, "step": 0, "knn_top1": 20.0, "raw_pixels_knn_top1": 15.0}]
+    records = [{"epoch": 0, "step": 0, "knn_top1": 20.0, "raw_pixels_knn_top1": 15.0}]
     for step in range(1, 5):
-        told.append(
+        records.append(
             {
                 "epoch": (step + 1) // 2,
                 "step": step,
@@ -79,9 +79,9 @@ def write_run(folder, knn=50.0, pictures=(), results=None, lines=(), **settings)
                 "images_per_s": 10.0 * step,
             }
         )
-    told.append({"epoch": 2, "step": 4, "knn_top1": knn})
+    records.append({"epoch": 2, "step": 4, "knn_top1": knn})
     (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in [*told, *lines])
+        "".join(json.dumps(line) + "\n" for line in [*records, *lines])
     )
     for name in pictures:
         (folder / "pictures").mkdir(exist_ok=True)
@@ -96,22 +96,22 @@ def page_of(*folders):
     return Page(report.page([load(str(folder)) for folder in folders]))
 
 
-def test_one_run_is_told_by_its_last_evaluation_and_its_last_epoch(tmp_path):
+def test_one_run_is_reported_by_its_last_evaluation_and_its_last_epoch(tmp_path):
     page = page_of(write_run(tmp_path / "run", results={"linear_top1": 61.5, "encoder": "online"}))
     heads, row = page.tables[0]
-    told = dict(zip(heads, row, strict=True))
-    assert (told[""], told["runs"]) == ("run", "1")
-    assert (told["kNN top-1 %"], told["untrained %"], told["raw pixels %"]) == (
+    cells = dict(zip(heads, row, strict=True))
+    assert (cells[""], cells["runs"]) == ("run", "1")
+    assert (cells["kNN top-1 %"], cells["untrained %"], cells["raw pixels %"]) == (
         "50.0",
         "20.0",
         "15.0",
     )
-    assert (told["loss / chance"], told["images/s"], told["linear probe %"]) == (
+    assert (cells["loss / chance"], cells["images/s"], cells["linear probe %"]) == (
         "0.650",
         "25.0",
         "61.5",
     )
-    assert "purity" not in told  # nobody has one
+    assert "purity" not in cells  # no run has one
     assert page.tables[1][1][:2] == [str(tmp_path / "run/probe"), "61.5"]
     words = "".join(page.words)
     assert (
@@ -122,7 +122,7 @@ def test_one_run_is_told_by_its_last_evaluation_and_its_last_epoch(tmp_path):
     )
 
 
-def test_runs_that_differ_in_their_seed_alone_are_one_row_with_mean_and_deviation(tmp_path):
+def test_runs_that_differ_only_in_their_seed_are_one_row_with_mean_and_deviation(tmp_path):
     accuracies = [80.0, 82.5, 87.0]
     folders = [
         write_run(tmp_path / f"a{seed}", knn, seed=seed) for seed, knn in enumerate(accuracies)
@@ -145,7 +145,7 @@ def test_runs_of_one_setting_are_named_by_what_their_folders_have_in_common(tmp_
 
 
 @pytest.mark.parametrize(
-    "values, told",
+    "values, text",
     [
         ([], ""),
         ([None], ""),
@@ -154,8 +154,8 @@ def test_runs_of_one_setting_are_named_by_what_their_folders_have_in_common(tmp_
         ([1234.5, 1235.5], "1235 ± 1"),
     ],
 )
-def test_numbers_are_as_long_as_they_are_worth(values, told):
-    assert mean_and_deviation(values) == told
+def test_numbers_have_the_digits_that_their_deviation_allows(values, text):
+    assert mean_and_deviation(values) == text
 
 
 def test_what_a_run_may_change_does_not_set_runs_apart(tmp_path):
@@ -221,7 +221,7 @@ def test_seeds_are_one_line_through_their_mean_in_a_band_from_the_lowest_to_the_
     assert re.findall("<title>(.*?)</title>", svg) == ["topk 5", "topk 9"]
 
 
-def test_of_many_differences_a_name_tells_what_is_unusual(tmp_path):
+def test_of_many_differences_a_name_has_the_unusual_ones(tmp_path):
     ablations = [{}, {"topk": 9}, {"lr": 0.1}, {"epochs": 3, "topk": 1}, {"weights": "uniform"}]
     usual = {"lr": 0.2, "epochs": 8, "weights": "attention"}
     runs = [
@@ -270,14 +270,15 @@ def test_what_stands_in_the_files_is_words_and_never_markup(tmp_path):
         "[1]",
         '{"step": 5}',
         '{"epoch": 2, "step": 5, "lo',
-        '{"epoch": 2, "step": 5, "loss": NaN, "knn_top1": Infinity, "loss_ratio": "x", "feature_std": true}',
+        '{"epoch": 2, "step": 5, "loss": NaN, "knn_top1": Infinity, "loss_ratio": "x", '
+        '"feature_std": true}',
         '{"epoch": 2, "step": 5, "loss": null, "knn_top1": [1], "images_per_s": 1'
         + "0" * 400
         + "}",
         '{"epoch": "2", "step": {}}',
     ],
 )
-def test_lines_that_say_nothing_change_nothing(line, tmp_path):
+def test_lines_without_metrics_are_ignored(line, tmp_path):
     expected = page_of(write_run(tmp_path / "a" / "run")).tables[0]
     run = write_run(tmp_path / "b" / "run")
     with open(run / "metrics.jsonl", "a") as file:
@@ -289,7 +290,7 @@ def test_lines_that_say_nothing_change_nothing(line, tmp_path):
     "lines",
     ["", '{"epoch": 1, "step": 1, "loss": 2.0}\n', '{"epoch": 0, "step": 0, "knn_top1": 3}\n'],
 )
-def test_a_run_that_has_just_begun_is_told_too(lines, tmp_path):
+def test_a_run_that_has_just_begun_is_reported_too(lines, tmp_path):
     run = write_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text(lines)
     page_of(run)
@@ -353,7 +354,7 @@ def test_only_regular_png_files_are_embedded(tmp_path):
 
 @pytest.mark.parametrize("name", ["args.json", "metrics.jsonl", "probe/results.json"])
 @pytest.mark.parametrize("kind", ["fifo", "device", "sparse", "deep", "binary"])
-def test_files_that_would_block_or_fill_the_memory_are_answered_at_once(name, kind, tmp_path):
+def test_files_that_would_block_or_fill_the_memory_are_refused_at_once(name, kind, tmp_path):
     run = write_run(tmp_path / "run", results={"linear_top1": 61.5})
     path = run / name
     path.unlink()
@@ -416,18 +417,20 @@ def test_a_run_ends_by_leaving_its_report(finished):
 
 
 @pytest.mark.parametrize("width", [360, 1300])
-def test_a_browser_shows_it_without_a_complaint(finished, width, tmp_path):
+def test_a_browser_shows_it_without_console_messages(finished, width, tmp_path):
     browser = next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
     )
     if browser is None:
         pytest.skip("no chromium to open the report with")
     shutil.copy(finished / "report.html", tmp_path)
-    look = "const d=this.contentDocument,i=[...d.images];document.title=[d.documentElement.scrollWidth,i.length,"
+    look = "const d=this.contentDocument,i=[...d.images];"
+    look += "document.title=[d.documentElement.scrollWidth,i.length,"
     look += "i.every(e=>e.naturalWidth>0),d.querySelectorAll('svg').length]"
     frame = tmp_path / "frame.html"  # windows are 500 px wide at least, frames are not
     frame.write_text(
-        f'<iframe src="report.html" width="{width}" height="900" frameborder="0" onload="{look}"></iframe>'
+        f'<iframe src="report.html" width="{width}" height="900" frameborder="0" '
+        f'onload="{look}"></iframe>'
     )
     flags = [
         "--headless=new",

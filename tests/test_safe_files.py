@@ -48,7 +48,7 @@ def test_what_is_no_file_is_not_replaced(write, make, tmp_path):
     path = tmp_path / "file"
     make(path)
     mode = path.lstat().st_mode
-    with pytest.raises(RunError, match=r"cannot write .*file: it exists and is no regular file"):
+    with pytest.raises(RunError, match=r"cannot write .*file: it exists and is not a regular file"):
         write(str(path))
     assert path.lstat().st_mode == mode and os.listdir(tmp_path) == ["file"]
 
@@ -56,7 +56,7 @@ def test_what_is_no_file_is_not_replaced(write, make, tmp_path):
 def test_a_name_that_is_taken_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(safe_files.secrets, "token_hex", lambda _: "taken")
     (tmp_path / "file.taken.tmp").symlink_to(tmp_path / "victim")
-    with pytest.raises(RunError, match="cannot write .*File exists"):
+    with pytest.raises(RunError, match=r"cannot write .*File exists"):
         safe_files.save_text(str(tmp_path / "file"), "new")
     assert not (tmp_path / "victim").exists() and (tmp_path / "file.taken.tmp").is_symlink()
 
@@ -70,7 +70,7 @@ def test_an_error_in_the_block_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
-def test_what_a_killed_save_left_is_removed_by_the_next_one(tmp_path):
+def test_files_of_a_killed_save_are_removed_by_the_next_one(tmp_path):
     path = tmp_path / "checkpoint_last.pth.tar"
     (tmp_path / "checkpoint_last.pth.tar.0123abcd.tmp").write_bytes(b"half")
     (tmp_path / "checkpoint_0001.pth.tar.0123abcd.tmp").write_bytes(b"of another name")
@@ -130,7 +130,7 @@ def test_links_are_followed_on_demand(tmp_path):
         safe_files.read_bytes(str(tmp_path / "link"), follow=False)
 
 
-def test_a_name_with_a_zero_byte_is_answered_in_one_line():
+def test_a_name_with_a_zero_byte_is_one_line_of_error():
     with pytest.raises(UsageError, match="cannot read"):
         safe_files.open_regular("a\0b")
 
@@ -158,7 +158,7 @@ def test_lines_that_hold_no_object_are_ignored(tmp_path):
     assert safe_files.read_json_lines(str(path)) == [{"a": 1}, {"b": "\u2028"}]
 
 
-# -- content -----------------------------------------------------------------------------------------
+# -- content ---------------------------------------------------------------------------------------
 
 
 def test_plain_tensors_are_those_with_ordinary_content_under_a_name():
@@ -222,7 +222,7 @@ def test_a_lock_is_not_written_through_a_link_nor_into_a_fifo(tmp_path):
         lock.hold(str(tmp_path), "x")
     assert victim.read_text() == "old"
     os.mkfifo(tmp_path / "y.lock")
-    with pytest.raises(UsageError, match="no regular file"):
+    with pytest.raises(UsageError, match="not a regular file"):
         lock.hold(str(tmp_path), "y")
 
 

@@ -21,7 +21,7 @@ GROUND = {
 COMMANDS = {"snclr.export", "snclr.mean_std", "snclr.report", "snclr.visualize"}
 TOP = {"main_snclr", "main_lincls", "snclr.__init__"} | COMMANDS
 # The longest chain of imports down to the ground floor, which is not counted. The model needs 4:
-# builder, backbones, heads, batch_norm; exports, which are built from it, 5. An image is opened in
+# builder, backbones, heads, batch_norm. An image is opened in
 # 3 files (images, decoding, high_bit_depth), on which a data set stands with 3 more (sources,
 # files, shards), and what shows or checks images with 2 (the loader in between). The flags are 3
 # files (options, shared_options, arguments). A flag says whether a resumed run may change it, so
@@ -35,7 +35,6 @@ LONGER_CHAINS = {
     "snclr.running.checkpoint": 5,
     "snclr.running.guard": 5,
     "snclr.running.summary": 6,
-    "snclr.weights.files": 5,
 }
 # lines of a file; longer are lists of flags, models and layouts, and what is best read as a whole
 LONGEST_FILE = 250
@@ -51,6 +50,7 @@ LONGER = {
     "snclr.running.checkpoint": 270,
     "snclr.shared_options": 380,
     "snclr.weights.libraries": 380,
+    "snclr.weights.load": 255,
 }
 
 

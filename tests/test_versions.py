@@ -1,4 +1,7 @@
-"""Files of earlier versions stay readable: golden/checkpoint_format1.pth.tar was written by commit 87f771c, with torch 2.14."""
+"""Files of earlier versions stay readable.
+
+golden/checkpoint_format1.pth.tar was written by commit 87f771c with torch 2.14.
+"""
 
 import hashlib
 import shutil
@@ -14,20 +17,21 @@ from snclr.weights import load as weights
 
 GOLDEN = Path(__file__).parent / "golden/checkpoint_format1.pth.tar"
 DIGEST = "56c79d65d5a68a511ad52c43f4e67ee24d6903b552d397e1d5a5a1c5cbb04bb6"
-FLAGS = "--arch resnet8 --width 2 --img-size 32 --snclr-dim 4 --snclr-mlp-dim 4 --bank-size 12 --topk 2 --lr 0.01 -b 8 --epochs 2"
+FLAGS = "--arch resnet8 --width 2 --img-size 32 --snclr-dim 4 --snclr-mlp-dim 4 --bank-size 12"
+FLAGS += " --topk 2 --lr 0.01 -b 8 --epochs 2"
 
 
 def digest(tensors):
     """SHA-256 over names and bytes, in the order of the names."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for name in sorted(tensors):
-        found.update(
+        sha.update(
             name.encode() + tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         )
-    return found.hexdigest()
+    return sha.hexdigest()
 
 
-def test_a_checkpoint_of_format_one_holds_what_it_held():
+def test_a_checkpoint_of_format_one_has_its_content():
     state = checkpoint.load(str(GOLDEN))
     assert (state["format"], state["epoch"], state["step"], state["images"]) == (1, 0, 3, 40)
     assert digest(state["state_dict"]) == DIGEST
@@ -36,7 +40,7 @@ def test_a_checkpoint_of_format_one_holds_what_it_held():
     ] == "87f771c"
 
 
-def test_a_run_of_format_one_goes_on_to_its_end(tmp_path, capsys):
+def test_a_run_of_format_one_can_be_resumed(tmp_path, capsys):
     images = write_images(tmp_path / "images")
     (tmp_path / "run").mkdir()
     shutil.copy(GOLDEN, tmp_path / "run/checkpoint_last.pth.tar")
@@ -62,8 +66,8 @@ def test_a_run_of_format_one_goes_on_to_its_end(tmp_path, capsys):
 
 
 def test_an_encoder_of_format_one_loads():
-    for which in ("online", "momentum"):
-        encoder, info = snclr.load_encoder(str(GOLDEN), which)
-        assert info["encoder"] == which and info["arch"] == "resnet8"
+    for name in ("online", "momentum"):
+        encoder, info = snclr.load_encoder(str(GOLDEN), name)
+        assert info["encoder"] == name and info["arch"] == "resnet8"
         assert encoder(torch.zeros(2, 3, 32, 32)).isfinite().all()
     assert weights.read_encoder(str(GOLDEN)).layout == "the online encoder of module.base_encoder.*"

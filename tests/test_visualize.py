@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_backbones import build
-from test_ranks import CLOCK, SMALL, read_lines, write_images
+from test_ranks import CLOCK, SMALL, read_lines
 
 import main_snclr
 from snclr import augment, visualize
@@ -65,7 +65,7 @@ def tiles_of(picture, rows, columns, words, lines, key=True, side=96):
 # -- a training step -------------------------------------------------------------------------------
 
 
-def test_neighbours_stand_by_falling_weight_and_their_frames_tell_the_class():
+def test_neighbours_are_sorted_by_weight_and_their_frames_show_the_class():
     labels = np.array([0, 1, 0, 1, 0, 1, 0, 1, -1, 0])
     shown = step_view(
         [[3, 4, 5], [8, -1, 2], [-1, -1, -1]], [[0.1, 0.7, 0.2], [0.6, 0.0, 0.4], [0.0, 0.0, 0.0]]
@@ -123,7 +123,7 @@ def test_bank_ages_are_those_of_a_bank_that_remembers_its_steps(size, batch):
         bank.enqueue(torch.randn(batch, 4, generator=generator), torch.full((batch,), step))
 
 
-def test_a_step_without_neighbours_shows_its_views_alone():
+def test_a_step_without_neighbours_shows_only_its_views():
     shown = step_view([[-1, -1]], [[0.0, 0.0]])
     x = torch.zeros(1, 3, 8, 8)
     args = Namespace(img_size=8, batch_size=1)
@@ -163,8 +163,8 @@ def test_attention_maps_are_the_last_blocks_own():
     encoder, x = build("vit_tiny", patch_size=8).eval(), torch.randn(2, 3, 32, 32)
     before = encoder.embed(x)
     expected = attention_by_hand(encoder, x)[:, :, 0, 1:].unflatten(2, (4, 4))
-    found = encoders.attention_maps(encoder, x)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    actual = encoders.attention_maps(encoder, x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
     assert torch.equal(encoder.embed(x), before) and encoder.blocks[-1].attn.fused_attn
 
 
@@ -184,14 +184,14 @@ def test_pca_keeps_what_varies_most_whatever_the_signs_of_the_axes():
     features = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [1, 9, 1, 4, 1, 1.0]
     )
-    found = encoders.pca(features)
+    actual = encoders.pca(features)
     _, vectors = np.linalg.eigh(np.cov(features.double().numpy().T))
     expected = (features.double().numpy() - features.double().numpy().mean(axis=0)) @ vectors[
         :, [-1, -2]
     ]
-    np.testing.assert_allclose(abs(found), abs(expected), atol=1e-5)
+    np.testing.assert_allclose(abs(actual), abs(expected), atol=1e-5)
     np.testing.assert_allclose(
-        encoders.pca(-features), -found, atol=1e-9
+        encoders.pca(-features), -actual, atol=1e-9
     )  # an axis points where its largest entry does
 
 
@@ -215,11 +215,6 @@ def test_retrieval_shows_the_nearest_and_never_the_image_itself():
 
 
 # -- whole runs ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def train(images, workdir, *flags):
@@ -256,7 +251,7 @@ def test_a_run_shows_its_pictures_and_they_change_nothing(images, tmp_path):
     assert ages.num == 8 * 3 and ages.min >= 1 and ages.max <= 1 + 30 / 8
 
 
-def test_the_last_epoch_is_shown_whatever_the_rhythm(images, tmp_path):
+def test_the_last_epoch_is_always_shown(images, tmp_path):
     train(images, tmp_path, "--viz-freq", "7")
     assert sorted(os.listdir(tmp_path / "pictures")) == [
         "neighbours_0000010.png",
@@ -346,7 +341,7 @@ def test_map_by_tsne_where_scikit_learn_is_installed():
     assert first.shape == (40, 2) and np.array_equal(first, second)
 
 
-def test_without_scikit_learn_there_is_pca_alone(monkeypatch):
+def test_without_scikit_learn_there_is_only_pca(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     assert list(encoders.projections(torch.randn(9, 5), seed=0)) == ["PCA"]
 

@@ -11,16 +11,11 @@ import timm
 import torch
 import torchvision
 from test_backbones import build
-from test_ranks import SMALL, write_images
+from test_ranks import SMALL
 
 import main_snclr
 from snclr.running.errors import UsageError
 from snclr.weights import load as weights
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def tiny(seed=0, **settings):
@@ -36,19 +31,19 @@ def backbone(encoder, head="fc"):
     }
 
 
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
 
 
-def load(encoder, path, *which):
+def load(encoder, path, *encoder_name):
     """The lines of load_backbone, joined."""
-    return "\n".join(weights.load_backbone(encoder, weights.read_encoder(str(path), *which)))
+    return "\n".join(weights.load_backbone(encoder, weights.read_encoder(str(path), *encoder_name)))
 
 
-def refused(encoder, path, *which):
+def refused(encoder, path, *encoder_name):
     with pytest.raises(UsageError) as caught:
-        load(encoder, path, *which)
+        load(encoder, path, *encoder_name)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -68,18 +63,21 @@ def moco_v3_file(online, momentum, path):
     return path
 
 
-@pytest.mark.parametrize("which, seed", [("online", 1), ("momentum", 2)])
-def test_moco_v3s_layout(tmp_path, which, seed):
+@pytest.mark.parametrize("encoder_name, seed", [("online", 1), ("momentum", 2)])
+def test_moco_v3s_layout(tmp_path, encoder_name, seed):
     path = moco_v3_file(tiny(1), tiny(2), tmp_path / "moco.pth.tar")
     encoder = tiny(3)
     projector = {name: tensor.clone() for name, tensor in encoder.projector.state_dict().items()}
-    told = load(encoder, path, which)
+    message = load(encoder, path, encoder_name)
     assert_equal(backbone(encoder), backbone(tiny(seed)))
     assert_equal(encoder.projector.state_dict(), projector)  # stays random
-    assert f"the {which} encoder of module." in told and "tensors of its head (fc.*)" in told
+    assert (
+        f"the {encoder_name} encoder of module." in message
+        and "tensors of its head (fc.*)" in message
+    )
     count = len(backbone(encoder))
-    assert told.startswith(f"{count} of {count} backbone tensors")
-    assert f"ignored: {len(tiny().state_dict()) + 3} other tensors: " in told
+    assert message.startswith(f"{count} of {count} backbone tensors")
+    assert f"ignored: {len(tiny().state_dict()) + 3} other tensors: " in message
 
 
 def published_names(arch):
@@ -150,8 +148,8 @@ def test_moco_v3s_published_files_open_whole_without_a_flag(tmp_path, arch, widt
         for name, shape in published_names(arch).items()
     }
     state = {
-        f"module.{which}_encoder.{name}": x
-        for which in ("base", "momentum")
+        f"module.{encoder_name}_encoder.{name}": x
+        for encoder_name in ("base", "momentum")
         for name, x in names.items()
     }
     state["module.predictor.0.weight"] = torch.zeros(2, 2)
@@ -194,10 +192,10 @@ def test_torchvisions_state_dict_wrapped_or_not(tmp_path, wrap):
     twin = torchvision.models.resnet18()
     torch.save(wrap(twin.state_dict()), tmp_path / "resnet18.pth")
     encoder = build("resnet18")
-    told = load(encoder, tmp_path / "resnet18.pth")
+    message = load(encoder, tmp_path / "resnet18.pth")
     twin.fc = torch.nn.Identity()
     assert_equal(backbone(encoder), twin.state_dict())
-    assert "plain state dict" in told and "ignored: 2 tensors of its head" in told
+    assert "plain state dict" in message and "ignored: 2 tensors of its head" in message
 
 
 def test_timms_vit_as_safetensors_keeps_its_learned_position_embedding(tmp_path):
@@ -269,7 +267,7 @@ def test_a_position_embedding_of_no_square_is_refused_as_it_is_in_the_file(tmp_p
     assert "pos_embed (1, 9, 64) instead of (1, 17, 64)" in message
 
 
-def test_averaged_weights_are_read_alone_and_left_out_by_name_beside_others(tmp_path):
+def test_averaged_weights_are_read_if_alone_and_otherwise_ignored_by_name(tmp_path):
     torch.save({"model_ema": tiny(1).state_dict(), "epoch": 3}, tmp_path / "alone.pth")
     encoder = tiny(3)
     assert "a plain state dict, 'model_ema'" in load(encoder, tmp_path / "alone.pth")
@@ -277,15 +275,16 @@ def test_averaged_weights_are_read_alone_and_left_out_by_name_beside_others(tmp_
     torch.save(
         {"model_ema": tiny(1).state_dict(), "model": tiny(2).state_dict()}, tmp_path / "both.pth"
     )
-    told = load(encoder, tmp_path / "both.pth")
+    message = load(encoder, tmp_path / "both.pth")
     assert_equal(backbone(encoder), backbone(tiny(2)))
     assert (
-        "'model'" in told
-        and f"ignored: {len(tiny().state_dict())} other tensors: model_ema.conv1.weight, " in told
+        "'model'" in message
+        and f"ignored: {len(tiny().state_dict())} other tensors: model_ema.conv1.weight, "
+        in message
     )
 
 
-def test_missing_counters_of_batch_norms_are_said(tmp_path):
+def test_missing_counters_of_batch_norms_are_reported(tmp_path):
     state = {
         name: tensor for name, tensor in tiny(1).state_dict().items() if "num_batches" not in name
     }
@@ -321,7 +320,7 @@ def test_what_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path):
     assert "nothing else is loaded" in refused(encoder, tmp_path / "code.pth")
     whole = (tmp_path / "wider.pth").read_bytes()
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
-    assert "truncated or no checkpoint" in refused(encoder, tmp_path / "half.pth")
+    assert "truncated or not a checkpoint" in refused(encoder, tmp_path / "half.pth")
     (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "is not a complete safetensors file" in refused(encoder, tmp_path / "half.safetensors")
     assert "does not exist" in refused(encoder, tmp_path / "nowhere.pth")
@@ -448,9 +447,11 @@ def test_odd_settings_in_the_metadata_are_refused_in_one_line(tmp_path, settings
 # -- files of other libraries ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which, prefix", [("online", "encoder_q"), ("momentum", "encoder_k")])
+@pytest.mark.parametrize(
+    "encoder_name, prefix", [("online", "encoder_q"), ("momentum", "encoder_k")]
+)
 @pytest.mark.parametrize("version", [1, 2])
-def test_mocos_files(tmp_path, which, prefix, version):
+def test_mocos_files(tmp_path, encoder_name, prefix, version):
     heads = {1: {"fc.weight": (128, 2048), "fc.bias": (128,)}}
     heads[2] = {"fc.0.weight": (2048, 2048), "fc.0.bias": (2048,)}
     heads[2] |= {"fc.2.weight": (128, 2048), "fc.2.bias": (128,)}
@@ -466,11 +467,11 @@ def test_mocos_files(tmp_path, which, prefix, version):
     state |= {"module.queue": torch.zeros(128, 65536), "module.queue_ptr": torch.zeros(1)}
     content = {"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {}}
     torch.save(content, tmp_path / "moco.pth.tar")
-    encoder, info = weights.open_encoder(str(tmp_path / "moco.pth.tar"), which)
+    encoder, info = weights.open_encoder(str(tmp_path / "moco.pth.tar"), encoder_name)
     assert_equal(
         dict(encoder.state_dict()), {n: x for n, x in names.items() if not n.startswith("fc.")}
     )
-    assert (info["arch"], info["epoch"], info["encoder"]) == ("resnet50", 200, which)
+    assert (info["arch"], info["epoch"], info["encoder"]) == ("resnet50", 200, encoder_name)
 
 
 def dino_file(twin, path, **more):
@@ -485,13 +486,13 @@ def dino_file(twin, path, **more):
     torch.save(content | {"dino_loss": {"center": torch.zeros(1, 65536)}} | more, path)
 
 
-@pytest.mark.parametrize("which", ["online", "momentum"])
-def test_the_teacher_is_the_backbone_in_dinos_files(tmp_path, which):
+@pytest.mark.parametrize("encoder_name", ["online", "momentum"])
+def test_the_teacher_is_the_backbone_in_dinos_files(tmp_path, encoder_name):
     twin = plain_vit("vit_small_patch16_224.dino", img_size=32)
     assert published_backbone("vit_small").keys() == twin.state_dict().keys()
     dino_file(twin, tmp_path / "checkpoint.pth")
     encoder, info = weights.open_encoder(
-        str(tmp_path / "checkpoint.pth"), which, arch="vit_small", img_size=32
+        str(tmp_path / "checkpoint.pth"), encoder_name, arch="vit_small", img_size=32
     )
     notes = "\n".join(info["notes"])
     assert (info["num_heads"], info["encoder"], info["epoch"]) == (6, "momentum", 100)
@@ -577,8 +578,8 @@ def test_a_convnext_in_the_names_of_its_authors(tmp_path):
         state[name.replace("head.norm.", "norm.")] = torch.randn_like(tensor)
     state |= {"head.weight": torch.zeros(1000, 320), "head.bias": torch.zeros(1000)}
     torch.save({"model": state}, tmp_path / "convnext.pth")
-    told = load(encoder, tmp_path / "convnext.pth")
-    assert "converted by timm's checkpoint_filter_fn" in told
+    message = load(encoder, tmp_path / "convnext.pth")
+    assert "converted by timm's checkpoint_filter_fn" in message
     name = "stages.1.blocks.0.mlp.fc1.weight"
     assert torch.equal(encoder.state_dict()[name], state["stages.1.0.pwconv1.weight"])
 
@@ -630,7 +631,9 @@ def run(images, workdir, *flags):
     return torch.load(workdir / "checkpoint_last.pth.tar", weights_only=True)["state_dict"]
 
 
-def test_a_run_starts_from_given_weights_in_both_encoders_and_says_so(images, tmp_path, capsys):
+def test_a_run_starts_from_pretrained_weights_in_both_encoders_and_reports_it(
+    images, tmp_path, capsys
+):
     first = run(images, tmp_path / "first", "--stop-after-steps", 2)
     flags = ["--init-from", tmp_path / "first/checkpoint_last.pth.tar", "--seed", 3]
     # the first step has learning rate 0, so both encoders still hold what they started from
@@ -657,7 +660,9 @@ def test_a_run_starts_from_given_weights_in_both_encoders_and_says_so(images, tm
 
 
 @pytest.mark.parametrize("encoder", ["online", "momentum"])
-def test_the_start_of_a_run_from_given_weights_is_these_weights(images, tmp_path, capsys, encoder):
+def test_epoch_0_of_a_run_from_pretrained_weights_has_these_weights(
+    images, tmp_path, capsys, encoder
+):
     """Its evaluation is that of the encoder that was loaded, with the batch norms that it has."""
     flags = ["--stop-after-steps", 5, "--eval-freq", 1, "--eval-encoder", encoder]
     run(images, tmp_path / "first", *flags)
@@ -715,9 +720,7 @@ def test_every_kind_of_backbone_trains_and_resumes_bit_for_bit(images, tmp_path,
         assert settings["timm_kwargs"] == [["drop_path_rate", 0.2], ["depth", 2]]
 
 
-def test_a_run_from_a_librarys_vit_small_has_its_heads_says_so_and_keeps_them(
-    images, tmp_path, capsys
-):
+def test_a_run_from_a_librarys_vit_small_keeps_its_heads_and_reports_them(images, tmp_path, capsys):
     state = timm.create_model("vit_small_patch16_224", img_size=32).state_dict()
     torch.save(state, tmp_path / "timm.pth")
     flags = ["-a", "vit_small", "--stop-after-steps", 1]

@@ -1,9 +1,11 @@
-"""torchrun for start.sh: ends with the exit code of the first process that failed and names it in
-one line; passes signals on and waits until the processes have saved; restarts after a failure.
+"""torchrun for start.sh.
 
-MAX_RESTARTS=n restarts up to n times, as a new process, so that the machines of a run meet again as
-at the first start. `--port-is-free PORT` only tells, by its exit code, whether this machine can
-listen on a port.
+Names the first process that failed in one line and ends with its exit code; passes signals on and
+waits until the processes have saved; restarts after a failure.
+
+MAX_RESTARTS=n restarts up to n times, as a new process, so that the machines of a run join again as
+at the first start. `--port-is-free PORT` only checks whether this machine can listen on a port: the
+exit code is 0 if it can.
 """
 
 import os
@@ -13,8 +15,7 @@ import subprocess
 import sys
 import time
 
-# exit codes after which there is no restart: wrong flags would fail again, and a run that a signal
-# stopped is meant to stop
+# no restart after these exit codes: wrong flags would fail again, and a signal is to stop the run
 USAGE, SAVED = 2, 75
 GRACE = 120  # seconds for the processes to save after a signal
 
@@ -47,24 +48,23 @@ def print_line(text: str) -> None:
 
 def launch(arguments: list[str]) -> int:
     """Run torchrun; returns the exit code."""
-    # the ranks end when this process is no longer their parent
+    # a rank ends if its parent is another process than this one
     os.environ["SNCLR_LAUNCHER"] = str(os.getpid())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
-    # else torch prints a C++ stack for every lost connection
+    # by default torch prints a C++ stack for every lost connection
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     subprocess.Popen = Process
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import SignalException, api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # raises SignalException; the processes then get the signal, and time to save
+    # raises SignalException; then torch signals the processes and waits until they have saved
     stop = api._terminate_process_handler
-
     interrupts = []
 
     def stop_or_kill(number, frame):
-        interrupts.extend([number] * (number == signal.SIGINT))
-        if len(interrupts) > 1:
+        interrupts.append(number == signal.SIGINT)
+        if sum(interrupts) > 1:
             for process in started:
                 process.kill()
             os._exit(128 + number)
@@ -77,7 +77,7 @@ def launch(arguments: list[str]) -> int:
         return 0
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # a process that ends by itself has printed its reason
+        if failure.exitcode < 0:  # by a signal; otherwise the process has printed the reason
             name = signal.Signals(-failure.exitcode).name
             reason = ": out of memory?" if name == "SIGKILL" else ""
             process = f"process {failure.pid} on {socket.gethostname()}"
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> int:
         return code
     print_line(f"starting again, {count + 1} of {allowed} times")
     if "--node_rank" in arguments and arguments[arguments.index("--node_rank") + 1] != "0":
-        time.sleep(10)  # else it might meet the old store, on the machine of rank 0
+        time.sleep(10)  # so that it does not join the old store on the machine of rank 0
     os.environ["SNCLR_RESTART_COUNT"] = str(count + 1)
     os.execv(sys.executable, [sys.executable, *sys.argv])
 

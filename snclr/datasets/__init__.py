@@ -1,1 +1,1 @@
-"""Image sets: where they come from, decoding, and the crops that are cut out of them."""
+"""Image sets: opening them, decoding images, and cutting crops out of them."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import warnings
 
 import numpy as np
@@ -9,47 +10,68 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..running.errors import RunError, first_line
-from .high_bit_depth import read_pixels, to_8_bits
+from ..running.errors import RunError, UsageError, first_line
+from ..running.safe_files import open_regular
+from .high_bit_depth import FORMATS, read_pixels, to_8_bits
 
-try:  # torchvision 0.29 announces that it will remove its decoders; PIL takes 1.5 times as long
+try:  # torchvision 0.29 warns that its decoders will be removed; PIL takes 1.5 times as long
     from torchvision.io import ImageReadMode, decode_image
 except ImportError:
     decode_image = None
 warnings.filterwarnings(
     "ignore", message=".*capabilities of TorchVision are deprecated", category=DeprecationWarning
 )
+LARGEST = 2**29  # bytes of an encoded image
+
+
+def read_encoded(path: str, name: str, offset: int = 0, size: int | None = None) -> np.ndarray:
+    """The `size` bytes (size,) uint8 from `offset` in a regular file; by default all from there.
+
+    Raises RunError, which includes `name`, if they cannot be read or are more than LARGEST.
+    """
+    try:
+        with open_regular(path) as file:
+            available = os.fstat(file.fileno()).st_size - offset
+            size = available if size is None else size
+            if size > min(available, LARGEST):
+                raise unreadable(name, f"{size} bytes are more than {min(available, LARGEST)}")
+            file.seek(offset)
+            return np.fromfile(file, np.uint8, count=size)
+    except (UsageError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
+        raise unreadable(name, reason) from error
 
 
 def decode(encoded: np.ndarray, name: str, grey_range: tuple[float, float] | None = None) -> Tensor:
-    """Decode an image file, turned upright: bytes (n,) uint8 -> (3, H, W) uint8.
+    """Decode an image file and turn it upright: bytes (n,) uint8 -> (3, H, W) uint8.
 
-    grey_range: lowest and highest value of images of more than 8 bits; None: of their pixel format.
-    Raises RunError, with `name` in its message, if the file is damaged.
+    grey_range: for images of more than 8 bits, the values that become 0 and 255; None: the lowest
+    and highest value of the pixel format. Raises RunError, which includes `name`, if the file is
+    damaged.
     """
     try:
-        # PIL only reads the header here, and refuses an image that would fill the memory
-        with Image.open(io.BytesIO(encoded)) as picture:
-            # torchvision only for JPEG: its PNG decoder crashes on damaged files
+        # PIL only reads the header here; it refuses an image that would fill the memory
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
+            # torchvision decodes only JPEG, because its PNG decoder crashes on damaged files
             if encoded[:3].tobytes() == b"\xff\xd8\xff" and decode_image:
-                with contextlib.suppress(RuntimeError):  # then PIL reads it, or gives the reason
+                with contextlib.suppress(RuntimeError):  # then PIL reads it or says why not
                     return decode_image(
                         torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=True
                     )
-            # without a range, the upper 8 of 16 bits per colour, which PIL reads, are enough
+            # of 16 bits per colour PIL reads the upper 8, which are enough without a range
             if picture.mode[0] in "IF" or grey_range:
                 pixels = read_pixels(picture, encoded)
                 if pixels is not None:
                     return to_rgb(Image.fromarray(to_8_bits(pixels, grey_range)))
             return to_rgb(picture)
     except UnidentifiedImageError as error:
-        raise unreadable(name, "it is no image of a known format") from error
+        raise unreadable(name, "it is not an image of a known format") from error
     except Exception as error:  # damaged bytes can raise any exception in a decoder
         raise unreadable(name, error) from error
 
 
 def to_rgb(picture: Image.Image) -> Tensor:
-    """(3, H, W) uint8: applies the EXIF orientation; converts grey, palette, CMYK and alpha."""
+    """(3, H, W) uint8, turned upright by EXIF; also from grey, palette, CMYK and alpha."""
     upright = ImageOps.exif_transpose(picture)
     return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
 

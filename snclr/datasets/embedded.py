@@ -1,17 +1,17 @@
-"""The embedded data set: 32-px pictures of glyph lattices, to learn from without files.
+"""The embedded data set: 32-px images of glyph lattices, drawn from a seed, so it needs no files.
 
-Drawing it from a seed takes about a second. Each image is a 3x3 lattice of one kind of glyph, every
-copy turned by a random angle, on a near-grey ground with faint clutter and noise. The class is the
-kind of glyph. Colour, position, angle and pitch do not depend on it, so raw pixels and an untrained
-network hardly tell the classes apart; a network that learned what two views have in common does.
+Drawing it takes about a second. Each image is a 3x3 lattice of one kind of glyph, each turned by a
+random angle, on an almost grey background with faint clutter and noise. The class is the kind of
+glyph. Colour, position, angle and pitch do not depend on the class, so raw pixels and an untrained
+network hardly separate the classes; a network that learns what two views have in common does.
 """
 
 import numpy as np
 
-CLASSES = ("disc", "ring", "square", "frame", "triangle", "plus", "bar", "star", "ell", "stripes")
 SIZE = 32
 SPLITS = {"train": (5000, 0), "val": (1000, 1)}  # images, seed
-WINDOW, MARGIN = 14, 24  # px: side of the square that a glyph fits in; canvas around the picture
+WINDOW = np.arange(-7, 7)  # px: offsets of the pixels of a glyph from its centre
+MARGIN = 24  # px: canvas around the picture
 
 
 def _box(x, y, half_width, half_height):
@@ -24,7 +24,7 @@ def _triangle(x, y):
 
 def _star(x, y):
     """Five points: the radius varies with the angle."""
-    # 0 between points, 1 at them
+    # 0 between two points, 1 at a point
     angle = np.abs(np.mod(np.arctan2(x, y), 2 * np.pi / 5) - np.pi / 5) / (np.pi / 5)
     return np.hypot(x, y) - (0.28 + 0.85 * angle**2)
 
@@ -43,6 +43,7 @@ GLYPHS = {
     "ell": lambda x, y: np.minimum(_box(x + 0.6, y, 0.22, 0.85), _box(x, y + 0.63, 0.82, 0.22)),
     "stripes": lambda x, y: _box(x, np.abs(np.abs(y) - 0.3) - 0.3, 0.95, 0.13),
 }
+CLASSES = tuple(GLYPHS)
 
 
 def draw(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -56,35 +57,29 @@ def draw(split: str) -> tuple[np.ndarray, np.ndarray]:
     offset = rng.uniform(-0.5, 0.5, (count, 2)) * pitch[:, None]
     background = rng.uniform(0.47, 0.53, (count, 1, 1, 1))
     foreground = rng.uniform(0.85, 1.0, (count, 1, 1, 1))
-    clutter = (
-        rng.uniform(-1, 1, (count, 2, 2)),
-        rng.uniform(0.06, 0.12, (count, 2)),
-        rng.uniform(-0.05, 0.05, (count, 2)),
-    )
+    # two blobs of clutter an image
+    positions = rng.uniform(-1, 1, (count, 2, 2))
+    sizes, strengths = rng.uniform(0.06, 0.12, (count, 2)), rng.uniform(-0.05, 0.05, (count, 2))
 
     cover = np.zeros((count, SIZE + 2 * MARGIN, SIZE + 2 * MARGIN), np.float32)
-    window = np.arange(-WINDOW // 2, WINDOW // 2)
     cosine, sine = np.cos(lattice_angle), np.sin(lattice_angle)
     for row in (-1, 0, 1):
         for column in (-1, 0, 1):
             jitter = rng.normal(0, 0.04, (count, 2)) * pitch[:, None]
             turn = rng.uniform(0, 2 * np.pi, count).astype(np.float32)
-            across, along = (
-                column * pitch + offset[:, 0] + jitter[:, 0],
-                row * pitch + offset[:, 1] + jitter[:, 1],
-            )
+            across = column * pitch + offset[:, 0] + jitter[:, 0]
+            along = row * pitch + offset[:, 1] + jitter[:, 1]
             centre_x, centre_y = cosine * across - sine * along, sine * across + cosine * along
-            for label, name in enumerate(CLASSES):
+            for label, glyph in enumerate(GLYPHS.values()):
                 image = np.flatnonzero(labels == label)
                 _add_glyph(
                     cover,
-                    GLYPHS[name],
+                    glyph,
                     image,
                     centre_x[image],
                     centre_y[image],
                     radius[image],
                     turn[image],
-                    window,
                 )
     cover = cover[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
     images = (
@@ -95,20 +90,19 @@ def draw(split: str) -> tuple[np.ndarray, np.ndarray]:
     axis = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE * 2 - 1
     y, x = axis[None, :, None], axis[None, None, :]
     for mark in range(2):
-        position, size, strength = clutter[0][:, mark], clutter[1][:, mark], clutter[2][:, mark]
-        blob = (x - position[:, :1, None]) ** 2 + (y - position[:, 1:, None]) ** 2 < size[
-            :, None, None
-        ] ** 2
-        images += (blob * strength[:, None, None].astype(np.float32))[:, None]
+        centre_x, centre_y = np.split(positions[:, mark, :, None], 2, axis=1)
+        squared_distance = (x - centre_x) ** 2 + (y - centre_y) ** 2
+        blob = squared_distance < sizes[:, mark, None, None] ** 2
+        images += (blob * strengths[:, mark, None, None].astype(np.float32))[:, None]
     images += 0.08 * rng.standard_normal(images.shape, dtype=np.float32)
     return (np.clip(images, 0, 1) * 255).round().astype(np.uint8), labels
 
 
-def _add_glyph(cover, glyph, image, centre_x, centre_y, radius, turn, window):
-    """Draw one turned glyph into each canvas cover[image]; its margin takes what is outside."""
+def _add_glyph(cover, glyph, image, centre_x, centre_y, radius, turn):
+    """Draw one turned glyph into each canvas cover[image], whose margin holds what is outside."""
     half = SIZE / 2
-    column = np.clip((centre_x + 1) * half, -half, SIZE + half).astype(int)[:, None] + window
-    row = np.clip((centre_y + 1) * half, -half, SIZE + half).astype(int)[:, None] + window
+    column = np.clip((centre_x + 1) * half, -half, SIZE + half).astype(int)[:, None] + WINDOW
+    row = np.clip((centre_y + 1) * half, -half, SIZE + half).astype(int)[:, None] + WINDOW
     x = ((column + 0.5) / half - 1 - centre_x[:, None]).astype(np.float32)[:, None, :]
     y = ((row + 0.5) / half - 1 - centre_y[:, None]).astype(np.float32)[:, :, None]
     radius = radius.astype(np.float32)[:, None, None]

@@ -1,29 +1,32 @@
 """The user's own images: --dataset folder, tree, list and shards.
 
-Labels are names of classes first, and numbered here, the same for training and validation.
+Classes are read by name, and numbered in the same way for training and validation.
 """
 
+import contextlib
 import os
 from argparse import Namespace
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from ..choices import IMAGENET
 from ..running.distributed import local_rank_zero_first
-from ..running.errors import RunError, UsageError
+from ..running.errors import RunError, UsageError, first_few
+from ..running.safe_files import open_text
 from . import shards
 from .high_bit_depth import little_used_range
 from .images import FileImages, ImageFiles, ImageSet, ResidentImages
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
-SAMPLED = 8  # images of a set whose grey values are checked at the start
+SAMPLED = 8  # number of images of a set whose grey values are checked at the start
 
 
 def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
     """Training set, validation set (None without labelled validation images), and notes.
 
-    Raises UsageError if the data have another form, or an image cannot be read.
+    Raises UsageError if the data do not have the layout of --dataset, or an image cannot be read.
     """
     train_path, val_path = args.data, args.val
     if os.path.isdir(os.path.join(args.data, "train")):
@@ -37,7 +40,10 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
     train, names, notes = _open_part(train_path, args.labels, args)
     if names is None:
         return train, None, [*notes, "the images have no labels: no kNN, no neighbour purity"]
-    train.classes = _sorted_classes(names)
+    # by name, then numbers by value
+    train.classes = sorted(
+        {*names} - {None}, key=lambda name: (int(name), "") if name.isdecimal() else (-1, name)
+    )
     train.labels = _numbers(names, train.classes)
     val, val_names = None, None
     if val_path:
@@ -47,22 +53,12 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
         return train, None, [*notes, "there are no validation images with labels: no kNN"]
     only_one = sorted(({*val_names} ^ {*names}) - {None})
     if only_one:
-        listed = ", ".join(only_one[:5]) + (" ..." if len(only_one) > 5 else "")
         raise UsageError(
-            "training and validation images must hold the same classes; "
-            f"only one of them has {listed}"
+            "training and validation images must have the same classes; "
+            f"only one of the two has {first_few(only_one, 5)}"
         )
     val.classes, val.labels = train.classes, _numbers(val_names, train.classes)
     return train, val, notes
-
-
-def _sorted_classes(names):
-    """The names, sorted: other names first, then numbers by value."""
-
-    def key(name):
-        return (int(name), "") if name.isdecimal() else (-1, name)
-
-    return sorted({*names} - {None}, key=key)
 
 
 def _numbers(names, classes):
@@ -71,17 +67,19 @@ def _numbers(names, classes):
 
 
 def _open_part(path, labels, args) -> tuple[ImageSet, list[str | None] | None, list[str]]:
-    """Images at path; the class name of each (None for an image without; None for all); notes."""
+    """Images at path; the class name of each (None for an image without a class), or None if no
+    image has one; notes.
+    """
     names, ignored = None, 0
     if args.dataset == "list":
         images = ImageFiles(_read_list(path), None, [], IMAGENET)
     elif args.dataset == "shards":
-        with local_rank_zero_first():  # it writes the index; the machine's other ranks read it
+        with local_rank_zero_first():  # it writes the index that the other ranks read
             index = shards.open_index(path, EXTENSIONS, fallback=args.workdir)
         images, ignored = shards.ShardImages(index, None, [], IMAGENET), int(index.ignored)
         if len(index.classes):
-            names = [*index.classes.tolist(), None]  # label -1 is the last one: None
-            names = [names[label] for label in index.label]
+            classes = [*index.classes.tolist(), None]  # label -1 takes the last one
+            names = [classes[label] for label in index.label]
     else:
         paths, ignored = _images_below(path)
         expected = "image files in it or its subfolders"
@@ -100,7 +98,7 @@ def _open_part(path, labels, args) -> tuple[ImageSet, list[str | None] | None, l
     notes = []
     if ignored:
         notes.append(f"{ignored} files in {path} are not images and are ignored")
-    if args.grey_range is None and (note := _grey_range_note(images)):
+    if args.grey_range is None and (note := little_used_range(_samples(images))):
         notes.append(f"{path}: {note}")
     try:
         images = images.resident()
@@ -110,28 +108,24 @@ def _open_part(path, labels, args) -> tuple[ImageSet, list[str | None] | None, l
     if isinstance(images, ResidentImages) and images.errors is not None:
         bad = list(filter(None, images.errors))
         notes.append(
-            f"{len(bad)} images in {path} are replaced in training and grey in evaluation; "
-            f"the first: {bad[0]}"
+            f"{len(bad)} images in {path} are replaced, by other images in training and by grey in "
+            f"evaluation; the first: {bad[0]}"
         )
     return images, None if labels == "none" else names, notes
 
 
-def _grey_range_note(images: FileImages) -> str | None:
-    """What little_used_range says of a few images, evenly spread over the set."""
-    samples = []
+def _samples(images: FileImages) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and encoded files of a few images, evenly spread over the set."""
     for index in np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(int)):
-        try:
-            samples.append(images.encoded(index))
-        except RunError:  # reported where the image is used
-            continue
-    return little_used_range(samples)
+        with contextlib.suppress(RunError):  # an unreadable image is reported when it is used
+            yield images.encoded(index)
 
 
 def _images_below(root):
     """Sorted paths of all images in a tree, and the number of other files.
 
-    Hidden files count as neither. A folder that several links lead to, perhaps in a circle, counts
-    once.
+    Hidden files are in neither. A folder is read once, even if several links lead to it, or a link
+    inside it leads back to it.
     """
     paths, others, seen = [], 0, set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_unreadable_folder):
@@ -152,13 +146,13 @@ def _unreadable_folder(error):
 
 
 def _read_list(path):
-    """Paths in a text file, one per line; relative ones start at the file's folder."""
+    """Paths in a text file, one per line, relative to the file's folder."""
     folder = os.path.dirname(path)
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+    with open_text(path, errors="surrogateescape") as file:
         paths = [os.path.join(folder, line.rstrip("\n")) for line in file if line.strip()]
     if not paths:
         raise UsageError(f"{path} lists no image: expected one path per line")
-    # a hundred of them: looking for a million files on a network disk takes minutes
+    # only about a hundred are checked, because a million files on a network disk take minutes
     for number in range(0, len(paths), -(-len(paths) // 100)):
         if not os.path.isfile(paths[number]):
             raise UsageError(
@@ -169,8 +163,8 @@ def _read_list(path):
 
 
 def _read_labels(path, source, count):
-    """Class names in a text file, one per line in the order of the images; '' or -1: no label."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    """Class names in a text file, one per line in the order of the images; None for '' and -1."""
+    with open_text(path) as file:
         names = [name if name not in ("", "-1") else None for name in map(str.strip, file)]
     if len(names) != count:
         raise UsageError(

@@ -1,8 +1,8 @@
-"""Images of more than 8 bits per channel: how all bits are read and scaled to 8 by one range.
+"""Images of more than 8 bits per channel: reading all bits, and scaling a range of values to 8.
 
-Grey images have PIL's modes I;16, I;16B, I (integers) and F (floating point). Of PNG and TIFF files
-with 16 bits per colour PIL only reads the upper byte; asked for the other byte order, it reads the
-lower one instead.
+Grey images have PIL's modes I;16, I;16B, I (integers) and F (floating point). From PNG and TIFF
+files with 16 bits per colour PIL reads only the upper byte; with the byte order swapped it reads
+the lower byte.
 """
 
 import io
@@ -12,13 +12,15 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image, ImageOps
 
+# PIL would read others too, and start Ghostscript for a file that begins like PostScript
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 INTEGERS, FLOATS = (0.0, 65535.0), (0.0, 1.0)  # the ranges without --grey-range
 # PIL's names of byte orders: little-endian, big-endian, native
 SWAPPED = {";16L": ";16B", ";16B": ";16L", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
 
 
 def read_pixels(picture: Image.Image, encoded: np.ndarray) -> np.ndarray | None:
-    """Grey (H, W) or RGB (H, W, 3), turned upright, with all bits; None for an image of 8 bits.
+    """Grey (H, W) or RGB (H, W, 3) pixels with all bits, upright; None for an image of 8 bits.
 
     picture: opened from the bytes `encoded`, not yet loaded. Raises ValueError for 16 bits in a
     layout that cannot be read (with premultiplied alpha, grey with alpha, CMYK).
@@ -30,7 +32,7 @@ def read_pixels(picture: Image.Image, encoded: np.ndarray) -> np.ndarray | None:
         return None
     if not all(rawmode[:-4] in ("RGB", "RGBA", "RGBX") for rawmode in rawmodes):
         raise ValueError(f"only 8 of its 16 bits can be read ({', '.join(rawmodes)})")
-    with Image.open(io.BytesIO(encoded)) as lower:
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as lower:
         lower.tile = [_with_swapped_bytes(tile) for tile in lower.tile]
         upper, lower = (
             np.asarray(ImageOps.exif_transpose(part).convert("RGB")).astype(np.uint16)
@@ -40,9 +42,9 @@ def read_pixels(picture: Image.Image, encoded: np.ndarray) -> np.ndarray | None:
 
 
 def _with_swapped_bytes(tile):
-    """A tile of a PIL image, for the other byte order.
+    """A tile of a PIL image with the byte order swapped.
 
-    Its args are the layout of the encoded pixels, or a sequence that begins with it.
+    Its args are the layout of the encoded pixels, or a sequence whose first entry is the layout.
     """
     codec, extents, offset, args = tile
     rawmode = args if isinstance(args, str) else args[0]
@@ -57,7 +59,7 @@ def default_range(pixels: np.ndarray) -> tuple[float, float]:
 
 
 def to_8_bits(pixels: np.ndarray, grey_range: tuple[float, float] | None) -> np.ndarray:
-    """Scale a range (None: the default) to 0..255, rounded; values outside are clipped.
+    """Scale the values of a range (None: the default) to 0..255, rounded; others are clipped.
 
     NaN, which often means 'no data' in satellite images, becomes 0.
     """
@@ -67,18 +69,18 @@ def to_8_bits(pixels: np.ndarray, grey_range: tuple[float, float] | None) -> np.
 
 
 def little_used_range(samples: Iterable[tuple[str, np.ndarray]]) -> str | None:
-    """A line that names --grey-range if a sampled image fits badly into its format's range.
+    """A line that suggests --grey-range, if the range of the pixel format suits a sample badly.
 
-    samples: names and encoded files. An image fits badly if it uses less than a sixteenth of the
-    range (so that 16 of 256 levels would be left), or if more than half of it lies outside.
+    samples: names and encoded files. The range suits an image badly if the image uses less than a
+    sixteenth of it (at most 16 of 256 levels), or if more than half of the pixels are outside.
     """
     count, lines = 0, []
     for name, encoded in samples:
         count += 1
         try:
-            with Image.open(io.BytesIO(encoded)) as picture:
+            with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
                 pixels = read_pixels(picture, encoded)
-        except Exception:  # an unreadable image; whoever uses it reports it
+        except Exception:  # an unreadable image is reported when it is used
             continue
         if pixels is None:
             continue

@@ -1,8 +1,8 @@
-"""Sets of images with a stable number each: how views and whole images are cut out of them.
+"""Sets of numbered images, and how views and whole images are cut out of them.
 
-A set is either held decoded in memory (ResidentImages: cropped on the device) or decoded image by
-image (EncodedImages: decoded and cropped by worker processes). Both have the methods `views` and
-`whole` for arrays of indices, so that the loaders need not distinguish them. sources.py opens them.
+ResidentImages are held decoded in memory and cropped on the device. EncodedImages are decoded each
+time, and cropped, by worker processes. Both have the methods `views` and `whole`, which take arrays
+of indices, so the loaders treat both alike. sources.py opens the sets.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from torch.nn.functional import interpolate
 from .. import augment
 from ..augment import Recipe, ViewParameters
 from ..running.errors import RunError
-from .decoding import decode, unreadable
+from .decoding import decode, read_encoded
 
 # bytes of decoded pixels up to which a set of equal-sized images is held in memory
 RESIDENT_LIMIT = 2**30
 
 
 class Views(NamedTuple):
-    """Views of B images before the part of the augmentation that runs on the device.
+    """Views of B images, cropped but not yet augmented on the device.
 
-    They come in groups of one size (augment.by_size), one entry of crops and parameters each.
+    Views of one size form a group (augment.by_size); crops and parameters have an entry per group.
 
     ids         (B,)
     crops       (V * B, 3, S, S) uint8, V views of size S, the first view of all images first
@@ -42,14 +42,15 @@ class Views(NamedTuple):
 
 
 class ImageSet:
-    """n images with a stable number each.
+    """n images, numbered 0 .. n - 1 in a fixed order.
 
-    labels      (n,) int64, -1 for an image without one; None if no image has one
+    labels      (n,) int64, -1 for an image without a label; None if no image has one
     classes     names of the labels
     mean, std   (3,) of the channels, in [0, 1]
-    names       (n,) names of the files, or None if the images are in no files
+    names       (n,) names of the files; None if the images are not in files of their own
     per_image   names of the attributes with one entry per image
-    skip_bad    an unreadable image is replaced: by another one in training, by grey in evaluation
+    skip_bad    whether an unreadable image is replaced: in training by another, in evaluation by
+                grey
     """
 
     per_image: tuple[str, ...] = ("labels", "names")
@@ -59,13 +60,13 @@ class ImageSet:
     def __init__(self, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
         self.labels = None if labels is None else torch.as_tensor(labels)
         self.classes = classes
-        self.mean, self.std = map(torch.tensor, mean_std)
+        self.mean, self.std = map(torch.as_tensor, mean_std)
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def select(self, indices: np.ndarray) -> "ImageSet":
-        """Only the images `indices`, numbered anew in that order."""
+        """A set of only the images `indices`, numbered in that order."""
         chosen = copy.copy(self)
         for name in self.per_image:
             values = getattr(self, name)
@@ -73,7 +74,7 @@ class ImageSet:
         return chosen
 
     def fingerprint(self) -> str:
-        """Hash of the file names (or else of the sizes in bytes) in order; reads no image."""
+        """Hash of the names, or without names of the sizes in bytes, in order; reads no image."""
         names = self.names
         if names is None:
             names = getattr(self, "size", np.arange(len(self)))
@@ -93,9 +94,9 @@ class ImageSet:
         raise NotImplementedError
 
     def readable(self, index: int, seed: int) -> tuple[int, Tensor]:
-        """The number of an image, and the image: of `index` itself, or of a substitute.
+        """The number of an image and the image: `index` itself, or a substitute.
 
-        With skip_bad, a substitute replaces an unreadable image. It only depends on (seed, index),
+        With skip_bad, a substitute replaces an unreadable image. It depends only on (seed, index),
         so that every rank and worker draws the same one.
         """
         for attempt in range(20):
@@ -113,17 +114,17 @@ class ImageSet:
         indices: np.ndarray,
         view_numbers: tuple[int, ...] | None = None,
     ) -> Views:
-        """Views of the images `indices` (B,), keyed by (recipe.seed, epoch, index, view number).
+        """Views of the images `indices` (B,), drawn by (recipe.seed, epoch, index, view number).
 
-        view_numbers: lines of recipe.views; None: all of them.
+        view_numbers: which views of recipe.views; None: all of them.
         """
         raise NotImplementedError
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
         """Images for evaluation, (B, 3, size, size) uint8.
 
-        Images of that size stay as they are. Of others, the central 7/8 of the shorter side is
-        resized (the usual 'resize 256, centre crop 224').
+        Images of that size do not change. Of others, a central square of 7/8 of the shorter side is
+        resized, as in the usual 'resize to 256, centre crop 224'.
         """
         raise NotImplementedError
 
@@ -214,7 +215,7 @@ class EncodedImages(ImageSet):
         return torch.cat(crops)
 
     def _image_or_grey(self, index, shape):
-        """The image and None; or with skip_bad, for an unreadable one, grey and the reason."""
+        """The image, and None; with skip_bad, for an unreadable image grey, and the reason."""
         try:
             return self.image(index), None
         except RunError as error:
@@ -234,9 +235,7 @@ class EncodedImages(ImageSet):
                 if image.shape != shape:
                     return self
                 images[index] = image
-        labels = None if self.labels is None else self.labels.numpy()
-        mean_std = self.mean.tolist(), self.std.tolist()
-        resident = ResidentImages(images, labels, self.classes, mean_std)
+        resident = ResidentImages(images, self.labels, self.classes, (self.mean, self.std))
         resident.names, resident.skip_bad = self.names, self.skip_bad
         resident.errors = errors if any(errors) else None
         return resident
@@ -244,7 +243,8 @@ class EncodedImages(ImageSet):
     def _decode_all(self, shape, chunk=16):
         """All images as `_image_or_grey` returns them, decoded by threads.
 
-        Closing it waits for the threads: Python aborts if it ends while one of them is decoding.
+        Closing the generator waits for the threads, because Python aborts if it ends while a thread
+        decodes.
         """
         threads = ThreadPoolExecutor(os.cpu_count())
         try:
@@ -262,9 +262,9 @@ class EncodedImages(ImageSet):
 
 
 class FileImages(EncodedImages):
-    """Images in files, or in parts of files. A subclass defines where the bytes of each are.
+    """Images in files, or in parts of files. A subclass defines `encoded`.
 
-    grey_range: lowest and highest value of images of more than 8 bits; None: of the pixel format
+    grey_range: see decoding.decode
     """
 
     grey_range: tuple[float, float] | None = None
@@ -299,16 +299,11 @@ class ImageFiles(FileImages):
 
     def encoded(self, index: int) -> tuple[str, np.ndarray]:
         path = str(self.paths[index])
-        if not os.path.isfile(path) and os.path.exists(path):
-            raise unreadable(path, "it is not a file")  # reading a pipe would wait forever
-        try:
-            return path, np.fromfile(path, np.uint8)
-        except OSError as error:
-            raise unreadable(path, error.strerror) from error
+        return path, read_encoded(path, path)
 
 
 def _draw(recipe, epoch, indices, view_numbers, heights, widths):
-    """For each group of views of one size: the size, boxes and parameters, the first view first."""
+    """The size, boxes and parameters of each group of views of one size, the first view first."""
     if view_numbers is None:
         view_numbers = range(len(recipe.views))
     for size, numbers in augment.by_size(recipe, view_numbers):
@@ -326,7 +321,7 @@ def _draw(recipe, epoch, indices, view_numbers, heights, widths):
 
 
 def _crop(image, box, size):
-    """Box of a (3, H, W) uint8 image, resized with antialias: (1, 3, size, size) uint8."""
+    """A box of a (3, H, W) uint8 image, resized with antialias: (1, 3, size, size) uint8."""
     top, left, height, width = (int(side) for side in box)
     crop = image[None, :, top : top + height, left : left + width]
     if height == width == size:
@@ -335,7 +330,7 @@ def _crop(image, box, size):
 
 
 def _evaluation_box(height, width, size):
-    """(top, left, height, width) of the part that evaluation sees."""
+    """(top, left, height, width) of the part that is evaluated."""
     if height == width == size:
         return 0, 0, size, size
     side = round(min(height, width) * 7 / 8)

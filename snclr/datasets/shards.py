@@ -1,6 +1,6 @@
-"""Tar shards read in place.
+"""Images in tar files (shards), which are not unpacked.
 
-An index lists where each image lies, so that reading image number i is one read at an offset.
+An index lists the position of each image, so that an image takes one read at an offset.
 """
 
 import json
@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ..running.errors import UsageError
-from .decoding import unreadable
+from ..running.safe_files import new_file, open_regular
+from .decoding import read_encoded
 from .images import FileImages
 
 
 class Index(NamedTuple):
-    """Where n images lie.
+    """The positions of n images in tar files.
 
     files           (F,) paths of the tar files
     shard           (n,) number of the image's tar file
@@ -56,29 +57,26 @@ class ShardImages(FileImages):
         path = str(self.files[self.shard[index]])
         offset, size = int(self.offset[index]), int(self.size[index])
         name = f"of {size} bytes at offset {offset} in {path}"
-        try:
-            return name, np.fromfile(path, np.uint8, count=size, offset=offset)
-        except OSError as error:
-            raise unreadable(name, error.strerror) from error
+        return name, read_encoded(path, name, offset, size)
 
 
 def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -> Index:
     """The index of one tar file, or of all .tar files below a folder in the order of their names.
 
-    The first call writes it to a file beside the shards, or in the folder `fallback` if that place
-    is read-only. It is made again after names, sizes or times of the shards have changed.
-    Raises UsageError if there is no shard or one cannot be read.
+    The first call saves it beside the shards, or in the folder `fallback` if those are read-only.
+    It is made again if names, sizes or times of the shards have changed. Raises UsageError if there
+    is no shard or one cannot be read.
     """
     files = [source] if os.path.isfile(source) else _tars_below(source)
+    for path in files:
+        open_regular(path).close()
     stats = [os.stat(path) for path in files]
     names = [os.path.relpath(path, source) for path in files]
     key = json.dumps(
         [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
     )
-    beside = f"{source}.index.npz"
-    if os.path.isdir(source):
-        beside = os.path.join(source, "snclr_index.npz")
-    index_paths = [beside]
+    is_folder = os.path.isdir(source)
+    index_paths = [os.path.join(source, "snclr_index.npz") if is_folder else f"{source}.index.npz"]
     if fallback is not None:
         source_name = os.path.basename(os.path.abspath(source))
         index_paths.append(os.path.join(fallback, f"index_{source_name}.npz"))
@@ -102,8 +100,7 @@ def _tars_below(folder):
     if not files:
         message = f"no .tar file in {folder}"
         if compressed:
-            message += f"; {compressed[0]} is compressed and cannot be read at an offset: "
-            message += "unpack it to .tar"
+            message += f"; {compressed[0]} is compressed: unpack it to .tar"
         raise UsageError(message)
     return files
 
@@ -111,8 +108,8 @@ def _tars_below(folder):
 def _scan(files, extensions) -> Index:
     """Read the headers of all tar members.
 
-    A sample is all members whose names are equal up to the first dot: an image, and in WebDataset's
-    layout a .cls file with its class. Without those, the tar files may be named by class.
+    The members of a sample have the same name up to the first dot: an image, and in WebDataset's
+    layout a .cls file with its class. Without .cls files, the tar files may be named by class.
     """
     images, ignored = [], 0  # (shard, offset, size, sample, stem) of each image
     class_names = {}  # by (shard, sample)
@@ -123,7 +120,7 @@ def _scan(files, extensions) -> Index:
                     folder, base = os.path.split(name)
                     sample = os.path.join(folder, base.split(".")[0])
                     if base.lower().endswith(".cls"):
-                        content = os.pread(file.fileno(), size, offset)
+                        content = os.pread(file.fileno(), min(size, 2**16), offset)
                         class_names[shard, sample] = content.decode().strip()
                     elif base.lower().endswith(extensions) and not base.startswith("."):
                         images.append((shard, offset, size, sample, stem))
@@ -141,24 +138,26 @@ def _scan(files, extensions) -> Index:
         names = stems
     classes = sorted({*names} - {None})
     numbers = {name: number for number, name in enumerate(classes)} | {None: -1}
-    rows = (shards, offsets, sizes, [numbers[name] for name in names])
-    columns = (np.array(row, dtype=np.int64) for row in rows)
+    labels = [numbers[name] for name in names]
+    columns = np.array([shards, offsets, sizes, labels], dtype=np.int64)
     return Index(np.array(files), *columns, np.array(classes, dtype=str), np.array(ignored))
 
 
-def _members(file, path, start=0):
-    """Name, offset in the outermost file, size and stem of the innermost tar of each regular file.
+def _members(file, path, start=0, depth=0):
+    """For each regular file in a tar file: its name, its offset in the outermost file, its size,
+    and the stem of the innermost tar file.
 
-    Tar files inside of a tar file are read, too: ImageNet's training set has this form.
+    Tar files within a tar file are read too, as in ImageNet's training set.
     """
+    if depth > 8:
+        raise tarfile.ReadError("more than 8 tar files are nested")
     stem = os.path.basename(path).removesuffix(".tar")
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # tarfile keeps them all; a million would fill the memory
+            archive.members.clear()  # tarfile would keep them all in memory
             if member.isfile() and member.name.endswith(".tar"):
-                yield from _members(
-                    archive.extractfile(member), member.name, start + member.offset_data
-                )
+                inner = archive.extractfile(member)
+                yield from _members(inner, member.name, start + member.offset_data, depth + 1)
             elif member.isfile():
                 yield member.name, start + member.offset_data, member.size, stem
 
@@ -166,8 +165,8 @@ def _members(file, path, start=0):
 def _name_classes(samples, stems):
     """Whether the tar files are named by class.
 
-    There must be several, and their names must not end in a number (shard-000001), unless the names
-    of their images start with it (n01440764).
+    There must be several, and no name may end in a digit (shard-000001), unless all names of images
+    start with the name of their tar file (n01440764).
     """
     numbered = any(re.search(r"\d$", stem) for stem in stems)
     repeated = all(
@@ -179,18 +178,20 @@ def _name_classes(samples, stems):
 
 def _load(path, key) -> Index | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_regular(path) as opened, np.load(opened, allow_pickle=False) as file:
+            if any(record.compress_type for record in file.zip.infolist()):
+                return None  # not ours: it may unfold to terabytes
             return (
                 Index(np.empty(0), *(file[name] for name in Index._fields[1:]))
                 if file["key"].item() == key
                 else None
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile):
         return None  # absent, damaged or of another version
 
 
 def _fits(index, sizes) -> bool:
-    """Whether all images of a saved index lie inside the files of these sizes in bytes."""
+    """Whether all images of a saved index are inside the files of these sizes in bytes."""
     rows = (index.shard, index.offset, index.size, index.label)
     if any(
         row.ndim != 1 or row.dtype != np.int64 or not 0 < len(row) == len(index.shard)
@@ -208,16 +209,11 @@ def _fits(index, sizes) -> bool:
 
 
 def _save(path, key, index) -> bool:
-    temporary = f"{path}.{os.getpid()}.tmp"
+    fields = {name: getattr(index, name) for name in Index._fields[1:]}
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(
-                file,
-                key=np.array(key),
-                **{name: getattr(index, name) for name in Index._fields[1:]},
-            )
-        os.replace(temporary, path)
+        with new_file(path) as file:
+            np.savez(file, key=np.array(key), **fields)
         return True
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""Opens each --dataset as a training and a validation set, with labels if there are any."""
+"""Opens --dataset as a training and a validation set, with labels if there are any."""
 
 from argparse import Namespace
 
@@ -40,9 +40,9 @@ def open_data(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
 
 
 def _subset(total: int, amount: float, seed: int) -> np.ndarray:
-    """Sorted indices of `amount` images (below 1: a share of them), chosen by seed.
+    """Sorted indices of `amount` images (below 1: a share of all), chosen by seed.
 
-    A smaller subset is part of a larger one.
+    With the same seed, a smaller subset is part of a larger one.
     """
     count = int(amount) if amount >= 1 else max(1, round(amount * total))
     if count > total:

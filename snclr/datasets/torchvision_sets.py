@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torchvision
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
@@ -53,6 +54,8 @@ class TorchvisionImages(EncodedImages):
 
 def open_torchvision(args: Namespace) -> tuple[ImageSet, ImageSet]:
     """Training and test set of --dataset. Raises UsageError if its files are not in DATA."""
+    Image.init()
+    Image.OPEN.pop("EPS", None)  # torchvision opens any format, and for this PIL runs Ghostscript
     name, train_parts, test_part = TORCHVISION[args.dataset]
     return _open_parts(name, train_parts, args), _open_parts(name, [test_part], args)
 
@@ -60,7 +63,7 @@ def open_torchvision(args: Namespace) -> tuple[ImageSet, ImageSet]:
 def _open_parts(name, parts, args) -> ImageSet:
     dataset_class = getattr(torchvision.datasets, name)
     try:
-        with local_rank_zero_first():  # it downloads; then the machine's other ranks find the files
+        with local_rank_zero_first():  # it downloads the files that the other ranks read
             datasets = [dataset_class(args.data, download=args.download, **part) for part in parts]
     except ImportError as error:
         raise UsageError(

@@ -1,5 +1,5 @@
-"""Features of the training images that are encoded once and then kept for all epochs of a probe: in
-memory, or in a memory-mapped file if they are large.
+"""Encodes the training images once for all epochs of a probe. Their features stay in memory or, if
+they are large, in a memory-mapped file.
 """
 
 import hashlib
@@ -25,29 +25,27 @@ def cached_features(task: Task, loader: ViewLoader) -> Tensor:
     --cache-copies 1: the view that evaluation uses; more: that many random crops of each image,
     those of epochs 0 .. copies - 1 of `loader`. Above --cache-limit-gb the array is a memory-mapped
     file in --workdir, one for all ranks of a machine. The file gets its name only when it is
-    complete. The name holds a hash of everything that the features depend on, so that a later start
-    finds the file, and never takes a file of other features for it. Raises RunError if the file
-    cannot be written.
+    complete. Its name has a hash of everything that the features depend on: a later start uses the
+    file only if its features are the same. Raises RunError if the file cannot be written.
     """
-    args, images = task.args, loader.images
-    copies, width = args.cache_copies, max(kinds_of(task.encoder).values())
-    shape = (copies, len(images), width)
+    args, copies = task.args, task.args.cache_copies
+    shape = (copies, len(loader.images), max(kinds_of(task.encoder).values()))
     views = range(copies) if copies > 1 else [None]
     chunks = (chunk for copy in views for chunk in _in_order(task, loader, copy))
     bytes_needed = 4 * math.prod(shape)
     if bytes_needed <= args.cache_limit_gb * 2**30:
-        array, done = torch.empty(copies * len(images), width), 0
+        array, done = torch.empty(shape), 0
         for chunk in chunks:
-            array[done : done + len(chunk)] = chunk
+            array.flatten(0, 1)[done : done + len(chunk)] = chunk
             done += len(chunk)
-        return array.view(shape)
+        return array
     path = os.path.join(args.workdir, f"features_{cache_key(task, loader)[:16]}.f32")
     if not os.path.exists(path) or os.path.getsize(path) != bytes_needed:
         if local_rank_zero():
             _write(path, chunks)
         else:
             for _ in chunks:
-                pass  # sends this rank's part to the rank that writes
+                pass  # sends this rank's part to the rank that writes the file
         barrier()
     array = torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.float32)
     return array.view(shape)
@@ -56,15 +54,18 @@ def cached_features(task: Task, loader: ViewLoader) -> Tensor:
 def cache_key(task: Task, loader: ViewLoader) -> str:
     """SHA-256 of everything that cached features depend on.
 
-    The settings are all but those of NOT_IN_FEATURES, so that a new flag is part of the key unless
-    it is declared there. (Images that were replaced under the same names are not noticed.)
+    A new flag is part of the key unless NOT_IN_FEATURES names it. The contents of the images are
+    not part of it: replacing a file under the same name is not noticed.
     """
-    settings = {name: x for name, x in vars(task.args).items() if name not in NOT_IN_FEATURES}
-    architecture = {name: x for name, x in task.info.items() if name not in ("epoch", "notes")}
-    precision = task.amp, task.device.type, torch.__version__
     images = loader.images
-    parts = sorted(settings.items()), sorted(architecture.items()), task.encoder_digest, precision
-    sha = hashlib.sha256(repr((*parts, len(images))).encode())
+    facts = (
+        sorted((name, x) for name, x in vars(task.args).items() if name not in NOT_IN_FEATURES),
+        sorted((name, x) for name, x in task.info.items() if name not in ("epoch", "notes")),
+        task.encoder_digest,
+        (task.amp, task.device.type, torch.__version__),
+        len(images),
+    )
+    sha = hashlib.sha256(repr(facts).encode())
     sha.update(images.labels.numpy().tobytes())
     sha.update(b"" if images.names is None else images.names.tobytes())
     return sha.hexdigest()
@@ -86,10 +87,10 @@ def _write(path: str, chunks: Iterable[Tensor]) -> None:
 
 
 def _in_order(task, loader, copy) -> Iterable[Tensor]:
-    """Features (c, F) on the CPU, chunk by chunk; every rank encodes its part of each."""
+    """Features (c, F) on the CPU, chunk by chunk; every rank encodes its part of each chunk."""
     images, chunk = loader.images, EVALUATION_BATCH * world_size()
     starts = range(0, len(images), chunk)
-    # all ranks must send equal numbers of features: image 0 fills up the last chunk
+    # all ranks must send equal numbers of features: image 0 completes the last chunk
     parts = [np.arange(start, start + chunk).reshape(world_size(), -1)[rank()] for start in starts]
     parts = [np.where(part < len(images), part, 0) for part in parts]
     if copy is None:

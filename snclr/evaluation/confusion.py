@@ -1,4 +1,4 @@
-"""The confusion matrix of a classifier: accuracy of each class, and a picture."""
+"""The confusion matrix of a classifier: the accuracy of each class, and a picture."""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 from ..pictures.canvas import INK, MARGIN, font, page
 
 CELL = 44  # pixels of a cell
-LEGIBLE = 25  # up to this number of classes, cells have names and numbers
+LEGIBLE = 25  # up to this number of classes, the picture has names and numbers
 LOW, HIGH = np.array([247, 249, 252]), np.array([16, 78, 139])  # colours of 0 and 100 %
 
 
@@ -19,10 +19,8 @@ def class_accuracies(counts: np.ndarray) -> list[float | None]:
 
 
 def picture(counts: np.ndarray, classes: list[str], title: str) -> Image.Image:
-    """Draw the matrix: rows are true classes, columns predictions; colour and number are percent of
-    the row.
-
-    counts (C, C) integers.
+    """Draw the matrix of counts (C, C): rows are true classes, columns predicted ones. Colour and
+    number of a cell show its percentage of the row.
     """
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     legible = len(classes) <= LEGIBLE
@@ -39,13 +37,12 @@ def picture(counts: np.ndarray, classes: list[str], title: str) -> Image.Image:
     for row, name in enumerate(classes):
         draw.text((left - 10, top + (row + 0.5) * cell), name, fill=INK, font=font(), anchor="rm")
         for column in range(len(classes)):
-            percent = 100 * shares[row, column]
-            if percent >= 0.5:
+            if (percent := 100 * shares[row, column]) >= 0.5:
                 center = (left + (column + 0.5) * cell, top + (row + 0.5) * cell)
                 ink = "white" if percent > 50 else INK
                 draw.text(center, f"{percent:.0f}", fill=ink, font=font(), anchor="mm")
         label = Image.new("RGB", (names, 18), "white")
         ImageDraw.Draw(label).text((names - 6, 9), name, fill=INK, font=font(), anchor="rm")
-        vertical = label.rotate(90, expand=True)
-        image.paste(vertical, (int(left + (row + 0.5) * cell) - 9, top + side + 4))
+        corner = (int(left + (row + 0.5) * cell) - 9, top + side + 4)
+        image.paste(label.rotate(90, expand=True), corner)
     return image

@@ -1,6 +1,4 @@
-"""Frozen features of an image set, the raw pixels as features, and a digest that shows whether an
-encoder has changed.
-"""
+"""Frozen features of an image set, raw pixels as features, and a digest of an encoder."""
 
 import hashlib
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from ..running.distributed import rank, world_size
 
 
 class Pixels(nn.Module):
-    """The flattened pixels as features: a baseline for every encoder."""
+    """The flattened pixels as features: the baseline of every encoder."""
 
     def __init__(self, img_size: int):
         super().__init__()
@@ -27,8 +25,8 @@ class Pixels(nn.Module):
 
 
 def digest(module: nn.Module) -> str:
-    """SHA-256 of names, shapes and bytes of all parameters and buffers: equal before and after
-    means unchanged.
+    """SHA-256 of the names, shapes and bytes of all parameters and buffers. It changes when one of
+    them does.
     """
     sha = hashlib.sha256()
     for name, tensor in module.state_dict().items():
@@ -48,8 +46,8 @@ def encode_share(
 ) -> tuple[Tensor, Tensor]:
     """Features (n_r, F) and labels (n_r,) of this rank's share of a labelled set, on the CPU.
 
-    The share is every world_size-th image. embed: normalised images (B, 3, size, size) to features
-    (B, F) in at least float32, without gradient.
+    The share of rank r is image r and every world_size-th image after it. embed: normalised images
+    (B, 3, size, size) to features (B, F).
     """
     indices = np.arange(rank(), len(images), world_size())
     batches = whole_images(images, indices, size=size, device=device, workers=workers)

@@ -1,7 +1,6 @@
 """Fine-tunes an encoder together with a linear classifier on top of it."""
 
 import time
-from typing import NamedTuple
 
 import numpy as np
 import timm.optim
@@ -10,33 +9,26 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .. import augment, optim
-from ..loader import EVALUATION_BATCH, whole_images
 from ..optim import parameter_groups
 from ..running import distributed
 from ..running.batch_norm import synchronise_batch_norm
 from ..running.errors import UsageError
 from ..running.precision import autocast, widen
 from . import state
+from .features import encode_share
 from .options import STATE_FILE
 from .task import Task, crop_loader, rank_batches, report_epoch, steps_per_epoch
 
-
-class Rates(NamedTuple):
-    """Peak learning rates for a batch of 256 (encoder, head), and weight decay."""
-
-    lr: float
-    head_lr: float
-    weight_decay: float
-
-
-DEFAULTS = {"sgd": Rates(0.02, 0.2, 0.0), "adamw": Rates(5e-4, 5e-3, 0.05)}
-# of a random encoder: encoder and head start equally untrained
-FROM_SCRATCH = {"sgd": Rates(0.1, 0.1, 5e-4), "adamw": Rates(5e-4, 5e-4, 0.05)}
+# peak learning rates of encoder and head for a batch of 256, and weight decay
+DEFAULTS = {"sgd": (0.02, 0.2, 0.0), "adamw": (5e-4, 5e-3, 0.05)}
+# the same for an untrained encoder, which has no reason to learn more slowly than its head
+FROM_SCRATCH = {"sgd": (0.1, 0.1, 5e-4), "adamw": (5e-4, 5e-4, 0.05)}
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear layer, which starts as N(0, 0.01): images (B, 3, S, S) to logits (B,
-    classes).
+    """An encoder and a linear layer, initialised as N(0, 0.01).
+
+    Images (B, 3, S, S) to logits (B, classes).
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int):
@@ -54,16 +46,14 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
     """Train encoder and classifier; returns the results after the last epoch and the confusion
     counts (classes, classes).
 
-    No validation image takes part in any choice.
+    Validation images choose nothing.
     """
     args, train, device = task.args, task.train, task.device
-    settings = resolve_settings(task)
-    steps = steps_per_epoch(train, args.batch_size)
+    steps, settings = steps_per_epoch(train, args.batch_size), resolve_settings(task)
     model = Classifier(task.encoder, len(train.classes)).to(device)
     model = synchronise_batch_norm(model, device)
-    scaled = {name: settings[name] * args.batch_size / 256 for name in ("lr", "head_lr")}
-    fixed = {name: settings[name] for name in ("weight_decay", "layer_decay")}
-    optimizer = build_optimizer(model, settings["optimizer"], **scaled, **fixed)
+    rates = {name: settings[name] * args.batch_size / 256 for name in ("lr", "head_lr")}
+    optimizer = build_optimizer(model, **settings | rates)
     scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
     epoch, _ = state.resume(task, STATE_FILE, model, optimizer)
     network = distributed.replicate(model, device)
@@ -82,8 +72,8 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
                     warmup_epochs=args.warmup_epochs,
                     epochs=args.epochs,
                 )
-            # stochastic layers draw from (seed, step, rank), so that a resumed run has no generator
-            # to restore
+            # stochastic layers draw from (seed, step, rank), so a resumed run needs no saved state
+            # of the random generator
             torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank())) >> 1)
             with autocast(task.amp, device):
                 logits = network(x)
@@ -108,29 +98,33 @@ def resolve_settings(task: Task) -> dict:
     """Optimiser, base rates, weight decay and layer decay: from the flags, else the defaults of
     this kind of encoder.
     """
-    args = task.args
-    is_vit = getattr(task.encoder, "kind", None) == "vit"
+    args, is_vit = task.args, getattr(task.encoder, "kind", None) == "vit"
     from_scratch = args.encoder == "untrained"
     name = args.optimizer or ("adamw" if is_vit else "sgd")
-    rates = (FROM_SCRATCH if from_scratch else DEFAULTS)[name]
-    lr = args.lr or rates.lr
+    default_lr, head_lr, weight_decay = (FROM_SCRATCH if from_scratch else DEFAULTS)[name]
+    lr = args.lr or default_lr
     return {
         "optimizer": name,
         "lr": lr,
-        "head_lr": args.head_lr or lr * (rates.head_lr / rates.lr),
-        "weight_decay": rates.weight_decay if args.wd is None else args.wd,
+        "head_lr": args.head_lr or lr * (head_lr / default_lr),
+        "weight_decay": weight_decay if args.wd is None else args.wd,
         "layer_decay": args.layer_decay or (0.75 if is_vit and not from_scratch else 1.0),
     }
 
 
 def build_optimizer(
-    model: Classifier, name: str, lr: float, head_lr: float, weight_decay: float, layer_decay: float
+    model: Classifier,
+    optimizer: str,
+    lr: float,
+    head_lr: float,
+    weight_decay: float,
+    layer_decay: float,
 ) -> torch.optim.Optimizer:
-    """'sgd' (momentum 0.9) or 'adamw'. Each group's 'peak' is its rate before the schedule: of the
-    encoder lr, or head_lr.
+    """'sgd' (momentum 0.9) or 'adamw'. Each group's 'peak' is its rate before the schedule, derived
+    from lr in the encoder, and head_lr in the head.
 
-    layer_decay: each layer has the rate of the next one times this factor (timm's grouping); 1: all
-    layers the same.
+    layer_decay: the rate of a layer is that of the next one times this factor (timm's grouping); 1:
+    all layers have the same rate. Raises UsageError if the encoder has no grouping.
     """
     if layer_decay == 1:
         groups = parameter_groups(model.encoder.named_parameters(), weight_decay)
@@ -143,7 +137,7 @@ def build_optimizer(
     groups = [{**group, "peak": lr * group.pop("lr_scale", 1.0)} for group in groups]
     head = parameter_groups(model.head.named_parameters(), weight_decay)
     groups += [{**group, "peak": head_lr} for group in head]
-    if name == "adamw":
+    if optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
 
@@ -153,21 +147,18 @@ def evaluate_classifier(task: Task, model: Classifier) -> tuple[float, float, np
     """Top-1 and top-5 in percent, and confusion counts (classes, classes), on the validation images
     of all ranks.
     """
+    classes, device = len(task.train.classes), task.device
     model.eval()
-    args, classes = task.args, len(task.train.classes)
-    # one tensor, summed over ranks at once: the confusion counts, and the number of images right
-    # among the best five
-    totals = torch.zeros(classes * classes + 1, dtype=torch.long, device=task.device)
-    indices = np.arange(distributed.rank(), len(task.val), distributed.world_size())
-    labels = task.val.labels[indices].to(task.device).split(EVALUATION_BATCH)
-    batches = whole_images(
-        task.val, indices, size=args.img_size, device=task.device, workers=args.workers
-    )
-    for x, y in zip(batches, labels, strict=True):
-        with autocast(task.amp, task.device):
-            best = model(x).topk(min(5, classes), dim=1).indices
-        totals[:-1] += torch.bincount(y * classes + best[:, 0], minlength=classes * classes)
-        totals[-1] += (best == y[:, None]).sum()
+
+    def best_classes(x):
+        with autocast(task.amp, device):
+            return model(x).topk(min(5, classes), dim=1).indices
+
+    loader_args = dict(size=task.args.img_size, device=device, workers=task.args.workers)
+    best, labels = encode_share(best_classes, task.val, **loader_args)
+    counts = torch.bincount(labels * classes + best[:, 0], minlength=classes**2)
+    # one tensor, so that one sum over ranks is enough
+    totals = torch.cat([counts, (best == labels[:, None]).sum()[None]]).to(device)
     totals = distributed.all_sum(totals).cpu().numpy()
     counts = totals[:-1].reshape(classes, classes)
     return 100 * counts.trace() / len(task.val), 100 * totals[-1] / len(task.val), counts

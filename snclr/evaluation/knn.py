@@ -18,15 +18,15 @@ from .features import encode_share
 
 
 class Vote(NamedTuple):
-    """How the k nearest neighbours of an image vote: each with weight exp(cosine / temperature), or
-    1 if that is None.
+    """The k nearest neighbours of an image vote for their classes, each with the weight
+    exp(cosine / temperature), or 1 if temperature is None.
     """
 
     k: int
     temperature: float | None
 
 
-# the votes with names of their own in metrics.jsonl and results.json: DINO's, and that of lightly's
+# votes by their names in metrics.jsonl and results.json: that of DINO, and that of lightly's
 # benchmarks
 NAMED_VOTES = {"knn_top1": Vote(20, 0.07), "knn200_top1": Vote(200, 0.1)}
 
@@ -39,9 +39,9 @@ def nearest(
     """Cosines (n, k), best first, and labels (n, k) of the nearest among the features of ALL ranks;
     the same on every rank.
 
-    queries (n, F) are the same on every rank; features (m, F) and labels (m,) are this rank's
-    share. Each rank sends only its own k best, so no rank holds the whole set. If there are fewer
-    than k features, the other entries have cosine -2. Memory: chunk * m cosines.
+    queries (n, F): unit rows, the same on every rank. features (m, F), unit rows, and labels (m,):
+    this rank's share. Each rank sends only its own k best, so no rank needs the whole set. If there
+    are fewer than k features, the remaining entries have cosine -2. Memory: chunk * m cosines.
     """
     chunks = []
     for part in queries.split(chunk):
@@ -58,7 +58,7 @@ def vote(cosines: Tensor, labels: Tensor, num_classes: int, temperature: float |
     """Class scores (n, num_classes) from cosines and labels (n, k) of the nearest neighbours.
 
     The score of a class is the sum of exp(cosine / temperature) over its neighbours, or their
-    number if temperature is None (then the first of several equal classes wins).
+    number if temperature is None. (Then classes are often equal, and argmax takes the first.)
     """
     weights = torch.ones_like(cosines) if temperature is None else (cosines / temperature).exp()
     weights = weights * (cosines > -1.5)  # -2 means that there was no such neighbour
@@ -79,12 +79,12 @@ def table(
 ) -> dict[str, float]:
     """Top-1 in percent of each vote, by its name, from one search.
 
-    train, val: this rank's shares, features (n_r, F) and labels (n_r,) as encode_share returns
-    them; num_val: number of validation images on all ranks.
+    train, val: features (n_r, F) and labels (n_r,) of this rank's share, from encode_share.
+    num_val: number of validation images on all ranks.
     """
     queries, truth = (join_shares(x.to(device), num_val) for x in (unit(val[0]), val[1]))
-    most = max(k for k, _ in votes.values())
-    cosines, labels = nearest(queries, unit(train[0]).to(device), train[1].to(device), most)
+    max_k = max(k for k, _ in votes.values())
+    cosines, labels = nearest(queries, unit(train[0]).to(device), train[1].to(device), max_k)
     top1 = {}
     for name, (k, temperature) in votes.items():
         predicted = vote(cosines[:, :k], labels[:, :k], num_classes, temperature).argmax(dim=1)
@@ -102,8 +102,8 @@ def accuracy(
     workers: int,
     votes: dict[str, Vote] = NAMED_VOTES,
 ) -> dict[str, float]:
-    """Top-1 in percent on val of each vote, with the labelled features of train as neighbours; the
-    same on every rank.
+    """Top-1 in percent on val of each vote, with the images of train as neighbours; the same on
+    every rank. Images without a label are left out.
 
     embed: normalised images (B, 3, size, size) to features (B, F).
     """
@@ -116,8 +116,8 @@ def accuracy(
 
 
 def join_shares(x: Tensor, total: int) -> Tensor:
-    """All `total` rows, those of rank 0 first, from each rank's share (every world_size-th row);
-    the same on every rank.
+    """All `total` rows, those of rank 0 first; the same on every rank. x: the share of this rank,
+    every world_size-th row.
     """
     longest = -(-total // world_size())
     padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
@@ -140,20 +140,16 @@ def calibrated_copy(
     """A copy of an untrained encoder, in eval mode, whose batch norms hold the statistics of
     `count` images.
 
-    At initialisation running means and variances are 0 and 1, whatever the network computes.
-    Without this, the accuracy of the untrained encoder would mostly measure those wrong statistics.
+    New batch norms have running means of 0 and variances of 1, whatever the network computes. With
+    these, the accuracy of an untrained encoder would mostly show how wrong they are.
     """
-    encoder = copy.deepcopy(encoder).train()
-    norms = [
-        module
-        for module in encoder.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
+    encoder, batch_norm = copy.deepcopy(encoder).train(), nn.modules.batchnorm._BatchNorm
+    norms = [module for module in encoder.modules() if isinstance(module, batch_norm)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
     share = min(count, len(images)) // world_size()  # synchronised norms need equal batches
-    # all batches full, since the average gives each batch the same weight
+    # only full batches, since the average gives each batch the same weight
     share = share // EVALUATION_BATCH * EVALUATION_BATCH or share
     indices = np.arange(share) * world_size() + rank()
     if norms:

@@ -1,4 +1,4 @@
-"""Measures of frozen features that need no labels: how many dimensions they use, and whether two
+"""Metrics of frozen features that need no labels: how many dimensions they use, and how well two
 views of an image agree.
 """
 
@@ -17,13 +17,12 @@ NEIGHBOURS = 10
 
 @torch.no_grad()
 def signals(embed: Callable[[Tensor], Tensor], loader: TwoViewLoader) -> dict[str, float] | None:
-    """effective_rank and view_agreement of a fixed sample of the training images, the same on every
-    rank; None if the features are not finite.
+    """effective_rank and view_agreement of the same sample of training images in every epoch and on
+    every rank; None if the features are not finite.
 
     embed: normalised images (B, 3, S, S) to features (B, F).
     """
-    batches = loader.sample(SAMPLE)
-    pairs = [tuple(map(embed, batch.views)) for batch in batches]
+    pairs = [tuple(map(embed, batch.views)) for batch in loader.sample(SAMPLE)]
     first, second = (all_gather(widen(torch.cat(views))) for views in zip(*pairs, strict=True))
     if not (first.isfinite().all() and second.isfinite().all()):
         return None
@@ -37,8 +36,8 @@ def signals(embed: Callable[[Tensor], Tensor], loader: TwoViewLoader) -> dict[st
 def effective_rank(features: Tensor) -> float:
     """RankMe (Garrido et al. 2023, eq. 1): exp of the entropy of the normalised singular values.
 
-    features (n, F) -> between 1 (full collapse) and F. It counts the dimensions that are used, not
-    whether they are useful.
+    features (n, F) -> between 1 (full collapse) and F. It counts the dimensions that are used,
+    whether they are useful or not.
     """
     values = torch.linalg.svdvals(features)
     shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
@@ -47,11 +46,11 @@ def effective_rank(features: Tensor) -> float:
 
 @full_precision
 def view_agreement(first: Tensor, second: Tensor, k: int) -> float:
-    """Share of an image's k nearest other images that are the same in both views, averaged over
+    """The share of an image's k nearest other images that are the same in both views: the mean over
     images.
 
     first, second (n, F): row i of both is image i. Chance is k / (n - 1). After a collapse all
-    cosines are nearly equal and the value means nothing: read it together with effective_rank.
+    cosines are nearly equal and the value means nothing: compare with effective_rank.
     """
     k = min(k, len(first) - 1)
     is_neighbour = []

@@ -1,5 +1,5 @@
-"""Chooses the labelled images of an evaluation: all, a fraction of each class, a published list, a
-held-out share.
+"""Chooses the labelled images of an evaluation: all, a fraction of each class, or a published list;
+and the held-out ones.
 """
 
 import argparse
@@ -12,15 +12,16 @@ from torch import Tensor
 from .. import augment
 from ..datasets.images import ImageSet
 from ..running.errors import UsageError, first_few
+from ..running.safe_files import open_text
 
 
 def select_labelled(
     train: ImageSet, val: ImageSet | None, args: argparse.Namespace
 ) -> tuple[ImageSet, ImageSet]:
     """The labelled images of both sets; of the training images only those that --label-list or
-    --label-fraction select.
+    --label-fraction selects.
 
-    Raises UsageError if a classifier could not be trained on them, or not be evaluated.
+    Raises UsageError if these images cannot train a classifier, or cannot evaluate it.
     """
     if train.labels is None or val is None:
         raise UsageError(
@@ -67,11 +68,13 @@ def class_share(
 ) -> Tensor:
     """(n,) bool: the same share of the images of each class, those with the smallest keys.
 
-    A smaller share is part of a larger one. both_sides: select at least one image of each class,
-    and leave at least one.
+    A smaller share is a subset of a larger one.
 
-    labels (n,) int64 into classes, the names; keys (n,) any numbers, one for each image. Raises
-    UsageError if a class would have no selected image.
+    labels      (n,) int64 indices into classes, the names
+    keys        (n,) any numbers, one for each image
+    both_sides  select at least one image of each class, and leave at least one
+
+    Raises UsageError if no image of a class would be selected.
     """
     selected = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
@@ -80,27 +83,29 @@ def class_share(
         if both_sides:
             count = min(max(count, 1), len(members) - 1)
         if not count:
-            name = f"class {classes[label]} with its {len(members)} images"
-            raise UsageError(f"a share of {share:g} leaves {name} none: use a larger one")
+            raise UsageError(
+                f"a share of {share:g} leaves class {classes[label]} with its "
+                f"{len(members)} images none: use a larger one"
+            )
         selected[members[keys[members].argsort()[:count]]] = True
     return selected
 
 
 def _keys(seed, count):
-    """One number for each image, by which a share of them is chosen."""
+    """One random number for each image, from the seed and its index."""
     return torch.from_numpy(augment.keyed_uniforms(1, seed, np.arange(count))[:, 0])
 
 
 def _listed(images, path):
-    """Indices of the images whose file names are in a text file, one name a line (the format of
-    ImageNet's 1 % split).
+    """Indices of the images whose file names are in a text file, one a line, as in SimCLR's list of
+    1 % of ImageNet.
     """
     if images.names is None:
         raise UsageError(
             f"--label-list {path}: images of this --dataset have no file names; "
             "use --label-fraction"
         )
-    with open(path) as file:
+    with open_text(path) as file:
         wanted = {os.path.basename(line.strip()) for line in file if line.strip()}
     is_listed = np.isin(images.names, sorted(wanted))
     if absent := wanted - {*images.names[is_listed].tolist()}:

@@ -1,6 +1,4 @@
-"""Linear classifiers on frozen features: many at once, trained side by side in one batched
-operation.
-"""
+"""Linear classifiers on frozen features: many are trained at once, in batched operations."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,16 +14,16 @@ NORMS = ("plain", "batchnorm")
 
 
 def kinds_of(encoder: nn.Module) -> dict[str, int]:
-    """The kinds of features that a probe uses, and their widths: each kind is the first columns of
-    `features_of`.
+    """The kinds of features that a probe uses, and their widths. A kind of width w is the first w
+    columns of `features_of`.
     """
     width = encoder.num_features
     return {"token": width, "token+mean": 2 * width} if _has_tokens(encoder) else {"pooled": width}
 
 
 def features_of(encoder: nn.Module, x: Tensor) -> Tensor:
-    """(B, 3, S, S) -> the encoder's features (B, C); of a ViT class token and mean of the patch
-    tokens, side by side (B, 2C).
+    """(B, 3, S, S) -> the encoder's features (B, C); for a ViT with a class token, this token and
+    the mean of the patch tokens, side by side (B, 2C).
     """
     if not _has_tokens(encoder):
         return encoder.embed(x)
@@ -35,8 +33,8 @@ def features_of(encoder: nn.Module, x: Tensor) -> Tensor:
 
 
 def embedder(encoder: nn.Module, amp: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function from images to `features_of` a frozen encoder, in at least float32. amp: precision
-    of the encoder.
+    """A function that computes `features_of` images without gradient, in at least float32. amp:
+    precision of the encoder.
     """
 
     @torch.no_grad()
@@ -55,11 +53,10 @@ class LinearGrid(nn.Module):
     """A head for each combination of features, input norm (none, or batch norm without affine) and
     learning rate.
 
-    Heads of the same input share one matrix product. Each is independent of the others: with
-    learning rate s(t) * rate_h, the update of head h needs its own gradient times rate_h. So the
-    sum of rate_h * loss_h, minimised by one SGD with rate s(t), trains every head as if it were
-    alone. All heads of one input start from the same draw, N(0, 0.01), so that the result of a head
-    does not depend on which other heads there are.
+    Heads with the same input share one matrix product. One SGD with rate s(t) minimises the sum of
+    rate_h * loss_h, so head h gets its own gradient times s(t) * rate_h, as if it were trained
+    alone at this rate. All heads with the same input start from the same draw of N(0, 0.01), so
+    that the result of a head does not depend on the other heads.
     """
 
     def __init__(
@@ -70,15 +67,18 @@ class LinearGrid(nn.Module):
         seed: int = 0,
         norms: Sequence[str] = NORMS,
     ):
-        """dims: number of feature columns of each kind; rates: rate_h of the heads of each input;
-        norms: of NORMS.
+        """dims: number of feature columns of each kind; rates: of the heads of each input; norms: a
+        selection of NORMS.
         """
         super().__init__()
         self.dims = dims
         rates = torch.tensor(rates, dtype=torch.get_default_dtype())
         self.register_buffer("rates", rates, persistent=False)
-        self.norms = nn.ModuleDict()
-        self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
+        self.norms, self.weights, self.biases = (
+            nn.ModuleDict(),
+            nn.ParameterDict(),
+            nn.ParameterDict(),
+        )
         for name, width in dims.items():
             if "batchnorm" in norms:
                 self.norms[name] = GlobalBatchNorm(width, affine=False)
@@ -105,22 +105,17 @@ class LinearGrid(nn.Module):
             columns.append(product + self.biases[key])
         return torch.cat(columns, dim=1)
 
-    def losses(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy (heads,) of each head, the mean over this rank's batch."""
-        logits = self.logits(features).transpose(1, 2)  # (B, classes, heads)
-        targets = labels[:, None].expand(len(labels), logits.shape[2])
-        return nn.functional.cross_entropy(logits, targets, reduction="none").mean(dim=0)
-
     def train_step(
         self, optimizer: torch.optim.Optimizer, features: Tensor, labels: Tensor
     ) -> Tensor:
         """One step of all heads on this rank's part of the batch; returns the detached losses
         (heads,) before the step.
 
-        optimizer: torch.optim.SGD of these parameters without weight decay; its lr is the
-        schedule's factor s(t).
+        optimizer: torch.optim.SGD of these parameters, without weight decay and with s(t) as lr.
         """
-        losses = self.losses(features, labels)
+        logits = self.logits(features).transpose(1, 2)  # (B, classes, heads)
+        targets = labels[:, None].expand(len(labels), logits.shape[2])
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none").mean(dim=0)
         optimizer.zero_grad(set_to_none=True)
         (losses * self.rates.repeat(len(self.weights))).sum().backward()
         if world_size() > 1:
@@ -130,8 +125,8 @@ class LinearGrid(nn.Module):
         return losses.detach()
 
     def correct(self, features: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
-        """Number of this rank's images whose class is the best, or among the 5 best, of each head:
-        (2, heads).
+        """For each head the number of this rank's images whose class is its best, and among its 5
+        best: (2, heads).
         """
         total = torch.zeros(2, len(self.names()), device=self.rates.device)
         for logits, y in self._evaluate(features, labels, chunk):
@@ -140,15 +135,14 @@ class LinearGrid(nn.Module):
         return total
 
     def confusion(self, head: int, features: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
-        """(classes, classes) counts of this rank's images: rows are true classes, columns
-        predictions of one head.
+        """(classes, classes) counts of this rank's images: rows are true classes, columns those
+        that one head predicts.
         """
         classes = next(iter(self.biases.values())).shape[1]
-        counts = torch.zeros(classes * classes, dtype=torch.long, device=self.rates.device)
+        counts = torch.zeros(classes**2, dtype=torch.long, device=self.rates.device)
         for logits, y in self._evaluate(features, labels, chunk):
-            counts += torch.bincount(
-                y * classes + logits[:, head].argmax(dim=1), minlength=classes * classes
-            )
+            cells = y * classes + logits[:, head].argmax(dim=1)
+            counts += torch.bincount(cells, minlength=classes**2)
         return counts.view(classes, classes)
 
     def _evaluate(self, features, labels, chunk):

@@ -1,5 +1,5 @@
-"""Trains linear classifiers on frozen features, and reports the one that was chosen on held-out
-images.
+"""Trains linear classifiers on frozen features, and reports one of them: by default the best on
+held-out training images.
 """
 
 import math
@@ -27,7 +27,7 @@ Share = tuple[Tensor, Tensor]  # features (n_r, F) and labels (n_r,) of this ran
 
 
 def run(task: Task, train_share: Share, val_share: Share) -> tuple[dict, np.ndarray]:
-    """Train by --protocol; returns the results and the confusion counts (classes, classes)."""
+    """Train by --protocol. Returns the results and the confusion counts (classes, classes)."""
     args = task.args
     if args.protocol == "mocov3":
         result, counts = run_mocov3(task, val_share)
@@ -36,7 +36,7 @@ def run(task: Task, train_share: Share, val_share: Share) -> tuple[dict, np.ndar
         if args.retrain:
             result |= retrain(task, result["best_head"], val_share)
     if features.digest(task.encoder) != task.encoder_digest:
-        raise RuntimeError("the encoder has changed during its evaluation: this must not happen")
+        raise RuntimeError("the encoder changed during its evaluation: this is a bug")
     names = ("protocol", "epochs", "batch_size", "crop_min")
     result["probe"] = {name: getattr(args, name) for name in names} | {"amp": task.amp}
     if args.cache_features:
@@ -45,41 +45,37 @@ def run(task: Task, train_share: Share, val_share: Share) -> tuple[dict, np.ndar
 
 
 def run_grid(task: Task, train_share: Share, val_share: Share) -> tuple[dict, np.ndarray]:
-    """Train a grid of heads on the images that are not held out; report the best on those that are.
+    """Train a grid of heads on the training images that are not held out. Report the head that is
+    best on the held-out ones.
 
-    With --select val nothing is held out, and the validation images choose.
+    With --select val nothing is held out, and the validation images choose the head.
     """
-    args, train, select = task.args, task.train, task.args.select
-    is_held = torch.zeros(len(train), dtype=torch.bool)
-    if select == "heldout":
-        is_held = hold_out(train, args.heldout, args.seed)
-    rank_held = is_held[distributed.rank() :: distributed.world_size()]
-    heldout_share = train_share[0][rank_held], train_share[1][rank_held]
-    fit = train.select(np.flatnonzero(~is_held.numpy()))
+    args, images, selection = task.args, task.train, val_share
+    choice = f"the validation images, on which it is also reported; trained on {len(images)}"
+    if args.select == "heldout":
+        is_held = hold_out(images, args.heldout, args.seed)
+        rank_held = is_held[distributed.rank() :: distributed.world_size()]
+        selection = train_share[0][rank_held], train_share[1][rank_held]
+        images = images.select(np.flatnonzero(~is_held.numpy()))
+        choice = (
+            f"{int(is_held.sum())} held-out training images; trained on the other {len(images)}"
+        )
     grid = new_heads(task, kinds_of(task.encoder), args.lrs)
-    evaluated = val_share if select == "val" else heldout_share
-    selected, _ = train_heads(task, grid, fit, evaluated, STATE_FILE, f"best {select}")
-    heads = results_of(task, grid, args.lrs, val_share)
-    for head, top1 in zip(heads, selected[0].tolist(), strict=True):
-        head[f"{select}_top1"] = top1
-    best = int(selected[0].argmax())
-    choice = (
-        f"{int(is_held.sum())} held-out training images; trained on the other {len(fit)}"
-        if select == "heldout"
-        else f"the validation images, on which it is also reported; trained on {len(fit)}"
-    )
+    (top1, _), _ = train_heads(task, grid, images, selection, STATE_FILE, f"best {args.select}")
+    heads, best = results_of(task, grid, args.lrs, val_share), int(top1.argmax())
+    for head, percent in zip(heads, top1.tolist(), strict=True):
+        head[f"{args.select}_top1"] = percent
     protocol = f"grid: best of {len(heads)} heads on {choice}; {describe_training(task)}"
     task.log(table(heads, args.lrs))
-    report(task, "linear probe", heads[best], protocol)
-    result = {**result_of(heads[best]), "select": select, "protocol": protocol, "heads": heads}
+    result = report(task, "linear probe", heads[best], protocol)
+    result |= {"best_head": heads[best], "select": args.select, "heads": heads}
     return result, distributed.all_sum(grid.confusion(best, *val_share)).cpu().numpy()
 
 
 def retrain(task: Task, head: dict, val_share: Share) -> dict:
-    """Train the chosen head of the grid again, alone and on all training images."""
+    """Train only the chosen head of the grid again, on all training images."""
     kind, lrs = head["features"], [head["lr"]]
-    dims = {kind: kinds_of(task.encoder)[kind]}
-    heads = new_heads(task, dims, lrs, (head["norm"],))
+    heads = new_heads(task, {kind: kinds_of(task.encoder)[kind]}, lrs, (head["norm"],))
     train_heads(task, heads, task.train, val_share, RETRAIN_FILE, "retrained, val")
     (retrained,) = results_of(task, heads, lrs, val_share)
     report(task, "retrained probe", retrained, f"on all {len(task.train)} training images")
@@ -87,10 +83,10 @@ def retrain(task: Task, head: dict, val_share: Share) -> dict:
 
 
 def run_mocov3(task: Task, val_share: Share) -> tuple[dict, np.ndarray]:
-    """MoCo v3's protocol: one plain head on the class token or pooled features of all images.
+    """MoCo v3's protocol: one plain head on the class token or the pooled features of all images.
 
     Its learning rate is the published one and changes from epoch to epoch, not from step to step.
-    One difference: an incomplete last batch is left out, so each epoch has whole batches only.
+    One difference to the published code: an incomplete last batch of an epoch is left out.
     """
     kind, width = next(iter(kinds_of(task.encoder).items()))
     lrs = [MOCOV3_RATES[getattr(task.encoder, "kind", "resnet")]]
@@ -98,11 +94,13 @@ def run_mocov3(task: Task, val_share: Share) -> tuple[dict, np.ndarray]:
     _, history = train_heads(task, heads, task.train, val_share, STATE_FILE, "val")
     (head,) = results_of(task, heads, lrs, val_share)
     best = int(np.argmax(history))
-    protocol = f"mocov3: one head on all {len(task.train)} training images, after the last epoch"
-    protocol += f"; {describe_training(task)}"
-    report(task, "linear probe", head, protocol)
+    protocol = (
+        f"mocov3: one head on all {len(task.train)} training images, after the last epoch; "
+        f"{describe_training(task)}"
+    )
+    result = report(task, "linear probe", head, protocol)
     task.log(f"  best epoch on the validation images: {best + 1}, top-1 {history[best]:.2f} %")
-    result = {**result_of(head), "protocol": protocol, "heads": [head]}
+    result |= {"best_head": head, "heads": [head]}
     result |= {"best_epoch": best + 1, "best_epoch_top1": history[best]}
     return result, distributed.all_sum(heads.confusion(0, *val_share)).cpu().numpy()
 
@@ -110,7 +108,7 @@ def run_mocov3(task: Task, val_share: Share) -> tuple[dict, np.ndarray]:
 def new_heads(
     task: Task, dims: dict[str, int], lrs: list[float], norms: Sequence[str] = NORMS
 ) -> LinearGrid:
-    """Heads at rates lrs * batch/256."""
+    """Heads with the learning rates lrs * batch/256. dims: width of each kind of features."""
     rates = [lr * task.args.batch_size / 256 for lr in lrs]
     heads = LinearGrid(dims, len(task.train.classes), rates, task.args.seed, norms)
     return heads.to(task.device)
@@ -122,7 +120,7 @@ def train_heads(
     """Train all heads on images for --epochs, or for the rest of them after a resume.
 
     Returns top-1 and top-5 (2, heads) in percent on `evaluated` after the last epoch, and the best
-    head's top-1 after each epoch. title: name of that top-1 in the progress lines.
+    head's top-1 after each epoch. title: name of that top-1 in the lines that show progress.
     """
     args, labels = task.args, images.labels.to(task.device)
     steps = steps_per_epoch(images, args.batch_size)
@@ -134,8 +132,7 @@ def train_heads(
     while epoch < args.epochs:
         for step, (ids, x) in enumerate(epoch_features(task, images, loader, epoch, cached)):
             position = epoch if args.protocol == "mocov3" else epoch + step / steps
-            factor = 0.5 * (1 + math.cos(math.pi * position / args.epochs))
-            optimizer.param_groups[0]["lr"] = factor
+            optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * position / args.epochs))
             heads.train_step(optimizer, x, labels[ids])
         epoch += 1
         correct = accuracies(heads, *evaluated)
@@ -148,7 +145,7 @@ def train_heads(
 def epoch_features(
     task: Task, images: ImageSet, loader: ViewLoader, epoch: int, cached: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's (ids, features) of each batch of an epoch: from the cache, or of random crops
+    """This rank's (ids, features) of each batch of an epoch, from the cache or from random crops
     that are encoded now.
     """
     parts = rank_batches(task, images, epoch)
@@ -170,7 +167,7 @@ def accuracies(heads: LinearGrid, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def results_of(task: Task, heads: LinearGrid, lrs: list[float], val_share: Share) -> list[dict]:
-    """Of each head its features, norm, base rate, and top-1 and top-5 on the validation images."""
+    """Features, norm, base rate, and top-1 and top-5 on the validation images, of each head."""
     top1, top5 = accuracies(heads, *val_share).tolist()
     return [
         {
@@ -184,22 +181,11 @@ def results_of(task: Task, heads: LinearGrid, lrs: list[float], val_share: Share
     ]
 
 
-def result_of(head: dict) -> dict:
-    """The entries of results.json about the reported head."""
-    return {
-        "linear_top1": head["val_top1"],
-        "linear_top5": head["val_top5"],
-        "best_lr": head["lr"],
-        "best_head": head,
-    }
-
-
 def describe_training(task: Task) -> str:
-    """Schedule, crops and precision, for the description of the protocol."""
-    args = task.args
-    crops = f"crops of at least {args.crop_min:.0%} of the area"
-    if args.crop_min == 1:
-        crops = "whole images, flipped at random"
+    """A description of schedule, crops and precision."""
+    args, crops = task.args, "whole images, flipped at random"
+    if args.crop_min < 1:
+        crops = f"crops of at least {args.crop_min:.0%} of the area"
     if args.cache_features:
         crops = f"{args.cache_copies} copies: {crops}" if args.cache_copies > 1 else "no crops"
     return (
@@ -207,13 +193,19 @@ def describe_training(task: Task) -> str:
     )
 
 
-def report(task: Task, title: str, head: dict, protocol: str) -> None:
-    """Print the result of a head."""
+def report(task: Task, title: str, head: dict, protocol: str) -> dict:
+    """Print the results of a head, and return its entries in results.json."""
     task.log(
         f"{title}: top-1 {head['val_top1']:.2f} %, top-5 {head['val_top5']:.2f} % "
         f"on {len(task.val)} images"
     )
     task.log(f"  ({protocol}; {head['features']}, {head['norm']}, base lr {head['lr']:g})")
+    return {
+        "linear_top1": head["val_top1"],
+        "linear_top5": head["val_top5"],
+        "best_lr": head["lr"],
+        "protocol": protocol,
+    }
 
 
 def table(heads: list[dict], rates: list[float]) -> str:
@@ -221,8 +213,7 @@ def table(heads: list[dict], rates: list[float]) -> str:
     input.
     """
     inputs = list(dict.fromkeys((head["features"], head["norm"]) for head in heads))
-    names = [f"{kind}, {norm}" for kind, norm in inputs]
-    lines = ["base lr    " + "  ".join(f"{name:>20}" for name in names)]
+    lines = ["base lr    " + "  ".join(f"{f'{kind}, {norm}':>20}" for kind, norm in inputs)]
     for number, rate in enumerate(rates):
         cells = [heads[column * len(rates) + number]["val_top1"] for column in range(len(inputs))]
         lines.append(f"{rate:<9g}  " + "  ".join(f"{top1:>18.2f} %" for top1 in cells))

@@ -1,5 +1,5 @@
-"""Saves and resumes the training of an evaluation: after each epoch, classifier and optimiser in
-one file of the workdir.
+"""Saves classifier and optimiser of an evaluation after each epoch, in one file of the workdir, and
+resumes from it.
 """
 
 import os
@@ -15,7 +15,7 @@ from ..running.settings import differ
 from .options import FREE_ON_RESUME
 from .task import Task
 
-KINDS = dict(epoch=int, model=dict, optimizer=dict, args=dict, encoder_digest=str)
+KINDS = dict(epoch=int, model=dict, optimizer=dict, history=list, args=dict, encoder_digest=str)
 
 
 def save(
@@ -28,18 +28,15 @@ def save(
 ) -> None:
     """Write the state after `epoch` completed epochs to workdir/name, by rank 0; all ranks wait.
 
-    history: top-1 in percent after each epoch, or empty.
+    history: top-1 in percent after each epoch; empty when fine-tuning.
     """
     if distributed.rank() == 0:
-        settings = {
-            key: value for key, value in vars(task.args).items() if key not in FREE_ON_RESUME
-        }
         content = {
             "epoch": epoch,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "history": history,
-            "args": settings,
+            "args": {k: x for k, x in vars(task.args).items() if k not in FREE_ON_RESUME},
             "encoder_digest": task.encoder_digest,
             "provenance": versions_and_commit(),
         }
@@ -51,8 +48,8 @@ def save(
 def resume(
     task: Task, name: str, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[float]]:
-    """Load what `save` wrote, if --resume asks for it and the file exists: completed epochs and
-    history, else 0 and [].
+    """Load what `save` wrote, if --resume asks for it and the file exists. Returns the number of
+    completed epochs and the history, else 0 and [].
 
     Raises UsageError if the file is of another evaluation, or does not fit.
     """
@@ -61,7 +58,7 @@ def resume(
         return 0, []
     content = tensor_files.read(path)
     if tensor_files.wrong_entries(content, KINDS):
-        raise UsageError(f"{path} is no state of an evaluation; choose a new --workdir")
+        raise UsageError(f"{path} is not the state of an evaluation; choose a new --workdir")
     changed = [
         str(key)
         for key, value in content["args"].items()
@@ -73,14 +70,14 @@ def resume(
             f"{path} is of another evaluation: {', '.join(changed)} changed; choose a new --workdir"
         )
     try:
-        epoch, history = content["epoch"], content.get("history", [])
+        epoch, history = content["epoch"], content["history"]
         if epoch not in range(task.args.epochs + 1):
             raise ValueError("its epoch is not between 0 and --epochs")
         if tensor_files.plain_tensors(content["model"]).keys() != content["model"].keys():
-            raise ValueError("its weights are no tensors")
-        if not isinstance(history, list) or not all(type(top1) is float for top1 in history):
-            raise ValueError("its history holds other things than numbers")
-        if len(history) not in (0, epoch):
+            raise ValueError("its weights are not tensors")
+        if not all(type(top1) is float for top1 in history):
+            raise ValueError("its history has entries that are not numbers")
+        if len(history) != (0 if task.args.finetune else epoch):
             raise ValueError("its history does not have one number for each epoch")
         model.load_state_dict(content["model"])
     except Exception as error:  # the file may hold anything, so torch may raise anything

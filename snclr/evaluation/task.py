@@ -1,5 +1,5 @@
-"""The encoder and images of an evaluation, and how both kinds of training (probe and fine-tuning)
-pass over the images.
+"""The encoder and images of an evaluation, and the batches of its training images. Probe and
+fine-tuning share them.
 """
 
 import argparse
@@ -25,7 +25,7 @@ class Task(NamedTuple):
     encoder: nn.Module
     info: dict  # of snclr.weights.load.open_encoder
     encoder_digest: str  # SHA-256 of the encoder's weights before any training
-    embed: Callable[[Tensor], Tensor]  # images to frozen features, as linear.embedder makes it
+    embed: Callable[[Tensor], Tensor]  # images to frozen features, from linear.embedder
     train: ImageSet
     val: ImageSet
     device: torch.device
@@ -44,8 +44,8 @@ def rank_batches(task: Task, images: ImageSet, epoch: int) -> list[np.ndarray]:
     """This rank's part of each batch of an epoch: indices into images."""
     size = task.args.batch_size
     order = augment.epoch_order(task.args.seed, epoch, len(images))
-    steps = steps_per_epoch(images, size)
-    return [share(order[step * size : (step + 1) * size]) for step in range(steps)]
+    starts = range(0, size * steps_per_epoch(images, size), size)
+    return [share(order[start : start + size]) for start in starts]
 
 
 def crop_loader(task: Task, images: ImageSet) -> ViewLoader:
@@ -56,11 +56,11 @@ def crop_loader(task: Task, images: ImageSet) -> ViewLoader:
 
 
 def report_epoch(task: Task, loader: ViewLoader, epoch: int, text: str, start: float) -> None:
-    """Print progress about ten times during training, and name images that could not be read. All
+    """Print progress about ten times during training, and report images that could not be read. All
     ranks call it.
     """
+    epochs = task.args.epochs
     if note := record_bad_images(loader.images, loader.replaced, task.args.workdir):
         task.log(f"note: {note}")
-    epochs = task.args.epochs
     if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
         task.log(f"epoch {epoch}/{epochs}  {text}  {time.perf_counter() - start:.0f} s")

@@ -1,4 +1,4 @@
-"""Drawing with PIL: a page with title and key, and a sheet of small images with lines of text."""
+"""Drawing with PIL: a page with a title and a key of colours, and a sheet of small images."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,10 +6,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..datasets.images import ImageSet
+
 Colour = tuple[int, int, int]
 INK, FAINT = (0, 0, 0), (90, 90, 90)
-# distinct for colour-blind readers: the first three from Okabe and Ito, the others Paul Tol's
-# 'muted'
+# colour-blind readers can tell them apart: the first three are from Okabe and Ito, the others are
+# Paul Tol's 'muted'
 BLUE, ORANGE, GREY = (0, 114, 178), (230, 120, 0), (170, 170, 170)
 COLOURS = (
     (51, 34, 136),
@@ -19,8 +21,11 @@ COLOURS = (
     (204, 102, 119),
     (68, 170, 153),
     (136, 34, 85),
+    (153, 153, 51),
+    (170, 68, 153),
+    (120, 120, 120),
 )
-COLOURS += ((153, 153, 51), (170, 68, 153), (120, 120, 120))
+FRAMES = ((BLUE, "same class"), (ORANGE, "another class"), (GREY, "no label"))
 MARGIN, GAP, FRAME, LINE = 24, 10, 4, 16  # pixels
 
 
@@ -40,25 +45,20 @@ def font(size: int = 13) -> ImageFont.FreeTypeFont:
 def page(
     width: int, height: int, title: str, text: str = "", key: Sequence[tuple[Colour, str]] = ()
 ) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
-    """A white page with a title, lines of text and a key of colours above an empty area of width x
+    """A white page: a title, lines of text and a key of colours above an empty area of width x
     height pixels.
 
     Returns the page, its ImageDraw, and the y of the area; its x is MARGIN.
     """
     lines = text.splitlines()
-    width = max(
-        width,
-        *(
-            int(font(size).getlength(line))
-            for size, line in [(17, title), *((13, line) for line in lines)]
-        ),
-    )
+    needed = [font(17).getlength(title), *map(font().getlength, lines)]
+    width = max(width, *map(int, needed))
     positions, x, y = [], 0, MARGIN + 26 + 19 * len(lines)
     for _, name in key:  # from left to right, in several lines if needed
-        needed = 20 + int(font().getlength(name)) + 20
-        x, y = (0, y + 19) if x and x + needed > width else (x, y)
+        entry = 20 + int(font().getlength(name)) + 20
+        x, y = (0, y + 19) if x and x + entry > width else (x, y)
         positions.append((MARGIN + x, y))
-        x += needed
+        x += entry
     top = y + (19 if key else 0) + GAP
     image = Image.new("RGB", (width + 2 * MARGIN, top + height + MARGIN), "white")
     draw = ImageDraw.Draw(image)
@@ -79,32 +79,25 @@ def sheet(
     heads: Sequence[str] = (),
     side: int = 96,
 ) -> Image.Image:
-    """Rows of tiles, each image resized to side x side pixels, below heads of the columns."""
+    """Rows of tiles, each image resized to side x side pixels. heads: names above the columns."""
     columns, lines = max(map(len, rows)), max(len(tile.lines) for row in rows for tile in row)
-    pitch, pace = side + 2 * FRAME + GAP, side + 2 * FRAME + LINE * lines + GAP
-    head = 22 if heads else 0
-    image, draw, top = page(columns * pitch, head + len(rows) * pace, title, text, key)
+    framed, head = side + 2 * FRAME, 22 if heads else 0
+    pitch_x, pitch_y = framed + GAP, framed + LINE * lines + GAP
+    image, draw, top = page(columns * pitch_x, head + len(rows) * pitch_y, title, text, key)
     for column, name in enumerate(heads):
-        draw.text((MARGIN + column * pitch, top), name, fill=INK, font=font())
+        draw.text((MARGIN + column * pitch_x, top), name, fill=INK, font=font())
     for row, tiles in enumerate(rows):
         for column, tile in enumerate(tiles):
-            x, y = MARGIN + column * pitch, top + head + row * pace
+            x, y = MARGIN + column * pitch_x, top + head + row * pitch_y
             if tile.frame is not None:
-                draw.rectangle(
-                    (x, y, x + side + 2 * FRAME - 1, y + side + 2 * FRAME - 1), fill=tile.frame
-                )
+                draw.rectangle((x, y, x + framed - 1, y + framed - 1), fill=tile.frame)
             enlarged = tile.image.shape[0] < side  # its pixels become squares
             method = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-            image.paste(
-                Image.fromarray(tile.image).resize((side, side), method), (x + FRAME, y + FRAME)
-            )
+            resized = Image.fromarray(tile.image).resize((side, side), method)
+            image.paste(resized, (x + FRAME, y + FRAME))
             for number, line in enumerate(tile.lines):
-                draw.text(
-                    (x + FRAME, y + side + 2 * FRAME + 1 + LINE * number),
-                    fitting(line, pitch),
-                    fill=INK,
-                    font=font(),
-                )
+                corner = (x + FRAME, y + framed + 1 + LINE * number)
+                draw.text(corner, fitting(line, pitch_x), fill=INK, font=font())
     return image
 
 
@@ -113,3 +106,39 @@ def fitting(text: str, width: float) -> str:
     while font().getlength(text) > width and len(text) > 2:
         text = text[:-2].rstrip(".") + "."
     return text
+
+
+def neighbour_tiles(
+    queries: ImageSet, query: int, pool: ImageSet, neighbours: Sequence[tuple], size: int
+) -> list[Tile]:
+    """Tiles of an image of `queries` and of its neighbours in `pool`: an (index, line, ...) each.
+
+    The frame of a neighbour shows whether it has the image's class. size: side in px at which
+    images are read.
+    """
+    name = _class_name(queries, query)
+    tiles = [Tile(_pixels(queries, [query], size)[0], [name] if name else ())]
+    images = _pixels(pool, [index for index, *_ in neighbours], size)
+    for image, (index, *lines) in zip(images, neighbours, strict=True):
+        other = _class_name(pool, index)
+        frame = GREY if "" in (name, other) else BLUE if name == other else ORANGE
+        tiles.append(Tile(image, [other, *lines] if other else lines, frame))
+    return tiles
+
+
+def frame_key(rows: Sequence[Sequence[Tile]]) -> list[tuple[Colour, str]]:
+    """The colours of the frames in a picture, with their meaning."""
+    present = {tile.frame for row in rows for tile in row}
+    return [(colour, name) for colour, name in FRAMES if colour in present]
+
+
+def _pixels(images: ImageSet, indices: Sequence[int], size: int) -> np.ndarray:
+    """Images as (n, S, S, 3) uint8."""
+    indices = np.array(indices, dtype=np.int64)
+    return images.whole(indices, size).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _class_name(images: ImageSet, index: int) -> str:
+    """The name of an image's class; '' if it has no label."""
+    label = -1 if images.labels is None else int(images.labels[index])
+    return str(images.classes[label]) if label >= 0 else ""

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 
 from .runs import Run, number
 
-# Okabe and Ito: distinct for colour-blind readers, on black and on white
+# from Okabe and Ito: colour-blind readers can tell them apart, on black and on white
 INKS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
-# size of a drawing, and the space for numbers at its left and below it
+# pixels: size of a drawing, and of the space for numbers at its left and bottom
 WIDTH, HEIGHT, LEFT, BELOW = 360, 190, 44, 22
 
 
 def curve(title: str, metric: str, groups: dict[str, list[Run]]) -> str:
-    """A figure of a metric over epochs, '' where no run has it.
+    """A figure of a metric over epochs; '' if no run has the metric.
 
-    A group of runs is a line, their mean; a band reaches from the lowest to the highest value.
+    The line of a group is the mean of its runs; its band reaches from the lowest to the highest.
     """
     curves = {
         name: points for name, members in groups.items() if (points := _points(members, metric))
@@ -40,7 +40,7 @@ def curve(title: str, metric: str, groups: dict[str, list[Run]]) -> str:
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{tick:g}</text>'
         for x, y, anchor, tick in labels
     ]
-    opacity = min(0.2, 0.5 / len(groups))  # where many bands overlap, each is lighter
+    opacity = min(0.2, 0.5 / len(groups))  # many bands overlap, so each is lighter
     for index, name in enumerate(groups):
         points, ink = curves.get(name, []), INKS[index % len(INKS)]
         mean = [(x, statistics.fmean(values)) for x, values in points]
@@ -53,26 +53,26 @@ def curve(title: str, metric: str, groups: dict[str, list[Run]]) -> str:
                 f' d="M{path(upper + lower)}Z"/>'
             )
         parts.append(f'<path {_stroke(index)} d="M{path(mean)}"/>' if points else "")
-        if len(points) < 12:  # a line of no length with round ends is a dot
+        if len(points) < 12:  # a line of length 0 with round ends is a dot
             parts += [f'<path class="dot" stroke="{ink}" d="M{path([p])}h0"/>' for p in mean]
         parts.append("</g>")
-    size = f"0 0 {WIDTH} {HEIGHT}"
-    svg = f'<svg viewBox="{size}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
+    svg = f'<svg {box} role="img" aria-label="{title}">{"".join(parts)}</svg>'
     return f"<figure>{svg}<figcaption>{title}</figcaption></figure>"
 
 
 def key(groups: Iterable[str]) -> str:
-    """A list of the groups' names with their strokes."""
+    """A list of the groups: stroke and name of each."""
     entry = '<li><svg viewBox="0 0 28 10"><path {} d="M0 5H28"/></svg> {}</li>'
     entries = [entry.format(_stroke(n), html.escape(name)) for n, name in enumerate(groups)]
     return f'<ul class="key">{"".join(entries)}</ul>'
 
 
 def _points(members: Sequence[Run], metric: str) -> list[tuple[float, list[float]]]:
-    """(epoch, the value of each run that has one there), in order."""
+    """(epoch, values of the runs at this epoch), in order."""
     values: dict[float, list[float]] = {}
     for run in members:
-        # the last step of an epoch is always logged: its number over the epoch's is their ratio
+        # epochs count from 1 and the last step of each is logged, so this is the largest ratio
         ratios = [line["step"] / line["epoch"] for line in run.lines if line["epoch"] > 0]
         steps_per_epoch = max(ratios, default=1) or 1
         for line in run.lines:

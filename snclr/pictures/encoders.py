@@ -12,32 +12,44 @@ from .. import augment
 from ..datasets.images import ImageSet
 from ..loader import whole_images
 from ..running.precision import unit
-from .canvas import BLUE, COLOURS, GREY, INK, MARGIN, Tile, fitting, font, page, sheet
-from .tiles import key_of, row_of
+from .canvas import (
+    BLUE,
+    COLOURS,
+    GREY,
+    INK,
+    MARGIN,
+    Tile,
+    fitting,
+    font,
+    frame_key,
+    neighbour_tiles,
+    page,
+    sheet,
+)
 
-# colours of the map 'cividis', dark to bright
+# matplotlib's colour map 'cividis', dark to bright
 HEAT = np.array([[0, 32, 76], [87, 93, 109], [165, 156, 116], [255, 234, 70]])
 MAP_SIDE, DOT = 460, 2.5  # pixels
 
 
 class Encoder(NamedTuple):
-    """An encoder and its info (snclr.weights.load.open_encoder), and its name in pictures."""
+    """An encoder, its info (of snclr.weights.load.open_encoder), and its name in pictures."""
 
     module: nn.Module
     info: dict
     name: str
 
     def batches(self, images: ImageSet, indices: np.ndarray, **loader_args) -> Iterator[Tensor]:
-        """Images `indices`, of the size and normalisation of the encoder's training.
+        """Batches of the images `indices`, in the size and normalisation of the encoder's training.
 
-        loader_args: device and workers, as for whole_images.
+        loader_args: device and workers, for whole_images.
         """
         images.mean, images.std = torch.tensor(self.info["mean"]), torch.tensor(self.info["std"])
         return whole_images(images, indices, size=self.info["img_size"], **loader_args)
 
     @torch.no_grad()
     def features(self, images: ImageSet, indices: np.ndarray, **loader_args) -> Tensor:
-        """Unit features (n, C) of images `indices`, on the CPU."""
+        """Features (n, C) of the images `indices`, unit rows on the CPU."""
         batches = self.batches(images, indices, **loader_args)
         return torch.cat([unit(self.module.embed(batch)).cpu() for batch in batches])
 
@@ -54,8 +66,8 @@ def retrieval_picture(
 ) -> Image.Image:
     """Images of `queries` beside their nearest images of `pool`, for one encoder or several.
 
-    features: by the encoder's name, those of the queries (n, C) and of the pool (m, C). An image is
-    never its own neighbour. size: side in px at which images are read.
+    features: for each encoder's name the features of the queries (n, C) and of the pool (m, C). An
+    image is never its own neighbour. size: side in px at which images are read.
     """
     rows, lines, heads = [[] for _ in query_indices], [], []
     topk = min(topk, len(pool_indices) - (queries is pool))
@@ -69,13 +81,13 @@ def retrieval_picture(
                 (index, f"cosine {value:.2f}")
                 for index, value in zip(pool_indices[positions], values, strict=True)
             ]
-            row += row_of(queries, query, pool, neighbours, size)
+            row += neighbour_tiles(queries, query, pool, neighbours, size)
         same = [tile.frame == BLUE for row in rows for tile in row[-topk:] if tile.frame != GREY]
         share = f"; {100 * np.mean(same):.0f} % of the neighbours have the image's class"
         lines.append(name + share if same else name)
         head = f"nearest by {name[0]}" if len(features) > 1 else "nearest"
         heads += ["image", head, *[""] * (topk - 1)]
-    return sheet(rows, title, "\n".join(lines), key_of(rows), heads)
+    return sheet(rows, title, "\n".join(lines), frame_key(rows), heads)
 
 
 @torch.no_grad()
@@ -83,10 +95,10 @@ def attention_maps(encoder: nn.Module, x: Tensor) -> Tensor:
     """The attention of the class token to each patch, in each head of a ViT's last block:
     (B, heads, rows, columns).
 
-    x: normalised images. Without a class token, the mean over the patches' queries.
+    x: normalised images. Without a class token: the mean attention of all patches.
     """
     attention, weights = encoder.blocks[-1].attn, []
-    # timm's fused kernel does not compute the weights by themselves
+    # timm's fused kernel never holds the attention weights
     fused, attention.fused_attn = attention.fused_attn, False
     hook = attention.attn_drop.register_forward_hook(
         lambda module, inputs, output: weights.append(inputs[0])
@@ -103,9 +115,8 @@ def attention_picture(maps: Tensor, pixels: np.ndarray, name: str, side: int = 1
     """Attention (B, heads, rows, columns) over its images (B, S, S, 3) uint8: the mean of the
     heads, then each head.
     """
-    maps_of_images = torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1).numpy()
-    rows = []
-    for image, heads in zip(pixels, maps_of_images, strict=True):
+    rows, all_maps = [], torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1).numpy()
+    for image, heads in zip(pixels, all_maps, strict=True):
         tiles = [Tile(_heated(image, head / head.max(), 2 * side)) for head in heads]
         rows.append([Tile(image), *tiles])
     names = ["image", "mean", *(f"head {number + 1}" for number in range(maps.shape[1]))]
@@ -115,19 +126,19 @@ def attention_picture(maps: Tensor, pixels: np.ndarray, name: str, side: int = 1
 
 
 def _heated(image, heat, side):
-    """The image in grey under the colours of a map (rows, columns) in 0..1."""
+    """The image in grey, mixed with the colours of a map (rows, columns) in 0..1."""
     heat = Image.fromarray(heat.astype(np.float32))
     smooth = np.asarray(heat.resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)
     values = np.linspace(0, 1, len(HEAT))
-    colours = np.stack([np.interp(smooth, values, HEAT[:, channel]) for channel in range(3)], 2)
+    colours = np.stack([np.interp(smooth, values, channel) for channel in HEAT.T], 2)
     grey = np.asarray(Image.fromarray(image).convert("L").resize((side, side)), np.float32)
     return (0.45 * grey[..., None] + 0.55 * colours).astype(np.uint8)
 
 
 def pca(features: Tensor) -> np.ndarray:
-    """Features (n, C) on their first two principal components: (n, 2).
+    """Features (n, C) projected on their first two principal components: (n, 2).
 
-    The entry of a component with the largest absolute value is positive.
+    The sign of a component is chosen so that its largest entry is positive.
     """
     centred = (features - features.mean(dim=0)).double()
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
@@ -149,7 +160,7 @@ def projections(features: Tensor, seed: int) -> dict[str, np.ndarray]:
 def map_picture(
     maps: dict[str, np.ndarray], labels: np.ndarray | None, classes: Sequence[str]
 ) -> Image.Image:
-    """Maps (n, 2) of the same images, by name, coloured by labels (n,), -1 for none."""
+    """Maps (n, 2) of the same images, by name. The labels (n,), -1 for none, decide the colours."""
     line, key = f"each dot is one of {len(next(iter(maps.values())))} images", []
     if labels is not None and len(classes) <= len(COLOURS):
         line = f"{line}, its colour its class"
@@ -169,12 +180,12 @@ def map_picture(
 
 def _dots(points: np.ndarray, labels: np.ndarray | None) -> Image.Image:
     low, high = points.min(axis=0), points.max(axis=0)
-    span = max((high - low).max(), 1e-12)  # 0 at full collapse
+    span = max((high - low).max(), 1e-12)  # it is 0 at full collapse
     positions = (points - low) / span + (1 - (high - low) / span) / 2
     # drawn three times as large and reduced, for smooth dots
     large = Image.new("RGB", (3 * MAP_SIDE, 3 * MAP_SIDE), (250, 250, 250))
     draw = ImageDraw.Draw(large)
-    # in a random order: otherwise the last class would cover the others
+    # in a random order: otherwise the last class could cover the others
     for index in augment.epoch_order(0, 0, len(positions)):
         x, y = 3 * (8 + positions[index] * (MAP_SIDE - 16))
         label = -1 if labels is None else labels[index]

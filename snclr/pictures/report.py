@@ -1,4 +1,4 @@
-"""The report on runs: one HTML file, with styles, curves as SVG and pictures inside it."""
+"""The report on runs: one HTML file that contains styles, curves (SVG) and pictures."""
 
 import base64
 import html
@@ -11,7 +11,7 @@ from ..running.safe_files import read_bytes, save_text
 from .curves import curve, key
 from .runs import ABOUT, FEW, Run, differences, group, load, mean_and_deviation, value
 
-# title, metric, and which of a run's values (runs.value)
+# title, metric, and kind of value (runs.value)
 COLUMNS = (
     ("kNN top-1 %", "knn_top1", "last"),
     ("untrained %", "knn_top1", "untrained"),
@@ -48,7 +48,7 @@ LEGEND = """kNN and rank: last evaluation; loss, purity, entropy and std: mean o
 the last epoch; speed: median; ± sample standard deviation over seeds."""
 BANDS = """A line is the mean of runs that differ only in their seed; its band reaches from the
 lowest to the highest. Point at a line to see only this one."""
-PNG, LARGEST = b"\x89PNG\r\n\x1a\n", 2**25  # first bytes of a picture, and most bytes
+PNG, MAX_BYTES = b"\x89PNG\r\n\x1a\n", 2**25  # first bytes of a picture, and its largest size
 HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">"""
@@ -84,13 +84,15 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); 
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The HTML file."""
+    """The HTML text of the report."""
     groups = group(runs)
-    first = [members[0] for members in groups.values()]
-    title = html.escape("; ".join(dict.fromkeys(map(_title, runs))))
+    names = [[run.settings.get(x, "?") for x in ("method", "arch", "dataset")] for run in runs]
+    titles = [f"{method} {arch}, {dataset}" for method, arch, dataset in names]
+    title = html.escape("; ".join(dict.fromkeys(titles)))
     columns = [c for c in COLUMNS if any(value(run, *c[1:]) is not None for run in runs)]
     rows = [
-        [name, len(members), *(_cell(members, column) for column in columns)]
+        [name, len(members)]
+        + [mean_and_deviation([value(run, *c[1:]) for run in members]) for c in columns]
         for name, members in groups.items()
     ]
     parts = [
@@ -98,17 +100,16 @@ def page(runs: Sequence[Run]) -> str:
         _table(["", "runs", *(column[0] for column in columns)], rows),
         f"<p>{LEGEND}</p>",
     ]
-    names = differences(first)
+    names = differences([members[0] for members in groups.values()])
     if len(names) > FEW:
         rows = [
             [name, *(members[0].settings.get(setting) for setting in names)]
             for name, members in groups.items()
         ]
         parts += ["<h2>What differs</h2>", _table(["", *names], rows)]
-    has_bands = any(len(members) > 1 for members in groups.values())
     parts += [
         "<h2>Curves over epochs</h2>",
-        f"<p>{BANDS}</p>" if has_bands else "",
+        f"<p>{BANDS}</p>" if len(runs) > len(groups) else "",
         key(groups),
         '<div class="curves">',
         *(curve(name, metric, groups) for name, metric in CURVES),
@@ -122,12 +123,11 @@ def page(runs: Sequence[Run]) -> str:
     parts += ["<h2>Evaluations</h2>", _table(["", *EVALUATED], rows)] if rows else []
     parts += ["<h2>Neighbours</h2>"] if any(run.pictures for run in runs) else []
     for name, members in groups.items():
-        # of one run the first and the last picture, of several the last of each
+        # the last picture; for a single group also the first
         paths = members[0].pictures
         paths = paths[-1:] if len(groups) > 1 else paths[:1] + paths[1:][-1:]
         if paths:
-            images = "".join(map(_image, paths))
-            parts.append(_folded(name, images, opened=len(groups) <= FEW))
+            parts.append(_folded(name, "".join(map(_image, paths)), opened=len(groups) <= FEW))
     parts.append("<h2>How to repeat it</h2>")
     parts += [_repeat(name, members, opened=len(groups) == 1) for name, members in groups.items()]
     body = "\n".join(parts)
@@ -135,50 +135,40 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def write(workdirs: Sequence[str], out: str) -> None:
-    """Write the report on the runs in workdirs, whole or not at all. Raises UsageError for a
-    workdir without a run, RunError where it cannot be written.
+    """Write the report on the runs in workdirs, whole or not at all.
+
+    Raises UsageError for a workdir without a run, RunError if the file cannot be written.
     """
     save_text(out, page([load(workdir) for workdir in workdirs]))
 
 
 def write_into(workdir: str) -> str:
-    """Write report.html into the workdir of a run that ends; returns a line for the log."""
+    """Write report.html into the workdir at the end of a run. Returns a line for the log."""
     out = os.path.join(workdir, "report.html")
     try:
         write([workdir], out)
-    except Exception as error:  # the run has succeeded, and must end as such
+    except Exception as error:  # the run succeeded, and must not end with an error
         return f"no report: {error}"
     return f"report: {out}"
 
 
-def _title(run: Run) -> str:
-    method, arch, dataset = (run.settings.get(name, "?") for name in ("method", "arch", "dataset"))
-    return f"{method} {arch}, {dataset}"
-
-
-def _cell(members: Sequence[Run], column: tuple[str, str, str]) -> str:
-    _, metric, kind = column
-    return mean_and_deviation([value(run, metric, kind) for run in members])
-
-
 def _table(heads: Iterable, rows: Iterable[Iterable]) -> str:
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in heads)
-    lines = [
-        "".join(f"<td>{'' if cell is None else html.escape(str(cell))}</td>" for cell in row)
-        for row in rows
-    ]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    body = ""
+    for row in rows:
+        cells = ("" if cell is None else html.escape(str(cell)) for cell in row)
+        body += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _image(path: str) -> str:
-    """A picture of a workdir; '' for what is no PNG. A link is not followed: it could lead to any
-    file, and the report is made to be sent to others.
+    """A picture of a workdir; '' if the file is not a PNG. A link is not followed: it could lead to
+    a private file, and people send the report to others.
     """
     try:
-        content = read_bytes(path, LARGEST, follow=False)
+        content = read_bytes(path, MAX_BYTES, follow=False)
     except UsageError:
-        return ""
+        content = b""
     if not content.startswith(PNG):
         return ""
     name, data = html.escape(os.path.basename(path)), base64.b64encode(content).decode()

@@ -1,23 +1,24 @@
-"""Finished and running runs, read from their workdirs: numbers of a run, groups of runs.
+"""Reads finished and running runs from their workdirs: the numbers of a run, and groups of runs.
 
-A workdir may come from someone else: any file in it may be missing or hold anything.
+A workdir may come from someone else: any file in it may be missing or have any content.
 """
 
+import glob
 import json
 import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..options import ON_RESUME
 from ..running.errors import UsageError
 from ..running.safe_files import json_object, read_bytes, read_json_lines
 
-# in args.json beside the settings
+# entries of args.json that are not settings
 ABOUT = ("command", "versions", "git", "world_size", "amp_used", "device")
-FEW = 3  # runs that differ in at most so many settings are named by them
+FEW = 3  # runs are named by the settings in which they differ, unless these are more
 
 
 class Run(NamedTuple):
@@ -26,12 +27,12 @@ class Run(NamedTuple):
     path: str
     settings: dict  # args.json
     lines: list[dict]  # metrics.jsonl
-    results: list[tuple[str, dict]]  # results.json files of evaluations, each with its folder
+    results: list[tuple[str, dict]]  # folder and content of each results.json of an evaluation
     pictures: list[str]  # paths of the neighbour pictures, in the order of their steps
 
 
 def load(workdir: str) -> Run:
-    """Read a workdir, also of a run that is still going on. Raises UsageError if it has no run."""
+    """Read the workdir of a run, which may still be running. Raises UsageError if it has no run."""
     settings = _read_object(os.path.join(workdir, "args.json"))
     if not settings:
         raise UsageError(
@@ -44,23 +45,15 @@ def load(workdir: str) -> Run:
             f"{workdir} has no metrics.jsonl that can be read: {error}; was the run started?"
         ) from error
     lines = [line for line in lines if None not in (number(line, "step"), number(line, "epoch"))]
-    paths = sorted(os.path.join(folder, "results.json") for folder in _folders_below(workdir))
+    # os.walk does not follow links to folders, which may form a circle
+    paths = sorted(os.path.join(folder, "results.json") for folder, _, _ in os.walk(workdir))
     results = [
         (os.path.relpath(os.path.dirname(path), workdir), result)
         for path in paths
         if (result := _read_object(path))
     ]
-    folder = os.path.join(workdir, "pictures")
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    pictures = [
-        os.path.join(folder, name) for name in names if re.fullmatch(r"neighbours_.*\.png", name)
-    ]
+    pictures = sorted(glob.glob(f"{glob.escape(workdir)}/pictures/neighbours_*.png"))
     return Run(workdir, settings, lines, results, pictures)
-
-
-def _folders_below(workdir: str) -> Iterator[str]:
-    # links to folders are not followed: they may form a circle
-    return (folder for folder, _, _ in os.walk(workdir))
 
 
 def _read_object(path: str) -> dict:
@@ -71,30 +64,33 @@ def _read_object(path: str) -> dict:
 
 
 def number(line: dict, name: str) -> float | None:
-    """A number of a line of the log; None if it has none."""
+    """The number under a name in a line of the log; None if there is none."""
     x = line.get(name)
     is_number = isinstance(x, (int, float)) and not isinstance(x, bool)
-    return x if is_number and abs(x) < 1e15 else None  # nan is not below
+    return x if is_number and abs(x) < 1e15 else None  # a comparison with nan is False
 
 
 def value(run: Run, metric: str, kind: str) -> float | None:
-    """One number of a run for a table; None if it has none.
+    """One number of a run for a table; None if it has none. kind:
 
-    kind: 'last', of its last evaluation; 'first', of the one before training, for 'untrained' and
-    'start' only if the encoder was untrained, or started from the weights of --init-from; 'mean',
-    over its last epoch; 'median', over all lines; 'results', of an evaluation by main_lincls.py.
+    last        of the last evaluation
+    first       of the evaluation before training
+    untrained   the same, if the encoder was untrained
+    start       the same, if the encoder had the weights of --init-from
+    mean        over the last epoch
+    median      over all lines
+    results     of an evaluation by main_lincls.py
     """
     if kind == "results":
         values = (number(result, metric) for _, result in run.results)
         return next((x for x in values if x is not None), None)
-    lines = run.lines
+    lines = [line for line in run.lines if number(line, metric) is not None]
     if kind in ("first", "untrained", "start"):
         lines = [line for line in lines if line["epoch"] == 0]
     if kind in ("untrained", "start"):  # main_snclr.py writes 'start (from FILE)'
         is_start = kind == "start"
         lines = [x for x in lines if str(x.get("encoder")).startswith("start") == is_start]
-    values = [(line["epoch"], number(line, metric)) for line in lines]
-    values = [(epoch, x) for epoch, x in values if x is not None]
+    values = [(line["epoch"], line[metric]) for line in lines]
     if not values:
         return None
     if kind == "median":
@@ -117,10 +113,10 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
 
 
 def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs by a name of what distinguishes them; a group differs only in its seeds."""
+    """Groups of runs that differ only in their seeds, by names made of the other differences."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        key = json.dumps(_settings_of_kind(run), sort_keys=True, default=str)
+        key = json.dumps(_relevant_settings(run), sort_keys=True, default=str)
         groups.setdefault(key, []).append(run)
     first = [members[0].settings for members in groups.values()]
     differing = differences([members[0] for members in groups.values()])
@@ -147,11 +143,12 @@ def differences(runs: Sequence[Run]) -> list[str]:
     """Names of the settings that differ between runs, without the seed and those that change no
     result (on_resume "free" in snclr/options.py).
     """
-    kinds = [_settings_of_kind(run) for run in runs]
-    names = dict.fromkeys(name for kind in kinds for name in kind)
-    return [name for name in names if any(kind.get(name) != kinds[0].get(name) for kind in kinds)]
+    settings = [_relevant_settings(run) for run in runs]
+    names = dict.fromkeys(name for one in settings for name in one)
+    return [name for name in names if any(x.get(name) != settings[0].get(name) for x in settings)]
 
 
-def _settings_of_kind(run: Run) -> dict:
+def _relevant_settings(run: Run) -> dict:
+    """The settings of a run by which it is grouped."""
     left_out = {name for name, rule in ON_RESUME.items() if rule == "free"} | {*ABOUT, "seed"}
     return {name: x for name, x in run.settings.items() if name not in left_out}

@@ -9,10 +9,9 @@ from torch import Tensor
 from ..datasets.images import ImageSet
 from ..loader import Batch
 from ..running.metrics import StepView
-from .canvas import Tile, sheet
-from .tiles import key_of, row_of
+from .canvas import Tile, frame_key, neighbour_tiles, sheet
 
-QUERIES, ACROSS = 8, 10  # rows of a picture, and most neighbours in a row
+QUERIES, ACROSS = 8, 10  # rows of a picture, and largest number of neighbours in a row
 NEIGHBOUR_LINES = """Images of the batch, and their neighbours in the bank, those of largest \
 positiveness first.
 weight: positiveness of the neighbour; cosine: its similarity to the image's key."""
@@ -21,7 +20,7 @@ weight: positiveness of the neighbour; cosine: its similarity to the image's key
 def of_step(
     batch: Batch, shown: StepView, images: ImageSet, args: argparse.Namespace, step: int
 ) -> tuple[dict[str, Image.Image], dict[str, Tensor]]:
-    """Pictures and histograms, by name, of this rank's part of a step. step: its number, from 1."""
+    """Pictures and histograms of this rank's part of a step, by name. step: its number, from 1."""
     pictures = {"views": view_picture(batch, images, f"Views at step {step}")}
     valid = shown.neighbour_ids >= 0
     if not valid.any():
@@ -38,14 +37,12 @@ def of_step(
 def neighbour_picture(
     ids: Tensor, shown: StepView, images: ImageSet, size: int, title: str
 ) -> Image.Image:
-    """Images of a step beside the neighbours in the bank that were their positives, those of
-    largest weight first.
+    """Images of a step beside their positives in the bank, those of largest weight first.
 
-    ids (B,) data-set indices; shown: what the step showed of these images; size: side in px at
-    which images are read.
+    ids (B,): indices of the images; shown: the step's record of them; size: side in px at which
+    images are read.
     """
-    weights = shown.weights[:QUERIES]
-    order = weights.float().argsort(dim=1, descending=True, stable=True)[:, :ACROSS]
+    order = shown.weights[:QUERIES].float().argsort(dim=1, descending=True, stable=True)[:, :ACROSS]
     columns = [
         values[:QUERIES].gather(1, order).tolist()
         for values in (shown.neighbour_ids, shown.weights, shown.scores)
@@ -57,14 +54,16 @@ def neighbour_picture(
             for index, weight, cosine in zip(*values, strict=True)
             if index >= 0
         ]
-        rows.append(row_of(images, query, images, neighbours, size))
-    return sheet(rows, title, NEIGHBOUR_LINES, key_of(rows), ("image", "neighbours"))
+        rows.append(neighbour_tiles(images, query, images, neighbours, size))
+    return sheet(rows, title, NEIGHBOUR_LINES, frame_key(rows), ("image", "neighbours"))
 
 
 def view_picture(batch: Batch, images: ImageSet, title: str) -> Image.Image:
-    """Views 1 and 2 of images of a batch as they entered the network, but not normalised."""
-    views = [denormalize(view[:QUERIES], images.mean, images.std) for view in batch.views[:2]]
-    rows = [[Tile(image) for image in view] for view in views]
+    """The first two views of images of a batch as they entered the network, but not normalised."""
+    rows = [
+        [Tile(image) for image in denormalize(view[:QUERIES], images.mean, images.std)]
+        for view in batch.views[:2]
+    ]
     line = "Above: view 1, below: view 2 of the same image, as the network sees them."
     return sheet(rows, title, line, side=128)
 
@@ -72,8 +71,9 @@ def view_picture(batch: Batch, images: ImageSet, title: str) -> Image.Image:
 def bank_ages(counts: Tensor, step: int, batch_size: int) -> Tensor:
     """The age in steps of each bank row that the global batch of a step picked: (picks,) floats.
 
-    counts (M,) picks of each row; step: its number, from 1. Key n of the run lies in row n modulo
-    M. The newest key of the previous step has age 1; the position in its batch adds a fraction.
+    counts (M,): number of picks of each row; step: its number, from 1. Key n of the run is in row n
+    modulo M. The last key of the previous step has age 1, and older keys of a step of B keys 1 / B
+    more each.
     """
     rows = counts.nonzero()[:, 0]
     ages = ((step - 1) * batch_size - 1 - rows) % len(counts) / batch_size + 1

@@ -13,7 +13,7 @@ def record_bad_images(images: ImageSet, replaced: set[int], workdir: str) -> str
     """Add images that could not be read to workdir/bad_images.txt; returns a line for the log if
     there are new ones. Collective.
 
-    replaced: indices of the images that this rank replaced since the last call; emptied.
+    replaced: indices of the images that this rank replaced since the last call; becomes empty.
     """
     indices = union(replaced)
     replaced.clear()
@@ -21,13 +21,12 @@ def record_bad_images(images: ImageSet, replaced: set[int], workdir: str) -> str
         return None
     path = os.path.join(workdir, "bad_images.txt")
     known = set()
-    if os.path.exists(path):
-        with contextlib.suppress(UsageError):  # no file, and to write it will fail
-            known = set(read_text(path).splitlines())
+    with contextlib.suppress(UsageError):  # not there yet, or unreadable
+        known = set(read_text(path).splitlines())
     reasons = {_why_unreadable(images, index) for index in indices}
     try:
         save_text(path, "".join(f"{line}\n" for line in sorted(known | reasons)))
-    except RunError as error:  # a full disk: no reason to stop a run
+    except RunError as error:  # such as a full disk, which is no reason to stop a run
         path = str(error)
     if not (new := sorted(reasons - known)):
         return None
@@ -39,4 +38,4 @@ def _why_unreadable(images: ImageSet, index: int) -> str:
         images.image(index)
     except RunError as error:
         return one_line(error).partition("cannot read image ")[2].partition("; remove")[0]
-    return f"image {index} could not be read once"
+    return f"image {index} could not be read at first, but can now"

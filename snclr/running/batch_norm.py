@@ -12,9 +12,10 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm with the statistics of all ranks' batches, on any device. Heads and probes use it.
 
     torch's SyncBatchNorm refuses CPU tensors and makes the host wait for its GPU; this one does
-    not. All ranks need the same batch size. They exchange mean and variance of their parts, once in
-    each direction. The variance of the whole is the mean of the variances plus the variance of the
-    means: no difference of large sums, so that 1 and 4 ranks agree to rounding.
+    not. All ranks need the same batch size. The ranks exchange the means and variances of their
+    parts of the batch in forward, and the gradients of these in backward. The variance of the whole
+    batch is the mean of the variances plus the variance of the means. No large sums are subtracted,
+    so 1 and 4 ranks agree to rounding.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -48,7 +49,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class GlobalBatchNormAct(GlobalBatchNorm):
-    """The same for timm's batch norm with an activation of its own (EfficientNets, RegNets,
+    """The same for timm's batch norm that contains an activation (in EfficientNets, RegNets and
     others).
     """
 
@@ -57,11 +58,11 @@ class GlobalBatchNormAct(GlobalBatchNorm):
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Let every batch norm in module see the whole global batch; nothing to do with one rank. Names
-    and buffers stay the same.
+    """Let every batch norm in module see the whole global batch; with one rank it already does.
+    Names and buffers stay the same.
 
-    On CUDA those of backbones become torch's SyncBatchNorm, which is fused and takes less memory,
-    but makes the host wait.
+    On CUDA the batch norms of backbones become torch's SyncBatchNorm, which is fused and takes less
+    memory, but makes the host wait.
     """
     if world_size() == 1:
         return module
@@ -72,7 +73,7 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
             ):
                 continue
             if device.type == "cuda":
-                # timm's function: torch's own drops the activation of a BatchNormAct2d
+                # timm's function, because torch's drops the activation of a BatchNormAct2d
                 setattr(parent, name, convert_sync_batchnorm(child))
             else:  # same parameters, buffers and settings; only forward differs
                 child.__class__ = (

@@ -1,7 +1,7 @@
-"""Checkpoints: the state of a run, and how a run goes on from it.
+"""Checkpoints: the state of a run, and how a run continues from it.
 
-A file is a dictionary that torch.load(weights_only=True) reads: 'format', 'epoch' and 'step' (both
-completed), 'arch', 'state_dict' (MoCo v3's layout: module.base_encoder.*,
+A file is a dictionary that torch.load(weights_only=True) reads: 'format', 'epoch' and 'step' (how
+many are completed), 'arch', 'state_dict' (MoCo v3's layout: module.base_encoder.*,
 module.momentum_encoder.*, module.predictor.*, and module.memory_bank.*), 'optimizer', 'scaler',
 'args', 'images' and 'fingerprint' (number and identity of the training images), 'provenance'.
 checkpoint_last.pth.tar is the newest; older ones are checkpoint_last-1.pth.tar, -2 and so on.
@@ -22,14 +22,14 @@ from .errors import UsageError, first_few, first_line
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
-UNSOUND = "checkpoint_unsound.pth.tar"  # a state that is not finite; never resumed by itself
+UNSOUND = "checkpoint_unsound.pth.tar"  # a state that is not finite; --resume auto ignores it
 PREFIX = "module."
 BANK = "module.memory_bank."
 
 
 def load(path: str) -> dict:
-    """Read a checkpoint of this project. Raises UsageError where tensor_files.read does, and where
-    the file is something else.
+    """Read a checkpoint of this project. Raises UsageError if tensor_files.read does, or if the
+    file has other content.
     """
     state = tensor_files.read(path)
     kinds = dict(
@@ -42,13 +42,13 @@ def load(path: str) -> dict:
         raise UsageError(
             f"checkpoint {path} has format {state['format']}; this version reads up to {FORMAT}"
         )
-    odd = tensor_files.wrong_entries(state, kinds)
-    if not odd:
-        plain = tensor_files.plain_tensors(state["state_dict"])
-        odd = [str(name) for name in state["state_dict"] if name not in plain]
-    if odd or state["step"] < 0:
+    invalid = tensor_files.wrong_entries(state, kinds)
+    if not invalid:
+        tensors = state["state_dict"]
+        invalid = [str(name) for name in tensors.keys() - tensor_files.plain_tensors(tensors)]
+    if invalid or state["step"] < 0:
         raise UsageError(
-            f"checkpoint {path} cannot be resumed: no sensible {first_few(odd or ['step'])} in it"
+            f"checkpoint {path} cannot be resumed: invalid {first_few(sorted(invalid) or ['step'])}"
         )
     return state
 
@@ -56,13 +56,16 @@ def load(path: str) -> dict:
 def newest(workdir: str) -> tuple[str | None, list[str]]:
     """The checkpoint for --resume auto, and lines for the log.
 
-    That is the undamaged one of the latest step in workdir, None where there is no checkpoint. Each
-    later one, being damaged, is renamed NAME.damaged, with a line about it. Raises UsageError where
-    all checkpoints are damaged.
+    That is the undamaged checkpoint of the latest step in workdir, None if there is no checkpoint.
+    Damaged checkpoints of later steps are renamed to NAME.damaged, with a line about each. Raises
+    UsageError if all checkpoints are damaged.
     """
     names = os.listdir(workdir) if os.path.isdir(workdir) else []
-    names = [name for name in names if name.startswith("checkpoint_") and name.endswith(".pth.tar")]
-    names = [name for name in names if name != UNSOUND]
+    names = [
+        name
+        for name in names
+        if name.startswith("checkpoint_") and name.endswith(".pth.tar") and name != UNSOUND
+    ]
     names.sort(key=lambda name: (name != LAST, name))
     damaged = []
     for path in sorted((os.path.join(workdir, name) for name in names), key=_step, reverse=True):
@@ -83,8 +86,8 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
 
 
 def _step(path: str) -> float:
-    """The step of a checkpoint; infinity if it cannot be read, since it may have been the newest."""
-    if not os.path.isfile(path):  # opening a fifo would block
+    """The step of a checkpoint; infinity if it cannot be read, as it may have been the newest."""
+    if not os.path.isfile(path):  # such as a fifo, which would block
         return float("inf")
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
@@ -103,7 +106,7 @@ def pack(
     images: int,
     fingerprint: str | None = None,
 ) -> dict:
-    """Everything that a run needs to go on.
+    """Everything that a run needs to continue.
 
     model: without DDP. images, fingerprint: size of the training set, and ImageSet.fingerprint.
     """
@@ -122,9 +125,11 @@ def pack(
     }
 
 
-def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int) -> dict:
-    """Only the backbone, under its own names, with what is needed to rebuild it: a small file for
-    snclr.load_encoder. which: 'online' or 'momentum', as recorded in the file.
+def pack_encoder(encoder: nn.Module, kind: str, *, args: Namespace, epoch: int) -> dict:
+    """The content of a small file for snclr.load_encoder: only the backbone, under its own names,
+    and the settings that rebuild it.
+
+    kind: 'online' or 'momentum'; the file records it.
     """
     head = projector_name(encoder) + "."
     backbone = {
@@ -135,7 +140,7 @@ def pack_encoder(encoder: nn.Module, which: str, *, args: Namespace, epoch: int)
         "epoch": epoch,
         "arch": args.arch,
         "args": vars(args),
-        "encoder": which,
+        "encoder": kind,
         "state_dict": backbone,
         "provenance": provenance.versions_and_commit(),
     }
@@ -152,10 +157,10 @@ def resume(
     fingerprint: str | None = None,
 ) -> tuple[int, list[str]]:
     """Load a checkpoint into a run with the same settings; returns the number of completed steps
-    and the settings that have changed.
+    and the changed settings.
 
-    Raises UsageError, which names every setting that must not change, and every key or shape that
-    differs.
+    Raises UsageError with every changed setting that must not change, or with the keys and shapes
+    that differ.
     """
     state = load(path)
     refused, changes = settings.changes(state["args"], args)
@@ -181,7 +186,7 @@ def resume(
 
 
 def check_content(path: str, state: dict, args: Namespace) -> None:
-    """Raises UsageError for values that no run writes: training would fail, or never end."""
+    """Raises UsageError for values that no run saves, with which training would fail or not end."""
     steps_per_epoch = state["images"] // args.batch_size
     epochs = state["args"].get("epochs")
     if type(epochs) is int and not 0 <= state["step"] <= epochs * steps_per_epoch:
@@ -192,7 +197,7 @@ def check_content(path: str, state: dict, args: Namespace) -> None:
     if names := tensor_files.not_finite(tensors):
         raise UsageError(
             f"{path} cannot be resumed: {len(names)} tensors are not finite:"
-            f" {first_few(names)}; take an older one"
+            f" {first_few(names)}; take an older checkpoint"
         )
     bounds = {"ids": (-1, state["images"] - 1)}
     if (ids := tensors.get(f"{BANK}ids")) is not None:
@@ -206,9 +211,9 @@ def check_content(path: str, state: dict, args: Namespace) -> None:
 
 
 def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
-    """Load an optimiser's state; its settings stay those of this start.
+    """Load an optimiser's state, but not its settings: those of this start apply.
 
-    Raises UsageError where the state is not one that this optimiser keeps for these parameters.
+    Raises UsageError if this optimiser keeps another state for these parameters.
     """
     expected, groups = _state_after_a_step(optimizer), optimizer.state_dict()["param_groups"]
     try:
@@ -223,13 +228,13 @@ def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
             for saved, group in zip(state["param_groups"], groups, strict=True)
         ]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-    except Exception as error:  # torch checks little: odd content raises anything
+    except Exception as error:  # torch checks little, so wrong content can raise anything
         raise UsageError(f"{path} does not fit the optimiser: {first_line(error)}") from error
 
 
 def _state_after_a_step(optimizer):
-    """What the optimiser keeps for each parameter, by its number in the state_dict: from a step of
-    a copy.
+    """The state of each parameter, by its number in the state_dict, after a step of a copy of the
+    optimiser.
     """
     trial = copy.deepcopy(optimizer)
     for group in trial.param_groups:

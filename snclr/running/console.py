@@ -1,7 +1,7 @@
-"""A console that may vanish while a program runs: a full disk, a closed pipe, no console at all.
+"""Standard output and error that may be lost during a run: full disk, closed pipe, closed stream.
 
-A run lasts longer than the terminal that shows it. What cannot be printed is dropped, and `lost`
-says why, so that the run can record it.
+A run can outlive its terminal. Text that cannot be printed is dropped, and the reason is kept in
+`lost`, so that the run can record it.
 """
 
 import contextlib
@@ -10,11 +10,11 @@ import os
 import sys
 from collections.abc import Iterator
 
-lost: list[str] = []  # one reason for each stream that was lost
+lost: list[str] = []  # a line for each stream that was lost
 
 
 class Console:
-    """A text stream whose failures are recorded in place of raised; else as the stream."""
+    """A text stream whose errors are recorded rather than raised."""
 
     def __init__(self, stream, name: str):
         self.stream, self.name, self.failed = stream, name, False
@@ -40,12 +40,12 @@ class Console:
                 reason = getattr(error, "strerror", None) or str(error)
                 _record(f"{self.name} is lost ({reason})")
             self.failed = True
-            # a full disk may have room again later; nobody comes back to a broken pipe
+            # a full disk may have room again later, but a broken pipe stays broken
             if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
                 self.discard()
 
     def discard(self) -> None:
-        """Send what is still in the stream's buffer, and all that follows, nowhere."""
+        """Drop the text in the stream's buffer, and all later text."""
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
@@ -61,7 +61,7 @@ def _record(line):
 def console_may_vanish() -> Iterator[None]:
     """During the block sys.stdout and sys.stderr are Consoles."""
     for number in (0, 1, 2):
-        # a file that is opened must not become the console of torch's C++ code
+        # if the descriptor is closed, the next file to be opened would receive C++ code's messages
         with contextlib.suppress(OSError):
             while (opened := os.open(os.devnull, os.O_RDWR)) <= number:
                 pass

@@ -39,7 +39,8 @@ def barrier() -> None:
 
 
 class LaggedMaximum:
-    """The largest number that any rank gave in the previous call; 0 in the first call. Collective.
+    """Each call returns the largest number that any rank passed to the previous call; the first
+    call returns 0. Collective. With one rank a call returns its own number.
 
     The exchange runs in the background, on the CPU: neither the host nor a GPU waits for it.
     """
@@ -47,24 +48,22 @@ class LaggedMaximum:
     def __init__(self, timeout_minutes: float):
         timeout = datetime.timedelta(minutes=timeout_minutes)
         self.group = dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
-        self.work = None
+        self.work, self.largest = None, torch.tensor(0)
 
     def __call__(self, number: int) -> int:
         if self.group is None:
             return number
-        before = 0
-        if self.work is not None:
-            self.work.wait()
-            before = int(self.largest)
+        self.finish()
+        previous = int(self.largest)
         self.largest = torch.tensor(number)
         self.work = dist.all_reduce(
             self.largest, dist.ReduceOp.MAX, group=self.group, async_op=True
         )
-        return before
+        return previous
 
     def finish(self) -> None:
-        """Wait for the last exchange. While one runs, the group's destructor and its thread may
-        wait for each other.
+        """Wait for the last exchange, as must happen before the group is destroyed: otherwise its
+        destructor and its thread can wait for each other.
         """
         if self.work is not None:
             self.work.wait()
@@ -72,17 +71,17 @@ class LaggedMaximum:
 
 def on_rank_zero(function: Callable) -> object:
     """Call function() on rank 0 only; every rank returns its result, or raises its UsageError."""
-    answer = [None, None]
+    outcome = [None, None]  # the result, the message of the error
     if rank() == 0:
         try:
-            answer[0] = function()
+            outcome[0] = function()
         except UsageError as error:
-            answer[1] = str(error)
+            outcome[1] = str(error)
     if world_size() > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise UsageError(answer[1])
-    return answer[0]
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UsageError(outcome[1])
+    return outcome[0]
 
 
 def union(items: set) -> set:
@@ -95,7 +94,7 @@ def union(items: set) -> set:
 
 @contextlib.contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """Let one process of each machine run the block before the others: it may write what they read."""
+    """Let one process of each machine run the block before the others, which may read its files."""
     first = local_rank_zero()
     if not first:
         barrier()
@@ -127,7 +126,7 @@ def all_sum(x: Tensor) -> Tensor:
 
 
 class _GatherOverRanks(torch.autograd.Function):
-    """all_gather with a gradient: that of a rank's rows is the sum over the losses of all ranks."""
+    """all_gather with a gradient: each row gets the sum of its gradients over all ranks' losses."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -140,22 +139,22 @@ class _GatherOverRanks(torch.autograd.Function):
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
-    """As all_gather, with a gradient. If losses are means over a rank, DDP's averaging then gives
-    the global gradient.
+    """As all_gather, with a gradient. If each rank's loss is a mean over its part of the batch,
+    DDP's averaging then gives the gradient of the global mean.
     """
     return x if world_size() == 1 else _GatherOverRanks.apply(x)
 
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
-    """module, with the gradients of its trained parameters averaged over the ranks; itself with one
-    rank.
+    """The module in DistributedDataParallel, which averages the gradients over the ranks; with one
+    rank the module itself.
 
-    Its buffers are not exchanged: the bank is the same on all ranks already, and it is large.
+    Buffers are not exchanged: the bank is large, and already the same on all ranks.
     """
     if world_size() == 1:
         return module
     device_ids = [device] if device.type == "cuda" else None
-    # torch 2.14 announces another name for broadcast_buffers, which does not mean the same yet
+    # torch 2.14 warns that broadcast_buffers will get another name, but that one differs in meaning
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return nn.parallel.DistributedDataParallel(

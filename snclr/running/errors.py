@@ -1,14 +1,15 @@
-"""What a user reads when something is wrong: one line, and an exit code that scripts can rely on."""
+"""Errors as a user sees them: one line, and an exit code that scripts can rely on."""
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
 from collections.abc import Iterator
 
 from .console import console_may_vanish
-from .worker_failures import reason
+from .worker_failures import describe_failure
 
 
 class UsageError(ValueError):
@@ -16,14 +17,14 @@ class UsageError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that had started cannot go on (for instance a non-finite loss). Exit code 1."""
+    """A run that had started cannot continue, as at a non-finite loss. Exit code 1."""
 
 
 class Interrupted(BaseException):
     """A signal ended the run, and everything is saved. Exit code 75 (EX_TEMPFAIL: try again).
 
-    It is no Exception, like KeyboardInterrupt: wherever it is raised, it must not be taken for an
-    image that cannot be read.
+    Like KeyboardInterrupt it is no Exception, so that `except Exception` around the decoding of an
+    image does not catch it.
     """
 
 
@@ -43,9 +44,22 @@ def first_few(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
 
 
+def out_of_memory(error: Exception) -> str | None:
+    """The line for the user if an error of torch or numpy means a lack of memory, else None."""
+    text = first_line(error)
+    words = ("out of memory", "can't allocate memory", "calculation overflowed")
+    if not isinstance(error, MemoryError) and not any(word in text for word in words):
+        return None
+    sentence = re.sub(r"^\[.*?\] *|\. .*", "", text)
+    return (
+        f"not enough memory ({sentence}): smaller --batch-size, --micro-batch, --img-size or"
+        " --bank-size need less"
+    )
+
+
 def end_process(code: int) -> None:
-    """End this process. A rank ends at once: what is left of a process group that failed may wait
-    for other ranks forever.
+    """End this process. A rank ends at once, without Python's clean-up, in which the rest of a
+    failed process group might wait for other ranks forever.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -55,7 +69,7 @@ def end_process(code: int) -> None:
 
 
 def _print_line(line: str) -> None:
-    # one write: print writes the line's end separately, so that the lines of two ranks could mix
+    # in one write: print writes the end of the line separately, so the lines of ranks could mix
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
@@ -68,10 +82,10 @@ def one_clear_line(program: str) -> Iterator[None]:
     All ranks meet the same usage error, so only rank 0 prints it; a run error names its rank.
     """
     with console_may_vanish():
-        yield from _one_clear_line(program)
+        yield from _errors_as_lines(program)
 
 
-def _one_clear_line(program):
+def _errors_as_lines(program):
     rank = os.environ.get("RANK", "0")
     rank = int(rank) if rank.isascii() and rank.isdecimal() else 0
     try:
@@ -84,10 +98,11 @@ def _one_clear_line(program):
         if rank == 0:
             _print_line(f"{program}: {error}")
         end_process(75)
-    except RuntimeError as error:
-        # torch's signal handler raises a worker's end anywhere, but no longer from here on
+    except (RuntimeError, MemoryError) as error:
+        # torch's handler of this signal raises anywhere when a worker ends, but not from here on
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        message = one_line(error) if isinstance(error, RunError) else reason(error)
+        message = one_line(error) if isinstance(error, RunError) else describe_failure(error)
+        message = message or out_of_memory(error)
         if message is None:
             raise
         _print_line(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {message}")

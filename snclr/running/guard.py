@@ -20,10 +20,11 @@ class Guard:
     """Counts the non-finite steps on the device, and reports them when a step is logged.
 
     A step whose gradient is not finite changes neither weights nor optimiser (optim.step_if_finite;
-    the gradient is the mean of the ranks, so all of them skip). The momentum encoder follows the
-    weights, and the bank refuses such keys (memory_bank.py). The running statistics of batch norms
-    are restored here, to those of the last logged step. With a scaler (fp16) an overflowing
-    gradient is normal: then only a non-finite loss counts.
+    the gradient is the mean over the ranks, so all ranks skip the step). The momentum encoder
+    follows the weights, and the bank refuses keys that are not finite (memory_bank.py). Running
+    statistics of batch norms that are no longer finite are restored here, to those of the last
+    clean check. With a scaler (fp16) an overflow of the gradient is normal, so only a non-finite
+    loss counts.
     """
 
     def __init__(
@@ -33,12 +34,12 @@ class Guard:
         norms = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
         self.statistics = [x for norm in norms for x in (norm.running_mean, norm.running_var)]
         self.saved_statistics = [x.clone() for x in self.statistics]
-        # since the last clean check: first step with a bad loss, with a bad gradient (-1: none),
-        # number of bad steps; the last bad step of all
+        # since the last check without a bad step: the first step with a bad loss, the first with a
+        # bad gradient (-1: none), the number of bad steps; and the last bad step of the run
         self.counters = torch.tensor([-1, -1, 0, -1], device=loader.device)
         self.last_bad_step = -1  # as of the last check
         self.saved_step: int | None = None  # of the newest checkpoint
-        self.num_reported = 0  # bad steps since the last clean check that are in the log
+        self.num_reported = 0  # how many of these bad steps are in the log
         self.num_collapsed = 0  # logged steps of collapse in a row
 
     def watch(self, loss: Tensor, grad_norm: Tensor, step: int) -> None:
@@ -85,11 +86,11 @@ class Guard:
             except RunError as error:
                 path = f"no file: {error}"
         raise RunError(
-            f"{message}, more than --skip-non-finite {self.limit}; {self._what_is_sound(step, count)};"
-            f" the images are listed in {path}"
+            f"{message}, more than --skip-non-finite {self.limit};"
+            f" {self._sound_checkpoint(step, count)}; the images are listed in {path}"
         )
 
-    def _what_is_sound(self, first_bad_step, count):
+    def _sound_checkpoint(self, first_bad_step, count):
         if self.saved_step is None:
             return "there is no sound checkpoint yet: start again with a lower --lr"
         sound = f"the last sound checkpoint is of step {self.saved_step}"
@@ -98,9 +99,9 @@ class Guard:
         return sound
 
     def what_is_unsound(self, step: int, model: nn.Module, optimizer: Optimizer) -> str | None:
-        """Why the state after step number `step` must not become a checkpoint; None if it may.
+        """Why the state after step `step` must not become a checkpoint; None if it may.
 
-        To be called after `check`.
+        Call `check` first.
         """
         if self.last_bad_step == step:
             return f"step {step} was not finite"

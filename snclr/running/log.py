@@ -16,7 +16,14 @@ from tqdm import tqdm
 
 from . import console
 from .errors import RunError, first_line
-from .safe_files import json_object, new_file, open_regular, read_json_lines, writing
+from .safe_files import (
+    json_object,
+    new_file,
+    open_regular,
+    open_to_append,
+    read_json_lines,
+    writing,
+)
 
 # TensorBoard group of each metric of a training or evaluation line; all others: loss
 GROUPS = {
@@ -31,16 +38,17 @@ GROUPS = {
 
 
 class Log:
-    """metrics.jsonl and TensorBoard events in workdir, and the console; silent on all other ranks.
+    """metrics.jsonl and TensorBoard events in workdir, and the console.
 
-    step: completed steps of a resumed run, else 0. Lines of later steps, and a line that a crash
-    cut short, are removed, so that each step stands in the file once.
+    enabled: on rank 0; on other ranks the log does nothing.
+    step: completed steps of a resumed run, else 0. Lines of later steps are removed from the file,
+    as is a line that a crash cut short, so that each step is in it once.
     """
 
     def __init__(self, workdir: str, *, step: int, enabled: bool):
         self.enabled = enabled
         self.bar = None
-        self.num_notes = 0  # of console.lost, in metrics.jsonl
+        self.num_notes = 0  # how many lines of console.lost are in metrics.jsonl
         if not enabled:
             return
         self.path, self.pending = os.path.join(workdir, "metrics.jsonl"), b""
@@ -50,7 +58,7 @@ class Log:
         with writing(workdir):
             # a run that starts anew also evaluates its start anew
             cut_back(self.path, step if step else -1)
-            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
+            self.file = open_to_append(self.path)  # open for the whole run
             self.events = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
 
     def line(self, metrics: dict) -> None:
@@ -69,20 +77,21 @@ class Log:
                 if name not in ("epoch", "step") and isinstance(value, (int, float)):
                     group = next((g for g, names in GROUPS.items() if name in names), "loss")
                     self.events.add_scalar(f"{group}/{name}", value, metrics["step"])
-        except OSError as error:  # a full disk ended the writer's thread: another one is tried
+        except OSError as error:  # a full disk ended the writer's thread: try a new one next time
             self.events = None
             self._report_lost_events(error)
 
     def _new_events(self):
-        os.stat(os.path.dirname(self.path))  # TensorBoard would make a deleted workdir again
+        # raises OSError if the workdir was deleted; TensorBoard would create it again
+        os.stat(os.path.dirname(self.path))
         return SummaryWriter(self.folder)
 
     def _thread_failed(self, failure):
-        """In place of the traceback of a thread of TensorBoard's."""
-        if not isinstance(failure.exc_value, OSError):
-            threading.__excepthook__(failure)
-        else:
+        """Print a line if TensorBoard's thread cannot write, rather than a traceback."""
+        if isinstance(failure.exc_value, OSError):
             self._report_lost_events(failure.exc_value)
+        else:
+            threading.__excepthook__(failure)
 
     def _report_lost_events(self, error):
         if not self.events_lost:
@@ -92,8 +101,8 @@ class Log:
     def flush(self, durable: bool = False) -> None:
         """Write the pending lines; on a full disk they stay pending.
 
-        durable: a checkpoint follows, which must find its lines even after the machine crashes;
-        raises RunError where they cannot be written.
+        durable: set before a checkpoint is saved, whose lines must survive a crash of the machine;
+        raises RunError if they cannot be written.
         """
         try:
             with writing(self.path):
@@ -112,7 +121,7 @@ class Log:
 
     def pictures(self, step: int, draw: Callable[[], tuple[dict, dict[str, Tensor]]]) -> None:
         """Add PIL images and values (n,), by name, to TensorBoard; save the images also as
-        pictures/NAME_STEP.png. draw() returns both. What cannot be drawn or written is a line.
+        pictures/NAME_STEP.png. draw() returns both. If this fails, it prints a line.
         """
         if not self.enabled:
             return
@@ -120,7 +129,7 @@ class Log:
         try:
             pictures, histograms = draw()
             with contextlib.suppress(FileExistsError):
-                os.mkdir(folder)  # not makedirs: a workdir that was deleted is not made again
+                os.mkdir(folder)  # not makedirs, which would create a workdir that was deleted
             self.events = self.events or self._new_events()
             for name, picture in pictures.items():
                 with new_file(os.path.join(folder, f"{name}_{step:07d}.png")) as file:
@@ -133,13 +142,13 @@ class Log:
                 self.events.add_histogram(
                     f"neighbours/{name}", values.float().cpu().numpy(), step, bins=60
                 )
-        except (OSError, RunError, ValueError) as error:  # no reason to stop a run
+        except (OSError, RunError, ValueError) as error:  # the run can continue without pictures
             self.say(f"note: no pictures of step {step}: {first_line(error)}")
 
     def say(self, text: str) -> None:
         """Print one line on the console, above the progress bar if there is one."""
         if self.enabled:
-            # the name of a file may hold half a character
+            # a file name can contain bytes that are not UTF-8
             tqdm.write(text.encode(errors="replace").decode(), file=sys.stdout)
             sys.stdout.flush()
 
@@ -171,8 +180,9 @@ class Log:
 
 
 def cut_back(path: str, step: int) -> None:
-    """Remove from a metrics file the lines after `step`, and lines that are no whole JSON object;
-    atomically. Raises UsageError where path is something else than a file, OSError on a full disk.
+    """Remove from a metrics file, atomically, the lines of steps after `step` and lines that are
+    not a whole JSON object. Raises UsageError if path is not a regular file, OSError if the disk is
+    full.
     """
     if not os.path.lexists(path):
         return

@@ -1,4 +1,4 @@
-"""Metrics of a training step over the global batch, and the time that training waits."""
+"""Metrics of a training step over the global batch, and the time for which training waits."""
 
 import time
 from collections.abc import Mapping
@@ -14,16 +14,20 @@ from .precision import unit
 
 
 class StepView(NamedTuple):
-    """What a step shows to the monitor, detached; of this rank unless said otherwise, and of the
-    first direction.
+    """What a step passes to its metrics and pictures, detached. It is of this rank's batch, except
+    for counts, and of the direction from view 1 to view 2.
 
-    projection (B, D) online projection of view 1; scores (B, K) cosines of the searched vectors
-    with their neighbours; neighbour_ids (B, K) data-set indices, -1 for none; weights (B, K)
-    positiveness; counts (M,) picks of each bank row by the global batch; num_candidates () of one
-    sample; bank_fill () share of the bank's rows that were written before this step, None without a
-    bank. K and M are 0 for the methods without neighbours. terms: further terms of the loss by
-    name, scalars (), this rank's mean; the model adds them to the loss, the log has them as
-    term_NAME.
+    projection      (B, D) online projection of view 1
+    scores          (B, K) cosines of the searched vectors with their neighbours
+    neighbour_ids   (B, K) data-set indices, -1 for none
+    weights         (B, K) positiveness
+    counts          (M,) how often the global batch picked each bank row
+    num_candidates  () of one sample
+    bank_fill       () share of the bank's rows that were written before this step; None: no bank
+    terms           further terms of the loss by name, scalars (), this rank's mean; the model adds
+                    them to the loss, and the log has them as term_NAME
+
+    K and M are 0 for the methods without neighbours.
     """
 
     projection: Tensor
@@ -62,7 +66,7 @@ def step_metrics(
     valid = shown.neighbour_ids >= 0
     num_valid = valid.sum(dim=1)
     weights = shown.weights.double()
-    # a threshold leaves sums below 1
+    # shares of their sum, which is below 1 if a threshold removed some
     shares = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-12)
     has_several = num_valid > 1
     entropy = torch.special.entr(shares).sum(dim=1)[has_several] / num_valid[has_several].log()
@@ -91,7 +95,7 @@ def step_metrics(
     total = dict(zip(sums, scalars.tolist(), strict=True))
 
     images, mean_loss = total["images"], total["loss"] / world_size()
-    mean_weight = 1 + total["weights"] / images  # with that of the image's own key
+    mean_weight = 1 + total["weights"] / images  # 1 is that of the image's own key
     chance = loss_at_chance(method, form, temperature, int(shown.num_candidates), mean_weight)
     variance = (second / images - (first / images).square()).clamp(min=0)
     metrics = {
@@ -103,22 +107,25 @@ def step_metrics(
     if shown.bank_fill is not None:
         metrics["bank_fill"] = shown.bank_fill.item()
     if total["picks"]:
-        metrics["neighbour_similarity"] = total["scores"] / total["picks"]
-        metrics["positiveness_entropy"] = None
-        if total["entropies"]:
-            metrics["positiveness_entropy"] = total["entropy"] / total["entropies"]
-        metrics["distinct_rows"] = int((shown.counts > 0).sum())
-        metrics["largest_count"] = int(shown.counts.max())
+        metrics |= {
+            "neighbour_similarity": total["scores"] / total["picks"],
+            "positiveness_entropy": (
+                total["entropy"] / total["entropies"] if total["entropies"] else None
+            ),
+            "distinct_rows": int((shown.counts > 0).sum()),
+            "largest_count": int(shown.counts.max()),
+        }
         if total["known"]:
             metrics["neighbour_purity"] = total["same"] / total["known"]
     return metrics
 
 
 class Waits:
-    """The time for which training waits for what happens in `with` blocks.
+    """Measures the time for which training waits for `with` blocks, such as that of the next batch.
 
-    On a GPU it is measured by the GPU's clock: the host runs ahead, and while it is busy in a block
-    the GPU still has work. Between the two events that the host records there, the GPU has to wait.
+    On a GPU this is the time between two events that the host records before and after the block,
+    by the GPU's clock. The host runs ahead of the GPU: in a block, the GPU waits only from the end
+    of its earlier work until the host leaves the block.
     """
 
     def __init__(self, device: torch.device):
@@ -135,8 +142,8 @@ class Waits:
     __enter__ = __exit__ = _mark
 
     def seconds(self) -> float:
-        """Of all blocks since the last call. A GPU must have passed them, as it has once a value
-        was read.
+        """The sum over all blocks since the last call. The GPU must have passed them: read a value
+        from it first.
         """
         pairs, self.times = list(zip(self.times[::2], self.times[1::2], strict=True)), []
         if self.on_gpu:

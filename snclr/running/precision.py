@@ -29,8 +29,8 @@ def full_precision(function: Callable) -> Callable:
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """The number format of an --amp flag; 'auto' is bfloat16 if the hardware has it, else fp16 on a
-    GPU and off on a CPU, where bfloat16 would be emulated and slower.
+    """The number format of an --amp flag. 'auto' is bf16 if the hardware has bfloat16; otherwise
+    fp16 on a GPU, and off on a CPU, which would emulate bfloat16 slowly.
     """
     if amp != "auto":
         return amp

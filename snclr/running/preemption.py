@@ -1,5 +1,6 @@
-"""Signals that end a run in good order: finish the step, save, and end on all ranks; under SLURM,
-ask to be started again."""
+"""Signals that end a run: all ranks finish the step, save and end; under SLURM the job can be
+requeued.
+"""
 
 import contextlib
 import os
@@ -12,15 +13,15 @@ from .distributed import LaggedMaximum, world_size
 from .errors import Interrupted, first_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SAVE = 1  # a larger number is the signal that ends the run
+SAVE = 1  # asks for a save; a larger number is the signal that ends the run
 
 
 @contextlib.contextmanager
 def handlers_given_back() -> Iterator[None]:
-    """Restore the signal handlers after the block, for a process that continues.
+    """Restore the earlier signal handlers after the block, for a caller that continues.
 
-    This must enclose failures_named: otherwise the launcher's SIGTERM would end the process before
-    it has reported which rank was lost.
+    The block must include failures_named: otherwise the launcher's SIGTERM would end the process
+    before it reports which rank was lost.
     """
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
@@ -32,8 +33,8 @@ def handlers_given_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """Handle signals that arrive during the block after it: an exception inside torch's file writer
-    would abort the process.
+    """Delay signals that arrive during the block until its end, because an exception inside torch's
+    file writer would abort the process.
     """
     received = []
     with handlers_given_back():
@@ -45,10 +46,10 @@ def signals_wait() -> Iterator[None]:
 
 
 class Interruptions:
-    """Decides when a run saves in the middle of an epoch: at a signal, or save_every_minutes after
-    the last save (0: only at signals).
+    """Decides when a run saves in the middle of an epoch: at a signal, and save_every_minutes after
+    the last save (0: only at a signal).
 
-    A second SIGINT ends the process at once.
+    A second SIGINT kills the process.
     """
 
     def __init__(self, save_every_minutes: float, timeout_minutes: float):
@@ -68,7 +69,7 @@ class Interruptions:
             interrupt(number, self.outcome)
 
     def due(self) -> bool:
-        """Whether all ranks save after this step. Every rank calls it once a step; no GPU waits."""
+        """Whether all ranks save after this step. Each rank calls it in each step; no GPU waits."""
         waited = time.monotonic() - self.last_save
         self.agreed = self.maximum(self.signal or int(waited > self.interval))
         return self.agreed > 0
@@ -77,9 +78,14 @@ class Interruptions:
         """Restart the interval. outcome: what rank 0 reports if a signal then ends the run."""
         self.last_save, self.outcome = time.monotonic(), outcome
 
+    def is_signalled(self) -> bool:
+        """Whether a signal asks for the end of the run."""
+        return self.signal > 0
+
     def end_here(self) -> bool:
-        """End the run before the next step, if a signal asks for it and no other rank needs to
-        agree."""
+        """End the run before the next step, if there was a signal, and there is only one rank;
+        returns whether it ends.
+        """
         self.agreed = self.signal if world_size() == 1 else 0
         return self.agreed > 0
 
@@ -99,7 +105,7 @@ class Interruptions:
 
 
 def end_at_once() -> None:
-    """From now on a signal ends the run at once: for work whose files are whole at any moment."""
+    """Let a signal end the run at once from now on, for work whose files are whole at any time."""
 
     def receive(number, frame):
         if number == signal.SIGINT:
@@ -113,8 +119,8 @@ def end_at_once() -> None:
 def interrupt(number: int, outcome: str) -> None:
     """Raise Interrupted for a signal.
 
-    SLURM can send SIGUSR1 before the time limit (sbatch --signal): then the job is requeued. Not so
-    for SIGTERM, which scancel sends.
+    After SIGUSR1, which SLURM can send before the time limit (sbatch --signal), the job is
+    requeued; after SIGTERM, which scancel sends, it is not.
     """
     message = (
         f"{signal.Signals(number).name}: {outcome}; the same command with --resume auto goes on"

@@ -1,4 +1,4 @@
-"""The processes of a run: how they meet, how they end, and which ones were lost."""
+"""The process group of a run: joining it, leaving it, and naming the ranks that were lost."""
 
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from .distributed import rank, world_size
 from .errors import RunError, first_line
 
-# seconds until every living rank has noticed that another one is lost
+# seconds in which every living rank notices that another one is lost
 GRACE = 5
 
 
@@ -32,17 +32,17 @@ def start(timeout_minutes: float = 30) -> torch.device:
     """Join the process group that torchrun's environment describes, if there is one; returns this
     rank's device.
 
-    NCCL on CUDA, gloo on CPU. A collective that is not complete after timeout_minutes fails. Raises
-    RunError where the ranks do not meet.
+    The group uses NCCL on CUDA and gloo on a CPU. A collective that takes longer than
+    timeout_minutes fails. Raises RunError if the ranks do not meet.
     """
     device = own_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        # PR_SET_PDEATHSIG: a rank does not outlive its launcher, also if that is killed
+        # PR_SET_PDEATHSIG: this rank gets a SIGTERM when its launcher ends, even if that is killed
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
         parent = str(os.getppid())
-        if os.environ.get("SNCLR_LAUNCHER", parent) != parent:  # it ended before the line above
+        if os.environ.get("SNCLR_LAUNCHER", parent) != parent:  # ended before prctl
             raise RunError(f"the launcher has ended (process {os.environ['SNCLR_LAUNCHER']})")
     if "WORLD_SIZE" in os.environ:
         try:
@@ -72,14 +72,11 @@ def _join(device: torch.device, timeout: datetime.timedelta) -> None:
 
 
 def stop() -> None:
-    """Wait for all ranks and leave the process group, if there is one.
-
-    gloo's thread needs the interpreter lock to release the last exchange. A group that is destroyed
-    waits for that thread while it holds the lock (torch 2.6), forever, unless the thread had a
-    moment before.
-    """
+    """Wait for all ranks and leave the process group, if there is one."""
     if dist.is_initialized():
         dist.barrier()
+        # gloo's thread needs Python's lock to release the last exchange. Destroying the group holds
+        # that lock while it waits for the thread (torch 2.6), forever if the thread is not done.
         time.sleep(0.2)
         dist.destroy_process_group()
 
@@ -95,22 +92,21 @@ def failures_named() -> Iterator[None]:
         known = any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
         if world_size() == 1 or isinstance(error, RunError) or not known:
             raise
-        cause = _sentence(error)
-        raise RunError(f"{_silent_ranks()}: {cause}") from error
+        raise RunError(f"{_silent_ranks()}: {_sentence(error)}") from error
 
 
 def _silent_ranks() -> str:
     store, number, count = _store(), rank(), world_size()
     try:
         store.set(f"lost/{number}", "")
-        # closes our connections, so that ranks that wait for this one notice as well
+        # closes the connections, so that ranks that wait for this one also notice
         dist.destroy_process_group()
         time.sleep(GRACE)
         silent = [other for other in range(count) if not store.check([f"lost/{other}"])]
         names = ", ".join(
             f"rank {other} on {store.get(f'host/{other}').decode()}" for other in silent[:8]
         )
-        return f"lost contact with {names or 'another rank for a while'}"
+        return f"lost contact with {names or 'another rank for a time'}"
     except RuntimeError:
         address = os.environ.get("MASTER_ADDR")
         return f"lost contact with the launcher on {address}, where the ranks meet"
@@ -121,5 +117,5 @@ def _store():
 
 
 def _sentence(error) -> str:
-    """The sentence of torch's message that says what happened, without source line and advice."""
+    """The first sentence of a message of torch's, without its source line and advice."""
     return re.sub(r"^\[\S*\] ", "", first_line(error)).partition(". ")[0]

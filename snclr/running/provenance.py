@@ -1,4 +1,4 @@
-"""Where a result comes from: versions and git commit."""
+"""What produced a result: versions and git commit."""
 
 import contextlib
 import functools
@@ -10,17 +10,18 @@ from importlib import metadata
 from .. import __version__
 
 
-@functools.cache  # describes the code that was loaded; the files may change while it runs
+@functools.cache  # the code as it was loaded, as its files may change while it runs
 def versions_and_commit() -> dict:
     """Versions of python, torch, torchvision, timm, numpy and this package, and the git commit of
-    the code, None without git.
+    the code (None without git).
     """
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     versions |= {"python": platform.python_version(), "snclr": __version__}
-    folder = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", folder, "describe", "--always", "--dirty"]
+    command = ["git", "describe", "--always", "--dirty"]
     commit = None
     with contextlib.suppress(OSError):  # a container may have no git
-        described = subprocess.run(command, capture_output=True, text=True, check=False)
+        described = subprocess.run(
+            command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=False
+        )
         commit = described.stdout.strip() or None
     return {"versions": versions, "git": commit}

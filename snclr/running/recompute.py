@@ -1,4 +1,4 @@
-"""Less memory for more computation: forward keeps only its inputs, and backward repeats it."""
+"""Saves memory at the cost of time: forward keeps only its inputs, and backward repeats it."""
 
 import contextlib
 from collections.abc import Callable
@@ -29,8 +29,8 @@ def recomputed(function: Callable[..., Tensor], *inputs, module: nn.Module) -> T
 
 @contextlib.contextmanager
 def _without_updates(norms):
-    # momentum 0 rather than track_running_stats = False: then a layer would save fewer tensors than
-    # the first time, which checkpoint() refuses
+    # by momentum 0: with track_running_stats = False a layer would save fewer tensors for backward
+    # than in forward, which checkpoint() refuses
     momenta = [layer.momentum for layer in norms]
     counts = [layer.num_batches_tracked.clone() for layer in norms]
     for layer in norms:

@@ -1,17 +1,18 @@
-"""Files of a run and of its user: written whole or not at all, read only where that can end.
+"""Files that are written whole or not at all, and files that are safe to read.
 
-What lies in a folder may come from someone else. A link that lies where a file is to be written
-is never followed, and only regular files of a bounded size are read: a fifo would block for ever,
-a device such as /dev/zero would fill the memory.
+The content of a folder may come from someone else. So no link is followed when a file is written,
+and only regular files of limited size are read: a fifo would block forever, and a device such as
+/dev/zero would fill the memory.
 """
 
 import contextlib
+import io
 import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from .errors import RunError, UsageError, first_line
 
@@ -31,31 +32,41 @@ def writing(path: str) -> Iterator[None]:
 def new_file(path: str) -> Iterator[BinaryIO]:
     """A file that replaces `path` when the block ends without an error; else `path` stays as it is.
 
-    It is created exclusively under a fresh name beside `path`, and its bytes are on the disk
-    before it gets its name. A link at `path` is replaced, not followed. Raises OSError, also where
-    `path` is something else than a file.
+    It is created exclusively under a fresh name beside `path`. A link at `path` is replaced, not
+    followed. Raises OSError, also where `path` is something else than a file.
     """
     with contextlib.suppress(FileNotFoundError):
         mode = os.lstat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-            raise OSError("it exists and is no regular file")
+            raise OSError("it exists and is not a regular file")
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-    file = open(temporary, "xb")  # noqa: SIM115 - its own block, so that a failed open removes nothing
+    file = open(temporary, "xb")  # noqa: SIM115 - outside `try`: a failed open removes nothing
     try:
         with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)  # present only after an error or a signal
 
 
+def open_to_append(path: str) -> BinaryIO:
+    """Open a file, or create it, to write at its end without a buffer. Raises OSError, also if
+    `path` is a link or not a regular file.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is not a regular file")
+    return open(descriptor, "ab", buffering=0)
+
+
 def save_text(path: str, text: str) -> None:
     """Write a text file, whole or not at all. Raises RunError."""
     with writing(path), new_file(path) as file:
-        file.write(text.encode(errors="replace"))  # a file name or a flag may hold half a character
+        # a file name in the text can contain bytes that are not UTF-8
+        file.write(text.encode(errors="replace"))
 
 
 def save_json(path: str, content: dict) -> None:
@@ -64,7 +75,7 @@ def save_json(path: str, content: dict) -> None:
 
 
 def open_regular(path: str, *, follow: bool = True) -> BinaryIO:
-    """Open a file for reading in binary; UsageError where it is missing or no regular file.
+    """Open a file for reading bytes. Raises UsageError if it is missing or not a regular file.
 
     follow: whether path may be a link.
     """
@@ -77,12 +88,25 @@ def open_regular(path: str, *, follow: bool = True) -> BinaryIO:
         raise UsageError(f"cannot read {path}: {reason}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UsageError(f"cannot read {path}: it is no regular file")
+        raise UsageError(f"cannot read {path}: it is not a regular file")
     return open(descriptor, "rb")
 
 
+def open_text(path: str, *, errors: str = "replace", limit: int = 2**32) -> TextIO:
+    """Open a UTF-8 file for reading lines. Raises UsageError as open_regular does, and if it has
+    more than `limit` bytes.
+
+    errors: how to handle bytes that are not UTF-8, as in `open`.
+    """
+    file = open_regular(path)
+    if os.fstat(file.fileno()).st_size > limit:
+        file.close()
+        raise UsageError(f"cannot read {path}: it has more than {limit} bytes")
+    return io.TextIOWrapper(file, encoding="utf-8", errors=errors)
+
+
 def read_bytes(path: str, limit: int = LIMIT, *, follow: bool = True) -> bytes:
-    """The bytes of a file. UsageError where it cannot be read or has more than `limit` bytes."""
+    """The bytes of a file. Raises UsageError if it cannot be read or is longer than `limit`."""
     with open_regular(path, follow=follow) as file:
         try:
             content = file.read(limit + 1)
@@ -94,20 +118,21 @@ def read_bytes(path: str, limit: int = LIMIT, *, follow: bool = True) -> bytes:
 
 
 def read_text(path: str, limit: int = LIMIT) -> str:
-    """The text of a UTF-8 file; bytes that are no UTF-8 become question marks. As read_bytes."""
+    """The text of a UTF-8 file; each invalid byte becomes U+FFFD. Raises as read_bytes does."""
     return read_bytes(path, limit).decode(errors="replace")
 
 
 def json_object(text: str | bytes) -> dict:
-    """The JSON object in a text that may hold anything; empty where there is none."""
+    """The JSON object that a text consists of; an empty one if the text is anything else."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):  # RecursionError: brackets in brackets, thousands deep
+    except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def read_json_lines(path: str) -> list[dict]:
     """The JSON objects of a file with one on each line, such as metrics.jsonl; other lines are
-    ignored. As read_bytes."""
+    ignored. Raises as read_bytes does.
+    """
     return [line for line in map(json_object, read_text(path).split("\n")) if line]

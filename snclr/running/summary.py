@@ -1,13 +1,12 @@
-"""Lines about a run for people: of a training step, and at the end."""
+"""What a run prints: the line of a training step, and the lines at the end."""
 
 import os
 
-from .checkpoint import LAST
 from .safe_files import read_json_lines
 
 
 def describe(metrics: dict, epochs: int, total_steps: int) -> str:
-    """The console's line of a logged step."""
+    """The line on the console for a logged step."""
     ratio = metrics["loss_ratio"]
     parts = [
         f"epoch {metrics['epoch']}/{epochs}",
@@ -23,10 +22,10 @@ def describe(metrics: dict, epochs: int, total_steps: int) -> str:
     return "  ".join(parts)
 
 
-def final_lines(workdir: str, done: bool) -> str:
-    """The results of a run, where its files are, and what to do next.
+def final_lines(workdir: str, checkpoint_path: str, done: bool) -> str:
+    """The results of a run, the paths of its files, and what to do next.
 
-    done: the schedule has ended.
+    done: whether the schedule has ended.
     """
     metrics_path = os.path.join(workdir, "metrics.jsonl")
     lines = read_json_lines(metrics_path) if os.path.exists(metrics_path) else []
@@ -34,7 +33,7 @@ def final_lines(workdir: str, done: bool) -> str:
     lines = [
         _progress(evaluations, "knn_top1", "kNN top-1", " %"),
         _progress(evaluations, "effective_rank", "effective rank", ""),
-        f"checkpoint: {os.path.join(workdir, LAST)}",
+        f"checkpoint: {checkpoint_path}",
         f"curves: tensorboard --logdir {workdir}   (numbers: {metrics_path})",
         "next: train on your own images, with or without labels: "
         "bash start.sh @configs/vit_small_imagenet.args DATA"
@@ -46,7 +45,9 @@ def final_lines(workdir: str, done: bool) -> str:
 
 
 def _progress(evaluations: list[dict], metric: str, title: str, unit: str) -> str:
-    """'TITLE: raw pixels 30.1 %, untrained 31.2 %, epoch 5: 40.3 %', as far as it was measured."""
+    """'TITLE: raw pixels 30.1 %, untrained 31.2 %, epoch 5: 40.3 %'; what was not measured is left
+    out.
+    """
     values = {}
     if evaluations and evaluations[0].get("epoch") == 0:
         values["raw pixels"] = evaluations[0].get(f"raw_pixels_{metric}")

@@ -1,7 +1,7 @@
 """Files of tensors: written whole or not at all, verified before they are read, content checked.
 
-A file may come from anyone, and torch.load(weights_only=True) only promises that no code runs.
-What it returns is checked here before it is used.
+A file may come from anyone, and torch.load(weights_only=True) only guarantees that no code runs.
+The functions here check what it returns.
 """
 
 import contextlib
@@ -18,22 +18,20 @@ from .safe_files import new_file, open_regular
 
 
 def save(path: str, state: dict, keep: int = 1) -> None:
-    """Write beside the target, flush to the disk, then rename: after a crash at any moment the old
-    file or the new one is there. Raises RunError.
+    """Write beside the target, flush to the disk, then rename: after a crash at any moment there is
+    either the old file or the new one. Raises RunError.
 
-    keep: number of files of this name that stay, this one included; NAME-1.pth.tar is the previous
-    one.
+    keep: how many files remain, with this one; the previous one becomes NAME-1.pth.tar.
     """
     try:
-        for leftover in glob.glob(f"{glob.escape(path)}.*.tmp"):  # of a process that was killed
+        for leftover in glob.glob(f"{glob.escape(path)}.*.tmp"):  # by a process that was killed
             with contextlib.suppress(OSError):
                 os.remove(leftover)
         with new_file(path) as file:
             torch.save(state, file)
-            if keep > 1:
-                file.flush()
-                os.fsync(file.fileno())
-                _rename_older(path, keep)
+            file.flush()
+            os.fsync(file.fileno())  # the bytes are on the disk before the file gets its name
+            _rename_older(path, keep)
         folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
         os.fsync(folder)  # makes the new name durable, not only the bytes
         os.close(folder)
@@ -54,10 +52,10 @@ def _rename_older(path: str, keep: int) -> None:
 
 
 def read(path: str) -> object:
-    """The content of a file, on the CPU. Checksums are verified first: torch.load accepts flipped
-    bytes without a word.
+    """The content of a file, on the CPU. Checksums are verified first, because torch.load does not
+    notice changed bytes.
 
-    Raises UsageError for a file that is missing, damaged, or holds anything but tensors and plain
+    Raises UsageError if the file is missing or damaged, or contains anything but tensors and plain
     values.
     """
     verify(path)
@@ -65,13 +63,13 @@ def read(path: str) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can make unpickling raise anything
         raise UsageError(
-            f"checkpoint {path} is no dictionary of tensors and plain values;"
-            " nothing else is loaded"
+            f"checkpoint {path} contains other objects than tensors and plain values,"
+            " which are not loaded"
         ) from error
 
 
 def verify(path: str) -> None:
-    """Compare every record of a file with the checksum in the zip. Raises UsageError as `read`."""
+    """Compare every record of a file with its checksum in the zip. Raises UsageError as `read`."""
     if not os.path.lexists(path):
         raise UsageError(f"checkpoint {path} does not exist")
     with open_regular(path) as file:
@@ -79,9 +77,8 @@ def verify(path: str) -> None:
             if file.read(2) == b"\x80\x02":  # torch before 1.6: a plain pickle without checksums
                 return
             with zipfile.ZipFile(file) as archive:
-                # torch writes no attributes, and takes a record with the directory bit for one
-                # without content; nor does it compress, and a few bytes that unfold to terabytes
-                # are nobody's checkpoint
+                # torch writes neither: it would load a record with the attribute of a directory as
+                # empty, and a few compressed bytes could expand to terabytes
                 odd = [
                     record.filename
                     for record in archive.infolist()
@@ -90,7 +87,7 @@ def verify(path: str) -> None:
                 damaged = next(iter(odd), None) or archive.testzip()
         except Exception as error:  # a damaged directory of the zip can raise anything
             raise UsageError(
-                f"checkpoint {path} is truncated or no checkpoint ({first_line(error)});"
+                f"checkpoint {path} is truncated or not a checkpoint ({first_line(error)});"
                 " take another one"
             ) from error
     if damaged:
@@ -115,8 +112,8 @@ def plain_tensors(content: object) -> dict[str, Tensor]:
 
 
 def wrong_entries(content: object, kinds: dict[str, type]) -> list[str]:
-    """The names in `kinds` under which a value from a file has no entry of that type. True and
-    False are no int.
+    """The names in `kinds` whose entry in a value from a file is missing or of another type. True
+    and False do not count as int.
     """
     entries = content if isinstance(content, dict) else {}
     return [
@@ -127,9 +124,7 @@ def wrong_entries(content: object, kinds: dict[str, type]) -> list[str]:
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
-    """The names of the floating-point tensors that hold a value that is not finite. The host waits
-    once for all of them.
-    """
+    """The names of the tensors that contain a value that is not finite; ignores other entries."""
     names = [
         name
         for name, x in tensors.items()

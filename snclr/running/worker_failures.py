@@ -1,7 +1,7 @@
-"""Why a worker process was lost, in words for its user. Imports nothing slow.
+"""Describes for the user why a worker process was lost. Imports nothing slow.
 
-torch raises RuntimeError wherever the rank happens to be when a worker ends, and OSError or
-EOFError when a batch cannot be received from one that has ended.
+When a worker ends, torch raises RuntimeError at any point of the rank's code. When a batch cannot
+be received from a worker that has ended, it raises OSError or EOFError.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ MORE_FILES = "the limit of open files is too low: raise it (ulimit -n 4096)"
 MORE_MEMORY = "out of memory? fewer --workers need less of it"
 
 
-def reason(error: Exception, exit_codes: Sequence[int | None] = ()) -> str | None:
-    """The line for the user; None if the error is not about the processes (a bug in a worker).
+def describe_failure(error: Exception, exit_codes: Sequence[int | None] = ()) -> str | None:
+    """The line for the user; None if no process was lost (but a worker has a bug, for example).
 
-    exit_codes: of the workers, where they are known.
+    exit_codes: of the workers, if they are known.
     """
     text = str(error)
     if "Caught MemoryError in DataLoader worker" in text:
@@ -49,8 +49,8 @@ def not_started(error: OSError) -> str:
 
 
 def _advice(numbers):
-    """What helps against errors of these numbers."""
-    if errno.ENOSPC in numbers:  # semaphores, too, lie in shared memory
+    """What the user can do about errors with these numbers."""
+    if errno.ENOSPC in numbers:  # semaphores are in shared memory too
         return MORE_SHARED_MEMORY
     if errno.EMFILE in numbers or not _descriptors_left():
         return MORE_FILES
@@ -58,7 +58,7 @@ def _advice(numbers):
 
 
 def _descriptors_left(wanted: int = 10) -> bool:
-    """Whether this process may open as many files; one received with a batch needs some."""
+    """Whether this process can open more files, as it must to receive a batch."""
     with contextlib.ExitStack() as opened:
         try:
             for _ in range(wanted):

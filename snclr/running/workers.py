@@ -1,9 +1,8 @@
-"""Worker processes that load data: how they start, how they are waited for, and which signals end
-them; and glibc's malloc.
+"""Worker processes that load data: starting them, waiting for their batches, and ending them.
 
 A signal to a whole group of processes must not end the workers while their rank finishes its step.
-A rank that waits for a batch must notice that none will come: a worker that cannot send one ends
-with an exit code that says why, and a rank gives up after a time without a batch.
+A rank must notice that no batch will come: a worker that cannot send a batch ends with an exit code
+that describes the reason, and a rank gives up after a time without a batch.
 """
 
 import ctypes
@@ -19,25 +18,25 @@ from multiprocessing.queues import Queue
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import RunError, UsageError
-from .worker_failures import SENDING_FAILED, not_started, reason
+from .worker_failures import SENDING_FAILED, describe_failure, not_started
 
 PREFETCH = 2  # batches that a worker loads ahead
 LIMIT = 30 * 60  # seconds without a batch after which a rank gives up
-PATIENCE = 10  # the same, if a signal asks for the end of the run
-POLL = 2  # seconds between two looks at whether to go on waiting
+PATIENCE = 10  # the same after a signal that ends the run
+POLL = 2  # seconds between two checks whether to give up
 SHARED_MEMORY = "/dev/shm"
 
 
 class Stalled(RunError):
-    """No batch came, and the rank is to wait no longer."""
+    """No batch came for so long that the rank gives up."""
 
 
 class WorkerBatches:
     """dataset[request] for each of the requests, in order, by worker processes (0: by this one).
 
-    persistent: keep the processes for the next iteration. A rank that waits for a batch raises
-    RunError if the workers can send none. It raises Stalled after LIMIT, and if `stop_waiting`
-    returns true already after PATIENCE.
+    persistent: keep the processes for the next iteration. Iterating raises RunError if a worker was
+    lost, and Stalled if no batch came for LIMIT seconds, or for PATIENCE seconds while
+    `stop_waiting` returns true.
     """
 
     def __init__(
@@ -51,8 +50,8 @@ class WorkerBatches:
     ):
         self.requests = requests
         self.stop_waiting: Callable[[], bool] = lambda: False
-        # since Python 3.14 Linux, too, starts a new interpreter for each worker by default: that
-        # takes seconds, and the worker's parent is not the rank
+        # since Python 3.14 the default on Linux is to start a new interpreter for each worker,
+        # which takes seconds, and then the worker's parent is not the rank
         start_method = "fork" if workers and sys.platform == "linux" else None
         self.loader = DataLoader(
             dataset,
@@ -84,26 +83,24 @@ class WorkerBatches:
                 if not str(error).startswith("DataLoader timed out"):
                     workers = getattr(batches, "_workers", [])
                     for worker in workers:
-                        worker.join(0.5)  # one whose connection broke is about to end
-                    text = reason(error, [worker.exitcode for worker in workers])
-                    if text is None:
+                        worker.join(0.5)  # a worker with a broken connection ends soon
+                    message = describe_failure(error, [worker.exitcode for worker in workers])
+                    if message is None:
                         raise
-                    raise RunError(text) from error
+                    raise RunError(message) from error
                 seconds = time.monotonic() - start
                 if seconds > LIMIT or (seconds > PATIENCE and self.stop_waiting()):
-                    self._kill(batches)
+                    # this process would wait for its workers when it ends; when they are killed,
+                    # torch's handler of SIGCHLD would raise RuntimeError
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    for worker in getattr(batches, "_workers", []):
+                        worker.kill()
                     raise Stalled(f"no batch of images for {seconds:.0f} s") from error
-
-    def _kill(self, batches):
-        """End the workers, for which this process would wait when it ends."""
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise RuntimeError
-        for worker in getattr(batches, "_workers", []):
-            worker.kill()
 
 
 def check_shared_memory(batch_bytes: int, workers: int, ranks: int) -> None:
-    """Raises UsageError if the workers of this machine's ranks cannot hold the batches that they
-    load ahead, of batch_bytes each, in shared memory.
+    """Raises UsageError if shared memory is too small for the batches that the workers of this
+    machine's ranks load ahead. A batch has batch_bytes.
     """
     if not workers or not os.path.isdir(SHARED_MEMORY):
         return
@@ -124,7 +121,7 @@ def _start_worker(worker: int) -> None:
 
 
 def _end_without_sending(error: Exception, batch: object) -> None:
-    """In place of printing an error of the thread that sends batches: the rank would wait on."""
+    """End a worker whose sending thread failed; by default the rank would wait for it forever."""
     number = getattr(error, "errno", None)
     if "Too many open files" in str(error):
         number = errno.EMFILE
@@ -134,10 +131,10 @@ def _end_without_sending(error: Exception, batch: object) -> None:
 
 
 def leave_signals_to_the_rank(worker: int) -> None:
-    """Ignore all signals that end a run, except for a SIGTERM from this worker's rank."""
+    """Ignore the signals that end a run, except a SIGTERM from this worker's rank."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # it reports the sender; macOS does not have it
+    if hasattr(signal, "sigwaitinfo"):  # which returns the sender; macOS does not have it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_rank, daemon=True).start()
 
@@ -151,8 +148,8 @@ def _end_with_the_rank():
 def keep_freed_memory() -> None:
     """Make glibc keep freed blocks of up to 32 MB (256 MB at most) for the next allocation.
 
-    By default it returns them to the system, and the page faults of the next blocks take a third
-    of the time of a large view. With another C library this does nothing.
+    By default glibc returns them to the system. Then the page faults of new blocks take a third of
+    the time of a large view. With another C library this function does nothing.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values from malloc.h
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):

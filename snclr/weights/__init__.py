@@ -1,5 +1,5 @@
 """Weights from and for other libraries.
 
-layouts.py reads a file into named tensors, load.py puts them into a backbone, libraries.py
-describes the files that other libraries read, and files.py writes those.
+layouts.py reads a file into named tensors, load.py puts them into a backbone, and libraries.py
+describes the files that other libraries read; snclr.export writes those.
 """

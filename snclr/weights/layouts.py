@@ -1,4 +1,4 @@
-"""From a file to an encoder's named tensors: the layouts in which encoders are saved."""
+"""Reads an encoder's named tensors from a file, in any of the known layouts."""
 
 import argparse
 import json
@@ -16,10 +16,16 @@ PREFIXES = {
     "online": ("module.base_encoder.", "base_encoder.", "module.encoder_q."),
     "momentum": ("module.momentum_encoder.", "momentum_encoder.", "module.encoder_k."),
 }
-# keys under which state dicts are wrapped; the first one that is present is read
-# DINO's teacher is its momentum encoder
-WRAPPERS = ("state_dict", "model", "model_state_dict", "model_ema", "state_dict_ema")
-WRAPPERS += ("teacher", "student")
+# keys under which files hold a state dict; the first one that is present is read
+WRAPPERS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_ema",
+    "state_dict_ema",
+    "teacher",  # of DINO: its momentum encoder
+    "student",
+)
 # key of the settings that snclr.export adds to the files of other libraries
 SETTINGS_KEY = "snclr"
 
@@ -28,9 +34,9 @@ class EncoderFile(NamedTuple):
     """An encoder as it is saved in a file.
 
     tensors      by the encoder's own names, with its head
-    layout       the recognised layout, in words
-    is_library   whether the weights are for a library's model: they have its names, and no settings
-                 of this project
+    layout       a description of the layout
+    is_library   whether the weights are for a library's model: they have its names, and the file
+                 has no settings of this project
     others       names of all other tensors
     saved        everything else in the file: 'arch', 'args', 'epoch' ...
     """
@@ -49,13 +55,14 @@ class EncoderFile(NamedTuple):
         return settings if isinstance(settings, dict) else {}
 
 
-def read_encoder(path: str, which: str = "online") -> EncoderFile:
+def read_encoder(path: str, branch: str = "online") -> EncoderFile:
     """Read an encoder from a file of any known layout.
 
-    Known are this project's checkpoints and exports; files of MoCo v3, MoCo and the released SNCLR;
-    state dicts of timm, torchvision, DeiT, DINO and DINOv2, also wrapped; from torch.save
-    (weights_only) or safetensors. which: 'online' or 'momentum', for files with both. Raises
-    UsageError for a file that is missing or damaged, or without named tensors.
+    Known layouts: this project's checkpoints and exports; files of MoCo v3, MoCo and the released
+    SNCLR; state dicts of timm, torchvision, DeiT, DINO and DINOv2, also under a key of WRAPPERS.
+    Known formats: torch.save (weights_only) and safetensors. branch: 'online' or 'momentum', for
+    files with both encoders. Raises UsageError for a file that is missing or damaged, or has no
+    named tensors.
     """
     content, settings = _read(path)
     saved, others, wrapper = {}, [], None
@@ -66,16 +73,19 @@ def read_encoder(path: str, which: str = "online") -> EncoderFile:
         saved |= {key: value for key, value in content.items() if key not in present}
         others += [f"{key}.{name}" for key in present[1:] for name in content[key]]
         content = content[wrapper]
-    for each in (settings, saved.get(SETTINGS_KEY), _attached_settings(content)):
-        if isinstance(each, dict):
-            saved = {**saved, **each, "args": each}
+    # torch keeps the metadata of a state dict with it
+    attached = getattr(content, "_metadata", None)
+    attached = attached.get(SETTINGS_KEY) if isinstance(attached, dict) else None
+    for export_settings in (settings, saved.get(SETTINGS_KEY), attached):
+        if isinstance(export_settings, dict):
+            saved |= {**export_settings, "args": export_settings}
     tensors = tensor_files.plain_tensors(content)
     if not tensors:
         raise UsageError(f"{path} holds no named tensors: a checkpoint or a state dict is expected")
-    for prefix in PREFIXES[which]:
+    for prefix in PREFIXES[branch]:
         if any(name.startswith(prefix) for name in tensors):
             encoder, rest = _select(tensors, prefix)
-            layout = f"the {which} encoder of {prefix}*"
+            layout = f"the {branch} encoder of {prefix}*"
             return EncoderFile(path, encoder, layout, False, others + rest, saved)
     has_other = any(
         name.startswith(prefix)
@@ -86,9 +96,9 @@ def read_encoder(path: str, which: str = "online") -> EncoderFile:
     is_own = isinstance(saved.get("args"), dict) and saved.get("encoder") in (*PREFIXES,)
     if wrapper == "teacher":
         saved["encoder"] = "momentum"
-    # a file with only a backbone says which encoder it was
-    if has_other or (which == "momentum" and saved.get("encoder") != "momentum"):
-        raise UsageError(f"{path} holds no {which} encoder: choose the other one")
+    # a file with only a backbone names its encoder in its settings
+    if has_other or (branch == "momentum" and saved.get("encoder") != "momentum"):
+        raise UsageError(f"{path} holds no {branch} encoder: choose the other one")
     layout = f"a plain state dict, {wrapper!r}" if wrapper else "a plain state dict"
     if all(name.startswith("module.") for name in tensors):
         tensors, _ = _select(tensors, "module.")
@@ -99,19 +109,13 @@ def read_encoder(path: str, which: str = "online") -> EncoderFile:
 
 
 def _select(tensors, prefix):
-    """The tensors whose names start with prefix, without it; the names of the others."""
+    """The tensors whose names start with prefix, under names without it, and the other names."""
     chosen = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
     return chosen, [name for name in tensors if not name.startswith(prefix)]
-
-
-def _attached_settings(state):
-    """The settings in the metadata that torch keeps with a state dict."""
-    metadata = getattr(state, "_metadata", None)
-    return metadata.get(SETTINGS_KEY) if isinstance(metadata, dict) else None
 
 
 def _read(path):

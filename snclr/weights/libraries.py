@@ -1,7 +1,7 @@
-"""What other libraries read: for each one a function from an encoder and its info to an Export.
+"""What other libraries read: one function for each, from an encoder and its info to an Export.
 
-info is that of snclr.weights.load.open_encoder. Each function raises UsageError where the library
-has no such model.
+info comes from snclr.weights.load.open_encoder. Each function raises UsageError if the library has
+no such model.
 """
 
 import json
@@ -21,13 +21,13 @@ from .layouts import read_encoder
 
 
 class Export(NamedTuple):
-    """What a library reads.
+    """What a library reads. build, read and hint get the path of the written file or folder.
 
     content   the state dict, or a dictionary that holds it, as the library expects it in the file
-    build     from the path of the file to Python code that builds the library's model as `model`
-    read      from the path to that model: a function from images (B, 3, S, S) to features (B, C)
+    build     returns Python code that builds the library's model as `model`
+    read      returns that model, or a function: images (B, 3, S, S) to features (B, C)
     configs   contents of the JSON files beside the weights, by name; None if one file is written
-    hint      from the path to one more line that helps the user of the file
+    hint      returns one more line that helps the user of the file
     """
 
     content: dict
@@ -38,25 +38,29 @@ class Export(NamedTuple):
 
 
 def to_timm(encoder: nn.Module, info: dict, as_folder: bool = False) -> Export:
-    """timm's names; as_folder: with the config.json that timm's 'local-dir:' and the hub read."""
+    """timm's names of tensors.
+
+    as_folder: with the config.json that timm reads from the hub and from 'local-dir:'.
+    """
     name, arguments = _timm_model(encoder, info)
     data = _timm_data(info)
     if not as_folder:
         return _timm_file(encoder.state_dict(), name, arguments, data)
     if "embed_layer" in arguments:
         raise UsageError(
-            f"timm has no model with the convolutional stem of {info['arch']}, and a folder names "
-            "one: choose a file, as in --out weights.safetensors"
+            f"timm has no model with the convolutional stem of {info['arch']}, so it cannot read a "
+            "folder: choose a file, as in --out weights.safetensors"
         )
-    own = timm.get_pretrained_cfg(name)
-    kept = ("first_conv", "classifier", "pool_size", "fixed_input_size")
-    pretrained_cfg = {**{key: getattr(own, key) for key in kept}, **data, "num_classes": 0}
+    original = timm.get_pretrained_cfg(name)
+    copied = ("first_conv", "classifier", "pool_size", "fixed_input_size")
     config = {
         "architecture": name,
         "num_classes": 0,
         "num_features": encoder.num_features,
         "model_args": arguments,
-        "pretrained_cfg": pretrained_cfg,
+        "pretrained_cfg": {key: getattr(original, key) for key in copied}
+        | data
+        | {"num_classes": 0},
     }
     try:
         json.dumps(config)
@@ -69,22 +73,24 @@ def to_timm(encoder: nn.Module, info: dict, as_folder: bool = False) -> Export:
     def read(path):
         with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
             saved = json.load(file)
-        weights = os.path.join(path, "model.safetensors")
+        saved["pretrained_cfg"]["file"] = os.path.join(path, "model.safetensors")
         return timm.create_model(
             saved["architecture"],
             pretrained=True,
-            pretrained_cfg={**saved["pretrained_cfg"], "file": weights},
+            pretrained_cfg=saved["pretrained_cfg"],
             **saved["model_args"],
         ).eval()
 
-    def build(path):
-        return f"model = timm.create_model({'local-dir:' + path!r}, pretrained=True)"
-
-    def hint(path):
-        old = _call(name, arguments, data, os.path.join(path, "model.safetensors"))
-        return f"timm before 1.0.16 has no local-dir: {old}"
-
-    return Export(encoder.state_dict(), build, read, {"config.json": config}, hint)
+    return Export(
+        encoder.state_dict(),
+        build=lambda path: f"model = timm.create_model({'local-dir:' + path!r}, pretrained=True)",
+        read=read,
+        configs={"config.json": config},
+        hint=lambda path: (
+            "timm before 1.0.16 has no local-dir: "
+            + _call(name, arguments, data, os.path.join(path, "model.safetensors"))
+        ),
+    )
 
 
 def to_deit(encoder: nn.Module, info: dict) -> Export:
@@ -98,61 +104,61 @@ def to_deit(encoder: nn.Module, info: dict) -> Export:
 
 def to_torchvision(encoder: nn.Module, info: dict) -> Export:
     """The state dict of torchvision's ResNet without its classifier."""
-    name, state = _plain_resnet(info, "torchvision"), encoder.state_dict()
-
-    def read(path):
-        return _loaded(_torchvision_resnet(name), read_encoder(path).tensors)
+    name = _plain_resnet(info, "torchvision")
 
     def build(path):
         is_safe = path.endswith(".safetensors")
         loader = "safetensors.torch.load_file({!r})" if is_safe else _TORCH_LOAD
         return _torchvision_build(name, loader.format(path))
 
-    return Export(state, build, read)
+    return Export(
+        encoder.state_dict(),
+        build,
+        read=lambda path: _loaded(_torchvision_resnet(name), read_encoder(path).tensors),
+    )
 
 
 def to_mocov3(encoder: nn.Module, info: dict) -> Export:
-    """MoCo v3's checkpoints: its names below 'state_dict', of one encoder and without its head."""
+    """MoCo v3's checkpoints: its names under 'state_dict', of one encoder and without its head."""
     arch, prefix = info["arch"], "module.base_encoder."
     if arch in VITS and info["num_heads"] != VITS[arch][2]:
         raise UsageError(
             f"MoCo v3's {arch} has {VITS[arch][2]} attention heads, this one {info['num_heads']}: "
             "its readers would compute other features; choose another --format"
         )
-    state = {prefix + name: tensor for name, tensor in encoder.state_dict().items()}
-    content = {"epoch": info["epoch"], "arch": arch, "state_dict": state}
-    if arch in RESNETS:
-        name, arguments = _plain_resnet(info, "MoCo v3"), {}
-    else:
-        name, arguments = _timm_model(encoder, info)
+    content = {"epoch": info["epoch"], "arch": arch}
+    content["state_dict"] = {prefix + name: x for name, x in encoder.state_dict().items()}
+    is_resnet = arch in RESNETS
+    name, arguments = (
+        (_plain_resnet(info, "MoCo v3"), {}) if is_resnet else _timm_model(encoder, info)
+    )
 
     def build(path):
         state = f"{_TORCH_LOAD.format(path)}['state_dict']"
         loaded = f"{{name[{len(prefix)}:]: tensor for name, tensor in {state}.items()}}"
-        if arch in RESNETS:
+        if is_resnet:
             return _torchvision_build(name, loaded)
         return f"{_call(name, arguments)}; model.load_state_dict({loaded})"
 
     def read(path):
-        model = (
-            _torchvision_resnet(name) if arch in RESNETS else timm.create_model(name, **arguments)
-        )
+        model = _torchvision_resnet(name) if is_resnet else timm.create_model(name, **arguments)
         return _loaded(model, read_encoder(path).tensors)
 
-    def hint(path):
-        return f"MoCo v3's own reader: main_lincls.py -a {arch} --pretrained {path}"
-
-    return Export(content, build, read, hint=hint)
+    return Export(
+        content,
+        build,
+        read,
+        hint=lambda path: f"MoCo v3's own reader: main_lincls.py -a {arch} --pretrained {path}",
+    )
 
 
 def to_detectron2(encoder: nn.Module, info: dict) -> Export:
     """One file for detectron2 and mmdetection.
 
-    detectron2 reads its own names below 'model', mmdetection torchvision's names below
+    detectron2 reads its own names under 'model', mmdetection torchvision's names under
     'state_dict'. The file holds the tensors once.
     """
-    arch = _plain_resnet(info, "detectron2")
-    state = encoder.state_dict()
+    arch, state = _plain_resnet(info, "detectron2"), encoder.state_dict()
     names = {name: detectron2_name(name) for name in state}
     content = {
         "model": {names[name]: tensor for name, tensor in state.items()},
@@ -166,23 +172,21 @@ def to_detectron2(encoder: nn.Module, info: dict) -> Export:
         named = {name: saved["model"][names[name]] for name in saved["state_dict"]}
         return _loaded(_torchvision_resnet(arch), named)
 
-    def build(path):
-        return _torchvision_build(arch, f"{_TORCH_LOAD.format(path)}['state_dict']")
-
     mean, std = ([round(255 * x, 3) for x in info[key]] for key in ("mean", "std"))
-
-    def hint(path):
-        pixels = f"MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std}".replace(", ", ",")
-        return (
+    pixels = f"MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std}".replace(", ", ",")
+    return Export(
+        content,
+        lambda path: _torchvision_build(arch, f"{_TORCH_LOAD.format(path)}['state_dict']"),
+        read,
+        hint=lambda path: (
             f"detectron2's settings: MODEL.WEIGHTS {path} MODEL.RESNETS.STRIDE_IN_1X1 False "
             f"MODEL.RESNETS.DEPTH {arch.removeprefix('resnet')} INPUT.FORMAT RGB {pixels}"
-        )
-
-    return Export(content, build, read, hint=hint)
+        ),
+    )
 
 
 def detectron2_name(name: str) -> str:
-    """detectron2's name of a tensor of torchvision's ResNet: norms belong to convolutions."""
+    """detectron2's name of a tensor of torchvision's ResNet: a norm is part of its convolution."""
     name = re.sub(r"bn(\d)\.", r"conv\1.norm.", name)
     name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
     stage = re.match(r"layer(\d)\.", name)
@@ -217,8 +221,7 @@ def to_hf(encoder: nn.Module, info: dict) -> Export:
         for own, theirs in HF_NAMES:
             name = name.replace(own, theirs)
         if ".attn.qkv." in name:
-            parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
-            for part, piece in parts:
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 state[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = piece
         else:
             state[name] = tensor
@@ -227,34 +230,32 @@ def to_hf(encoder: nn.Module, info: dict) -> Export:
         model = ViTModel.from_pretrained(path, add_pooling_layer=False).eval()
         return lambda x: model(x).last_hidden_state[:, 0]
 
-    side = info["img_size"]
-    preprocessor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": side, "width": side},
-        "resample": 2,  # bilinear, in PIL's numbers
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(info["mean"]),
-        "image_std": list(info["std"]),
-    }
     configs = {
         "config.json": json.loads(config.to_json_string(use_diff=False)),
-        "preprocessor_config.json": preprocessor,
+        "preprocessor_config.json": {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": info["img_size"], "width": info["img_size"]},
+            "resample": 2,  # bilinear, in PIL's numbers
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(info["mean"]),
+            "image_std": list(info["std"]),
+        },
     }
-
-    def build(path):
-        return f"model = transformers.ViTModel.from_pretrained({path!r}, add_pooling_layer=False)"
-
-    def hint(path):
-        return "features: model(images).last_hidden_state[:, 0]"
-
-    return Export(state, build, read, configs, hint)
+    code = "model = transformers.ViTModel.from_pretrained({!r}, add_pooling_layer=False)"
+    return Export(
+        state,
+        code.format,
+        read,
+        configs,
+        hint=lambda path: "features: model(images).last_hidden_state[:, 0]",
+    )
 
 
 HF_NAMES = (
-    ("norm.", "layernorm."),  # the last norm: those of the blocks have numbers
+    ("norm.", "layernorm."),  # only the last norm: the blocks have norm1 and norm2
     ("cls_token", "embeddings.cls_token"),
     ("pos_embed", "embeddings.position_embeddings"),
     ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
@@ -280,7 +281,7 @@ FORMATS = {
 
 
 def _timm_model(encoder, info):
-    """timm's name of the model and the arguments with which timm builds this backbone."""
+    """timm's name of the model, and the arguments with which timm builds this backbone."""
     arch = info["arch"]
     if arch.startswith(TIMM):
         name = arch.removeprefix(TIMM)
@@ -290,17 +291,15 @@ def _timm_model(encoder, info):
         return _plain_resnet(info, "timm"), {"num_classes": 0}
     _, depth, _, embed_layer = VITS[arch]
     arguments = {"num_heads": info["num_heads"], "num_classes": 0}
-    if info["img_size"] != 224:
-        arguments["img_size"] = info["img_size"]
-    if info["patch_size"] != 16:
-        arguments["patch_size"] = info["patch_size"]
+    sizes = {"img_size": 224, "patch_size": 16}  # of this model of timm
+    arguments |= {name: info[name] for name, size in sizes.items() if info[name] != size}
     if embed_layer is ConvStem:
         arguments |= {"depth": depth, "embed_layer": ConvStem}
     return f"{arch.replace('_conv', '')}_patch16_224", arguments
 
 
 def _timm_data(info):
-    """What timm should know of the images: this project evaluates them so (loader.whole_images)."""
+    """The images that timm should expect: prepared as in this project (loader.whole_images)."""
     return {
         "input_size": (3, info["img_size"], info["img_size"]),
         "interpolation": "bilinear",
@@ -311,25 +310,23 @@ def _timm_data(info):
 
 
 def _timm_file(content, name, arguments, data) -> Export:
-    def build(path):
-        return _call(name, arguments, data, path)
-
-    def read(path):
-        return timm.create_model(name, **arguments, checkpoint_path=path).eval()
-
-    return Export(content, build, read)
+    return Export(
+        content,
+        lambda path: _call(name, arguments, data, path),
+        lambda path: timm.create_model(name, **arguments, checkpoint_path=path).eval(),
+    )
 
 
 def _call(name, arguments, data=None, checkpoint_path=None) -> str:
-    """The code that builds a timm model; data: what timm should know of its images."""
+    """The code that builds a timm model. data: of _timm_data."""
     start = "from snclr.backbones import ConvStem; " if "embed_layer" in arguments else ""
     parts = [
         f"{key}={'ConvStem' if value is ConvStem else repr(value)}"
         for key, value in arguments.items()
     ]
     if data is not None:
-        overlay = ", ".join(f"{key}={value!r}" for key, value in data.items())
-        parts.append(f"pretrained_cfg_overlay=dict({overlay})")
+        entries = ", ".join(f"{key}={value!r}" for key, value in data.items())
+        parts.append(f"pretrained_cfg_overlay=dict({entries})")
     if checkpoint_path is not None:
         parts.append(f"checkpoint_path={checkpoint_path!r}")
     return f"{start}model = timm.create_model({name!r}, {', '.join(parts)})"
@@ -339,7 +336,7 @@ def _call(name, arguments, data=None, checkpoint_path=None) -> str:
 
 
 def _plain_resnet(info, library):
-    """The arch, if a ResNet of torchvision has this name and the same layers; else UsageError."""
+    """The arch, if torchvision has the same ResNet under this name. Raises UsageError if not."""
     arch = info["arch"]
     is_plain = (
         arch in RESNETS

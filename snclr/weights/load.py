@@ -1,4 +1,4 @@
-"""From an encoder's named tensors into a backbone, with an account of what was loaded."""
+"""Loads an encoder's named tensors into a backbone, and reports what was loaded."""
 
 import math
 
@@ -20,15 +20,15 @@ from ..running.errors import UsageError, first_few, first_line
 from ..running.tensor_files import not_finite
 from .layouts import EncoderFile, read_encoder
 
-# attention heads of timm's, DeiT's and DINO's models, where NUM_HEADS has another number
+# attention heads in timm, DeiT and DINO, if NUM_HEADS has another number
 LIBRARY_NUM_HEADS = {"vit_small": 6}
 
-# what open_encoder assumes where neither the caller nor the file says otherwise
+# settings of an encoder, if neither the caller nor the file has them
 DEFAULTS = dict(
     arch=None,
+    num_heads=None,
     img_size=224,
     patch_size=16,
-    num_heads=None,
     width=None,
     small_stem=False,
     timm_kwargs=None,
@@ -38,18 +38,22 @@ DEFAULTS = dict(
 )
 
 
-def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Module, dict]:
+def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Module, dict]:
     """The backbone in a file, in eval mode on the CPU, and its info.
 
-    The backbone maps images (B, 3, S, S) to features (B, C). which: 'online' or 'momentum', for
-    files with both; 'untrained': the same architecture with random weights. settings: those of
-    DEFAULTS, for files that do not say them (None: as the file says). img_size, num_heads, mean,
-    std and grey_range replace what the file says. info: these settings, 'num_features', 'encoder', 'epoch', and
-    'notes', lines that say what was loaded and assumed. Raises UsageError where the file and the
-    settings do not fit.
+    The backbone maps images (B, 3, S, S) to features (B, C).
+
+    branch     'online' or 'momentum', for files with both encoders; 'untrained': the same
+               architecture with random weights
+    settings   by the names of DEFAULTS, for files that lack them (None: as in the file). img_size,
+               num_heads, mean, std and grey_range replace those of the file
+    info       these settings, 'num_features', 'encoder', 'epoch', and 'notes': lines that say what
+               was loaded and assumed
+
+    Raises UsageError if the file and the settings do not fit.
     """
-    is_trained = which != "untrained"
-    file = read_encoder(path, which if is_trained else "online")
+    is_trained = branch != "untrained"
+    file = read_encoder(path, branch if is_trained else "online")
     info = _merge(file, {name: value for name, value in settings.items() if value is not None})
     epoch = file.saved.get("epoch")
     info["epoch"] = epoch if is_trained and isinstance(epoch, int) else None
@@ -60,55 +64,53 @@ def open_encoder(path: str, which: str = "online", **settings) -> tuple[nn.Modul
     else:
         notes = [f"the architecture of {path} with random weights", *notes]
     encoder.set_submodule(projector_name(encoder), nn.Identity())
-    # a file with only a backbone says which encoder it was
-    if is_trained and file.saved.get("encoder") == "momentum":
-        which = "momentum"
-    info |= {"num_features": encoder.num_features, "encoder": which, "notes": notes}
+    if is_trained and file.saved.get("encoder") == "momentum":  # a file with only a backbone
+        branch = "momentum"
+    info |= {"num_features": encoder.num_features, "encoder": branch, "notes": notes}
     return encoder.eval(), info
 
 
 def choose_num_heads(
     file: EncoderFile, arch: str, num_heads: int | None
 ) -> tuple[int | None, list[str]]:
-    """The number of attention heads of `arch` with the weights of a file, and a line that says why.
+    """The number of attention heads for the weights of a file, and a line with the reason.
 
-    No tensor shows it. num_heads is the caller's choice (None: that of the file; else, in a
-    library's own names, that of the library's model; else that of this project, which is MoCo
-    v3's). None and no line where arch has no such setting.
+    No tensor shows this number. In this order it is: num_heads, if the caller chose one; that of
+    the file's settings; for weights with a library's names that of the library's model; that of
+    this project, the same as MoCo v3's. If arch has no such setting: num_heads and no line.
     """
     if arch not in NUM_HEADS:
         return num_heads, []
     if num_heads is not None:
-        return num_heads, [f"{num_heads} attention heads, as --num-heads asks for"]
-    if file.settings.get("num_heads") is not None:
-        num_heads = file.settings["num_heads"]
-        return num_heads, [f"{num_heads} attention heads, as the file says"]
-    if file.is_library:
-        num_heads, source = LIBRARY_NUM_HEADS.get(arch, NUM_HEADS[arch]), "timm, DeiT and DINO"
+        reason = "as --num-heads asks for"
+    elif file.settings.get("num_heads") is not None:
+        num_heads, reason = file.settings["num_heads"], "as the file says"
     else:
         num_heads, source = NUM_HEADS[arch], "MoCo v3 and this project"
-    reason = f"as {arch} has in {source}; the file does not say it, --num-heads changes it"
+        if file.is_library:
+            num_heads, source = LIBRARY_NUM_HEADS.get(arch, num_heads), "timm, DeiT and DINO"
+        reason = f"as {arch} has in {source}; the file does not say it, --num-heads changes it"
     return num_heads, [f"{num_heads} attention heads, {reason}"]
 
 
-def _merge(file, given):
-    """Settings from the caller, else the file, else DEFAULTS."""
+def _merge(file, chosen):
+    """Settings: the caller's (chosen), else those of the file, else DEFAULTS."""
     saved = {"arch": file.saved.get("arch"), **file.settings}
     info = DEFAULTS | {name: saved[name] for name in DEFAULTS if saved.get(name) is not None}
     arch = info["arch"]
     if arch not in ARCHS and not (isinstance(arch, str) and arch.startswith(TIMM)):
-        info["arch"] = arch = None  # the name that another library has for it
-    if arch is None and "arch" not in given:
+        info["arch"] = arch = None  # another library's name
+    if arch is None and "arch" not in chosen:
         raise UsageError(f"{file.path} does not say its architecture: give --arch")
-    if arch not in (None, given.get("arch", arch)):
-        raise UsageError(f"{file.path} holds {arch}, not --arch {given['arch']}: leave --arch out")
-    return info | given
+    if arch not in (None, chosen.get("arch", arch)):
+        raise UsageError(f"{file.path} holds {arch}, not --arch {chosen['arch']}: leave --arch out")
+    return info | chosen
 
 
 def _build(path, info):
     """The encoder that info describes, with a projector of width 1.
 
-    The file may contain any settings: every error is a UsageError.
+    The file may contain any settings, so every error becomes a UsageError.
     """
     try:
         info["mean"], info["std"] = ([float(x) for x in info[name]] for name in ("mean", "std"))
@@ -141,9 +143,9 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
     """Load everything but the projector of `encoder` from a file.
 
     Returns lines that say what was loaded and what was ignored. A position embedding for another
-    number of patches is recomputed where it is this project's sin-cos embedding, else interpolated.
-    Weights of a timm: model in its authors' names are converted by timm's own function. Raises
-    UsageError where a tensor of the backbone is missing or has another shape.
+    number of patches is interpolated, or computed again if it is this project's sin-cos embedding.
+    timm's own function converts the weights of a timm: model if they have its authors' names.
+    Raises UsageError if a tensor of the backbone is missing or has another shape.
     """
     head = projector_name(encoder) + "."
     own = {
@@ -161,7 +163,7 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
     encoder.load_state_dict(loaded, strict=False)
     ignored = [name for name in tensors if name not in own]
     heads = [name for name in ignored if name.startswith(head)]
-    others = [name for name in ignored if not name.startswith(head)] + file.others
+    others = [name for name in ignored if name not in heads] + file.others
     count = f"{len(loaded)} of {len(own)} backbone tensors from {file.path}: {file.layout}"
     notes = [count, *notes]
     if len(loaded) < len(own):
@@ -174,20 +176,21 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
 
 
 def _missing(tensors, own):
-    """Names of the backbone that are not in tensors. Old files have no counters of batch norms."""
+    """Names of the backbone's tensors that the file lacks. Batch norms' counters may be absent, as
+    in old files.
+    """
     return [
         name for name in own if name not in tensors and not name.endswith("num_batches_tracked")
     ]
 
 
 def _check_fit(file, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    missing = _missing(tensors, own)
+    missing, problems = _missing(tensors, own), []
     differing = [
         f"{name} {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in own.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
-    problems = []
     if missing:
         problems.append(f"{len(missing)} of {len(own)} tensors are missing: {first_few(missing)}")
     if differing:
@@ -200,11 +203,12 @@ def _check_fit(file, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None
 
 
 def _convert_names(encoder, tensors, own):
-    """The tensors by timm's names, if a timm: model's weights have other names; lines about it."""
+    """The tensors under timm's names, if the weights of a timm: model have other names, and lines
+    about it.
+    """
     if not isinstance(encoder, TimmEncoder) or not _missing(tensors, own):
         return tensors, []
-    converted = encoder.from_authors_names(tensors)
-    notes = []
+    converted, notes = encoder.from_authors_names(tensors), []
     if converted.keys() != tensors.keys():
         notes.append("names of the model's authors, converted by timm's checkpoint_filter_fn")
     before, after = (
@@ -222,11 +226,10 @@ def _convert_names(encoder, tensors, own):
 
 def _adapt_position_embedding(encoder, tensors, own):
     """Adapt the position embedding in tensors to the number of patches; a line that says how."""
-    name = "pos_embed"
-    if name not in own or (name in tensors and tensors[name].shape == own[name].shape):
+    name, saved = "pos_embed", tensors.get("pos_embed")
+    if name not in own or (saved is not None and saved.shape == own[name].shape):
         return []
-    saved = tensors.get(name)
-    is_fixed = isinstance(encoder, VisionTransformer)  # its own is computed, not learned
+    is_fixed = isinstance(encoder, VisionTransformer)  # this project's is computed, not learned
     if saved is not None:
         if saved.ndim != 3 or saved.shape[2] != own[name].shape[2]:
             return []  # _check_fit reports it
@@ -236,8 +239,8 @@ def _adapt_position_embedding(encoder, tensors, own):
         side = math.isqrt(max(positions - num_prefix_tokens, 0))
         if not side or side**2 + num_prefix_tokens != positions:
             return []
-        # weights depend on the embedding that they were trained with: a learned one, and MoCo v3's
-        # sin-cos embedding, in which rows and columns are exchanged, are interpolated
+        # Weights depend on the embedding that they were trained with. A learned one is
+        # interpolated, and so is MoCo v3's sin-cos embedding, which exchanges rows and columns.
         if not is_fixed or not torch.allclose(
             saved.float(), sincos_position_embedding(side, side, saved.shape[2]), atol=1e-3
         ):

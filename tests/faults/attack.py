@@ -1,4 +1,4 @@
-"""What the attacks share: a small run of two ranks through start.sh, its processes, and whether two runs ended alike."""
+"""Helpers of the fault tests: start a small run of two ranks, find its processes, compare runs."""
 
 import argparse
 import json
@@ -12,17 +12,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = (
-    "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 30 --topk 3 --lr 0.01 -b 8 "
-    "--print-freq 1 --eval-freq 1 --epochs 2"
+    "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 30 "
+    "--topk 3 --lr 0.01 -b 8 --print-freq 1 --eval-freq 1 --epochs 2"
 )  # 5 steps an epoch on the images of test_ranks.write_images
 FLAGS = SMALL.split()
 LAST = "checkpoint_last.pth.tar"
-CLOCK = ("images_per_s", "data_wait", "slowest_step_s")  # what differs between two equal runs
+CLOCK = ("images_per_s", "data_wait", "slowest_step_s")  # metrics that differ between equal runs
 FOREIGN = ("SLURM", "NNODES", "NODE_RANK", "MASTER", "WORLD", "TORCHELASTIC", "SNCLR")
 
 
 def numbers(description, defaults):
-    """Whole numbers from the command line, by flag, with these defaults."""
+    """Parse integer flags. defaults: from each flag to its default."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,8 +32,10 @@ def numbers(description, defaults):
 
 
 def start(*flags, ranks=2, before=(), path=(), output=subprocess.PIPE, **environment):
-    """A run through start.sh, as a user starts it; its output is one text. before: what to run it with; path: folders of
-    commands that stand in for others."""
+    """Start start.sh with these flags; stdout and stderr are one stream.
+
+    before: words to put before the command. path: folders to put before PATH.
+    """
     keep = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     keep["PATH"] = os.pathsep.join(
         [*map(str, path), str(Path(sys.executable).parent), os.environ["PATH"]]
@@ -55,14 +57,14 @@ def start(*flags, ranks=2, before=(), path=(), output=subprocess.PIPE, **environ
 
 
 def ended(process, within=180):
-    """Its exit code and output."""
+    """Wait for a process; its exit code and output."""
     output, _ = process.communicate(timeout=within)
     return process.returncode, output
 
 
 def ranks_of(process):
-    """The process ids of the ranks below a launcher, in no order."""
-    found = []
+    """Process ids of the ranks that a launcher started, in any order."""
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
@@ -73,8 +75,8 @@ def ranks_of(process):
         except OSError:
             continue
         if parent == process.pid and is_rank:
-            found.append(int(folder.name))
-    return found
+            pids.append(int(folder.name))
+    return pids
 
 
 def rank_pid(process, rank):
@@ -88,7 +90,7 @@ def rank_pid(process, rank):
 
 
 def lives(pid):
-    """Whether a process is there and no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -96,7 +98,7 @@ def lives(pid):
 
 
 def lines_of(workdir):
-    """The lines of metrics.jsonl, a torn last one left out."""
+    """The lines of metrics.jsonl, without an incomplete last line."""
     path = Path(workdir) / "metrics.jsonl"
     return (
         [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
@@ -104,7 +106,7 @@ def lines_of(workdir):
 
 
 def wait_for(condition, process, within=120):
-    """Until condition() holds, while the process runs."""
+    """Wait until condition() is true; fail if the process ends before."""
     end = time.monotonic() + within
     while not condition():
         if process.poll() is not None or time.monotonic() > end:
@@ -113,18 +115,18 @@ def wait_for(condition, process, within=120):
 
 
 def wait_for_step(workdir, step, process):
-    """Until a training line of this step or a later one is there."""
+    """Wait until metrics.jsonl has a training line of this step or a later one."""
     wait_for(
         lambda: any(line["step"] >= step for line in lines_of(workdir) if "loss" in line), process
     )
 
 
 def differences(one, other):
-    """What differs between the end of two runs: of checkpoint (weights, bank, optimiser), encoder and metrics."""
-    found = []
+    """Names of what differs after two runs: in checkpoint, encoder file and metrics."""
+    names = []
     for name in (LAST, "encoder_last.pth.tar"):
         a, b = (torch.load(Path(workdir) / name, weights_only=True) for workdir in (one, other))
-        found += [
+        names += [
             f"{name} {key}"
             for key in ("epoch", "step", "state_dict", "optimizer")
             if key in a and not same(a[key], b[key])
@@ -133,11 +135,11 @@ def differences(one, other):
         [{k: v for k, v in line.items() if k not in CLOCK} for line in lines_of(workdir)]
         for workdir in (one, other)
     ]
-    return found + ([] if logs[0] == logs[1] else ["metrics.jsonl"])
+    return names + ([] if logs[0] == logs[1] else ["metrics.jsonl"])
 
 
 def same(a, b):
-    """Nested dictionaries, lists and tensors, bit for bit."""
+    """Whether nested dictionaries, lists and tensors are equal, bit for bit."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):

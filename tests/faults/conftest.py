@@ -71,7 +71,7 @@ def train(programs, photographs, tmp_path):
 
 
 def one_line(case, code, *words, within=20):
-    """That a program ends in time, with this code, in one line with these words; returns its output."""
+    """Check that a program ends in time, with this code and one line of these words; its output."""
     ended, output = case.ended(within)
     lines = [x for x in output.splitlines() if " error: " in x or " stopped on rank " in x]
     assert ended == code and "Traceback" not in output and "Exception ignored" not in output, output

@@ -1,7 +1,8 @@
-"""Whole programs without their five seconds of imports: a server that has them forks one process a case.
+"""Start programs without their five seconds of imports: a server forks a process per case.
 
-Each case is a process with its own arguments, environment, folder, console and limits; it ends as the interpreter ends, so
-that exit codes and last lines are those of a user's process. `Programs` is the client.
+Each case is a process with its own arguments, environment, folder, console and limits. It ends as
+the interpreter ends, so exit codes and last lines are those of a user's process. `Programs` is the
+client.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ class Case:
         return not (self.folder / "code").exists()
 
     def ended(self, within: float = 60) -> tuple[int, str]:
-        """Its exit code (negative: the signal that killed it) and output. It is killed after `within` seconds."""
+        """Its exit code (negative: a signal) and output. It is killed after `within` seconds."""
         try:
             return int(self._wait_for("code", within)), self.output
         except TimeoutError:
@@ -102,9 +103,13 @@ class Programs:
         blocked_by: Path | None = None,
         **environment: str,
     ) -> Case:
-        """A program, 'main_snclr.py' or a module as 'snclr.report'. stdout, stderr: a path, or '-' for a closed one.
-        shared_memory: bytes of /dev/shm (root only). limits: by the names of RLIMIT_*.
-        blocked_by: as long as this file is there, no image can be read."""
+        """Start a program: 'main_snclr.py', or a module such as 'snclr.report'.
+
+        stdout, stderr  a path, or '-' for a closed one
+        shared_memory   bytes of /dev/shm (root only)
+        limits          by the names of RLIMIT_*
+        blocked_by      while this file exists, no image can be read
+        """
         self.count += 1
         case = self.folder / f"case{self.count}"
         case.mkdir(parents=True)
@@ -137,7 +142,7 @@ def _path_or_text(flag):
     return flag if isinstance(flag, (str, bytes, Path)) else str(flag)
 
 
-# -- the server ------------------------------------------------------------------------------------------------------------
+# -- the server ------------------------------------------------------------------------------------
 
 
 def serve() -> dict:
@@ -223,10 +228,10 @@ def _small_shared_memory(size):
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
-    import main_lincls  # noqa: F401 - imported before the first fork
-    import main_snclr  # noqa: F401
     import torch
 
+    import main_lincls  # noqa: F401 - imported before the first fork
+    import main_snclr  # noqa: F401
     import snclr.export
     import snclr.mean_std
     import snclr.report

@@ -1,7 +1,11 @@
-"""Feeds mutated files and command lines to whatever reads them: each must work, or end in one clear line, within 20 seconds.
+"""Feed mutated files and command lines to the code that reads them.
 
-python tests/faults/fuzz.py --cases 3000 --processes 20    minutes on one core; in this process but for the whole ones
+Each must work, or end with one clear line, within 20 seconds.
+
+python tests/faults/fuzz.py --cases 3000 --processes 20    minutes on one core
 python -m pytest tests/faults/test_hostile.py -k mutated   a selection
+
+--cases run in this process, --processes are whole runs through start.sh.
 """
 
 import argparse
@@ -36,8 +40,8 @@ from snclr.running.errors import RunError, UsageError  # noqa: E402
 from snclr.weights import load as weights  # noqa: E402
 
 LIMIT = 20  # seconds
-FLAGS = "--arch resnet8 --width 8 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 6 --topk 2 --batch-size 4 --img-size 32"
-FLAGS += " --subset 10 --epochs 4 --eval-freq 0"  # 8 steps
+FLAGS = "--arch resnet8 --width 8 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 6 --topk 2"
+FLAGS += " --batch-size 4 --img-size 32 --subset 10 --epochs 4 --eval-freq 0"  # 8 steps
 ODD = (
     None,
     True,
@@ -70,41 +74,41 @@ ODD += (
 
 
 def bend(random, content: bytes) -> bytes:
-    """A file with some of its bytes flipped, cut, doubled, emptied or exchanged."""
+    """The content with some bytes flipped, replaced, cut, doubled, overwritten or swapped."""
     content = bytearray(content)
     for _ in range(random.integers(1, 5)):
         if not content:
             break
-        place, length = (
+        position, length = (
             int(random.integers(len(content))),
             int(random.integers(1, 1 + min(64, len(content)))),
         )
         kind = random.integers(7)
         if kind == 0:
-            content[place] ^= 1 << int(random.integers(8))
+            content[position] ^= 1 << int(random.integers(8))
         elif kind == 1:
-            content[place : place + length] = random.integers(
+            content[position : position + length] = random.integers(
                 256, size=length, dtype=np.uint8
             ).tobytes()
         elif kind == 2:
-            del content[place:]
+            del content[position:]
         elif kind == 3:
-            del content[place : place + length]
+            del content[position : position + length]
         elif kind == 4:
-            content[place:place] = content[place : place + length]
+            content[position:position] = content[position : position + length]
         elif kind == 5:
-            content[place : place + length] = bytes([int(random.choice([0, 255]))]) * length
+            content[position : position + length] = bytes([int(random.choice([0, 255]))]) * length
         else:
             other = int(random.integers(len(content)))
-            content[place : place + length], content[other : other + length] = (
+            content[position : position + length], content[other : other + length] = (
                 content[other : other + length],
-                content[place : place + length],
+                content[position : position + length],
             )
     return bytes(content)
 
 
 def bend_value(random, value):
-    """A nested value in which one thing is another."""
+    """A copy of a nested value with one entry removed, renamed or replaced."""
     if isinstance(value, dict) and value and random.random() < 0.9:
         key = list(value)[random.integers(len(value))]
         changed = dict(value)
@@ -116,8 +120,8 @@ def bend_value(random, value):
             changed[key] = bend_value(random, value[key])
         return changed
     if isinstance(value, list) and value and random.random() < 0.9:
-        changed, place = list(value), random.integers(len(value))
-        changed[place] = bend_value(random, value[place])
+        changed, position = list(value), random.integers(len(value))
+        changed[position] = bend_value(random, value[position])
         return changed
     if isinstance(value, torch.Tensor) and random.random() < 0.8:
         kinds = (
@@ -140,7 +144,7 @@ def bend_value(random, value):
 
 
 class Seeds:
-    """Sound files of each kind, to be bent, in a folder of their own."""
+    """Valid files of each kind, to be mutated in their own folder."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -188,7 +192,8 @@ class Seeds:
             "model": self.grid.state_dict(),
             "optimizer": self.sgd.state_dict(),
         }
-        self.probe |= {"args": {"epochs": 3, "seed": 0, "lrs": [0.1, 1.0]}, "encoder_digest": "x"}
+        settings = {"epochs": 3, "seed": 0, "lrs": [0.1, 1.0], "finetune": False}
+        self.probe |= {"args": settings, "encoder_digest": "x", "history": [50.0]}
 
     def fresh(self):
         model = builder.build_model(self.args)
@@ -219,7 +224,7 @@ class Seeds:
         return str(path)
 
 
-# -- one function a kind of input: bend it, give it to its reader ------------------------------------------------------------
+# -- a function per kind of input: mutate it and read it -------------------------------------------
 
 
 def checkpoint_bytes(seeds, random):
@@ -234,7 +239,7 @@ def checkpoint_content(seeds, random):
     checkpoint.resume(path, model, optimizer, scaler, args=seeds.args, images=10)
     loss, _ = model(list(torch.randn(2, 4, 3, 32, 32)), torch.arange(4), 0.9)
     loss.backward()
-    optimizer.step()  # what was accepted can be worked with
+    optimizer.step()  # an accepted checkpoint can be trained
 
 
 def encoder_bytes(seeds, random):
@@ -285,8 +290,8 @@ def recipe(seeds, random):
 
 def command_line(seeds, random):
     words = [seeds.names[random.integers(len(seeds.names))] for _ in range(random.integers(1, 5))]
-    for place in range(len(words), 0, -1):
-        words.insert(place, str(ODD[random.integers(len(ODD))]))
+    for position in range(len(words), 0, -1):
+        words.insert(position, str(ODD[random.integers(len(ODD))]))
     if random.random() < 0.5:
         words = [
             bend(random, word.encode()).decode(errors="replace").replace("\0", "") for word in words
@@ -340,14 +345,14 @@ ECHO = (
 )  # messages repeat what was typed; one_clear_line prints that on one line
 
 
-def late(number, frame):
+def raise_timeout(number, frame):
     raise TimeoutError(f"not done after {LIMIT} s")
 
 
 def run(cases, seed, folder):
-    """How often each kind worked and was refused, and what ended otherwise: (case, kind, error)."""
+    """Counts of each kind that worked and that was refused; all else as (case, kind, error)."""
     seeds, ends, wrong = Seeds(folder), collections.Counter(), []
-    before = signal.signal(signal.SIGALRM, late)
+    before = signal.signal(signal.SIGALRM, raise_timeout)
     for case in range(cases):
         kind, random = KINDS[case % len(KINDS)], np.random.default_rng([seed, case])
         for path in folder.iterdir():
@@ -374,7 +379,7 @@ def run(cases, seed, folder):
     return ends, wrong
 
 
-# -- whole processes ---------------------------------------------------------------------------------------------------------
+# -- whole processes -------------------------------------------------------------------------------
 
 SETTINGS = (
     "--topk 1",
@@ -399,33 +404,33 @@ def one_of(random, *choices):
 
 
 def settings(seeds, random, folder, other):
-    """Settings of which most are sensible; now and then in the folder of another run."""
+    """Mostly valid settings; sometimes in the folder of another run."""
     flags = [word for _ in range(2) for word in one_of(random, *SETTINGS).split()]
     return [*FLAGS.split(), *flags, "--workdir", one_of(random, other, folder, folder, folder)]
 
 
 def resumed(seeds, random, folder, other):
-    """A checkpoint and a log, sound or bent, with a sound checkpoint before them, to go on from."""
+    """Resume from a checkpoint and a log, valid or mutated, with a valid older checkpoint."""
     folder.mkdir()
     bent = bend(random, seeds.checkpoint), seeds.saved(bend_value(random, seeds.state))
     (folder / attack.LAST).write_bytes(one_of(random, seeds.checkpoint, *bent))
     (folder / "checkpoint_last-1.pth.tar").write_bytes(seeds.checkpoint)
     (folder / "metrics.jsonl").write_bytes(bend(random, seeds.lines))
-    place = one_of(
+    resume_flags = one_of(
         random, ["--workdir", folder, "--resume", "auto"], ["--resume", folder / attack.LAST]
     )
-    return [*FLAGS.split(), *place]
+    return [*FLAGS.split(), *resume_flags]
 
 
 def started(seeds, random, folder, other):
-    """An encoder, sound or bent, to start from."""
+    """Start from an encoder, valid or mutated."""
     bent = bend(random, seeds.saved(seeds.encoder)), seeds.saved(bend_value(random, seeds.encoder))
     path = seeds.write("encoder.pth", one_of(random, seeds.saved(seeds.encoder), *bent))
     return [*FLAGS.split(), "--init-from", path, "--workdir", folder]
 
 
 def evaluated(seeds, random, folder, other):
-    """The same, to be evaluated."""
+    """Evaluate an encoder, valid or mutated."""
     command = [
         "main_lincls.py",
         "--pretrained",
@@ -437,26 +442,26 @@ def evaluated(seeds, random, folder, other):
 
 
 def pictures(seeds, random, folder, other):
-    """A folder of images, or a tar, some of them bent."""
-    place = seeds.folder / "images"
-    shutil.rmtree(place, ignore_errors=True)
+    """A folder of images, or a tar, in which some are mutated."""
+    path = seeds.folder / "images"
+    shutil.rmtree(path, ignore_errors=True)
     for number in range(12):
         content = seeds.images[one_of(random, *seeds.images)]
-        (place / "train" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
-        (place / f"train/{'ab'[number % 2]}/{number}.jpg").write_bytes(
+        (path / "train" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        (path / f"train/{'ab'[number % 2]}/{number}.jpg").write_bytes(
             one_of(random, content, content, bend(random, content))
         )
     if random.random() < 0.3:
-        with tarfile.open(place / "x.tar", "w") as archive:
-            archive.add(place / "train", "train")
-        (place / "x.tar").write_bytes(
+        with tarfile.open(path / "x.tar", "w") as archive:
+            archive.add(path / "train", "train")
+        (path / "x.tar").write_bytes(
             one_of(
-                random, bend(random, (place / "x.tar").read_bytes()), (place / "x.tar").read_bytes()
+                random, bend(random, (path / "x.tar").read_bytes()), (path / "x.tar").read_bytes()
             )
         )
-        place /= "x.tar"
+        path /= "x.tar"
     return [
-        place,
+        path,
         *FLAGS.split(),
         "--on-bad-image",
         one_of(random, "skip", "skip", "fail"),
@@ -471,9 +476,10 @@ PROCESSES = (settings, resumed, started, evaluated, pictures)
 
 
 def whole_processes(cases, seed, folder):
-    """The same of whole runs through start.sh: how often each kind ended with which exit code.
+    """Start whole runs through start.sh; counts by kind and exit code.
 
-    0: it left its result; 1 or 2: one line said why. No traceback, and nothing of another run's folder changed.
+    With code 0 a run must leave its result; with 1 or 2 it must print one line of error. No run may
+    print a traceback or change the folder of another run.
     """
     seeds, codes, other = Seeds(folder / "seeds"), collections.Counter(), folder / "other"
     other.mkdir()
@@ -489,13 +495,13 @@ def whole_processes(cases, seed, folder):
         code, output = attack.ended(
             attack.start(*kind(seeds, random, workdir, other), ranks=1), within=200
         )
-        left = (workdir / ("results.json" if kind is evaluated else attack.LAST)).exists()
-        told = [
+        has_result = (workdir / ("results.json" if kind is evaluated else attack.LAST)).exists()
+        errors = [
             line
             for line in output.splitlines()
             if " error: " in line or " stopped on rank " in line
         ]
-        sound = left and not told if code == 0 else code in (1, 2) and len(told) == 1
+        sound = has_result and not errors if code == 0 else code in (1, 2) and len(errors) == 1
         if (
             not sound
             or "Traceback" in output
@@ -512,23 +518,22 @@ if __name__ == "__main__":
     args = attack.numbers(__doc__, {"--cases": 3000, "--processes": 20, "--seed": 0})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        for place in ("cases", "whole/seeds"):
-            os.makedirs(os.path.join(temporary, place))
+        for name in ("cases", "whole/seeds"):
+            os.makedirs(os.path.join(temporary, name))
         ends, wrong = run(args.cases, args.seed, Path(temporary) / "cases")
         for case, kind, error in wrong:
             frames = traceback.extract_tb(error.__traceback__)[-4:]
-            where = " < ".join(
+            trace = " < ".join(
                 f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames)
             )
-            print(f"case {case} ({kind}): {error!r} at {where}"[:400])
+            print(f"case {case} ({kind}): {error!r} at {trace}"[:400])
         for kind in KINDS:
-            print(
-                f"{kind.__name__}: {ends[kind.__name__, 'worked']} worked, {ends[kind.__name__, 'refused']} refused in one line"
-            )
+            worked, refused = (ends[kind.__name__, end] for end in ("worked", "refused"))
+            print(f"{kind.__name__}: {worked} worked, {refused} refused in one line")
         codes = whole_processes(args.processes, args.seed, Path(temporary) / "whole")
         for kind in PROCESSES:
-            told = ", ".join(
+            counts = ", ".join(
                 f"{codes[kind.__name__, code]} ended with code {code}" for code in (0, 1, 2)
             )
-            print(f"whole processes, {kind.__name__}: {told}")
+            print(f"whole processes, {kind.__name__}: {counts}")
     sys.exit(bool(wrong))

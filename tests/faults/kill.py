@@ -1,10 +1,13 @@
-"""Kills a run of two ranks again and again, at random moments, and compares its end with that of the undisturbed run.
+"""Kill a run of two ranks at random moments, resume it, and compare it with a run without kills.
 
-    python tests/faults/kill.py --kills 100      half an hour on two cores, in runs of --epochs 100 of 5 steps
-    python -m pytest tests/faults/test_kill.py   a handful
+    # half an hour on two cores, in runs of --epochs 100 of 5 steps
+    python tests/faults/kill.py --kills 100
+    # a few kills
+    python -m pytest tests/faults/test_kill.py
 
-Each time a rank, the launcher or all of them get SIGKILL while the run starts, trains, writes or evaluates; `--resume auto`
-through start.sh goes on. Fails unless weights, bank, optimiser and metrics.jsonl end as if nothing had happened, bit for bit.
+SIGKILL goes to one rank, to the launcher or to all of them while the run starts, trains, writes or
+evaluates. Then start.sh resumes it with `--resume auto`. The script fails unless weights, bank,
+optimiser and metrics.jsonl are equal bit for bit in the end.
 """
 
 import collections
@@ -24,7 +27,7 @@ from test_ranks import write_images  # noqa: E402
 
 VICTIMS = ("rank 0", "rank 1", "launcher", "all")
 MOMENTS = ("starting", "training", "writing", "evaluating")
-PATIENCE = 60  # seconds after a kill in which every other process must have ended by itself
+PATIENCE = 60  # seconds within which all other processes must end by themselves after a kill
 
 
 def reached(moment, workdir, begun, process, chance):
@@ -50,7 +53,7 @@ Chance = collections.namedtuple("Chance", "delay step at")
 
 
 def kill(process, victim):
-    """SIGKILL to a rank, the launcher, or all of them; how long the others then took to end by themselves."""
+    """Send SIGKILL to a rank, the launcher or all; seconds until the other processes ended."""
     pids = attack.ranks_of(process)
     if victim == "launcher":
         chosen = [process.pid]
@@ -98,15 +101,16 @@ def attack_run(images, flags, workdir, kills, generator, report):
         done += 1
         report.append((victim, moment, step, seconds, log.read_text()))
         print(
-            f"kill {len(report)}: {victim} while {moment}, step {step}; the others ended after {seconds:.1f} s",
+            f"kill {len(report)}: {victim} while {moment}, step {step}; "
+            f"the others ended after {seconds:.1f} s",
             flush=True,
         )
 
 
 def repeated(report):
-    """The steps that each kill let be taken twice, by what the next start that got so far says."""
+    """Number of steps repeated after each kill, from the "resumed from" line of the next start."""
     starts = [re.search(r"resumed from .* after step (\d+) of", output) for *_, output in report]
-    steps = [int(found[1]) if found else None for found in starts]
+    steps = [int(match[1]) if match else None for match in starts]
     known = [
         next((s for s in steps[number + 1 :] if s is not None), None)
         for number in range(len(steps))
@@ -132,11 +136,11 @@ def main(kills, epochs, seed, folder):
         attack_run(images, flags, workdir, kills - len(report), generator, report)
         if wrong := attack.differences(folder / "undisturbed", workdir):
             raise SystemExit(
-                f"run {runs} of seed {seed} ended otherwise than the undisturbed one: {', '.join(wrong)}"
+                f"run {runs} of seed {seed} differs from the undisturbed one: {', '.join(wrong)}"
             )
         runs += 1
         print(
-            f"run {runs}: {len(report)} kills so far, its end is that of the undisturbed run bit for bit",
+            f"run {runs}: {len(report)} kills so far, equal to the undisturbed run bit for bit",
             flush=True,
         )
     for number, kinds in enumerate((VICTIMS, MOMENTS)):
@@ -147,17 +151,19 @@ def main(kills, epochs, seed, folder):
         )
     lost, seconds = repeated(report) or [0], sorted(entry[3] for entry in report)
     print(
-        f"{len(report)} kills in {runs} runs of {5 * epochs} steps, each of which ended as the undisturbed one, bit for bit;"
+        f"{len(report)} kills in {runs} runs of {5 * epochs} steps, "
+        "each equal to the undisturbed one bit for bit;"
     )
     print(f"steps to repeat: {sum(lost) / len(lost):.1f} on average, {max(lost)} at most;")
     print(
-        f"the other processes ended after {seconds[len(seconds) // 2]:.1f} s (median), {seconds[-1]:.1f} s at most;"
+        f"the other processes ended after {seconds[len(seconds) // 2]:.1f} s (median), "
+        f"{seconds[-1]:.1f} s at most;"
     )
     print(f"tracebacks: {sum('Traceback' in entry[4] for entry in report)}")
     return report
 
 
 if __name__ == "__main__":
-    given = attack.numbers(__doc__, {"--kills": 100, "--epochs": 100, "--seed": 0})
+    args = attack.numbers(__doc__, {"--kills": 100, "--epochs": 100, "--seed": 0})
     with tempfile.TemporaryDirectory() as temporary:
-        main(**vars(given), folder=Path(temporary))
+        main(**vars(args), folder=Path(temporary))

@@ -1,10 +1,13 @@
-"""Rehearses several machines on one: each node is a network namespace with a name and an address of its own.
+"""Simulate several machines on one: each node is a network namespace with a name and an address.
 
     python tests/faults/nodes.py --nodes 3      as root, minutes on two cores
 
-Every node calls start.sh as on a real machine. Agreement: all ranks end with the same weights and bank, which are those of
-one machine's run. Unreachable: a wrong address, and a node that never comes, are an error within the time limit. Power cut:
-a node is cut off and killed, the others say so and wait, it comes back, and the run ends as if nothing had happened.
+Every node calls start.sh as on a real machine. Three rehearsals:
+
+agreement    all ranks end with the same weights and bank, equal to those of a run on one machine
+unreachable  a wrong address, and a node that never joins, are an error within the time limit
+power cut    a node loses its network and is killed; the others report it and wait; the node comes
+             back, and the run ends as an undisturbed one
 """
 
 import argparse
@@ -22,7 +25,7 @@ import attack  # noqa: E402
 from test_ranks import write_images  # noqa: E402
 
 NET = "10.213.77"
-NODE, BRIDGE = f"snclr{os.getpid()}n", f"snclr{os.getpid()}b"  # two rehearsals at once do not meet
+NODE, BRIDGE = f"snclr{os.getpid()}n", f"snclr{os.getpid()}b"  # unique, for several at once
 
 
 def sh(command):
@@ -31,7 +34,7 @@ def sh(command):
 
 @contextlib.contextmanager
 def network(count):
-    """`count` namespaces that reach each other, and nothing else, as node0 .. by name."""
+    """`count` namespaces named node0, node1, ... that can reach only each other."""
     hosts = "127.0.0.1 localhost\n" + "".join(
         f"{NET}.{number + 1} node{number}\n" for number in range(count)
     )
@@ -45,7 +48,7 @@ def network(count):
             cleaning.callback(sh, f"ip netns del {name}")
             folder.mkdir(parents=True)
             cleaning.callback(sh, f"rm -r {folder}")
-            (folder / "hosts").write_text(hosts)  # ip netns exec puts it in the place of /etc/hosts
+            (folder / "hosts").write_text(hosts)  # ip netns exec mounts it on /etc/hosts
             sh(f"ip link add {name} type veth peer name eth0 netns {name}")
             sh(f"ip link set {name} master {BRIDGE} up")
             for command in (
@@ -86,7 +89,7 @@ def expect(condition, output):
 
 
 def agreement(count, images, folder, undisturbed):
-    """All nodes agree, and with one machine."""
+    """All nodes end with equal weights and bank, those of a run on one machine."""
     nodes = [
         start(number, count, images, *attack.FLAGS, "--workdir", folder / "agreement")
         for number in reversed(range(count))
@@ -103,7 +106,7 @@ def agreement(count, images, folder, undisturbed):
 
 
 def unreachable(count, images, folder):
-    """A wrong address, and a node that never comes: one line within the time limit, nothing left behind."""
+    """A wrong address, and a node that never joins: one line of error within the time limit."""
     for number, address in ((1, f"{NET}.99"), (0, "node0")):
         begun = time.monotonic()
         flags = [images, *attack.FLAGS, "--workdir", folder / "unreachable"]
@@ -116,7 +119,7 @@ def unreachable(count, images, folder):
 
 
 def power_cut(count, images, folder, undisturbed):
-    """The last node loses its network and dies; the others end by the time-out, and wait for it to come back."""
+    """The last node loses its network and dies; the others time out and wait until it is back."""
     last = count - 1
     flags = [
         images,

@@ -1,4 +1,7 @@
-"""main_snclr.py with a loss that is nan on rank 1 in some steps: python poisoned.py FIRST LAST FLAGS."""
+"""main_snclr.py with a nan loss on rank 1 in steps FIRST to LAST.
+
+python poisoned.py FIRST LAST FLAGS
+"""
 
 import math
 import os

@@ -1,4 +1,7 @@
-"""main_snclr.py whose rank 1 alone gets SIGTERM in the evaluation after the first epoch: python signalled.py FLAGS."""
+"""main_snclr.py; only rank 1 gets SIGTERM, in the evaluation after the first epoch.
+
+python signalled.py FLAGS
+"""
 
 import os
 import signal
@@ -12,7 +15,7 @@ calls, original = [], knn.accuracy
 
 
 def signalled(*args, **kwargs):
-    calls.append(1)  # raw pixels, untrained, epoch 1
+    calls.append(1)  # calls: raw pixels, untrained encoder, epoch 1
     if len(calls) == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return original(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Files that go wrong: images that cannot be read, a full disk, other images, a worker that dies, two runs in one folder."""
+"""Unreadable images, a full disk, other images, a dying worker, two runs in one folder."""
 
 import contextlib
 import io
@@ -94,7 +94,7 @@ def test_every_kind_of_bad_file_is_one_clear_line(kind, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_pipe_or_a_folder_by_the_name_of_an_image_is_one_clear_line(tmp_path):
+def test_a_pipe_or_a_folder_named_like_an_image_is_one_line_of_error(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     for name in ("pipe.jpg", "folder.jpg"):
@@ -136,7 +136,7 @@ def test_substitutes_are_drawn_alike_by_every_number_of_ranks_and_workers(spoilt
         assert loader.replaced == set(order.tolist()) & {0, 3, 8, 11, 17, 25} != set()
     ids = one[0].ids
     assert torch.equal(ids, torch.cat([part.ids for part in parts]))
-    assert all(torch.equal(ids, torch.cat(found)) for found in loaded)
+    assert all(torch.equal(ids, torch.cat(parts)) for parts in loaded)
     assert torch.equal(one[0].crops[0][:16], torch.cat([part.crops[0][:4] for part in parts]))
     replaced = ids.numpy() != order
     assert (
@@ -145,16 +145,14 @@ def test_substitutes_are_drawn_alike_by_every_number_of_ranks_and_workers(spoilt
     )
 
 
-def test_a_run_skips_what_cannot_be_read_lists_it_and_goes_on_exactly_after_a_stop(
-    spoilt, tmp_path, capsys
-):
+def test_a_run_skips_and_lists_unreadable_images_and_resumes_exactly(spoilt, tmp_path, capsys):
     flags = ["--on-bad-image", "skip", "-j", "2"]
     train(spoilt, tmp_path / "whole", *flags)
     out = capsys.readouterr().out
-    told = [
+    is_reported = [
         int(line.split()[1]) for line in out.splitlines() if "more images cannot be read" in line
     ]
-    assert sum(told) == 6
+    assert sum(is_reported) == 6
     listed = (tmp_path / "whole/bad_images.txt").read_text().splitlines()
     assert [line.split("train/")[1].split(":")[0] for line in listed] == [
         f"a/{n}.png" for n in ("00", "03", "08", "11", "17")
@@ -171,7 +169,7 @@ def test_by_default_a_bad_image_ends_the_run_naming_it(spoilt, tmp_path):
         train(spoilt, tmp_path / "run", "-j", "2")
 
 
-def test_where_nothing_can_be_read_the_search_for_a_substitute_ends(tmp_path):
+def test_the_search_for_a_substitute_ends_if_no_image_can_be_read(tmp_path):
     for number in range(30):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
     files = ImageFiles(sorted(map(str, tmp_path.iterdir())), None, [], sources.IMAGENET)
@@ -199,12 +197,12 @@ def test_a_small_set_is_held_in_memory_although_some_of_it_cannot_be_read(
     train(spoilt, tmp_path / "run", "--on-bad-image", "skip")
     out = capsys.readouterr().out
     assert (
-        f"note: 6 images in {spoilt}/train are replaced in training" in out
+        f"note: 6 images in {spoilt}/train are replaced, by other images in training" in out
         and "note: 1 images in" in out
     )
     assert "6 more images cannot be read and are replaced" in out
     listed = (tmp_path / "run/bad_images.txt").read_text().splitlines()
-    assert len(listed) == 6 and "train/a/00.png: it is no image" in listed[0]
+    assert len(listed) == 6 and "train/a/00.png: it is not an image" in listed[0]
     with pytest.raises(UsageError, match="or add --on-bad-image skip"):
         train(spoilt, tmp_path / "fail")
 
@@ -247,15 +245,13 @@ def test_a_probe_skips_and_lists_what_cannot_be_read_as_well(spoilt, tmp_path, c
     assert len((tmp_path / "probe/bad_images.txt").read_text().splitlines()) > 2
 
 
-def test_names_that_are_no_text_and_a_list_that_cannot_be_written_end_no_run(
-    spoilt, tmp_path, capsys
-):
+def test_undecodable_names_and_an_unwritable_list_end_no_run(spoilt, tmp_path, capsys):
     os.rename(spoilt / "train/a/00.png", os.fsencode(spoilt / "train/a") + b"/\xff\n.png")
     (tmp_path / "run/bad_images.txt").mkdir(parents=True)
     train(spoilt, tmp_path / "run", "--on-bad-image", "skip")
     assert "cannot be read and are replaced, see cannot write" in capsys.readouterr().out
     train(spoilt, tmp_path / "again", "--on-bad-image", "skip")
-    assert "train/a/??.png: it is no image" in (tmp_path / "again/bad_images.txt").read_text()
+    assert "train/a/??.png: it is not an image" in (tmp_path / "again/bad_images.txt").read_text()
 
 
 def test_links_in_a_circle_are_followed_once(images, tmp_path):
@@ -276,7 +272,7 @@ def test_a_folder_without_permission_is_one_clear_line(images, tmp_path):
         )
 
 
-def test_images_that_were_exchanged_or_renamed_between_two_starts_are_noticed(images, tmp_path):
+def test_images_exchanged_or_renamed_between_two_starts_are_reported(images, tmp_path):
     root = Path(shutil.copytree(images, tmp_path / "images"))
     train(root, tmp_path / "run", "--stop-after-steps", "2", "--eval-freq", "0")
     shutil.move(root / "train/a/00.png", root / "train/a/20.png")
@@ -287,29 +283,31 @@ def test_images_that_were_exchanged_or_renamed_between_two_starts_are_noticed(im
     train(tmp_path / "moved", tmp_path / "run", "--resume", "auto", "--eval-freq", "0")
 
 
-# -- a full disk -----------------------------------------------------------------------------------------------------------
+# -- a full disk -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 4 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", mount_point],
+        capture_output=True,
+        check=False,
     ).returncode:
         pytest.skip("mounting a small disk needs root")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    yield mount_point
+    subprocess.run(["umount", "-l", mount_point], check=True)
 
 
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnhandledThreadExceptionWarning"
 )  # TensorBoard's, which starts anew
-def test_on_a_full_disk_the_old_checkpoint_stays_the_run_goes_on_and_tries_again(
+def test_on_a_full_disk_the_old_checkpoint_is_kept_and_the_run_tries_again(
     images, small_disk, tmp_path, monkeypatch, capsys
 ):
-    """Full from the second save to the fourth; what a run then leaves is what it would have left."""
+    """Full from the second save to the fourth; the run must end with the same files as without."""
     train(images, tmp_path / "alone", "--epochs", "6")
     saves, original, ballast, seen = [], main_snclr.write_files, small_disk / "ballast", []
 
@@ -360,7 +358,7 @@ def test_a_last_save_that_fails_is_an_error(images, tmp_path, monkeypatch):
         train(images, tmp_path, "--stop-after-steps", "5", "--eval-freq", "0")
 
 
-# -- workers and folders ---------------------------------------------------------------------------------------------------
+# -- workers and folders ---------------------------------------------------------------------------
 
 
 class Killed(EncodedImages):
@@ -383,16 +381,19 @@ def test_a_worker_that_dies_is_one_line(capsys):
                 [(0, np.arange(4)), (0, np.arange(4, 8))]
             )
         )
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
         caught.value.code == 1
-        and "DataLoader worker" in told
-        and "out of memory?" in told
-        and told.count("\n") == 1
+        and "DataLoader worker" in message
+        and "out of memory?" in message
+        and message.count("\n") == 1
     )
 
 
-HOLD = "import sys, time; from snclr.running import lock; lock.hold(sys.argv[1], 'x'); print('held', flush=True); time.sleep(60)"
+HOLD = (
+    "import sys, time; from snclr.running import lock; lock.hold(sys.argv[1], 'x'); "
+    "print('held', flush=True); time.sleep(60)"
+)
 
 
 def test_a_second_run_in_a_workdir_is_refused_and_a_dead_one_leaves_no_lock(tmp_path):

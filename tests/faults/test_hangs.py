@@ -98,7 +98,7 @@ def test_errors_in_a_worker(error):
 
 
 def test_reasons_of_lost_workers():
-    reason = worker_failures.reason
+    reason = worker_failures.describe_failure
     lost = "DataLoader worker (pid 7) exited unexpectedly with exit code {}. Details are lost."
     assert "/dev/shm is full" in reason(RuntimeError(lost.format(64 + 28)))
     assert "ulimit -n" in reason(RuntimeError(lost.format(64 + 24)))

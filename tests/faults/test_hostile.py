@@ -1,4 +1,4 @@
-"""Files that want to run code, reach out of their folder or exhaust the machine; and a selection of the fuzzer's cases."""
+"""Files that try to run code, leave their folder or exhaust memory; some cases of the fuzzer."""
 
 import contextlib
 import os
@@ -148,7 +148,7 @@ def test_a_file_cannot_name_other_files_to_load_nor_the_network(changed, tmp_pat
     assert "\n" not in str(caught.value)
 
 
-def test_paths_that_a_file_says_are_not_followed(images, finished, tmp_path):
+def test_paths_in_a_file_are_not_followed(images, finished, tmp_path):
     state = torch.load(finished / "checkpoint_last.pth.tar", weights_only=True)
     outside = tmp_path / "outside"
     elsewhere = {
@@ -174,7 +174,7 @@ def test_paths_that_a_file_says_are_not_followed(images, finished, tmp_path):
     assert not outside.exists() and sorted(os.listdir(tmp_path)) == ["run"]
 
 
-def test_an_index_that_points_elsewhere_is_made_anew(tmp_path):
+def test_an_index_that_points_to_other_files_is_rebuilt(tmp_path):
     (tmp_path / "shards").mkdir()
     seeds = fuzz.Seeds(tmp_path)
     seeds.write("shards/a.tar", seeds.tar)

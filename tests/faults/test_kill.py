@@ -1,4 +1,4 @@
-"""A few of the kills of kill.py."""
+"""Some of the kills of kill.py."""
 
 import random
 

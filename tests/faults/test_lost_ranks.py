@@ -1,4 +1,4 @@
-"""Ranks that die or hang: who failed is said, the others end, and with MAX_RESTARTS the run goes on by itself."""
+"""Ranks that die or hang: they are named, the others end, and MAX_RESTARTS starts them again."""
 
 import os
 import re
@@ -16,7 +16,7 @@ HOST = socket.gethostname()
 
 
 def losing(images, workdir, number, *flags, **environment):
-    """Start a run, send a signal to its rank 1 after step 2; exit code, output and seconds until the end."""
+    """Send a signal to rank 1 after step 2; exit code, output and seconds until the end."""
     run = attack.start(images, *attack.FLAGS, "--workdir", workdir, *flags, **environment)
     attack.wait_for_step(workdir, 2, run)
     os.kill(attack.rank_pid(run, 1), number)
@@ -25,7 +25,7 @@ def losing(images, workdir, number, *flags, **environment):
     return code, output, time.monotonic() - begun
 
 
-def test_a_hanging_rank_is_given_up_after_the_time_out_and_named(images, tmp_path):
+def test_a_hanging_rank_is_named_after_the_time_out(images, tmp_path):
     flags = ["--timeout-minutes", "0.1", "--epochs", "100000", "--eval-freq", "0"]
     code, output, seconds = losing(
         images, tmp_path / "run", signal.SIGSTOP, *flags, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5"
@@ -38,9 +38,7 @@ def test_a_hanging_rank_is_given_up_after_the_time_out_and_named(images, tmp_pat
     assert "imed out" in line
 
 
-def test_a_dead_rank_is_named_replaced_and_the_run_goes_on_to_the_same_end(
-    images, undisturbed, tmp_path
-):
+def test_a_dead_rank_is_named_and_replaced_and_the_run_ends_the_same(images, undisturbed, tmp_path):
     code, output, _ = losing(images, tmp_path / "run", signal.SIGKILL, MAX_RESTARTS="1")
     assert code == 0 and "Traceback" not in output
     assert f"stopped on rank 0 ({HOST}): lost contact with rank 1 on {HOST}: " in output
@@ -63,7 +61,10 @@ def test_ranks_whose_launcher_is_killed_before_they_know_it_end_by_themselves(im
     assert run.communicate()[0].count("the launcher has ended") == 2
 
 
-MEET = "import os, time; from snclr.running import process_group; time.sleep(float(os.environ['LATE'])); process_group.start(0.5); os._exit(0)"
+MEET = (
+    "import os, time; from snclr.running import process_group; "
+    "time.sleep(float(os.environ['LATE'])); process_group.start(0.5); os._exit(0)"
+)
 
 
 def test_ranks_that_torchrun_starts_again_do_not_look_for_those_that_died():
@@ -94,7 +95,7 @@ def test_ranks_that_torchrun_starts_again_do_not_look_for_those_that_died():
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_of_its_own_go_on_as_well(images, undisturbed, tmp_path):
+def test_restarts_by_torchrun_also_resume(images, undisturbed, tmp_path):
     command = [
         sys.executable,
         "-m",

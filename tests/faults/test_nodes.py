@@ -1,4 +1,4 @@
-"""A rehearsal of several machines, where the system allows network namespaces."""
+"""Several simulated machines, if the system allows network namespaces."""
 
 import os
 import subprocess

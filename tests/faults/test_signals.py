@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1, SIGINT: finish the step, save, leave with code 75 on all ranks; go on from there exactly."""
+"""SIGTERM, SIGUSR1, SIGINT: finish the step, save, exit with code 75 on all ranks, resume."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def signal_in_step(monkeypatch, step, *numbers):
 
 
 @pytest.fixture(scope="module")
-def alone(images, tmp_path_factory):
+def undisturbed_one(images, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone") / "run"
     train(images, workdir)
     return workdir
@@ -58,8 +58,8 @@ def alone(images, tmp_path_factory):
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_the_step_is_finished_and_saved_and_the_run_goes_on_exactly(
-    images, alone, tmp_path, monkeypatch, number, step
+def test_the_step_is_finished_and_saved_and_the_run_resumes_exactly(
+    images, undisturbed_one, tmp_path, monkeypatch, number, step
 ):
     with monkeypatch.context() as patch:
         signal_in_step(patch, step, number)
@@ -67,11 +67,11 @@ def test_the_step_is_finished_and_saved_and_the_run_goes_on_exactly(
             train(images, tmp_path)
     assert torch.load(tmp_path / "checkpoint_last.pth.tar", weights_only=True)["step"] == step
     train(images, tmp_path, "--resume", "auto")
-    assert attack.differences(alone, tmp_path) == []
+    assert attack.differences(undisturbed_one, tmp_path) == []
 
 
-def test_a_signal_during_an_evaluation_ends_it_at_once_and_it_is_made_up_for(
-    images, alone, tmp_path, monkeypatch
+def test_a_signal_during_an_evaluation_ends_it_at_once_and_it_is_repeated_later(
+    images, undisturbed_one, tmp_path, monkeypatch
 ):
     third = signalled(knn.accuracy, 3, signal.SIGTERM)  # raw pixels, untrained, epoch 1
     with monkeypatch.context() as patch:
@@ -87,7 +87,7 @@ def test_a_signal_during_an_evaluation_ends_it_at_once_and_it_is_made_up_for(
         5,
     ]  # no evaluation of epoch 1
     train(images, tmp_path, "--resume", "auto")
-    assert attack.differences(alone, tmp_path) == []
+    assert attack.differences(undisturbed_one, tmp_path) == []
 
 
 def test_a_signal_while_an_image_is_decoded_is_not_taken_for_one_that_cannot_be_read(
@@ -162,10 +162,10 @@ def probe(images, run, workdir, *flags):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_probe_ends_at_a_signal_and_goes_on_from_its_last_whole_epoch(
-    images, alone, tmp_path, monkeypatch, number
+def test_a_probe_ends_at_a_signal_and_resumes_from_its_last_complete_epoch(
+    images, undisturbed_one, tmp_path, monkeypatch, number
 ):
-    whole = probe(images, alone, tmp_path / "whole")
+    whole = probe(images, undisturbed_one, tmp_path / "whole")
     third = signalled(
         linear_probe.accuracies, 3, number
     )  # before the first, after it, after the second epoch
@@ -174,10 +174,10 @@ def test_a_probe_ends_at_a_signal_and_goes_on_from_its_last_whole_epoch(
         with pytest.raises(
             Interrupted, match=f"{number.name}: ended; the same command with --resume auto goes on"
         ):
-            probe(images, alone, tmp_path / "parts")
+            probe(images, undisturbed_one, tmp_path / "parts")
     assert torch.load(tmp_path / "parts" / STATE_FILE, weights_only=True)["epoch"] == 1
     assert not (tmp_path / "parts/results.json").exists()
-    assert probe(images, alone, tmp_path / "parts", "--resume", "auto") == whole
+    assert probe(images, undisturbed_one, tmp_path / "parts", "--resume", "auto") == whole
 
 
 def test_a_probe_of_two_ranks_ends_at_a_signal_to_the_launcher(images, undisturbed, tmp_path):
@@ -200,14 +200,18 @@ def test_a_probe_of_two_ranks_ends_at_a_signal_to_the_launcher(images, undisturb
 
 
 def test_a_probe_finishes_the_file_that_it_writes_before_it_heeds_a_signal(
-    images, alone, tmp_path, monkeypatch
+    images, undisturbed_one, tmp_path, monkeypatch
 ):
     original = os.fsync
-    monkeypatch.setattr(
-        os, "fsync", lambda number: (os.kill(os.getpid(), signal.SIGTERM), original(number))
-    )
+
+    def signalled_fsync(number):
+        if list(tmp_path.glob(f"{STATE_FILE}.*.tmp")):  # not while args.json is written
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(number)
+
+    monkeypatch.setattr(os, "fsync", signalled_fsync)
     with pytest.raises(Interrupted):
-        probe(images, alone, tmp_path)
+        probe(images, undisturbed_one, tmp_path)
     assert torch.load(tmp_path / STATE_FILE, weights_only=True)["epoch"] == 1
 
 
@@ -224,7 +228,7 @@ def test_a_save_that_failed_is_not_called_saved(images, tmp_path, monkeypatch):
         train(images, tmp_path)
 
 
-def test_without_scontrol_the_job_is_not_put_in_line_again_and_that_is_said(
+def test_without_scontrol_the_job_is_not_requeued_and_a_note_is_printed(
     images, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
@@ -238,22 +242,24 @@ def test_without_scontrol_the_job_is_not_put_in_line_again_and_that_is_said(
     ):
         train(images, tmp_path)
     for name in (attack.LAST, "encoder_last.pth.tar"):
-        found = torch.load(tmp_path / name, weights_only=True)
+        state = torch.load(tmp_path / name, weights_only=True)
         assert (
-            found["provenance"]["git"] is None
-            and found["provenance"]["versions"]["torch"]
-            and found["args"]
+            state["provenance"]["git"] is None
+            and state["provenance"]["versions"]["torch"]
+            and state["args"]
         )
 
 
-def test_every_so_many_minutes_it_saves_within_an_epoch(images, alone, tmp_path, monkeypatch):
+def test_every_so_many_minutes_it_saves_within_an_epoch(
+    images, undisturbed_one, tmp_path, monkeypatch
+):
     saved, original = [], main_snclr.save
     monkeypatch.setattr(
         main_snclr, "save", lambda run, step: (saved.append(step), original(run, step))
     )
     train(images, tmp_path, "--save-every-minutes", "1e-9")
     assert saved == list(range(1, 11))
-    assert attack.differences(alone, tmp_path) == []
+    assert attack.differences(undisturbed_one, tmp_path) == []
 
 
 SCONTROL = '#!/usr/bin/env bash\necho "$*" >> "$STUB_LOG"\n'
@@ -265,9 +271,7 @@ STEP = {
 }
 
 
-def test_one_rank_gets_the_signal_and_all_leave_and_slurm_is_asked_to_start_the_job_again(
-    images, undisturbed, tmp_path
-):
+def test_a_signal_to_one_rank_ends_all_and_requeues_the_slurm_job(images, undisturbed, tmp_path):
     (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
     slurm = {**STEP, "STUB_LOG": str(tmp_path / "log"), "path": [tmp_path]}
@@ -289,7 +293,7 @@ def test_one_rank_gets_the_signal_and_all_leave_and_slurm_is_asked_to_start_the_
     assert attack.differences(undisturbed, workdir) == []
 
 
-def test_launcher_passes_a_signal_on_waits_and_a_second_interrupt_ends_it_at_once(images, tmp_path):
+def test_launcher_forwards_a_signal_and_a_second_interrupt_ends_it_at_once(images, tmp_path):
     flags = [
         images,
         *attack.FLAGS,
@@ -324,7 +328,7 @@ def test_launcher_passes_a_signal_on_waits_and_a_second_interrupt_ends_it_at_onc
 def test_a_signal_to_the_whole_group_takes_no_images_from_the_step_that_is_finished(
     images, tmp_path
 ):
-    """As SLURM signals every process of a step, and a terminal those in front: the workers that load images, too."""
+    """SLURM and terminals also signal the workers that load images."""
     root = Path(shutil.copytree(images, tmp_path / "images"))
     write_png(
         torch.zeros(3, 40, 40, dtype=torch.uint8), str(root / "train/a/00.png")

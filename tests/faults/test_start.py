@@ -1,4 +1,4 @@
-"""start.sh as strangers call it: through sh or a link, with numbers that are none, with an environment that was half made."""
+"""start.sh called through sh or a link, with invalid numbers, with an incomplete environment."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import attack
 import pytest
 
 START = attack.ROOT / "start.sh"
-# stands in for python3 -m venv and for the interpreter of the environment that this makes, which installs nothing
+# replaces python3 -m venv and the interpreter of the new environment; installs nothing
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
 case "$1 $2" in
@@ -30,7 +30,7 @@ esac
 
 @pytest.fixture
 def clone(tmp_path):
-    """A copy of what start.sh needs, whose python3 is the stand-in; returns a function that starts it."""
+    """A function that starts a copy of start.sh with the replaced python3."""
     root = tmp_path / "clone"
     (root / "tools").mkdir(parents=True)
     for name in ("start.sh", "tools/environment.sh", "main_snclr.py", "requirements.txt"):
@@ -77,7 +77,7 @@ def test_an_environment_that_was_half_made_when_a_start_was_killed_is_made_anew(
     (clone.root / ".venv/half").touch()
     code, output = attack.ended(clone(), 30)
     assert code == 0 and "started" in output
-    assert output.count("was not finished by an earlier start: it is made anew") == 1
+    assert output.count("was not finished by an earlier start: it is created again") == 1
     assert not (clone.root / ".venv/half").exists()
 
 
@@ -92,7 +92,7 @@ def test_a_second_start_waits_for_the_one_that_makes_the_environment(clone):
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     code, output = attack.ended(second, 30)
-    assert code == 0 and "made anew" in output and "started" in output
+    assert code == 0 and "created again" in output and "started" in output
 
 
 def test_an_environment_without_pip_gets_it(clone):
@@ -103,7 +103,7 @@ def test_an_environment_without_pip_gets_it(clone):
     )
     (clone.root / ".venv/mine").touch()
     code, output = attack.ended(clone(), 30)
-    assert code == 0 and "has no pip: it is put in" in output and "started" in output
+    assert code == 0 and "has no pip: it is installed" in output and "started" in output
     assert (clone.root / ".venv/mine").exists()  # somebody may have made it for more than this
 
 

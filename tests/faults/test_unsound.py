@@ -27,7 +27,7 @@ def test_a_run_that_diverges_leaves_no_unsound_checkpoint_under_the_name_of_a_so
     one_line(case, 1, "there is no sound checkpoint yet: start again with a lower --lr")
     files = {path.name for path in (tmp_path / "run").glob("*.pth.tar")}
     assert files == {UNSOUND}
-    code, output = train("--resume", "auto").ended(30)  # with the rate of `train`: from the start
+    code, _ = train("--resume", "auto").ended(30)  # with the rate of `train`: from the start
     assert code == 0 and load(tmp_path / "run" / LAST)["step"] == 5
 
 
@@ -52,7 +52,7 @@ def test_a_signal_after_a_bad_step_says_what_is_sound(train, tmp_path):
 
 def test_pictures_of_what_is_not_finite_end_no_run(train, tmp_path):
     case = train("--lr", "1e9", "--epochs", 2, "--viz-freq", 1, "--skip-non-finite", 10**6)
-    code, output = case.ended(30)
+    _, output = case.ended(30)
     assert "Traceback" not in output and "no histogram of positiveness at step" in output, output
 
 

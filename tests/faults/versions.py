@@ -1,4 +1,4 @@
-"""A run that goes from one environment to the other and back: each goes on from the checkpoint that the other wrote.
+"""Resume a run in another environment and back again, each from the checkpoint of the other.
 
 FOLDER=.venv-oldest bash tests/oldest.sh tests/test_versions.py      makes the old environment
 python tests/faults/versions.py .venv-oldest/bin/python

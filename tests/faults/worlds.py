@@ -1,9 +1,9 @@
-"""What another number of ranks, or of workers, changes: a run that goes from 4 ranks to 2 to 1, against one rank throughout.
+"""Compare runs with different numbers of ranks and workers, among them one from 4 ranks to 2 to 1.
 
     python tests/faults/worlds.py      a few minutes on two cores
 
-Order, crops and augmentation are the same bit for bit (tests/test_loader.py); batch norms see the global batch on any number of
-ranks; what is left is the order in which float32 sums are taken.
+Order, crops and augmentation are the same bit for bit (tests/test_loader.py), and batch norms see
+the global batch on any number of ranks. Only the order of float32 sums differs.
 """
 
 import sys
@@ -26,7 +26,7 @@ def run(images, workdir, ranks, *flags):
 
 
 def difference(one, other):
-    """Largest difference of the losses, and of the weights relative to the largest weight; whether the bank's ids are equal."""
+    """Text: largest relative difference of loss and weights; whether the bank's ids are equal."""
     losses = [
         [line["loss"] for line in attack.lines_of(workdir) if "loss" in line]
         for workdir in (one, other)
@@ -42,15 +42,16 @@ def difference(one, other):
     )
     loss = max(abs(x - y) / x for x, y in zip(*losses, strict=True))
     ids = torch.equal(a["module.memory_bank.ids"], b["module.memory_bank.ids"])
-    return f"loss {loss:.1e}, weights {weights:.1e} (relative), ids in the bank {'equal' if ids else 'DIFFERENT'}"
+    equality = "equal" if ids else "DIFFERENT"
+    return f"loss {loss:.1e}, weights {weights:.1e} (relative), ids in the bank {equality}"
 
 
 def main(folder):
     images = write_images(folder / "images")
     run(images, folder / "one", 1)
     run(images, folder / "again", 1, "-j", "3")
-    found = attack.differences(folder / "one", folder / "again")
-    print(f"1 rank, other number of workers: {', '.join(found) or 'nothing differs'}")
+    names = attack.differences(folder / "one", folder / "again")
+    print(f"1 rank, other number of workers: {', '.join(names) or 'nothing differs'}")
     for ranks in (2, 4):
         run(images, folder / f"{ranks}", ranks)
         print(
@@ -60,9 +61,8 @@ def main(folder):
         run(
             images, folder / "changing", ranks, "--resume", "auto", "--stop-after-steps", str(steps)
         )
-    print(
-        f"4 ranks for 3 steps, 2 for 4, 1 for 3, against 1: {difference(folder / 'one', folder / 'changing')}"
-    )
+    changing = difference(folder / "one", folder / "changing")
+    print(f"4 ranks for 3 steps, 2 for 4, 1 for 3, against 1: {changing}")
 
 
 if __name__ == "__main__":
