@@ -21,12 +21,12 @@ GROUND = {
 COMMANDS = {"snclr.export", "snclr.mean_std", "snclr.report", "snclr.visualize"}
 TOP = {"main_snclr", "main_lincls", "snclr.__init__"} | COMMANDS
 # The longest chain of imports down to the ground floor, which is not counted. The model needs 4:
-# builder, backbones, heads, batch_norm. An image is opened in
-# 3 files (images, decoding, high_bit_depth), on which a data set stands with 3 more (sources,
-# files, shards), and what shows or checks images with 2 (the loader in between). The flags are 3
-# files (options, shared_options, arguments). A flag says whether a resumed run may change it, so
-# settings, checkpoint and summary stand on the flags, and so do runs, curves and report. The state
-# of an evaluation is a checkpoint, on which probe and finetune stand.
+# builder, backbones, heads, batch_norm. An image is opened in 3 files (images, decoding,
+# high_bit_depth), on which a data set stands with 3 more (sources, files, shards), and what shows
+# or checks images with 2 (the loader in between). The flags are 3 files (options, shared_options,
+# arguments). A flag says whether a resumed run may change it, so settings, checkpoint and summary
+# stand on the flags, and so do runs, curves and report. The state of an evaluation is a checkpoint,
+# on which probe and finetune stand.
 LONGEST_CHAIN = 4
 LONGER_CHAINS = {
     "snclr.datasets.": 6,
@@ -47,7 +47,7 @@ LONGER = {
     "snclr.evaluation.options": 350,
     "snclr.objectives": 330,
     "snclr.options": 520,
-    "snclr.running.checkpoint": 270,
+    "snclr.running.checkpoint": 275,
     "snclr.shared_options": 380,
     "snclr.weights.libraries": 380,
     "snclr.weights.load": 255,
