@@ -15,7 +15,7 @@ FILES = {
 # the ground floor, which every file may import: errors, safe files, ranks, number formats
 GROUND = {
     f"snclr.running.{name}"
-    for name in "errors console worker_failures safe_files distributed precision".split()
+    for name in ("errors", "console", "worker_failures", "safe_files", "distributed", "precision")
 }
 # python -m snclr.NAME, and what the package itself offers: like the scripts, nothing imports them
 COMMANDS = {"snclr.export", "snclr.mean_std", "snclr.report", "snclr.visualize"}
