@@ -18,10 +18,12 @@ from typing import NamedTuple
 
 from snclr import options
 from snclr.running.errors import RunError, UsageError, one_clear_line
+from snclr.running.packages import check_packages
 
 if __name__ == "__main__":
     with one_clear_line("main_snclr.py"):
         options.parse(sys.argv[1:])  # report a wrong flag before the slow imports
+        check_packages()
 
 import torch
 from torch import nn

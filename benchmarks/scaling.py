@@ -113,7 +113,7 @@ def plot(sweeps: dict[str, list[list]], title: str, subtitle: str) -> Image.Imag
     )
     for number, (name, lines) in enumerate(sweeps.items()):
         left = MARGIN + 40 + number * (side + gap)
-        y_of = lambda value: top + side - side * value / highest  # noqa: E731
+        y_of = lambda value: top + side - side * value / highest
         for tick in range(0, int(highest) + 1, step):
             draw.line((left, y_of(tick), left + side, y_of(tick)), fill=(225, 225, 225))
             draw.text((left - 6, y_of(tick)), str(tick), fill=FAINT, font=font(11), anchor="rm")

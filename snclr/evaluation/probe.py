@@ -213,7 +213,8 @@ def table(heads: list[dict], rates: list[float]) -> str:
     input.
     """
     inputs = list(dict.fromkeys((head["features"], head["norm"]) for head in heads))
-    lines = ["base lr    " + "  ".join(f"{f'{kind}, {norm}':>20}" for kind, norm in inputs)]
+    names = [f"{kind}, {norm}" for kind, norm in inputs]
+    lines = ["base lr    " + "  ".join(f"{name:>20}" for name in names)]
     for number, rate in enumerate(rates):
         cells = [heads[column * len(rates) + number]["val_top1"] for column in range(len(inputs))]
         lines.append(f"{rate:<9g}  " + "  ".join(f"{top1:>18.2f} %" for top1 in cells))

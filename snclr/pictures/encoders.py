@@ -120,17 +120,22 @@ def attention_picture(maps: Tensor, pixels: np.ndarray, name: str, side: int = 1
         tiles = [Tile(_heated(image, head / head.max(), 2 * side)) for head in heads]
         rows.append([Tile(image), *tiles])
     names = ["image", "mean", *(f"head {number + 1}" for number in range(maps.shape[1]))]
-    line = f"Attention of the class token in the last block of {name}"
-    key = [(tuple(HEAT[-1]), "most"), (tuple(HEAT[0]), "least, in each map")]
-    return sheet(rows, "Attention", line, key, names, side=side)
+    return sheet(
+        rows,
+        "Attention",
+        f"Attention of the class token in the last block of {name}",
+        [(tuple(HEAT[-1]), "most"), (tuple(HEAT[0]), "least, in each map")],
+        names,
+        side,
+    )
 
 
 def _heated(image, heat, side):
     """The image in grey, mixed with the colours of a map (rows, columns) in 0..1."""
     heat = Image.fromarray(heat.astype(np.float32))
     smooth = np.asarray(heat.resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)
-    values = np.linspace(0, 1, len(HEAT))
-    colours = np.stack([np.interp(smooth, values, channel) for channel in HEAT.T], 2)
+    stops = np.linspace(0, 1, len(HEAT))
+    colours = np.stack([np.interp(smooth, stops, channel) for channel in HEAT.T], 2)
     grey = np.asarray(Image.fromarray(image).convert("L").resize((side, side)), np.float32)
     return (0.45 * grey[..., None] + 0.55 * colours).astype(np.uint8)
 

@@ -64,8 +64,8 @@ def view_picture(batch: Batch, images: ImageSet, title: str) -> Image.Image:
         [Tile(image) for image in denormalize(view[:QUERIES], images.mean, images.std)]
         for view in batch.views[:2]
     ]
-    line = "Above: view 1, below: view 2 of the same image, as the network sees them."
-    return sheet(rows, title, line, side=128)
+    text = "Above: view 1, below: view 2 of the same image, as the network sees them."
+    return sheet(rows, title, text, side=128)
 
 
 def bank_ages(counts: Tensor, step: int, batch_size: int) -> Tensor:

@@ -18,13 +18,13 @@ from torch.optim import Optimizer
 
 from ..backbones import projector_name
 from . import provenance, settings, tensor_files
+from .checkpoint_values import check_values
 from .errors import UsageError, first_few, first_line
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
 UNSOUND = "checkpoint_unsound.pth.tar"  # a state that is not finite; --resume auto ignores it
 PREFIX = "module."
-BANK = "module.memory_bank."
 
 
 def load(path: str) -> dict:
@@ -177,37 +177,12 @@ def resume(
             f"{path} is of another run: {', '.join(refused)};"
             " repeat its settings or choose a new --workdir"
         )
-    check_content(path, state, args)
+    check_values(path, state, args)
     load_strictly(path, state["state_dict"], model)
     load_optimizer(path, state["optimizer"], optimizer)
     if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     return state["step"], changes
-
-
-def check_content(path: str, state: dict, args: Namespace) -> None:
-    """Raises UsageError for values that no run saves, with which training would fail or not end."""
-    steps_per_epoch = state["images"] // args.batch_size
-    epochs = state["args"].get("epochs")
-    if type(epochs) is int and not 0 <= state["step"] <= epochs * steps_per_epoch:
-        raise UsageError(
-            f"{path} cannot be resumed: it is of step {state['step']} of {epochs * steps_per_epoch}"
-        )
-    tensors = state["state_dict"]
-    if names := tensor_files.not_finite(tensors):
-        raise UsageError(
-            f"{path} cannot be resumed: {len(names)} tensors are not finite:"
-            f" {first_few(names)}; take an older checkpoint"
-        )
-    bounds = {"ids": (-1, state["images"] - 1)}
-    if (ids := tensors.get(f"{BANK}ids")) is not None:
-        bounds |= {"filled": (0, len(ids)), "pointer": (0, len(ids) - 1)} if ids.dim() else {}
-    for name, (low, high) in bounds.items():
-        tensor = tensors.get(BANK + name)
-        if tensor is not None and not bool(((tensor >= low) & (tensor <= high)).all()):
-            raise UsageError(
-                f"{path} cannot be resumed: {BANK}{name} must be {low} .. {high} in the memory bank"
-            )
 
 
 def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:

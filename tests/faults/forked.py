@@ -202,7 +202,7 @@ def become(job: dict) -> None:
             if file != number:
                 os.dup2(file, number)
                 os.close(file)
-            stream = open(  # noqa: SIM115 - open for the life of the process
+            stream = open(
                 number,
                 "w",
                 errors="surrogateescape" if number == 1 else "backslashreplace",
@@ -230,12 +230,12 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     import torch
 
-    import main_lincls  # noqa: F401 - imported before the first fork
-    import main_snclr  # noqa: F401
+    import main_lincls
+    import main_snclr
     import snclr.export
     import snclr.mean_std
     import snclr.report
-    import snclr.visualize  # noqa: F401
+    import snclr.visualize
 
     torch.set_num_threads(1)
     job = serve()
