@@ -16,10 +16,12 @@ import sys
 
 from snclr.evaluation import options as lincls_options
 from snclr.running.errors import one_clear_line
+from snclr.running.packages import check_packages
 
 if __name__ == "__main__":
     with one_clear_line("main_lincls.py"):
         lincls_options.parse(sys.argv[1:])  # reports a wrong flag before the slow imports
+        check_packages()
 
 import argparse
 

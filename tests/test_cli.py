@@ -719,4 +719,4 @@ def test_a_line_is_written_in_one_piece_so_that_those_of_several_ranks_do_not_ru
 
 def test_real_bugs_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), one_clear_line("prog"):
-        1 / 0  # noqa: B018
+        _ = 1 / 0

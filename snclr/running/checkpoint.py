@@ -7,7 +7,6 @@ module.momentum_encoder.*, module.predictor.*, and module.memory_bank.*), 'optim
 checkpoint_last.pth.tar is the newest; older ones are checkpoint_last-1.pth.tar, -2 and so on.
 """
 
-import copy
 import os
 from argparse import Namespace
 
@@ -18,13 +17,14 @@ from torch.optim import Optimizer
 
 from ..backbones import projector_name
 from . import provenance, settings, tensor_files
-from .errors import UsageError, first_few, first_line
+from .checkpoint_values import check_values
+from .errors import UsageError, first_few
+from .optimizer_state import load_optimizer
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
 UNSOUND = "checkpoint_unsound.pth.tar"  # a state that is not finite; --resume auto ignores it
 PREFIX = "module."
-BANK = "module.memory_bank."
 
 
 def load(path: str) -> dict:
@@ -177,77 +177,12 @@ def resume(
             f"{path} is of another run: {', '.join(refused)};"
             " repeat its settings or choose a new --workdir"
         )
-    check_content(path, state, args)
+    check_values(path, state, args)
     load_strictly(path, state["state_dict"], model)
     load_optimizer(path, state["optimizer"], optimizer)
     if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     return state["step"], changes
-
-
-def check_content(path: str, state: dict, args: Namespace) -> None:
-    """Raises UsageError for values that no run saves, with which training would fail or not end."""
-    steps_per_epoch = state["images"] // args.batch_size
-    epochs = state["args"].get("epochs")
-    if type(epochs) is int and not 0 <= state["step"] <= epochs * steps_per_epoch:
-        raise UsageError(
-            f"{path} cannot be resumed: it is of step {state['step']} of {epochs * steps_per_epoch}"
-        )
-    tensors = state["state_dict"]
-    if names := tensor_files.not_finite(tensors):
-        raise UsageError(
-            f"{path} cannot be resumed: {len(names)} tensors are not finite:"
-            f" {first_few(names)}; take an older checkpoint"
-        )
-    bounds = {"ids": (-1, state["images"] - 1)}
-    if (ids := tensors.get(f"{BANK}ids")) is not None:
-        bounds |= {"filled": (0, len(ids)), "pointer": (0, len(ids) - 1)} if ids.dim() else {}
-    for name, (low, high) in bounds.items():
-        tensor = tensors.get(BANK + name)
-        if tensor is not None and not bool(((tensor >= low) & (tensor <= high)).all()):
-            raise UsageError(
-                f"{path} cannot be resumed: {BANK}{name} must be {low} .. {high} in the memory bank"
-            )
-
-
-def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
-    """Load an optimiser's state, but not its settings: those of this start apply.
-
-    Raises UsageError if this optimiser keeps another state for these parameters.
-    """
-    expected, groups = _state_after_a_step(optimizer), optimizer.state_dict()["param_groups"]
-    try:
-        for number, values in state["state"].items():
-            if values.keys() != expected[number].keys():
-                raise ValueError(f"parameter {number} has another state")
-            for name, value in values.items():
-                if not _is_alike(value, expected[number][name]):
-                    raise ValueError(f"{name} of parameter {number} has another shape or type")
-        groups = [
-            saved | {**group, "params": saved["params"]}
-            for saved, group in zip(state["param_groups"], groups, strict=True)
-        ]
-        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-    except Exception as error:  # torch checks little, so wrong content can raise anything
-        raise UsageError(f"{path} does not fit the optimiser: {first_line(error)}") from error
-
-
-def _state_after_a_step(optimizer):
-    """The state of each parameter, by its number in the state_dict, after a step of a copy of the
-    optimiser.
-    """
-    trial = copy.deepcopy(optimizer)
-    for group in trial.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    trial.step()
-    return trial.state_dict()["state"]
-
-
-def _is_alike(value, expected):
-    if isinstance(expected, torch.Tensor):
-        return tensor_files.is_plain(value) and value.shape == expected.shape
-    return type(value) is type(expected)
 
 
 def load_strictly(path: str, tensors: dict, model: nn.Module) -> None:

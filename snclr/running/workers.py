@@ -117,7 +117,14 @@ def check_shared_memory(batch_bytes: int, workers: int, ranks: int) -> None:
 
 def _start_worker(worker: int) -> None:
     Queue._on_queue_feeder_error = staticmethod(_end_without_sending)
+    sys.excepthook = _print_unless_disconnected
     leave_signals_to_the_rank(worker)
+
+
+def _print_unless_disconnected(kind, error, traceback):
+    """The thread that shares memory with the rank prints an error when the rank has ended."""
+    if not isinstance(error, OSError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _end_without_sending(error: Exception, batch: object) -> None:

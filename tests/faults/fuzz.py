@@ -24,20 +24,20 @@ from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).resolve().parents)[:3]]
 
-import attack  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import attack
+import numpy as np
+import torch
+from PIL import Image
 
-from snclr import builder, optim, options  # noqa: E402
-from snclr.datasets import decoding, files, shards, sources  # noqa: E402
-from snclr.evaluation import linear  # noqa: E402
-from snclr.evaluation import options as lincls_options  # noqa: E402
-from snclr.evaluation import state as probe_state  # noqa: E402
-from snclr.evaluation.options import STATE_FILE  # noqa: E402
-from snclr.running import checkpoint, log  # noqa: E402
-from snclr.running.errors import RunError, UsageError  # noqa: E402
-from snclr.weights import load as weights  # noqa: E402
+from snclr import builder, optim, options
+from snclr.datasets import decoding, files, shards, sources
+from snclr.evaluation import linear
+from snclr.evaluation import options as lincls_options
+from snclr.evaluation import state as probe_state
+from snclr.evaluation.options import STATE_FILE
+from snclr.running import checkpoint, log
+from snclr.running.errors import RunError, UsageError
+from snclr.weights import load as weights
 
 LIMIT = 20  # seconds
 FLAGS = "--arch resnet8 --width 8 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 6 --topk 2"

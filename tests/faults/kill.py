@@ -22,8 +22,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-import attack  # noqa: E402
-from test_ranks import write_images  # noqa: E402
+import attack
+from test_ranks import write_images
 
 VICTIMS = ("rank 0", "rank 1", "launcher", "all")
 MOMENTS = ("starting", "training", "writing", "evaluating")

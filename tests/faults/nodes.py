@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-import attack  # noqa: E402
-from test_ranks import write_images  # noqa: E402
+import attack
+from test_ranks import write_images
 
 NET = "10.213.77"
 NODE, BRIDGE = f"snclr{os.getpid()}n", f"snclr{os.getpid()}b"  # unique, for several at once

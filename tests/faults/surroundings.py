@@ -1,4 +1,4 @@
-"""Whole programs in surroundings that go wrong: each must end in time, with an exit code of the page
+"""Programs in a broken environment: each must end in time, with an exit code of the page
 on reliability, in at most one line of an error, and touch no file outside its folder.
 
     python tests/faults/surroundings.py --cases 300     on two cores, about 4 s a case
@@ -29,18 +29,21 @@ from forked import Programs
 LIMIT = 20  # seconds, with the start
 CODES = (0, 1, 2, 75, 130, 143, 138)
 EDGES = ("9" * 20, "-1", "0", "1e308", "1e-320", "nan", "", "x", "2147483647", "99999", "\udcff")
-NUMBERS = (
-    "--bank-size --img-size --width --snclr-dim --snclr-mlp-dim --topk --epochs --batch-size --lr"
-    " --wd --snclr-t --gamma --seed --subset --subset-seed --keep --print-freq --save-freq"
-    " --eval-freq --viz-freq --micro-batch --stop-after-steps --timeout-minutes --crop-min"
-    " --save-every-minutes --skip-non-finite --warmup-epochs --nn-warmup-epochs --patch-size"
-    " --snclr-m --num-heads"
-).split()
+# fmt: off
+NUMBERS = [
+    "--bank-size", "--img-size", "--width", "--snclr-dim", "--snclr-mlp-dim", "--topk",
+    "--epochs", "--batch-size", "--lr", "--wd", "--snclr-t", "--gamma", "--seed", "--subset",
+    "--subset-seed", "--keep", "--print-freq", "--save-freq", "--eval-freq", "--viz-freq",
+    "--micro-batch", "--stop-after-steps", "--timeout-minutes", "--crop-min",
+    "--save-every-minutes", "--skip-non-finite", "--warmup-epochs", "--nn-warmup-epochs",
+    "--patch-size", "--snclr-m", "--num-heads",
+]
+# fmt: on
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_JOB_ID")
 
 
 class Case:
-    """A program to start, with the folder of its run and a copy of the images that may be spoilt."""
+    """A program to start, the folder of its run, and a copy of the images to damage."""
 
     def __init__(self, folder, finished, photographs, random):
         self.random, self.folder = random, folder
@@ -91,7 +94,7 @@ def export(case):
 
 PROGRAMS = {f.__name__: f for f in (train, resume, probe, report, pictures, export)}
 
-# -- what is odd: each changes the case, and returns what it did -------------------------------------
+# -- faults: each changes the case and returns a description ---------------------------------------
 
 
 def odd_file(case):

@@ -18,7 +18,7 @@ EDGES = (
     "nan",
     "inf",
     "",
-    "١",
+    "\N{ARABIC-INDIC DIGIT ONE}",
     "1_0",
 )
 FREE = "--epochs 4 --batch-size 8 --topk 1 --bank-size 8 --warmup-epochs 0"
@@ -49,7 +49,8 @@ def test_every_number_is_accepted_with_a_bound_or_refused(flag):
 
 @pytest.mark.parametrize(
     "flag",
-    "--bank-size --img-size --width --snclr-dim --snclr-mlp-dim --subset-seed --seed --keep".split(),
+    ["--bank-size", "--img-size", "--width", "--snclr-dim", "--snclr-mlp-dim"]
+    + ["--subset-seed", "--seed", "--keep"],
 )
 def test_numbers_beyond_their_bound_name_the_flag(flag):
     with pytest.raises(UsageError, match=f"{flag} must be .*, found 9+"):

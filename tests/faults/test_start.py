@@ -154,3 +154,21 @@ def test_leading_zeros_are_no_octal_numbers(dry):
 
 def test_start_may_be_executed():
     assert START.stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.parametrize("script", ["main_snclr.py", "main_lincls.py"])
+def test_packages_that_do_not_go_together_are_one_line(script, tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    text = "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    (tmp_path / "torchvision/__init__.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, attack.ROOT / script, "--pretrained", __file__][
+            : 2 if "snclr" in script else 4
+        ],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "cannot be imported together: operator torchvision::nms" in done.stderr

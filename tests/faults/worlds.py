@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-import attack  # noqa: E402
-import torch  # noqa: E402
-from test_ranks import write_images  # noqa: E402
+import attack
+import torch
+from test_ranks import write_images
 
 
 def run(images, workdir, ranks, *flags):

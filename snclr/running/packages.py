@@ -1,0 +1,26 @@
+"""Whether the installed packages can be imported together."""
+
+from importlib import metadata
+
+from .errors import UsageError, first_line
+
+
+def check_packages() -> None:
+    """Raise UsageError if torch, torchvision or timm cannot be imported, as builds that do not
+    belong together: pip does not see it, since it only compares version numbers.
+    """
+    try:
+        import timm  # noqa: F401
+        import torch  # noqa: F401
+        import torchvision  # noqa: F401
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        versions = []
+        for name in ("torch", "torchvision", "timm"):
+            try:
+                versions.append(f"{name} {metadata.version(name)}")
+            except metadata.PackageNotFoundError:
+                versions.append(f"{name} (missing)")
+        raise UsageError(
+            f"{', '.join(versions)} cannot be imported together: {first_line(error)}; install"
+            " builds that belong together: pip install --force-reinstall -r requirements.txt"
+        ) from error
