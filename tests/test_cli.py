@@ -16,6 +16,7 @@ import main_snclr
 from snclr import arguments, export, options, report, shared_options, visualize
 from snclr.evaluation import options as lincls_options
 from snclr.running.errors import Interrupted, RunError, UsageError, one_clear_line
+from snclr.weights import load
 
 ROOT = Path(main_snclr.__file__).resolve().parent
 RECIPES = sorted(ROOT.glob("configs/**/*.args"))
@@ -255,6 +256,8 @@ def test_every_flag_is_read_by_its_program(start, monkeypatch):
         for names in re.findall(r"getattr\(args, name\)\s+for name in \(([^)]*)\)", text)
         for name in re.findall(r"\w+", names)
     }
+    if re.search(r"getattr\(args, name(, None)?\) for name in (load\.)?DEFAULTS", text):
+        by_name |= {*load.DEFAULTS}
     assert {flag for flag in flags - by_name if not re.search(rf"\bargs\.{flag}\b", text)} == set()
 
 
