@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
     # -- model and optimiser -----------------------------------------------------------------------
     torch.manual_seed(args.seed)
     amp = resolve_amp(args.amp, device)
-    if args.init_from:  # no tensor shows the number of heads: it is that of these weights
+    if args.init_from:  # the number of heads must be that of the weights; no tensor shows it
         args.num_heads, head_notes = choose_num_heads(
             read_encoder(args.init_from), args.arch, args.num_heads
         )
@@ -202,8 +202,10 @@ def main(argv: list[str]) -> None:
 
 
 def open_workdir(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
-    """Lock the folder of this run. Returns it, the checkpoint to resume (None: a new run), and
-    lines about damaged checkpoints.
+    """Lock the folder of this run, so that no other run writes into it.
+
+    Returns the folder, the checkpoint to resume (None: a new run), and lines about damaged
+    checkpoints.
     """
     path = args.resume if args.resume != "auto" else None
     workdir = args.workdir
@@ -215,14 +217,16 @@ def open_workdir(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
     newest, notes = checkpoint.newest(workdir)
     last = os.path.join(workdir, checkpoint.LAST)
     if newest not in (None, last):
-        # the run ended after it wrote a numbered checkpoint and before the last one: write that now
+        # the run ended between the numbered checkpoint and checkpoint_last: write the latter now
         tensor_files.save(last, tensor_files.read(newest), args.keep)
     return workdir, newest, notes
 
 
 def default_workdir(args: argparse.Namespace) -> str:
-    """A folder in runs/, named by settings and start time, or by the SLURM job (it may restart)."""
-    arch = args.arch.replace(":", "-")  # rsync and scp take the part before a colon for a host
+    """A folder in runs/, named by settings and start time, or by the SLURM job if there is one: a
+    restarted job must find its folder again.
+    """
+    arch = args.arch.replace(":", "-")  # for rsync and scp the part before a colon is a host
     start = os.environ.get("SLURM_JOB_ID") or f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
     return os.path.join("runs", f"{args.method}-{arch}-{args.dataset}-{start}")
 
@@ -260,7 +264,7 @@ def setting_notes(args: argparse.Namespace, num_images: int) -> list[str]:
 def train_epoch(run: Run, step: int) -> int:
     """Train from `step` completed steps to the end of the epoch. Returns the completed steps.
 
-    An interruption, or run.last_step, ends it earlier.
+    An interruption or run.last_step ends the training earlier.
     """
     args, loader, log = run.args, run.loader, run.log
     run.network.train()
@@ -296,7 +300,7 @@ def train_epoch(run: Run, step: int) -> int:
             step, start=args.snclr_m, total_steps=run.total_steps, cosine=args.snclr_m_cos
         )
         optim.set_learning_rate(run.optimizer, lr)
-        # seeds dropout and the like by the step, so that a resumed run need not restore a generator
+        # dropout and the like depend on the step: a resumed run has no generator to restore
         torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank())) >> 1)
         use_neighbours = step >= args.nn_warmup_epochs * loader.steps_per_epoch
         with autocast(run.amp, loader.device):
@@ -356,10 +360,11 @@ def train_epoch(run: Run, step: int) -> int:
 
 
 def save(run: Run, step: int) -> None:
-    """Save the checkpoint and the encoder, from rank 0; under a number, too, every --save-freq
-    epochs.
+    """Save checkpoint and encoder, from rank 0; also under a number every --save-freq epochs.
 
-    If it fails, the run continues with a note, or raises RunError at its last save.
+    If weights or optimiser state are not finite, only checkpoint.UNSOUND is written, so that the
+    last sound checkpoint stays. If a save fails, the run continues with a note; at its last save it
+    raises RunError.
     """
     args, message = run.args, "saved"
     epoch, inside = divmod(step, run.loader.steps_per_epoch)
@@ -407,8 +412,8 @@ def save(run: Run, step: int) -> None:
 def write_files(run: Run, state: dict, encoder: dict, number: str | None) -> None:
     """Write the encoder and the checkpoint, as the last ones and under a number if there is one.
 
-    checkpoint_last is written at the end: after a crash in between, the run resumes from the
-    checkpoint before and writes all files again.
+    checkpoint_last is written at the end. So after a crash in between, the run resumes from the
+    previous checkpoint, and writes all files again.
     """
     run.log.flush(durable=True)
     if number is not None:
@@ -429,8 +434,8 @@ def is_evaluation_due(run: Run, step: int) -> bool:
 def evaluate(run: Run, step: int) -> None:
     """Log how good the features of the encoder are, with labels (kNN) and without.
 
-    At the start of a run the encoder is untrained, or loaded from --init-from; and for small images
-    the raw pixels are evaluated as well: training should exceed both.
+    At the start of a run this is the untrained encoder, or that of --init-from. For small images
+    the raw pixels are evaluated as well. Training should exceed both.
     """
     args, device, train = run.args, run.loader.device, run.loader.images
     epoch = step // run.loader.steps_per_epoch

@@ -111,9 +111,12 @@ def plot(sweeps: dict[str, list[list]], title: str, subtitle: str) -> Image.Imag
     step = next(
         s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if highest / s <= 6
     )
+
+    def y_of(value):
+        return top + side - side * value / highest
+
     for number, (name, lines) in enumerate(sweeps.items()):
         left = MARGIN + 40 + number * (side + gap)
-        y_of = lambda value: top + side - side * value / highest
         for tick in range(0, int(highest) + 1, step):
             draw.line((left, y_of(tick), left + side, y_of(tick)), fill=(225, 225, 225))
             draw.text((left - 6, y_of(tick)), str(tick), fill=FAINT, font=font(11), anchor="rm")

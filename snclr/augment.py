@@ -1,12 +1,12 @@
-"""Augmentation in two halves: drawing (numpy, keyed by sample) and applying (torch, any device).
+"""Augmentation in two halves: random numbers are drawn (numpy), then applied (torch, any device).
 
-A view is one line of a table (`View`): its size, crop range, probabilities and strengths.
-Everything that is drawn depends on (seed, epoch, image index, view number) only: a counter-based
-hash replaces the state of a generator, so any number of ranks and workers draws the same.
+A view is one line of a table (`View`): its size, crop range, probabilities and strengths. What is
+drawn depends only on (seed, epoch, image index, view number): a hash of these takes the place of a
+random generator, so any number of ranks and workers draws the same.
 
-A new operation takes one name in DRAWS, one field in ViewParameters, the line in `draw` that fills
-it, a function, and the line in `_apply_` that calls it. The draws of all other operations stay as
-they are, bit for bit.
+A new operation needs a name in DRAWS, a field in ViewParameters, the line in `draw` that fills it,
+a function, and the line in `_apply_` that calls it. The draws of all other operations stay as they
+are, bit for bit.
 """
 
 import itertools
@@ -24,8 +24,8 @@ GRAY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision's
 SIGMA_RANGE = (0.1, 2.0)  # blur, in output pixels
 CROP_TRIES = 10
 LOCAL_CROP_MIN = 0.05  # DINO's (Caron et al. 2021)
-SMALL = 64  # px; on a CPU larger views are processed one by one, to stay in its cache
-AT_ONCE = 2**26  # values that a GPU augments at a time, which bounds the memory
+SMALL = 64  # px; on a CPU larger views are augmented one by one, to stay in its cache
+AT_ONCE = 2**26  # otherwise: pixel values to augment at a time, which bounds the memory
 
 # -- the table of views ---------------------------------------------------------------------------
 
@@ -33,9 +33,9 @@ AT_ONCE = 2**26  # values that a GPU augments at a time, which bounds the memory
 class View(NamedTuple):
     """One line of the table of views. By default only a crop and a flip.
 
-    size: side in px; crop_min, crop_max: area of the crop as a share of the image's; *_p:
-    probability of an operation; jitter: half-widths of brightness, contrast, saturation (factors
-    about 1) and hue (turns about 0).
+    size: height and width in px; crop_min, crop_max: area of the crop as a share of the image; *_p:
+    probability of an operation; jitter: half the width of the ranges of brightness, contrast,
+    saturation (factors around 1) and hue (turns around 0).
     """
 
     size: int
@@ -63,7 +63,7 @@ def moco_v3_views(size: int, crop_min: float, blur: bool) -> tuple[View, View]:
 
 
 def moco_v2_views(size: int, crop_min: float, blur: bool) -> tuple[View, View]:
-    """MoCo v2's two views of one kind (Chen et al. 2020)."""
+    """MoCo v2's two views, which have the same settings (Chen et al. 2020)."""
     view = View(
         size, crop_min, jitter_p=0.8, jitter=(0.4, 0.4, 0.4, 0.1), gray_p=0.2, blur_p=0.5 * blur
     )
@@ -87,8 +87,9 @@ def build_views(args: Namespace) -> tuple[View, ...]:
 
 
 def by_size(recipe: Recipe, numbers: Iterable[int]) -> list[tuple[int, list[int]]]:
-    """Neighbouring views of one size, which are cut and augmented in one call: (size, their
-    numbers).
+    """Groups of consecutive views of one size, which are cut and augmented in one call.
+
+    Returns (size, view numbers) of each group.
     """
     groups = itertools.groupby(numbers, key=lambda number: recipe.views[number].size)
     return [(size, list(group)) for size, group in groups]
@@ -98,9 +99,7 @@ def by_size(recipe: Recipe, numbers: Iterable[int]) -> list[tuple[int, list[int]
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele et al. 2014): a bijection of uint64 that passes for
-    random.
-    """
+    """The output function of SplitMix64 (Steele et al. 2014): a bijection that scrambles uint64."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -128,7 +127,7 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 # Name of a draw: its columns of the keyed uniforms. A new draw takes the columns after the last
-# one. Each column is hashed by itself, so it changes none of the others.
+# one. Each column is hashed by itself, so a new one changes none of the others.
 DRAWS = {
     "top": 0,
     "left": 1,
@@ -149,9 +148,7 @@ class ViewParameters(NamedTuple):
     """What was drawn for B views, besides the crop. CPU tensors."""
 
     jitter: Tensor  # (B,) bool
-    order: (
-        Tensor  # (B, 4) the jitter operation (0 brightness .. 3 hue) at each of the four positions
-    )
+    order: Tensor  # (B, 4) jitter operations in their order: 0 brightness .. 3 hue
     factors: Tensor  # (B, 4) float, of brightness, contrast, saturation; hue in turns
     gray: Tensor  # (B,) bool
     sigma: Tensor  # (B,) float, blur in pixels; 0 for none
@@ -167,11 +164,13 @@ def draw(
     heights: np.ndarray,
     widths: np.ndarray,
 ) -> tuple[np.ndarray, ViewParameters]:
-    """Crop boxes (B, 4) int64 (top, left, height, width) and ViewParameters for one view of each of
-    B images.
+    """Draw one view of each of B images.
 
-    indices (B,) data-set indices; view: number (line of recipe.views), one for all or (B,);
-    heights, widths (B,) of the images in pixels.
+    indices (B,)        data-set indices
+    view                number of the view, a line of recipe.views: one for all images, or (B,)
+    heights, widths     (B,) of the images, in pixels
+
+    Returns crop boxes (B, 4) int64 (top, left, height, width), and ViewParameters.
     """
     columns = 1 + np.r_[tuple(DRAWS.values())].max()
     uniforms = keyed_uniforms(columns, recipe.seed, epoch, indices, view)
@@ -197,8 +196,8 @@ _PERMUTATIONS = np.array(list(itertools.permutations(range(4))))
 
 
 def _draw_crops(u, settings, heights, widths):
-    """Random-resized-crop boxes as torchvision draws them: ten tries of area and aspect, then a
-    central cut.
+    """Boxes of random resized crops, as torchvision draws them: the first of ten tries of area and
+    aspect that fits, else a central crop.
     """
     heights, widths = heights.astype(np.float64), widths.astype(np.float64)
     smallest, largest = (x[..., None] for x in (settings.crop_min, settings.crop_max))
@@ -221,10 +220,11 @@ def _draw_crops(u, settings, heights, widths):
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut V boxes (top, left, height, width) out of each image (B, 3, H, W) uint8 and resize them:
-    boxes (V * B, 4), all images' first boxes first -> (V * B, 3, size, size) uint8.
+    """Cut V boxes (top, left, height, width) out of each image and resize them.
 
-    Bilinear with antialias, as torchvision's resize: two matrix products a box.
+    images (B, 3, H, W) uint8; boxes (V * B, 4): the first box of every image, then the second, ...
+    Returns (V * B, 3, size, size) uint8. Bilinear with antialiasing, as torchvision's resize: two
+    matrix products a box.
     """
     top, left, height, width = boxes.to(
         images.device, torch.get_default_dtype(), non_blocking=True
@@ -233,14 +233,12 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     columns = _resize_matrices(left, width, images.shape[3], size).split(len(images))
     images = _channels_inside(images).to(rows[0].dtype)
     views = (_both_ways(r, images, c).round_() for r, c in zip(rows, columns, strict=True))
-    # straight to uint8 takes 5 times as long
+    # a direct conversion to uint8 takes 5 times as long
     return torch.cat([view.to(torch.int16).to(torch.uint8) for view in views]).transpose(1, 2)
 
 
 def _channels_inside(x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, H, 3, W): then two large products an image replace six small, much slower
-    ones.
-    """
+    """(B, 3, H, W) -> (B, H, 3, W): two large products an image are faster than six small ones."""
     return x.transpose(1, 2).contiguous()
 
 
@@ -251,26 +249,26 @@ def _both_ways(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
 
 
 def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int) -> Tensor:
-    """Triangle-filter weights (B, out_size, in_size) that resize the pixels [start, start + extent)
-    to out_size.
+    """Weights (B, out_size, in_size) of the triangle filter that resizes the pixels [start, start +
+    extent) to out_size.
     """
     scale = (extent / out_size)[:, None, None]
     steps = torch.arange(out_size, device=start.device)[:, None]
     centre = start[:, None, None] + (steps + 0.5) * scale
     pixel = torch.arange(in_size, device=start.device).to(start.dtype)
     inside = (pixel >= start[:, None]) & (pixel < (start + extent)[:, None])
-    # a pixel outside is put so far away that its weight is 0
+    # the distance of a pixel outside is infinite, so its weight is 0
     pixel = (pixel + 0.5).expand_as(inside).masked_fill(~inside, math.inf)[:, None]
     weights = (pixel - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
 def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) -> Tensor:
-    """Jitter, gray, blur, solarize, flip and normalise: crops (B, 3, S, S) uint8 -> (B, 3, S, S)
-    float on their device.
+    """Jitter, gray, blur, solarize, flip and normalise.
 
-    mean, std (3,) of the data set, in [0, 1]. Each operation runs only on the images that were
-    drawn for it. The host knows which these are, so it never waits for a GPU.
+    crops (B, 3, S, S) uint8; mean, std (3,) of the data set, in [0, 1]. Returns (B, 3, S, S) float
+    on the device of the crops. Each operation runs only on the images that were drawn for it: the
+    parameters are on the host, so the host never waits for a GPU.
     """
     views = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device)
     count = 1 if _large_on_cpu(crops) else max(1, AT_ONCE // (3 * crops.shape[-1] ** 2))
@@ -298,7 +296,7 @@ def _apply_(x, p: ViewParameters):
 def _jitter_(x, p):
     """Brightness, contrast, saturation and hue of the chosen images, in the order drawn for each.
 
-    Before each of the four turns the images are sorted by their next operation, so that each
+    There are four rounds. In each, the images are sorted by their next operation, so that each
     operation is one call.
     """
     operations = adjust_brightness_, adjust_contrast_, adjust_saturation_, adjust_hue_
@@ -308,12 +306,13 @@ def _jitter_(x, p):
             operations[number](x, p.factors[0, number].item())
         return
     jittered, at = x, chosen
-    for turn in range(4):
-        by_operation = np.argsort(p.order[chosen, turn], kind="stable")
+    for position in range(4):
+        by_operation = np.argsort(p.order[chosen, position], kind="stable")
         jittered, chosen = select(jittered, at[by_operation]), chosen[by_operation]
         at = np.arange(len(chosen))
-        strengths = _strengths(p.factors[chosen, p.order[chosen, turn]], x)
-        ends = np.searchsorted(p.order[chosen, turn], np.arange(5))
+        order = p.order[chosen, position]
+        strengths = _strengths(p.factors[chosen, order], x)
+        ends = np.searchsorted(order, np.arange(5))
         for operation_, start, end in zip(operations, ends, ends[1:], strict=False):
             if start < end:
                 operation_(jittered[start:end], strengths[start:end])
@@ -321,13 +320,11 @@ def _jitter_(x, p):
 
 
 def _on_chosen_(x, chosen, operation, *strengths):
-    """Replace the chosen images of x by what the operation returns for them and their strengths.
-    chosen (B,) bool.
-    """
+    """Replace the images of x that are chosen (B,) by what the operation returns for them."""
     rows = np.flatnonzero(chosen)
     strengths = [_strengths(values[rows], x) for values in strengths]
     if len(rows) == len(x):
-        x.copy_(operation(x, *strengths))  # nothing is copied where the operation worked in place
+        x.copy_(operation(x, *strengths))  # copies nothing if the operation is in place
     elif len(rows):
         _put_(x, rows, operation(select(x, rows), *strengths))
 
@@ -361,7 +358,7 @@ def adjust_brightness_(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast_(x: Tensor, factor: Tensor) -> Tensor:
-    # rows first: a single large sum would be split over threads, and depend on their number
+    # rows first: torch splits a single large sum over threads, so it depends on their number
     mean = _luma(x.mean(dim=3, keepdim=True).mean(dim=2, keepdim=True))
     return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
@@ -374,9 +371,9 @@ def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
 def adjust_hue_(x: Tensor, turns: Tensor) -> Tensor:
     """Rotate the hue of HSV by up to a sixth of a turn either way.
 
-    In units of chroma (a sixth of a turn is one chroma) the angle from red is +-(value - 2 low +
-    green + blue - red), with the sign of green - blue, so no sextants need to be distinguished. A
-    channel is low + clamp(2 chroma - angle from its own primary, 0, chroma), the angle taken the
+    If a sixth of a turn has the length chroma, the angle from red is +-(value - 2 low + green +
+    blue - red), with the sign of green - blue: the same formula for all sextants. A channel is
+    low + clamp(2 chroma - distance, 0, chroma), where distance is the angle to its own primary, the
     shorter way round: 3 chroma - |3 chroma - |angle||.
     """
     red, green, blue = x.split(1, dim=1)
@@ -401,9 +398,7 @@ def grayscale(x: Tensor) -> Tensor:
 
 
 def gaussian_taps(sigma: np.ndarray) -> np.ndarray:
-    """The weights (B, 2R + 1) of a blur with sigma (B,): those beyond 3 sigma are 0, the others add
-    up to 1.
-    """
+    """Weights (B, 2R + 1) of a blur with sigma (B,): 0 beyond 3 sigma; each row adds up to 1."""
     radius = math.ceil(3 * SIGMA_RANGE[1])
     offsets, sigma = np.arange(-radius, radius + 1), sigma[:, None]
     taps = np.exp(-(offsets**2) / (2 * sigma**2)) * (np.abs(offsets) <= np.ceil(3 * sigma))
@@ -416,7 +411,7 @@ def gaussian_blur_(x: Tensor, taps: Tensor) -> Tensor:
 
 
 def _blur_by_products_(x, taps):
-    """Two products with a banded matrix an image."""
+    """For each image two products with a banded matrix."""
     size, radius = x.shape[-1], taps.shape[1] // 2
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     source = torch.arange(size, device=x.device)[:, None] + offsets
@@ -428,9 +423,7 @@ def _blur_by_products_(x, taps):
 
 
 def _blur_by_shifts_(x, taps):
-    """The same, image by image, as a sum of shifted copies, only as many as sigma needs: faster on
-    a CPU.
-    """
+    """For each image a sum of shifted copies, as many as its sigma needs: faster on a CPU."""
     for image, weights in zip(x, taps.tolist(), strict=True):
         first, *others = (weight for weight in weights if weight)
         blurred = pad(image, (len(others) // 2,) * 4, mode="reflect")

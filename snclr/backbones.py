@@ -1,12 +1,10 @@
 """Backbones: from images (B, 3, S, S) to features (B, num_features).
 
-The projector takes the place of the classifier.
-
-Every encoder has `embed(x)`, the features; `projector`, the head; `forward(x) =
-projector(embed(x))`; and `kind`, 'vit' or 'resnet', which selects the shape of its heads
-(snclr/heads.py). Parameter names are those of timm's VisionTransformer (projector: `head`) and
-torchvision's ResNet (projector: `fc`), so that other tools can read them. Models named `timm:NAME`
-keep timm's names.
+Every encoder has `embed(x)`, the features; `projector`, which takes the place of the classifier;
+`forward(x) = projector(embed(x))`; `num_features`; and `kind`, 'vit' or 'resnet', which selects the
+shape of its heads (snclr/heads.py). Parameter names are those of timm's VisionTransformer
+(projector: `head`) and torchvision's ResNet (projector: `fc`), so that other tools can read them.
+Models named `timm:NAME` keep timm's names.
 """
 
 import difflib
@@ -91,16 +89,17 @@ class VisionTransformer(timm_vit.VisionTransformer):
         embed_layer: type[PatchEmbed],
         stop_grad_conv1: bool,
     ):
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        size = dict(embed_dim=width, depth=depth, num_heads=num_heads, embed_layer=embed_layer)
         super().__init__(
             img_size,
             patch_size,
             num_classes=0,
-            norm_layer=norm,
+            embed_dim=width,
+            depth=depth,
+            num_heads=num_heads,
+            embed_layer=embed_layer,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
             weight_init="skip",
-            dynamic_img_size=True,  # local views: their position embedding is interpolated
-            **size,
+            dynamic_img_size=True,  # the position embedding is interpolated for local views
         )
         grid = img_size // patch_size
         self.pos_embed = nn.Parameter(
@@ -152,11 +151,8 @@ class ResNet(tv_resnet.ResNet):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
         self.stages = [f"layer{stage + 1}" for stage in range(len(stages))]
         for stage, (name, blocks) in enumerate(zip(self.stages, stages, strict=True)):
-            setattr(
-                self,
-                name,
-                self._make_layer(block, width * 2**stage, blocks, stride=1 if stage == 0 else 2),
-            )
+            layer = self._make_layer(block, width * 2**stage, blocks, stride=1 if stage == 0 else 2)
+            self.add_module(name, layer)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.num_features = self.inplanes
         self.fc = nn.Identity()
@@ -213,9 +209,7 @@ class TimmEncoder:
         reference = timm.create_model(name, pretrained=False, **settings)
         try:
             return convert(dict(tensors), reference)
-        except (
-            Exception
-        ) as error:  # timm's functions expect weights of this model, and check nothing
+        except Exception as error:  # timm's functions do not check that the weights fit
             raise UsageError(
                 f"timm cannot convert these weights to {name}: {first_line(error)}; "
                 "is --arch the right one?"
@@ -247,7 +241,8 @@ class TimmEncoder:
             ) from error
 
     def forward(self, x: Tensor) -> Tensor:
-        # timm's own forward passes (B, C, 1, 1) to some classifiers, and wraps others in an MLP
+        # not timm's own forward, which passes (B, C, 1, 1) to some classifiers, and has an MLP
+        # around others
         return self.projector(self.embed(x))
 
 
@@ -267,14 +262,11 @@ def build_timm(
     classifier) keep their names and are frozen, since DDP waits for the gradient of every other
     parameter. Raises UsageError where timm cannot build it.
     """
-    odd = [key for key in timm_kwargs if not str(key).isidentifier()]
-    if odd:
-        raise UsageError(f"timm:{name} has no argument {odd[0]!r}")
-    reading = [key for key in timm_kwargs if key.startswith(("pretrained", "checkpoint", "cache"))]
-    if reading:
-        raise UsageError(
-            f"timm's {', '.join(reading)} would read other files or the network: use --init-from"
-        )
+    for key in timm_kwargs:
+        if not str(key).isidentifier():
+            raise UsageError(f"timm:{name} has no argument {key!r}")
+        if key.startswith(("pretrained", "checkpoint", "cache")):
+            raise UsageError(f"timm's {key} would read other files or the network: use --init-from")
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
         raise UsageError(
@@ -303,8 +295,7 @@ def build_timm(
         ) from error
     for parameter, gradient in zip(trainable, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
-    # no attribute of timm's is the width of the pooled features in every model
-    width = features.shape[1]
+    width = features.shape[1]  # timm's num_features is another number in some models
     model.train()
     model.kind, model.num_features = "resnet" if has_batch_norm(model) else "vit", width
     model.timm_call = (name, settings)
@@ -319,7 +310,7 @@ def projector_name(encoder: nn.Module) -> str:
 
 
 def has_batch_norm(module: nn.Module, besides: nn.Module | None = None) -> bool:
-    """Whether a layer of module is a batch norm; the layers of `besides` do not count."""
+    """Whether a layer of module is a batch norm, without the layers of `besides`."""
     ignored = set() if besides is None else {*besides.modules()}
     return any(
         isinstance(layer, nn.modules.batchnorm._BatchNorm)
@@ -332,8 +323,8 @@ def sincos_position_embedding(
 ) -> Tensor:
     """Fixed 2-D position embedding (1, 1 + rows * columns, width); zeros for the class token.
 
-    Sine and cosine of the column and sine and cosine of the row take a quarter of the width each,
-    with width/4 frequencies. Raises ValueError for a width that 4 does not divide.
+    A quarter of the width each: sine and cosine of the column, sine and cosine of the row, with
+    width/4 frequencies. Raises ValueError for a width that 4 does not divide.
     """
     if width % 4:
         raise ValueError(

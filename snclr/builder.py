@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import heads
-from .backbones import build_encoder, has_batch_norm
+from .backbones import build_encoder, has_batch_norm, projector_name
 from .memory_bank import MemoryBank
 from .objectives import (
     count_picks,
@@ -30,7 +30,7 @@ from .running.recompute import recomputed
 def pairs(num_views: int) -> list[tuple[int, int]]:
     """(query view, key view) of each term of the loss.
 
-    The keys are those of the two global views, 0 and 1. Each is compared with all other views.
+    Only the two global views, 0 and 1, have keys. Each key is compared with all other views.
     """
     return [(query, key) for key in (1, 0) for query in range(num_views) if query != key]
 
@@ -38,21 +38,21 @@ def pairs(num_views: int) -> list[tuple[int, int]]:
 class SNCLR(nn.Module):
     """Contrastive learner with soft neighbours (snclr), or a relative: mocov3, nnclr, mocov2.
 
-    One step: online projections and predictions; the momentum encoder moves, then projects; the
-    bank is searched as it was before this step; the loss; the projections of view 2 of all ranks
-    are enqueued. nnclr has no momentum encoder, mocov2 no predictor, mocov3 no bank.
+    One step: the online encoder projects and predicts; the momentum encoder moves, then projects;
+    the bank is searched as it was before this step; the loss is computed; the projections of view 2
+    of all ranks are enqueued. nnclr has no momentum encoder, mocov2 no predictor, mocov3 no bank.
 
-    n local views (small crops, as in DINO and SwAV) follow the two global ones. They go through the
-    online encoder only, and are compared with the keys of both global views (for nnclr: with their
-    neighbours). Over the 2 + 2n `pairs` of a query view q and a key view k,
+    n local views (small crops, as in DINO and SwAV) may follow the two global ones. They go through
+    the online encoder only, and are compared with the keys of both global views (for nnclr: with
+    the neighbours of both). Over the 2 + 2n `pairs` of a query view q and a key view k,
 
         loss = S * mean of L(q -> k),    S = 2 for snclr and mocov3, S = 1 for nnclr
 
-    where L is the objective's loss of one direction. Without local views, snclr's and mocov3's loss
-    is L(1 -> 2) + L(2 -> 1). The neighbours of a key are searched once; each query view weighs them
-    by its own online projection.
+    where L is the objective's loss of one direction: without local views, the loss of snclr and
+    mocov3 is L(1 -> 2) + L(2 -> 1). The neighbours of a key are searched once; each query view
+    weighs them by its own online projection.
 
-    args: the settings of a run (snclr/options.py); those of the objective are read here.
+    args: the settings of a run (snclr/options.py), of which the model reads those of the objective.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SNCLR(nn.Module):
             self.momentum_encoder = copy.deepcopy(base_encoder).requires_grad_(False)
         self.predictor = predictor
         self.memory_bank = memory_bank
-        # a function, so that no key of the state changes
+        # compiling this function, not the encoder, keeps the names of the state dict
         self.embed = torch.compile(_embed) if args.compile else _embed
         self.joins_views = args.micro_batch is None and not has_batch_norm(
             base_encoder, besides=base_encoder.projector
@@ -80,7 +80,7 @@ class SNCLR(nn.Module):
             self.attention = heads.AttentionProjections(memory_bank.features.shape[1])
 
     def train(self, mode: bool = True) -> "SNCLR":
-        """As of any module; the momentum encoder of mocov2 always uses its averaged statistics."""
+        """As nn.Module's; but mocov2's momentum encoder always uses its averaged statistics."""
         super().train(mode)
         if self.args.method == "mocov2":
             self.momentum_encoder.eval()
@@ -89,14 +89,14 @@ class SNCLR(nn.Module):
     def forward(
         self, views: list[Tensor], ids: Tensor, momentum: float, use_neighbours: bool = True
     ) -> tuple[Tensor, StepView]:
-        """The loss () of a step, this rank's mean, and what the monitor logs of it.
+        """The loss () of a step, this rank's mean, and what the log and the pictures show of it.
 
         Changes the momentum encoder and the bank.
 
-        views           two global ones, then any number of local ones, (B, 3, S, S) each
+        views           two global ones, then all local ones, (B, 3, S, S) each
         ids (B,)        data-set indices
         momentum        m of the momentum encoder's average, 0 .. 1
-        use_neighbours  False: the bank fills, but none of its rows is a neighbour yet
+        use_neighbours  False: the bank is filled, but not searched
         """
         step = {
             "snclr": self._snclr,
@@ -122,18 +122,19 @@ class SNCLR(nn.Module):
         losses, weights = [], []
         for query, k in pairs(len(views)):
             weights.append(self._weights(y[query], rows[k], neighbours[k]))
-            direction = snclr_loss(
-                z[query],
-                keys[k],
-                bank.products,
-                rows[k],
-                weights[-1],
-                temperature=args.snclr_t,
-                form=args.form,
-                candidates=candidates[k],
-                neighbours=neighbours[k],
+            losses.append(
+                snclr_loss(
+                    z[query],
+                    keys[k],
+                    bank.products,
+                    rows[k],
+                    weights[-1],
+                    temperature=args.snclr_t,
+                    form=args.form,
+                    candidates=candidates[k],
+                    neighbours=neighbours[k],
+                )
             )
-            losses.append(direction)
         fresh, counts = candidates[1]
         num_candidates = len(fresh) + counts.sum()
         shown = self._show(y[0], num_candidates, scores[1], rows[1], weights[0], counts)
@@ -152,7 +153,7 @@ class SNCLR(nn.Module):
                 rows,
                 temperature=args.positiveness_t,
                 threshold=args.threshold,
-                # without any neighbour their gradient is zero, but it exists: DDP waits for it
+                # used also without any neighbour: DDP waits for their gradient, which is then 0
                 projections=self.attention and (self.attention.f1.weight, self.attention.f2.weight),
                 neighbours=neighbours,
             )
@@ -192,9 +193,9 @@ class SNCLR(nn.Module):
 
         - In place of ShuffleBN, the key encoder's batch norms use moving averages of the online
           encoder's running statistics, with the momentum of the weights, as EMAN does (Cai et al.
-          2021). A key then depends on its own image only: it cannot be recognised by the statistics
-          that it shares with the query's batch. This works with one GPU as with many. Dropout and
-          drop-path are off in the key encoder.
+          2021). A key then depends on its own image only, so the query cannot recognise it by
+          statistics of a common batch. This works on one GPU as on many. Dropout and drop-path are
+          off in the key encoder.
         - The online encoder's batch norms take their statistics over all ranks, not per GPU.
         - The bank is global and starts empty: until it is full there are fewer negatives. MoCo's
           starts with random vectors. As in MoCo, an older key of the same image is a negative.
@@ -202,7 +203,7 @@ class SNCLR(nn.Module):
         - Bottleneck ResNets start with zeros in the last norm of each branch, as MoCo v3's.
         - Optimiser, schedule, temperature, momentum and sizes are those of the flags.
         """
-        # keys first: the averaged statistics of their batch norms do not yet contain this batch
+        # keys first, so that the averaged statistics of their batch norms do not contain this batch
         (k2,) = self._momentum_projections(momentum, views[1:2])
         (y1,) = self._project(self.base_encoder, views[:1])
         bank = self.memory_bank
@@ -224,7 +225,7 @@ class SNCLR(nn.Module):
         """The encoder's projections of each view, a list of (B, D)."""
         parts = views
         if self.joins_views:
-            # without batch norm, features do not depend on the rest of the batch: one call a size
+            # without batch norm an image's features do not depend on the others: one call a size
             by_size = itertools.groupby(views, key=lambda view: view.shape[-1])
             parts = [torch.cat(list(group)) for _, group in by_size]
         features = torch.cat([self._features(encoder, part) for part in parts])
@@ -234,7 +235,7 @@ class SNCLR(nn.Module):
         micro_batch = self.args.micro_batch
         if micro_batch is None:
             return self.embed(encoder, x)
-        parts = x.tensor_split(-(-len(x) // micro_batch))  # as equal as can be
+        parts = x.tensor_split(-(-len(x) // micro_batch))  # of nearly equal size
         if not torch.is_grad_enabled():
             return torch.cat([self.embed(encoder, part) for part in parts])
         return torch.cat([recomputed(self.embed, encoder, part, module=encoder) for part in parts])
@@ -246,23 +247,22 @@ class SNCLR(nn.Module):
         return self.memory_bank.search(queries, k, ids if self.args.exclude_own_image else None)
 
     def _show(self, projection, num_candidates, scores=None, rows=None, weights=None, counts=None):
-        device = projection.device
+        """What a step shows (StepView); without rows it has no neighbours."""
+        bank, none = self.memory_bank, projection.new_zeros(len(projection), 0)
         if rows is None:
-            scores = weights = projection.new_zeros(len(projection), 0)
-            rows = counts = torch.zeros(len(projection), 0, dtype=torch.long, device=device)
-            neighbour_ids = rows
+            scores = weights = none
+            neighbour_ids = counts = none.long()
         else:
-            neighbour_ids = torch.where(rows >= 0, self.memory_bank.ids[rows.clamp(min=0)], -1)
-        bank = self.memory_bank
+            neighbour_ids = torch.where(rows >= 0, bank.ids[rows.clamp(min=0)], -1)
         return StepView(
-            projection.detach(),
-            scores,
-            neighbour_ids,
-            weights.detach(),
-            counts,
-            num_candidates + torch.zeros((), dtype=torch.long, device=device),
-            None if bank is None else bank.filled / len(bank),
-            {},
+            projection=projection.detach(),
+            scores=scores,
+            neighbour_ids=neighbour_ids,
+            weights=weights.detach(),
+            counts=counts,
+            num_candidates=num_candidates + torch.zeros((), dtype=torch.long, device=none.device),
+            bank_fill=None if bank is None else bank.filled / len(bank),
+            terms={},
         )
 
 
@@ -287,8 +287,8 @@ def check_local_size(encoder: nn.Module, args: Namespace) -> None:
 def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
     """The model that the flags describe (snclr/options.py), on the CPU, in torch's default dtype.
 
-    bfloat16: take the large products with the bank in that format. Raises UsageError for flags that
-    do not fit the backbone.
+    bfloat16: compute the large products with the bank in that format. Raises UsageError for flags
+    that do not fit the backbone.
     """
     encoder = build_encoder(
         args.arch,
@@ -304,9 +304,8 @@ def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
     )
     predictor = bank = None
     if args.method == "mocov2":
-        name = next(n for n, module in encoder.named_modules() if module is encoder.projector)
-        sizes = encoder.num_features, args.snclr_mlp_dim, args.snclr_dim
-        encoder.set_submodule(name, heads.plain_projector(*sizes))
+        projector = heads.plain_projector(encoder.num_features, args.snclr_mlp_dim, args.snclr_dim)
+        encoder.set_submodule(projector_name(encoder), projector)
     else:
         predictor = heads.predictor(encoder.kind, args.snclr_dim, args.snclr_mlp_dim)
     if args.method != "mocov3":

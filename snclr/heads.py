@@ -6,7 +6,7 @@ from .running.batch_norm import GlobalBatchNorm
 
 
 def mlp(layers: int, in_dim: int, hidden_dim: int, out_dim: int, last_norm: bool) -> nn.Sequential:
-    """(B, in_dim) -> (B, out_dim) by linear layers without bias, batch norm and ReLU between them.
+    """(B, in_dim) -> (B, out_dim): linear layers without bias, with batch norm and ReLU in between.
 
     last_norm adds a batch norm without affine parameters at the end. Layers are numbered as in
     MoCo v3.
@@ -44,7 +44,7 @@ def plain_projector(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential
 class AttentionProjections(nn.Module):
     """The layers f1 and f2 of the paper's cross-attention, (dim -> dim) without bias.
 
-    They start as identities, so that training starts from the plain cosine attention.
+    They start as identities, so that training starts from attention by plain cosines.
     """
 
     def __init__(self, dim: int):

@@ -1,7 +1,8 @@
 """From requests for images to batches of augmented views on the device that trains.
 
 A request names an epoch and image numbers. The image sets (snclr/datasets/images.py) answer it with
-crops; this file moves them to the device, augments them there, and deals out an epoch to the ranks.
+crops. This file moves them to the device and augments them there, and divides an epoch among the
+ranks.
 """
 
 import os
@@ -104,8 +105,8 @@ class Batch(NamedTuple):
 class TwoViewLoader(ViewLoader):
     """Epochs of batches with all views of each image.
 
-    Global batch b is the b-th slice of the epoch's permutation; an incomplete last one is left out.
-    This rank gets the rank-th contiguous part of it: gathering in rank order restores the batch.
+    Global batch b is the b-th slice of the epoch's permutation; an incomplete last one is dropped.
+    Each rank gets a contiguous part of it, so gathering in rank order restores the batch.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class TwoViewLoader(ViewLoader):
         return order[step_in_epoch * self.global_batch_size :][: self.global_batch_size]
 
     def sample(self, count: int) -> Iterator[Batch]:
-        """This rank's part of `count` images, in two views that no epoch shows; always the same.
+        """This rank's part of `count` images in two views, always the same, which no epoch has.
 
         `count` is rounded down to a multiple of the number of ranks.
         """
@@ -158,7 +159,7 @@ def share(indices: np.ndarray) -> np.ndarray:
 
 
 class _Requests(Sampler):
-    """The workers' next requests: a list that the loader replaces between epochs."""
+    """The requests that the workers answer next: a list that the loader replaces."""
 
     def __init__(self):
         self.list = []
@@ -171,9 +172,9 @@ class _Requests(Sampler):
 
 
 class _RequestedViews(Dataset):
-    """The worker's side: from a request to its views.
+    """What a worker does: from a request to its views.
 
-    A RunError is returned: raised in a worker, it would come wrapped in the worker's traceback.
+    A RunError is returned, not raised: torch would add the worker's traceback to its message.
     """
 
     def __init__(self, images: EncodedImages, recipe: Recipe):

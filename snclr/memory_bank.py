@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from .running.precision import full_precision, unit
 
-# A search compares CHUNK rows at a time, with as many queries as give this many bytes of cosines.
+# A search compares CHUNK rows of the bank at a time, with so many queries that their cosines take
+# COSINES bytes.
 COSINES = {"cpu": 2**23, "cuda": 2**29}
 CHUNK = {"cpu": 2**14, "cuda": 2**17}
 GROUP = 16  # columns that `largest` first reduces to their maximum
@@ -20,9 +21,9 @@ class MemoryBank(nn.Module):
     filled      () rows written so far, at most M
     features16  (M, D) with bfloat16: a copy in that format, for the large products
 
-    All are buffers, and all but the copy are in the checkpoint. The caller enqueues the keys of ALL
-    ranks in rank order: then the bank is the same on every rank, and a run may resume with another
-    number of ranks. No value moves to the host, so the host never waits for a GPU.
+    All are buffers, and all except the copy are in the checkpoint. The caller enqueues the keys of
+    all ranks, in rank order: so the bank is the same on every rank, and a run may resume with
+    another number of ranks. No value moves to the host, so the host never waits for a GPU.
     """
 
     features: Tensor
@@ -73,11 +74,12 @@ class MemoryBank(nn.Module):
 
         queries (B, D)  of any length
         ids (B,)        data-set indices of the queries' images: rows of the same image are ignored
-        chunk           bank rows at a time (None: what suits the device); bounds the memory
+        chunk           bank rows to compare at a time, which bounds the memory (None: CHUNK)
 
         Returns scores (B, k), cosines, and rows (B, k). If fewer than k rows are eligible, the rest
-        has score -inf and row -1. With the bfloat16 copy, its best 2k rows are compared again in
-        full precision. Raises ValueError if k exceeds the bank or the shapes do not fit.
+        has score -inf and row -1. With the bfloat16 copy, the best 2k rows in that format are
+        compared again in full precision. Raises ValueError if k exceeds the bank or the shapes do
+        not fit.
         """
         size, dim = self.features.shape
         if queries.dim() != 2 or queries.shape[1] != dim:
@@ -91,22 +93,21 @@ class MemoryBank(nn.Module):
                 f"ids must be ({len(queries)},), one for each query, found {tuple(ids.shape)}"
             )
         if not k:
-            none = queries.new_zeros(len(queries), 0)
-            return none, none.long()
+            no_scores = queries.new_zeros(len(queries), 0)
+            return no_scores, no_scores.long()
         kind = queries.device.type
         chunk = min(size, chunk or CHUNK[kind])
         block = max(1, COSINES[kind] // (chunk * self.products.element_size()))
         parts = unit(queries).to(self.features.dtype).split(block)
         ids = [None] * len(parts) if ids is None else ids.split(block)
         results = [self._search(*pair, k, chunk) for pair in zip(parts, ids, strict=True)]
-        scores, rows = map(torch.cat, zip(*results, strict=True))
-        return scores, rows
+        return tuple(map(torch.cat, zip(*results, strict=True)))
 
     def _search(self, queries, ids, k, chunk):
         narrow, fetched, offset = queries.to(self.products.dtype), k, None
         if self.features16 is not None:
-            # bfloat16 is coarse at 1 and fine at 0: cosines that are all nearly 1 can only be
-            # ordered by their distance from (about) the best one
+            # bfloat16 is coarse near 1 and fine near 0: cosines that are all nearly 1 can only be
+            # ordered after (about) the largest one is subtracted
             fetched = min(2 * k, len(self))
             offset = -(narrow @ self.features16[::16].T).amax(dim=1, keepdim=True)
         written = int(self.filled) if on_host(self.filled) else len(self)
@@ -142,8 +143,8 @@ class MemoryBank(nn.Module):
     def enqueue(self, keys: Tensor, ids: Tensor) -> None:
         """Write the keys (N, D) of all ranks, normalised, over the oldest rows.
 
-        ids (N,): data-set indices of their images. N may exceed the bank: then only the last M keys
-        stay, in the rows where they would be if they were written one by one.
+        ids (N,): data-set indices of their images. If N exceeds M, only the last M keys are
+        written, into the same rows as if the keys were written one by one.
         """
         size, dim = self.features.shape
         if keys.dim() != 2 or keys.shape[1] != dim or ids.shape != keys.shape[:1]:
@@ -156,7 +157,7 @@ class MemoryBank(nn.Module):
         first = self.pointer + (count - kept)
         rows = (first + torch.arange(kept, device=self.features.device)) % size
         written = unit(keys[count - kept :]).to(self.features.dtype)
-        # a key that is not finite leaves its row as it was: all later searches would find it
+        # a key that is not finite does not replace its row: all later searches would find it
         sound = written.isfinite().all(dim=1)
         written = torch.where(sound[:, None], written, self.features[rows])
         self.features.index_copy_(0, rows, written)
@@ -175,19 +176,20 @@ def gather(features: Tensor, rows: Tensor) -> Tensor:
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether the host can read x without waiting. On a GPU it cannot: there all rows are
-    multiplied, and masked afterwards, where a CPU skips rows.
+    """Whether the host can read x without waiting.
+
+    A CPU skips the rows that do not count. A GPU multiplies all rows and masks these afterwards.
     """
     return x.device.type == "cpu"
 
 
 def _mask_same(cosines: Tensor, ids: Tensor, bank_ids: Tensor) -> None:
-    """Set cosines (B, M) of the same image to -inf: ids (B,) of queries, bank_ids (M,) of rows."""
+    """Set cosines (B, M) to -inf where ids (B,) of the queries and bank_ids (M,) are the same."""
     if not on_host(ids):
         cosines.masked_fill_(ids[:, None] == bank_ids, float("-inf"))
-    elif len(ids):  # only few columns are concerned: finding them is faster than masking all
-        known = ids.sort().values
-        nearest = known[torch.searchsorted(known, bank_ids).clamp_(max=len(ids) - 1)]
+    elif len(ids):  # few columns have a common id: finding them is faster than masking all
+        ordered = ids.sort().values
+        nearest = ordered[torch.searchsorted(ordered, bank_ids).clamp_(max=len(ids) - 1)]
         columns = (nearest == bank_ids).nonzero()[:, 0]
         same = ids[:, None] == bank_ids[columns]
         cosines[:, columns] = cosines[:, columns].masked_fill(same, float("-inf"))
@@ -197,7 +199,7 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The same as scores.topk(min(k, n)) for scores (B, n), but many times faster for large n.
 
     The k largest lie in the k groups of columns with the largest maxima. A group is every
-    (n / GROUP)-th column, so that its maximum is an elementwise one of contiguous slices.
+    (n / GROUP)-th column, so that the maxima are elementwise ones of contiguous slices.
     """
     width = scores.shape[1]
     groups = width // GROUP

@@ -31,7 +31,7 @@ def encoder_momentum(step: int, *, start: float, total_steps: int, cosine: bool)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: not to biases and norms, which have one dimension."""
+    """Whether weight decay applies: not to biases and norm layers, which have one dimension."""
     return parameter.ndim > 1
 
 
@@ -50,9 +50,9 @@ def parameter_groups(
 
 
 def build_optimizer(name: str, module: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-    """The optimiser of that name over the trainable parameters, with learning rate 0.
+    """The optimiser `name` (choices.OPTIMIZERS) of the trainable parameters, with learning rate 0.
 
-    choices.OPTIMIZERS has the names. Raises ValueError for another one.
+    Raises ValueError for an unknown name.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimiser {name!r}; known are {', '.join(OPTIMIZERS)}")
@@ -61,7 +61,7 @@ def build_optimizer(name: str, module: nn.Module, weight_decay: float) -> torch.
     groups = parameter_groups(module.named_parameters(), weight_decay)
     optimizer = getattr(importlib.import_module(package), kind)(groups, lr=0.0, **arguments)
     if isinstance(optimizer, torch.optim.SGD) and arguments.get("momentum"):
-        # torch's fused kernel would leave new buffers uninitialised if it skipped the first step
+        # if torch's fused kernel skipped the first step, it would leave new buffers uninitialised
         for parameter in (p for group in groups for p in group["params"]):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -78,9 +78,9 @@ def step_if_finite(
 ) -> None:
     """Take a step if grad_norm () is finite; else neither weights nor optimiser state change.
 
-    torch's fused optimisers and our LARS skip on the device: they read their attribute found_inf.
-    For any other optimiser the host reads the norm, so that it waits for the device at every step.
-    In fp16 the scaler decides in the same two ways.
+    torch's fused optimisers and our LARS read their attribute found_inf, and skip on the device.
+    For any other optimiser the host reads the norm, and so waits for the device at every step. In
+    fp16 the scaler does the same.
     """
     if scaler.is_enabled():
         scaler.step(optimizer)
@@ -105,8 +105,8 @@ class LARS(torch.optim.Optimizer):
         g <- g + wd * w;   g <- g * trust * |w| / |g|   (ratio 1 where a norm is 0);
         v <- momentum * v + g;   w <- w - lr * v
 
-    Parameters of one dimension have neither decay nor trust ratio. If the attribute found_inf, a
-    tensor (), is 1, a step changes nothing. All parameters are updated in multi-tensor operations.
+    Parameters of one dimension have neither decay nor trust ratio. A step changes nothing if the
+    attribute found_inf, a tensor (), is 1. All parameters are updated in multi-tensor operations.
     """
 
     _step_supports_amp_scaling = True  # torch's name for: step() reads found_inf

@@ -311,7 +311,7 @@ def test_missing_file_is_refused(path):
 def test_file_that_is_no_zip_is_refused(content, path):
     path.write_bytes(content)
     message = refused(checkpoint.load, str(path))
-    assert str(path) in message and "no checkpoint" in message
+    assert str(path) in message and "not a checkpoint" in message
 
 
 def test_zip_that_is_no_checkpoint_is_refused(path):

@@ -16,6 +16,7 @@ import main_snclr
 from snclr import arguments, export, options, report, shared_options, visualize
 from snclr.evaluation import options as lincls_options
 from snclr.running.errors import Interrupted, RunError, UsageError, one_clear_line
+from snclr.weights import load
 
 ROOT = Path(main_snclr.__file__).resolve().parent
 RECIPES = sorted(ROOT.glob("configs/**/*.args"))
@@ -255,6 +256,8 @@ def test_every_flag_is_read_by_its_program(start, monkeypatch):
         for names in re.findall(r"getattr\(args, name\)\s+for name in \(([^)]*)\)", text)
         for name in re.findall(r"\w+", names)
     }
+    if re.search(r"getattr\(args, name(, None)?\) for name in (load\.)?DEFAULTS", text):
+        by_name |= {*load.DEFAULTS}
     assert {flag for flag in flags - by_name if not re.search(rf"\bargs\.{flag}\b", text)} == set()
 
 
@@ -719,4 +722,4 @@ def test_a_line_is_written_in_one_piece_so_that_those_of_several_ranks_do_not_ru
 
 def test_real_bugs_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), one_clear_line("prog"):
-        1 / 0
+        _ = 1 / 0

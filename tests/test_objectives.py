@@ -1,3 +1,4 @@
+import functools
 import math
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def problem(batch=6, k=4, bank_size=50, dim=8, seed=0, filled=None):
     neighbour rows.
     """
     generator = torch.Generator().manual_seed(seed)
-    rand = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    rand = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
     query, online, key = (
         rand(batch, dim).requires_grad_(),
         rand(batch, dim).requires_grad_(),

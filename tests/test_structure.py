@@ -15,18 +15,18 @@ FILES = {
 # the ground floor, which every file may import: errors, safe files, ranks, number formats
 GROUND = {
     f"snclr.running.{name}"
-    for name in "errors console worker_failures safe_files distributed precision".split()
+    for name in ("errors", "console", "worker_failures", "safe_files", "distributed", "precision")
 }
 # python -m snclr.NAME, and what the package itself offers: like the scripts, nothing imports them
 COMMANDS = {"snclr.export", "snclr.mean_std", "snclr.report", "snclr.visualize"}
 TOP = {"main_snclr", "main_lincls", "snclr.__init__"} | COMMANDS
 # The longest chain of imports down to the ground floor, which is not counted. The model needs 4:
-# builder, backbones, heads, batch_norm; exports, which are built from it, 5. An image is opened
-# in 3 files (images, decoding, high_bit_depth), on which a data set stands with 3 more (sources,
-# files, shards), and what shows or checks images with 2 (the loader in between). The flags are 3
-# files (options, shared_options, arguments). The settings of a run stand on them, since a flag
-# says what a resumed run may change; then come checkpoint and summary, or runs, curves and
-# report. Evaluation has a state file, which is a checkpoint, and 2 files on top of it.
+# builder, backbones, heads, batch_norm. An image is opened in 3 files (images, decoding,
+# high_bit_depth), on which a data set stands with 3 more (sources, files, shards), and what shows
+# or checks images with 2 (the loader in between). The flags are 3 files (options, shared_options,
+# arguments). A flag says whether a resumed run may change it, so settings, checkpoint and summary
+# stand on the flags, and so do runs, curves and report. The state of an evaluation is a checkpoint,
+# on which probe and finetune stand.
 LONGEST_CHAIN = 4
 LONGER_CHAINS = {
     "snclr.datasets.": 6,
@@ -35,19 +35,20 @@ LONGER_CHAINS = {
     "snclr.running.checkpoint": 5,
     "snclr.running.guard": 5,
     "snclr.running.summary": 6,
-    "snclr.weights.files": 5,
 }
 # lines of a file; longer are lists of flags, models and layouts, and what is best read as a whole
 LONGEST_FILE = 250
 LONGER = {
-    "snclr.augment": 460,
-    "snclr.backbones": 400,
-    "snclr.builder": 325,
+    "snclr.augment": 455,
+    "snclr.backbones": 390,
+    "snclr.builder": 320,
     "snclr.datasets.images": 345,
     "snclr.datasets.sources": 280,
+    "snclr.evaluation.options": 350,
     "snclr.objectives": 330,
     "snclr.options": 520,
-    "snclr.running.checkpoint": 270,
+    "snclr.running.checkpoint": 275,
+    "snclr.shared_options": 380,
     "snclr.weights.libraries": 380,
     "snclr.weights.load": 255,
 }

@@ -362,7 +362,7 @@ def test_flags_and_places_come_in_any_order(order, tmp_path):
         (["{file}", "--count", "0"], "--count must be above 0"),
         (["{file}", "--against", "nowhere.pth"], "nowhere.pth does not exist"),
         (["{file}", "nowhere"], "nowhere"),
-        (["{file}", "--pool", "2", "--workers", "0"], "three training images at least, found 2"),
+        (["{file}", "--pool", "2", "--workers", "0"], "at least three training images, found 2"),
     ],
 )
 def test_wrong_flags_are_answered_in_one_line(trained, flags, named, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import nn
 
-from ..running import checkpoint, distributed, tensor_files
+from ..running import distributed, optimizer_state, tensor_files
 from ..running.errors import UsageError, first_line
 from ..running.preemption import signals_wait
 from ..running.provenance import versions_and_commit
@@ -84,5 +84,5 @@ def resume(
         raise UsageError(
             f"{path} does not fit this evaluation: {first_line(error)}; choose a new --workdir"
         ) from error
-    checkpoint.load_optimizer(path, content["optimizer"], optimizer)
+    optimizer_state.load_optimizer(path, content["optimizer"], optimizer)
     return epoch, history

@@ -133,7 +133,7 @@ def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
         name = ", ".join(f"{name} {settings.get(name)}" for name in own)
         if not 0 < len(own) <= FEW:
             folders = [os.path.basename(os.path.abspath(run.path)) for run in members]
-            common = os.path.commonprefix(folders)
+            common = os.path.commonprefix(folders)  # noqa: RUF071 - of letters, not of folders
             name = re.sub(r"[-_. ]*(seed)?[-_. ]*$", "", common) or folders[0]
         named[name if name not in named else members[0].path] = members
     return named

@@ -7,7 +7,6 @@ module.momentum_encoder.*, module.predictor.*, and module.memory_bank.*), 'optim
 checkpoint_last.pth.tar is the newest; older ones are checkpoint_last-1.pth.tar, -2 and so on.
 """
 
-import copy
 import os
 from argparse import Namespace
 
@@ -19,7 +18,8 @@ from torch.optim import Optimizer
 from ..backbones import projector_name
 from . import provenance, settings, tensor_files
 from .checkpoint_values import check_values
-from .errors import UsageError, first_few, first_line
+from .errors import UsageError, first_few
+from .optimizer_state import load_optimizer
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
@@ -183,46 +183,6 @@ def resume(
     if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     return state["step"], changes
-
-
-def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
-    """Load an optimiser's state, but not its settings: those of this start apply.
-
-    Raises UsageError if this optimiser keeps another state for these parameters.
-    """
-    expected, groups = _state_after_a_step(optimizer), optimizer.state_dict()["param_groups"]
-    try:
-        for number, values in state["state"].items():
-            if values.keys() != expected[number].keys():
-                raise ValueError(f"parameter {number} has another state")
-            for name, value in values.items():
-                if not _is_alike(value, expected[number][name]):
-                    raise ValueError(f"{name} of parameter {number} has another shape or type")
-        groups = [
-            saved | {**group, "params": saved["params"]}
-            for saved, group in zip(state["param_groups"], groups, strict=True)
-        ]
-        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-    except Exception as error:  # torch checks little, so wrong content can raise anything
-        raise UsageError(f"{path} does not fit the optimiser: {first_line(error)}") from error
-
-
-def _state_after_a_step(optimizer):
-    """The state of each parameter, by its number in the state_dict, after a step of a copy of the
-    optimiser.
-    """
-    trial = copy.deepcopy(optimizer)
-    for group in trial.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    trial.step()
-    return trial.state_dict()["state"]
-
-
-def _is_alike(value, expected):
-    if isinstance(expected, torch.Tensor):
-        return tensor_files.is_plain(value) and value.shape == expected.shape
-    return type(value) is type(expected)
 
 
 def load_strictly(path: str, tensors: dict, model: nn.Module) -> None:

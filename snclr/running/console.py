@@ -70,7 +70,7 @@ def console_may_vanish() -> Iterator[None]:
     for name, stream in zip(("stdout", "stderr"), before, strict=True):
         if stream is None:  # it was closed before the program started
             _record(f"{name} is lost (closed)")
-            stream = open(os.devnull, "w")
+            stream = open(os.devnull, "w")  # noqa: SIM115 - open as long as the process lives
         setattr(sys, name, Console(stream, name))
     try:
         yield

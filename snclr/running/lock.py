@@ -28,7 +28,7 @@ def hold(workdir: str, name: str) -> None:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UsageError(f"{path} is not a regular file: remove it, or choose another --workdir")
-    file = open(descriptor, "r+")
+    file = open(descriptor, "r+")  # noqa: SIM115 - open as long as the process lives
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

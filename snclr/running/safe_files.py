@@ -40,7 +40,7 @@ def new_file(path: str) -> Iterator[BinaryIO]:
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
             raise OSError("it exists and is not a regular file")
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-    file = open(temporary, "xb")
+    file = open(temporary, "xb")  # noqa: SIM115 - if it fails, there is nothing to remove
     try:
         with file:
             yield file

@@ -63,8 +63,8 @@ def read(path: str) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can make unpickling raise anything
         raise UsageError(
-            f"checkpoint {path} contains other objects than tensors and plain values,"
-            " which are not loaded"
+            f"checkpoint {path} is not a dictionary of tensors and plain values;"
+            " nothing else is loaded"
         ) from error
 
 

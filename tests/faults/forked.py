@@ -202,7 +202,7 @@ def become(job: dict) -> None:
             if file != number:
                 os.dup2(file, number)
                 os.close(file)
-            stream = open(
+            stream = open(  # noqa: SIM115 - open as long as the process lives
                 number,
                 "w",
                 errors="surrogateescape" if number == 1 else "backslashreplace",
@@ -228,14 +228,15 @@ def _small_shared_memory(size):
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
+    # imported once, before the programs are forked
     import torch
 
-    import main_lincls
-    import main_snclr
+    import main_lincls  # noqa: F401
+    import main_snclr  # noqa: F401
     import snclr.export
     import snclr.mean_std
     import snclr.report
-    import snclr.visualize
+    import snclr.visualize  # noqa: F401
 
     torch.set_num_threads(1)
     job = serve()
