@@ -177,8 +177,8 @@ def resume(
             f"{path} is of another run: {', '.join(refused)};"
             " repeat its settings or choose a new --workdir"
         )
-    check_values(path, state, args)
     load_strictly(path, state["state_dict"], model)
+    check_values(path, state, args)  # after the shapes: a few bytes can claim terabytes
     load_optimizer(path, state["optimizer"], optimizer)
     if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])

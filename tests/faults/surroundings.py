@@ -229,6 +229,8 @@ def run(cases, seed, folder, programs, photographs, finished, first=0):
             )
         ends[case.kind, code] += 1
         shutil.rmtree(place, ignore_errors=True)
+        if (number + 1) % 20 == 0:
+            print(f"{number + 1 - first} cases, the slowest took {slowest:.1f} s", flush=True)
     return ends, slowest
 
 
