@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     out = args.out or os.path.join(args.workdirs[0], "report.html")
     if os.path.exists(out) and not os.path.isfile(out):
-        raise UsageError(f"--out {out} is no regular file: choose another name")
+        raise UsageError(f"--out {out} is not a regular file: choose another name")
     write(args.workdirs, out)
     print(out)
 

@@ -393,7 +393,7 @@ def test_out_that_is_no_regular_file_is_refused(make, tmp_path):
     run, out = write_run(tmp_path / "run"), tmp_path / "out.html"
     make(out)
     before = out.lstat()
-    with pytest.raises(UsageError, match=r"--out .*out\.html is no regular file"):
+    with pytest.raises(UsageError, match=r"--out .*out\.html is not a regular file"):
         command.main([str(run), "--out", str(out)])
     assert (out.lstat().st_ino, out.lstat().st_mode) == (before.st_ino, before.st_mode)
 

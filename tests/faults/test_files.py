@@ -98,7 +98,7 @@ def test_a_pipe_or_a_folder_named_like_an_image_is_one_line_of_error(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     for name in ("pipe.jpg", "folder.jpg"):
-        with pytest.raises(RunError, match=f"cannot read image .*{name}: it is no regular file"):
+        with pytest.raises(RunError, match=f"cannot read image .*{name}: it is not a regular file"):
             ImageFiles([str(tmp_path / name)], None, [], sources.IMAGENET).image(0)
 
 
