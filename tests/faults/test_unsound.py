@@ -92,5 +92,6 @@ def test_files_of_nans_are_refused_in_one_line(poisoned, programs, photographs, 
     one_line(case, 2, "not finite")
     case = programs.start("main_lincls.py", photographs, "--pretrained", encoder)
     one_line(case, 2, "not finite")
-    case = programs.start("snclr.export", encoder, "--out", poisoned / "x.pth")
+    flags = ("--format", "timm", "--out", poisoned / "x.pth")
+    case = programs.start("snclr.export", encoder, *flags)
     one_line(case, 2, "not finite")
