@@ -634,7 +634,7 @@ def test_data_that_no_classifier_can_learn_from_is_refused(pretrained, tmp_path)
         [(32, 32)] * 2,
         "val",
     )
-    with pytest.raises(UsageError, match="must hold the same classes"):
+    with pytest.raises(UsageError, match="must have the same classes"):
         probe(few, pretrained, tmp_path / "w")
     rare = save_folder(
         save_folder(tmp_path / "rare", [(32, 32)] * 9, classes=("a",) * 8 + ("b",)),
