@@ -4,8 +4,8 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$ROOT/tools/environment.sh"
-find_python "$ROOT"/{requirements.txt,requirements-mat.txt,requirements-hf.txt,tests/requirements.txt}
 cd "$ROOT"
+find_python {requirements,requirements-mat,requirements-hf,tests/requirements}.txt
 # by itself pytest leaves out those of the pages; a file at a time goes to each of two processes
 [ $# -gt 0 ] || set -- -m "not slow" -n 2 --dist loadfile
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
