@@ -245,7 +245,9 @@ def main():
     rows = []
     for name, taken in seconds.items():
         cells = [f"{1000 * taken:.0f}", f"{seconds[dense] / taken:.1f}"]
-        cells += [f"{memory[name] / 2**20:.0f}", f"{memory[dense] / memory[name]:.1f}"]
+        # a tiny problem may need no new memory at all
+        less = memory[dense] / max(memory[name], 1)
+        cells += [f"{memory[name] / 2**20:.0f}", f"{less:.1f}"]
         rows.append([name, *cells])
     head = ["", "ms per step", "times faster", "MB beyond the bank", "times less"]
     print(measure.table(head, rows))

@@ -1,12 +1,14 @@
 """Decoding of image files: as PIL does it, upright, in RGB."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from sample_images import levels_apart, picture, rgb
 
-from snclr.datasets import decoding
+from snclr.datasets import decoding, torchvision_sets
 
 
 def decode(path):
@@ -96,3 +98,16 @@ def test_photographs_decode_as_pil_does(photographs):
         decoded = decode(str(path))
         assert decoded.shape == expected.shape, path.name
         assert (decoded.int() - expected).abs().double().mean() <= 2, path.name
+
+
+def test_opening_a_torchvision_set_takes_only_eps_from_pil(tmp_path, monkeypatch):
+    Image.init()
+    monkeypatch.setattr(Image, "ID", [*Image.ID])
+    monkeypatch.setattr(torchvision_sets, "_open_parts", lambda *arguments: None)
+    torchvision_sets.open_torchvision(Namespace(dataset="cifar10"))
+    picture().save(tmp_path / "x.webp", lossless=True)
+    with Image.open(tmp_path / "x.webp") as opened:
+        assert opened.size == picture().size
+    (tmp_path / "x.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EOF")
+    with pytest.raises(UnidentifiedImageError):
+        Image.open(tmp_path / "x.jpg")
