@@ -47,7 +47,7 @@ from snclr.running.precision import autocast, resolve_amp
 from snclr.running.preemption import Interruptions, end_at_once, handlers_given_back, interrupt
 from snclr.running.settings import save_settings
 from snclr.running.workers import Stalled
-from snclr.weights.layouts import read_encoder
+from snclr.weights.layouts import EncoderFile, read_encoder
 from snclr.weights.load import choose_num_heads, load_backbone
 
 
@@ -102,13 +102,12 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(args.seed)
     amp = resolve_amp(args.amp, device)
     if args.init_from:  # the number of heads must be that of the weights; no tensor shows it
-        args.num_heads, head_notes = choose_num_heads(
-            read_encoder(args.init_from), args.arch, args.num_heads
-        )
+        initial = read_encoder(args.init_from)
+        args.num_heads, head_notes = choose_num_heads(initial, args.arch, args.num_heads)
     model = build_model(args, bfloat16=amp == "bf16")
     workdir, checkpoint_path, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
     if args.init_from and not checkpoint_path:
-        start_notes += load_initial_weights(model, args.init_from) + head_notes
+        start_notes += load_initial_weights(model, initial) + head_notes
     elif args.init_from:
         start_notes += [f"--init-from {args.init_from} is ignored: {checkpoint_path} is resumed"]
     # in float32 on a CPU channels-last is not faster, and torch 2.15 crashes in the backward of
@@ -231,9 +230,9 @@ def default_workdir(args: argparse.Namespace) -> str:
     return os.path.join("runs", f"{args.method}-{arch}-{args.dataset}-{start}")
 
 
-def load_initial_weights(model: SNCLR, path: str) -> list[str]:
+def load_initial_weights(model: SNCLR, file: EncoderFile) -> list[str]:
     """Load the backbone of both encoders from a file; returns lines that say what was loaded."""
-    notes = load_backbone(model.base_encoder, read_encoder(path))
+    notes = load_backbone(model.base_encoder, file)
     if model.momentum_encoder is not None:
         model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
     return notes
@@ -395,12 +394,8 @@ def save(run: Run, step: int) -> None:
             run.log.say(f"note: {error}; the run goes on and tries again at the next save")
             message = "not saved, the checkpoint before is whole"
     if reason is not None:
-        sound = run.guard.saved_step
-        message = f"{reason}: saved as {checkpoint.UNSOUND}; " + (
-            "there is no sound checkpoint yet"
-            if sound is None
-            else f"the last sound checkpoint is of step {sound}"
-        )
+        outcome = f"saved as {checkpoint.UNSOUND}" if message == "saved" else message
+        message = f"{reason}: {outcome}; {run.guard.last_sound_checkpoint}"
         if step >= run.total_steps:
             raise RunError(message)
         run.log.say(f"note: {message}")

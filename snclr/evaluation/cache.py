@@ -14,6 +14,7 @@ from torch import Tensor
 from ..loader import EVALUATION_BATCH, ViewLoader, whole_images
 from ..running.distributed import all_gather, barrier, local_rank_zero, rank, world_size
 from ..running.errors import RunError
+from ..running.safe_files import new_file
 from .linear import kinds_of
 from .options import NOT_IN_FEATURES
 from .task import Task
@@ -74,15 +75,15 @@ def cache_key(task: Task, loader: ViewLoader) -> str:
 def _write(path: str, chunks: Iterable[Tensor]) -> None:
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.tmp", "wb") as file:
+        with new_file(path) as file:
             for chunk in chunks:
                 file.write(chunk.float().numpy())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
     except OSError as error:
         raise RunError(
-            f"cannot write the features to {path}: {error.strerror}; choose another --workdir"
+            f"cannot write the features to {path}: {error.strerror or error};"
+            " choose another --workdir"
         ) from error
 
 

@@ -87,16 +87,24 @@ class Guard:
                 path = f"no file: {error}"
         raise RunError(
             f"{message}, more than --skip-non-finite {self.limit};"
-            f" {self._sound_checkpoint(step, count)}; the images are listed in {path}"
+            f" {self.last_sound_checkpoint}{self._advice(step, count)};"
+            f" the images are listed in {path}"
         )
 
-    def _sound_checkpoint(self, first_bad_step, count):
+    @property
+    def last_sound_checkpoint(self) -> str:
+        """A part of a message that says of which step the last sound checkpoint is."""
         if self.saved_step is None:
-            return "there is no sound checkpoint yet: start again with a lower --lr"
-        sound = f"the last sound checkpoint is of step {self.saved_step}"
+            return "there is no sound checkpoint yet"
+        return f"the last sound checkpoint is of step {self.saved_step}"
+
+    def _advice(self, first_bad_step, count):
+        """What the user can do if that checkpoint does not help; else an empty text."""
+        if self.saved_step is None:
+            return ": start again with a lower --lr"
         if first_bad_step == self.saved_step + 1 and self.last_bad_step == self.saved_step + count:
-            sound += ", but no step after it was finite: an older one may be needed"
-        return sound
+            return ", but no step after it was finite: an older one may be needed"
+        return ""
 
     def what_is_unsound(self, step: int, model: nn.Module, optimizer: Optimizer) -> str | None:
         """Why the state after step `step` must not become a checkpoint; None if it may.
