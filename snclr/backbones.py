@@ -309,13 +309,18 @@ def projector_name(encoder: nn.Module) -> str:
     return next(name for name, module in encoder.named_modules() if module is encoder.projector)
 
 
+def backbone_tensors(encoder: nn.Module) -> dict[str, Tensor]:
+    """The encoder's parameters and buffers by name, without those of the projector."""
+    head, state = f"{projector_name(encoder)}.", encoder.state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.startswith(head)}
+
+
 def has_batch_norm(module: nn.Module, besides: nn.Module | None = None) -> bool:
     """Whether a layer of module is a batch norm, without the layers of `besides`."""
-    ignored = set() if besides is None else {*besides.modules()}
-    return any(
-        isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        for layer in {*module.modules()} - ignored
-    )
+    layers = {*module.modules()}
+    if besides is not None:
+        layers -= {*besides.modules()}
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
 
 
 def sincos_position_embedding(

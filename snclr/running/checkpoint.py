@@ -15,7 +15,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from ..backbones import projector_name
+from ..backbones import backbone_tensors
 from . import provenance, settings, tensor_files
 from .checkpoint_values import check_values
 from .errors import UsageError, first_few
@@ -131,17 +131,13 @@ def pack_encoder(encoder: nn.Module, kind: str, *, args: Namespace, epoch: int) 
 
     kind: 'online' or 'momentum'; the file records it.
     """
-    head = projector_name(encoder) + "."
-    backbone = {
-        name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)
-    }
     return {
         "format": FORMAT,
         "epoch": epoch,
         "arch": args.arch,
         "args": vars(args),
         "encoder": kind,
-        "state_dict": backbone,
+        "state_dict": backbone_tensors(encoder),
         "provenance": provenance.versions_and_commit(),
     }
 

@@ -11,6 +11,7 @@ from ..backbones import (
     TIMM,
     TimmEncoder,
     VisionTransformer,
+    backbone_tensors,
     build_encoder,
     projector_name,
     sincos_position_embedding,
@@ -148,9 +149,7 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
     Raises UsageError if a tensor of the backbone is missing or has another shape.
     """
     head = projector_name(encoder) + "."
-    own = {
-        name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(head)
-    }
+    own = backbone_tensors(encoder)
     tensors, notes = _convert_names(encoder, dict(file.tensors), own)
     notes += _adapt_position_embedding(encoder, tensors, own)
     _check_fit(file, tensors, own)
