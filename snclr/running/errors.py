@@ -1,6 +1,7 @@
 """Errors as a user sees them: one line, and an exit code that scripts can rely on."""
 
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -57,10 +58,21 @@ def out_of_memory(error: Exception) -> str | None:
     )
 
 
+def kill_children() -> None:
+    """Kill the processes that load images. Python would wait for them when it ends, and a process
+    that is stopped (SIGSTOP) does not end by itself.
+    """
+    # torch's handler of this signal raises RuntimeError when a worker ends
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 def end_process(code: int) -> None:
     """End this process. A rank ends at once, without Python's clean-up, in which the rest of a
     failed process group might wait for other ranks forever.
     """
+    kill_children()
     sys.stdout.flush()
     sys.stderr.flush()
     if "WORLD_SIZE" in os.environ:
