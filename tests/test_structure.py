@@ -44,13 +44,13 @@ LONGER = {
     "snclr.builder": 320,
     "snclr.datasets.images": 345,
     "snclr.datasets.sources": 280,
-    "snclr.evaluation.options": 350,
+    "snclr.evaluation.options": 360,
     "snclr.objectives": 330,
-    "snclr.options": 520,
+    "snclr.options": 525,
     "snclr.running.checkpoint": 275,
-    "snclr.shared_options": 380,
+    "snclr.shared_options": 395,
     "snclr.weights.libraries": 380,
-    "snclr.weights.load": 255,
+    "snclr.weights.load": 245,
 }
 
 
