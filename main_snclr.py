@@ -156,7 +156,7 @@ def main(argv: list[str]) -> None:
         interruptions=Interruptions(args.save_every_minutes, args.timeout_minutes),
         log=log,
     )
-    loader.stop_waiting_if(run.interruptions.is_signalled)
+    loader.stop_waiting_if(lambda: run.interruptions.signal > 0)
     log.say(
         f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), "
         f"batch {args.batch_size}"

@@ -55,7 +55,7 @@ class Interruptions:
 
     def __init__(self, save_every_minutes: float, timeout_minutes: float):
         self.interval = 60 * save_every_minutes or float("inf")
-        self.signal = 0
+        self.signal = 0  # the one that asks for the end of the run
         self.agreed = 0  # 1: all ranks save after this step; 1 + a signal: they end the run as well
         self.unsaved = True  # whether ending now would lose work
         self.saved()
@@ -80,10 +80,6 @@ class Interruptions:
     def saved(self, outcome: str = "saved") -> None:
         """Restart the interval. outcome: what rank 0 reports if a signal then ends the run."""
         self.last_save, self.outcome = time.monotonic(), outcome
-
-    def is_signalled(self) -> bool:
-        """Whether a signal asks for the end of the run."""
-        return self.signal > 0
 
     def end_here(self, last_checkpoint: str) -> bool:
         """End the run before the next step, if there was a signal; returns whether it ends.

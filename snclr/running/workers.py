@@ -135,7 +135,12 @@ def check_shared_memory(batch_bytes: int, workers: int, ranks: int) -> None:
 def _start_worker(worker: int) -> None:
     Queue._on_queue_feeder_error = staticmethod(_end_without_sending)
     sys.excepthook = _print_unless_disconnected
-    leave_signals_to_the_rank(worker)
+    # the rank decides what a signal that ends the run means, except for a SIGTERM from the rank
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which returns the sender; macOS does not have it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_rank, daemon=True).start()
 
 
 def _print_unless_disconnected(kind, error, traceback):
@@ -152,15 +157,6 @@ def _end_without_sending(error: Exception, batch: object) -> None:
     elif "shared memory" in str(error):
         number = errno.ENOSPC
     os._exit(SENDING_FAILED + (number or 0) % 64)
-
-
-def leave_signals_to_the_rank(worker: int) -> None:
-    """Ignore the signals that end a run, except a SIGTERM from this worker's rank."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # which returns the sender; macOS does not have it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_the_rank, daemon=True).start()
 
 
 def _end_with_the_rank():
