@@ -163,7 +163,7 @@ class SNCLR(nn.Module):
         fresh, counts = candidates[-1]
         num_candidates = len(fresh) + counts.sum()
         shown = self._show(
-            y[0], num_candidates, counts, scores[-1], rows[-1], weights[0], picked[-1].counts
+            y[0], num_candidates, scores[-1], rows[-1], weights[0], picked[-1].counts, counts
         )
         return sum(losses) * (2 / len(losses)), fresh, shown
 
@@ -217,7 +217,7 @@ class SNCLR(nn.Module):
             mocov3_loss(z[query], keys[k], temperature=self.args.snclr_t)
             for query, k in pairs(len(views), len(keys))
         ]
-        shown = self._show(y[0], len(y[0]) * world_size(), ids.new_zeros(0))
+        shown = self._show(y[0], len(y[0]) * world_size(), row_candidates=ids.new_zeros(0))
         return sum(losses) * (2 / len(losses)), None, shown
 
     def _nnclr(self, views, ids, momentum, mass, step):
@@ -234,8 +234,8 @@ class SNCLR(nn.Module):
         ]
         scores, rows = scores.chunk(2)[0], rows.chunk(2)[0]
         counts, weights = count_picks(rows, len(self.memory_bank)), (rows >= 0).to(searched.dtype)
-        num_candidates, no_rows = len(y[0]) * world_size(), counts[:0]
-        shown = self._show(y[0], num_candidates, no_rows, scores, rows, weights, counts)
+        num_candidates = len(y[0]) * world_size()
+        shown = self._show(y[0], num_candidates, scores, rows, weights, counts, counts[:0])
         return sum(losses) / len(losses), all_gather(searched.chunk(2)[1]), shown
 
     def _mocov2(self, views, ids, momentum, mass, step):
@@ -260,7 +260,7 @@ class SNCLR(nn.Module):
         (y1,) = self._project(self.base_encoder, views[:1])
         bank = self.memory_bank
         loss = mocov2_loss(y1, k2, bank.products, bank.valid(), temperature=self.args.snclr_t)
-        return loss, all_gather(unit(k2)), self._show(y1, 1 + bank.filled, None)
+        return loss, all_gather(unit(k2)), self._show(y1, 1 + bank.filled)
 
     @torch.no_grad()
     def _momentum_projections(self, momentum, views):
@@ -302,11 +302,11 @@ class SNCLR(nn.Module):
         self,
         projection,
         num_candidates,
-        row_candidates,
         scores=None,
         rows=None,
         weights=None,
         counts=None,
+        row_candidates=None,
     ):
         """What a step shows (StepView); without rows it has no neighbours."""
         bank, none = self.memory_bank, projection.new_zeros(len(projection), 0)
