@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 
-from .arguments import ROOT, flag, new_parser, number, resume_rules, seed
+from .arguments import ROOT, flag, flags, new_parser, number, seed
 from .choices import AMP, CANDIDATES, FORMS, METHODS, NUM_HEADS, OPTIMIZERS
 from .running.errors import UsageError, one_clear_line
 from .shared_options import (
@@ -476,7 +476,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-ON_RESUME = resume_rules(build_parser())
+FLAGS = flags(build_parser())
+ON_RESUME = {action.dest: action.on_resume for action in FLAGS}
+# the settings by which an encoder is built and used
+OF_ENCODER = {action.dest: action.default for action in FLAGS if action.describes_encoder}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -44,13 +44,13 @@ LONGER = {
     "snclr.builder": 385,
     "snclr.datasets.images": 345,
     "snclr.datasets.sources": 280,
-    "snclr.evaluation.options": 350,
+    "snclr.evaluation.options": 360,
     "snclr.objectives": 380,
-    "snclr.options": 585,
+    "snclr.options": 590,
     "snclr.running.checkpoint": 275,
-    "snclr.shared_options": 380,
+    "snclr.shared_options": 395,
     "snclr.weights.libraries": 380,
-    "snclr.weights.load": 255,
+    "snclr.weights.load": 245,
 }
 
 
