@@ -136,3 +136,15 @@ def test_without_posix_weights_are_read_and_training_is_refused(pretrain):
     assert "attention heads" in done.stdout, done.stderr[-3000:]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "training and evaluation need POSIX: Linux, macOS" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.docs
+def test_files_for_others_are_valid_and_name_the_version():
+    yaml = pytest.importorskip("yaml")  # torch's and transformers' dependencies bring it
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == snclr.__version__ and citation["license"] == "MIT"
+    assert f"## {snclr.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = [step.get("run", "") for step in workflow["jobs"]["tests"]["steps"]]
+    assert any(".ci/run" in step for step in steps)
+    assert yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
