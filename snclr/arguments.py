@@ -11,7 +11,10 @@ from collections.abc import Callable
 from .running.errors import UsageError
 from .running.safe_files import read_text
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# the folder that holds configs/: in an installation the package, in the repository the one above
+ROOT = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(ROOT, "configs")):
+    ROOT = os.path.dirname(ROOT)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,7 +60,7 @@ def _read_recipes(words: list[str], opened: list[str]) -> list[str]:
 
 
 def _find_recipe(path: str) -> str:
-    """A recipe that is not in the current folder is looked for in this repository."""
+    """A recipe that is not in the current folder is looked for among those of this project."""
     own = os.path.join(ROOT, path)
     return own if not os.path.exists(path) and os.path.isfile(own) else path
 
