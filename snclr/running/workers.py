@@ -74,9 +74,6 @@ class WorkerBatches:
             raise RunError(not_started(error)) from error
         for _ in range(len(self.requests)):
             yield self._next(batches)
-        # ends the workers unless they are persistent; Python would ignore the exception by which a
-        # signal ends the run, if it came in the destructor of `batches`
-        next(batches, None)
 
     def _next(self, batches):
         try:

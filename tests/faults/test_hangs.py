@@ -95,13 +95,6 @@ def test_a_worker_that_is_frozen_while_it_passes_memory_is_noticed(monkeypatch):
     assert worker.exitcode == -signal.SIGKILL
 
 
-def test_workers_end_before_the_destructor_in_which_a_signal_would_be_lost(monkeypatch):
-    done, iterator = [], torch.utils.data.dataloader._MultiProcessingDataLoaderIter
-    monkeypatch.setattr(iterator, "__del__", lambda batches: done.append(batches._shutdown))
-    assert len(list(workers.WorkerBatches(Tensors(), range(3), 1))) == 3
-    assert done == [True]
-
-
 class Tensors(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return torch.full((1000,), index)
