@@ -9,6 +9,7 @@ launches at least one kernel, so the host needs several microseconds for each. T
 depend on the sizes of images, batch and heads.
 """
 
+import argparse
 import contextlib
 import os
 import sys
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import main_snclr
 from benchmarks import measure
+from benchmarks.objective import Dense, Problem, Streamed
 from benchmarks.training import CIFAR, VIT, Training
 from snclr import memory_bank, options, streamed
 from snclr.datasets import sources
@@ -56,18 +58,22 @@ IN_32_BITS = {torch.nn.functional.layer_norm}
 
 
 class Counting(Accelerator):
-    """Counts the operations of each part of a step: counts[part, name of the operation]."""
+    """Counts the operations of each part of a step: counts[part, name of the operation]; and the
+    bytes of their inputs and outputs.
+    """
 
     def __init__(self):
         super().__init__()
-        self.counts = Counter()
+        self.counts, self.bytes = Counter(), 0
 
     def call(self, function, args, kwargs):
         out = super().call(function, args, kwargs)
-        if any(isinstance(x, Remote) for x in tree_leaves((args, kwargs, out))) and launches(
-            function
-        ):
+        inputs, outputs = (
+            [x for x in tree_leaves(tree) if isinstance(x, Remote)] for tree in ((args, kwargs), out)
+        )
+        if inputs + outputs and launches(function):
             self.counts[part_of_step(), function.overloadpacket.__name__] += 1
+            self.bytes += sum(x.nbytes for x in inputs + outputs)
         return out
 
 
@@ -125,8 +131,9 @@ class Autocast(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def count(flags: list[str]) -> Counter:
-    """The operations of one step of main_snclr.py, by part and name (Counting)."""
+@contextlib.contextmanager
+def counting():
+    """A pretended GPU that counts (Counting)."""
     stand_ins = [
         mock.patch.object(main_snclr, "autocast", lambda *_: Autocast()),
         mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["meta"]),
@@ -136,19 +143,38 @@ def count(flags: list[str]) -> Counter:
     with contextlib.ExitStack() as stack:
         for stand_in in stand_ins:
             stack.enter_context(stand_in)
-        counting = stack.enter_context(Counting())
+        yield stack.enter_context(Counting())
+
+
+def count(flags: list[str]) -> Counter:
+    """The operations of one step of main_snclr.py, by part and name."""
+    with counting() as accelerator:
         train = sources.open_data(options.parse(flags))[0].to(DEVICE)
         training = Training(flags, train, DEVICE, turn=1)
         training()  # the optimiser's state is made in the first step
-        counting.counts.clear()
+        accelerator.counts.clear()
         training()
-    return counting.counts
+    return accelerator.counts
+
+
+def count_objective(sizes: argparse.Namespace) -> list[list]:
+    """Rows of a table: operations of objective and bank, and MB that they read and write."""
+    lines = []
+    with counting() as accelerator:
+        problem = Problem(sizes, DEVICE)
+        for name, side in {"dense, as released": Dense(problem), "ours": Streamed(problem, False)}.items():
+            accelerator.counts.clear()
+            accelerator.bytes = 0
+            side.step()
+            lines.append([name, accelerator.counts.total(), f"{accelerator.bytes / 2**20:.0f}"])
+    return lines
 
 
 def main():
     parser = measure.argument_parser(__doc__)
     parser.add_argument("--names", action="store_true", help="also count each operation by name")
     args = parser.parse_args()
+    sizes = argparse.Namespace(batch=128, ranks=32, topk=30, bank=128000, dim=256)
     for title, flags in RECIPES.items():
         counts = count(flags)
         lines, total = [], Counter()
@@ -161,6 +187,9 @@ def main():
                 total += names
         lines.append(["all but the log line", total.total(), total["_to_copy"]])
         print(measure.table([title, "operations", "of these casts"], lines), end="\n\n")
+    title = "objective and bank, B 128, 32 ranks, K 30, M 128,000, D 256"
+    head = [title, "operations", "MB read and written"]
+    print(measure.table(head, count_objective(sizes)))
 
 
 if __name__ == "__main__":

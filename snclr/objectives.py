@@ -242,8 +242,11 @@ def loss_at_chance(
 def _cosines_with_rows(
     query: Tensor, bank: Tensor, rows: Tensor, neighbours: Tensor | None
 ) -> Tensor:
-    """query (B, D), with gradient, times bank[rows] (B, K, D): (B, K), 0 where rows has -1."""
+    """query (B, D), with gradient, times bank[rows] (B, K, D): (B, K).
+
+    Where rows has -1, the values are finite and mean nothing.
+    """
     if not rows.numel():
         return query.new_zeros(rows.shape)
     neighbours = gather_neighbours(bank, rows) if neighbours is None else neighbours
-    return torch.einsum("bd,bkd->bk", query, neighbours.to(query.dtype)) * (rows >= 0)
+    return torch.einsum("bd,bkd->bk", query, neighbours.to(query.dtype))

@@ -97,7 +97,7 @@ def _sums_below_a_bound(query, blocks, temperature, with_mean, _):
     vectors, so 1/T is a bound of all cosines over T. It is subtracted within the product, together
     with the addition of the logarithm of the counts.
     """
-    scaled, bound = query / temperature, 1 / temperature
+    bound = 1 / temperature
     total, mean = query.new_zeros(len(query), 1), torch.zeros_like(query)
     for features, multiplicity in blocks:
         features = features.to(query.dtype)
@@ -105,7 +105,7 @@ def _sums_below_a_bound(query, blocks, temperature, with_mean, _):
             offset = query.new_full((len(features),), -bound)
         else:
             offset = multiplicity.to(query.dtype).log_().sub_(bound)
-        exponentials = torch.addmm(offset, scaled, features.T).exp_()
+        exponentials = torch.addmm(offset, query, features.T, alpha=bound).exp_()
         total += exponentials.sum(dim=1, keepdim=True)
         if with_mean:
             # one product would have few output tiles and a long inner dimension, which leaves most
