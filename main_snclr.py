@@ -166,6 +166,8 @@ def main(argv: list[str]) -> None:
         f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, "
         f"in {workdir}"
     )
+    if args.compile == "graphs" and device.type != "cuda":
+        start_notes += ["--compile graphs: only a GPU has graphs; the backbones are compiled"]
     for note in data_notes + start_notes + setting_notes(args, len(train)):
         log.say(f"note: {note}")
     if checkpoint_path:

@@ -17,8 +17,8 @@ import traceback
 from collections import Counter
 from unittest import mock
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(1, os.path.join(sys.path[0], "tests"))
 
 import torch
 from accelerator import DEVICE, Accelerator, Remote
@@ -69,7 +69,8 @@ class Counting(Accelerator):
     def call(self, function, args, kwargs):
         out = super().call(function, args, kwargs)
         inputs, outputs = (
-            [x for x in tree_leaves(tree) if isinstance(x, Remote)] for tree in ((args, kwargs), out)
+            [x for x in tree_leaves(tree) if isinstance(x, Remote)]
+            for tree in ((args, kwargs), out)
         )
         if inputs + outputs and launches(function):
             self.counts[part_of_step(), function.overloadpacket.__name__] += 1
@@ -162,7 +163,10 @@ def count_objective(sizes: argparse.Namespace) -> list[list]:
     lines = []
     with counting() as accelerator:
         problem = Problem(sizes, DEVICE)
-        for name, side in {"dense, as released": Dense(problem), "ours": Streamed(problem, False)}.items():
+        for name, side in {
+            "dense, as released": Dense(problem),
+            "ours": Streamed(problem, False),
+        }.items():
             accelerator.counts.clear()
             accelerator.bytes = 0
             side.step()

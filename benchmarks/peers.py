@@ -29,6 +29,7 @@ from snclr.datasets import sources
 from snclr.running import process_group
 from snclr.running.precision import autocast
 
+
 class Lightly:
     """One call is `turn` steps of lightly's NNCLR example. amp: 'off' or 'bf16'."""
 

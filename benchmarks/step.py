@@ -115,6 +115,7 @@ def tables(args, device) -> dict:
         return Step(f"{RESNET} {flags}", args.cifar_batch, device, **kwargs)
 
     amp = "--amp bf16"
+    choices = ["on"] * args.compile + ["graphs"] * (args.compile and device.type == "cuda")
     return {
         "method": lambda: {
             "ViT-S/16, mocov3": vit(f"{amp} --method mocov3"),
@@ -128,21 +129,21 @@ def tables(args, device) -> dict:
             "bfloat16, views one by one": vit(amp, joins_views=False),
             "bfloat16, both views in one call": vit(amp),
             "bfloat16, --grad-checkpointing": vit(f"{amp} --grad-checkpointing"),
-            **({"bfloat16, compiled": vit(f"{amp} --compile")} if args.compile else {}),
+            **{
+                f"bfloat16, --compile {choice}": vit(f"{amp} --compile {choice}")
+                for choice in choices
+            },
         },
         "resnet": lambda: {
             "ResNet-18 (CIFAR stem), float32": resnet(),
             "bfloat16": resnet(amp),
             "bfloat16, channels-last": resnet(amp, channels_last=True),
-            **(
-                {
-                    "bfloat16, channels-last, compiled": resnet(
-                        f"{amp} --compile", channels_last=True
-                    )
-                }
-                if args.compile
-                else {}
-            ),
+            **{
+                f"bfloat16, channels-last, --compile {choice}": resnet(
+                    f"{amp} --compile {choice}", channels_last=True
+                )
+                for choice in choices
+            },
         },
         "local": lambda: {
             "ResNet-18 (CIFAR stem), two views of 32 px": resnet(),
@@ -194,12 +195,16 @@ def main():
             continue
         sides = make()
         seconds = measure.fastest(sides, args.steps, device)
+        on_device = measure.device_seconds(sides, args.steps, device)
         first = next(iter(seconds.values()))
         rows = []
         for side, taken in seconds.items():
             rate = f"{sides[side].images / taken:.1f}" if hasattr(sides[side], "images") else ""
             rows.append([side, f"{1000 * taken:.1f}", rate, f"{taken / first:.2f}"])
-        print("\n" + measure.table([name, "ms per step", "images/s", "over the first"], rows))
+            if on_device:
+                rows[-1].append(f"{1000 * on_device[side]:.2f}")
+        head = [name, "ms per step", "images/s", "over the first"]
+        print("\n" + measure.table(head + ["ms on the GPU"] * bool(on_device), rows))
 
 
 if __name__ == "__main__":

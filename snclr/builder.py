@@ -20,6 +20,7 @@ from .objectives import (
     positiveness,
     snclr_loss,
 )
+from .running.compilation import begin_step, compiled
 from .running.distributed import all_gather, world_size
 from .running.errors import UsageError, first_line
 from .running.metrics import StepView
@@ -71,7 +72,7 @@ class SNCLR(nn.Module):
         self.predictor = predictor
         self.memory_bank = memory_bank
         # compiling this function, not the encoder, keeps the names of the state dict
-        self.embed = torch.compile(_embed) if args.compile else _embed
+        self.embed = compiled(_embed, args.compile)
         self.joins_views = args.micro_batch is None and not has_batch_norm(
             base_encoder, besides=base_encoder.projector
         )
@@ -98,6 +99,7 @@ class SNCLR(nn.Module):
         momentum        m of the momentum encoder's average, 0 .. 1
         use_neighbours  False: the bank is filled, but not searched
         """
+        begin_step(self.args.compile)
         step = {
             "snclr": self._snclr,
             "mocov3": self._mocov3,
