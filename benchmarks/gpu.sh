@@ -30,15 +30,16 @@ DATA=(${CIFAR:+--cifar "$CIFAR"} ${PHOTOS:+--photos "$PHOTOS"})
 FAILED=0
 
 part() { # name, seconds, seconds with --quick (0: left out), command
-  local name=$1 limit=$2 start=$SECONDS status
+  local name=$1 limit=$2 start=$SECONDS command status
   [ -z "$QUICK" ] || limit=$3
   shift 3
   [ "$limit" != 0 ] || return 0
-  if [ -n "$DRY" ]; then echo "$name, ${limit} s: $*"; return; fi
+  command=$(printf '%q ' "$@")
+  if [ -n "$DRY" ]; then echo "$name, $limit s: $command"; return; fi
   timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.txt" 2>"$OUT/$name.err"
   status=$?
   [ $status = 0 ] || FAILED=1
-  "$PYTHON" benchmarks/gpu_report.py "$OUT" "$name" "$status" $((SECONDS - start)) "$*"
+  "$PYTHON" benchmarks/gpu_report.py "$OUT" "$name" "$status" $((SECONDS - start)) "$command"
 }
 
 [ -n "$DRY" ] || { mkdir -p "$OUT"; rm -f "$OUT"/gpu.{md,json}; }
