@@ -45,11 +45,12 @@ part() { # name, seconds, seconds with --quick (0: left out), command
 [ -n "$DRY" ] || { mkdir -p "$OUT"; rm -f "$OUT"/gpu.{md,json}; }
 export SNCLR_MARKDOWN=1 PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$OUT/inductor
 R=(benchmarks/runs.py "${DATA[@]}" --rows)
-part tests 80 60 "$PYTHON" -m pytest -m gpu -p no:cacheprovider tests/test_real_gpu.py
+part tests 100 70 "$PYTHON" -m pytest -m gpu -v --tb=short -p no:cacheprovider \
+  tests/test_real_gpu.py
 part objective 25 20 "$PYTHON" benchmarks/objective.py --steps 10
 part kernels 45 30 "$PYTHON" benchmarks/kernels.py
-part runs 0 65 "$PYTHON" "${R[@]}" cifar cifar-graphs vit --limit 30 --steps 4
-part runs 200 0 "$PYTHON" "${R[@]}" cifar cifar-graphs vit vit-on vit-4096 cifar-256 embedded
+part runs 0 55 "$PYTHON" "${R[@]}" cifar cifar-graphs vit --limit 30 --steps 4
+part runs 180 0 "$PYTHON" "${R[@]}" cifar cifar-graphs vit vit-on vit-4096 cifar-256 embedded
 part steps 35 0 "$PYTHON" benchmarks/step.py -b 128 --cifar-batch 512 --steps 10 \
   --only method optimiser
 part micro-batch 35 0 "$PYTHON" benchmarks/micro_batch.py -b 4096 --micro-batch 1024 \
