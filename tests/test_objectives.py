@@ -445,8 +445,8 @@ def test_without_neighbours_among_the_candidates_loss_and_gradient_stay_bounded(
 def test_the_fresh_keys_alone_need_no_product_with_the_bank(monkeypatch):
     _, _, key, bank, rows = problem()
     candidates = restrict(objectives.gather_candidates(key, rows, len(bank)), "keys")
-    monkeypatch.setattr(objectives, "on_host", lambda _: False)  # as on a GPU
-    blocks = objectives._blocks(candidates.keys, bank[: len(candidates.counts)], *candidates[1:], 8)
+    monkeypatch.setattr(streamed, "on_host", lambda _: False)  # as on a GPU
+    blocks = streamed._blocks(candidates.keys, bank[: len(candidates.counts)], *candidates[1:], 8)
     assert [len(features) for features, _ in blocks] == [len(key)]
 
 
