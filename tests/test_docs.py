@@ -24,6 +24,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 EXTENDING = ROOT / "docs/EXTENDING.md"
 OTHERS = {"help", "dry-run", "nodes", "gpus-per-node", "cpus-per-task", "logdir"}
 OTHERS |= {"requeue", "signal", "max-restarts"}  # flags of other programs
+OTHERS |= {"quick"}  # of benchmarks/gpu.sh
 OTHERS |= {"num-gpus", "config-file", "cfg-options"}  # of detectron2 and mmdetection
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
