@@ -18,7 +18,7 @@ GROUND = {
     for name in ("errors", "console", "worker_failures", "safe_files", "distributed", "precision")
 }
 # python -m snclr.NAME, and what the package itself offers: like the scripts, nothing imports them
-COMMANDS = {"snclr.export", "snclr.mean_std", "snclr.report", "snclr.visualize"}
+COMMANDS = {"snclr.embed", "snclr.export", "snclr.mean_std", "snclr.report", "snclr.visualize"}
 TOP = {"main_snclr", "main_lincls", "snclr.__init__"} | COMMANDS
 # The longest chain of imports down to the ground floor, which is not counted. The model needs 4:
 # builder, backbones, heads, batch_norm. An image is opened in 3 files (images, decoding,
