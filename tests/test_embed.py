@@ -3,6 +3,7 @@ interruption. (On several ranks: test_lincls_ranks.py.)
 """
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -68,6 +69,18 @@ def test_validation_images_and_images_without_labels(pretrain, images, tmp_path)
     np.testing.assert_array_equal(tree["features"], val["features"])
     with pytest.raises(UsageError, match="--split val: there are no validation images"):
         write(file, images / "val", tmp_path / "none.npz", "--split", "val")
+
+
+def test_a_zip_file_that_two_workers_read(pretrain, images, tmp_path, small_parts, monkeypatch):
+    monkeypatch.setattr("snclr.datasets.images.RESIDENT_LIMIT", 0)
+    folder = images / "val"
+    archive = shutil.make_archive(f"{tmp_path}/photos", "zip", folder)
+    file = write(pretrain("resnet8"), archive, tmp_path / "x.npz", "--workers", "2")
+    expected = write(pretrain("resnet8"), folder, tmp_path / "y.npz")
+    names = [os.path.join(archive, os.path.relpath(path, folder)) for path in expected["names"]]
+    order = [file["names"].tolist().index(name) for name in names]
+    np.testing.assert_array_equal(file["features"][order], expected["features"])
+    assert file["labels"][order].tolist() == [0] * 5 + [1] * 5
 
 
 @pytest.mark.parametrize(
