@@ -126,9 +126,8 @@ def test_a_run_sees_the_images_of_a_folder_in_the_same_order_and_views(tmp_path)
         (tmp_path / "hf").mkdir(exist_ok=True)
         table.to_parquet(tmp_path / f"hf/{name}.parquet")
     for name in ("folder", "hf"):
-        main_snclr.main(
-            f"{tmp_path / name} {NO_EVALUATION} --stop-after-steps 3 --workdir {tmp_path}/run-{name}".split()
-        )
+        flags = f"{NO_EVALUATION} --stop-after-steps 3 --workdir {tmp_path}/run-{name}"
+        main_snclr.main([str(tmp_path / name), *flags.split()])
     assert losses(tmp_path / "run-folder") == losses(tmp_path / "run-hf")
     assert json.loads((tmp_path / "run-hf/args.json").read_text())["dataset"] == "hf"
 
