@@ -46,7 +46,7 @@ LONGER = {
     "snclr.datasets.sources": 280,
     "snclr.evaluation.options": 350,
     "snclr.objectives": 330,
-    "snclr.options": 520,
+    "snclr.options": 535,
     "snclr.running.checkpoint": 275,
     "snclr.shared_options": 380,
     "snclr.weights.libraries": 380,
