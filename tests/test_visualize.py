@@ -336,7 +336,8 @@ def test_a_map_of_collapsed_features_is_drawn():
 
 def test_map_by_umap_where_it_is_installed():
     pytest.importorskip("umap", reason="UMAP needs umap-learn")
-    for features in (torch.randn(40, 5), torch.randn(3, 5), torch.ones(20, 5)):
+    assert list(encoders.projections(torch.ones(20, 5), seed=1)) == ["PCA"]  # at full collapse
+    for features in (torch.randn(40, 5), torch.randn(3, 5)):
         first, second = (encoders.projections(features, seed=1)["UMAP"] for _ in range(2))
         assert first.shape == (len(features), 2) and np.array_equal(first, second)
         assert np.isfinite(first).all()

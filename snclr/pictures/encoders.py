@@ -157,6 +157,8 @@ def projections(features: Tensor, seed: int) -> dict[str, np.ndarray]:
     (scikit-learn) and UMAP (umap-learn).
     """
     maps = {"PCA": pca(features)}
+    if np.ptp(maps["PCA"][:, 0]) < 1e-6:
+        return maps  # full collapse: the others divide by the spread, and scikit-learn crashes
     with contextlib.suppress(ImportError):
         from sklearn.manifold import TSNE  # optional: only this map needs it
 
