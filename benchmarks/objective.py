@@ -31,7 +31,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from benchmarks import measure
 from snclr import objectives
 from snclr.memory_bank import MemoryBank
-from snclr.objectives import Candidates, gather_neighbours, positiveness, snclr_loss
+from snclr.objectives import Candidates, gather_neighbours, positiveness, restrict, snclr_loss
 from snclr.running import process_group
 
 T = 0.2
@@ -128,10 +128,13 @@ def dense_loss(z: Tensor, y: Tensor, key: Tensor, neighbours: Tensor, others: Te
 
 
 class Streamed:
-    """This project's form: a bank of unit rows, neighbours of other ranks as counts per row."""
+    """This project's form: a bank of unit rows, neighbours of other ranks as counts per row.
 
-    def __init__(self, problem: Problem, bfloat16: bool):
-        self.p = problem
+    candidates: what of it is in the denominator, the value of --candidates.
+    """
+
+    def __init__(self, problem: Problem, bfloat16: bool, candidates: str = "all"):
+        self.p, self.kind = problem, candidates
         self.bank = MemoryBank(*problem.bank.shape, bfloat16=bfloat16).to(problem.bank.device)
         self.bank.enqueue(problem.bank, problem.ids)
         others = [rows[problem.batch :] for rows in problem.rows]
@@ -151,7 +154,7 @@ class Streamed:
                 rows,
                 positiveness(y, self.bank.features, rows, neighbours=neighbours),
                 temperature=T,
-                candidates=Candidates(p.keys[direction], counts),
+                candidates=restrict(Candidates(p.keys[direction], counts), self.kind),
                 neighbours=neighbours,
             )
             gradients += [loss.detach(), *torch.autograd.grad(loss, (z, y))]
@@ -233,9 +236,12 @@ def main():
         "dense, as released": Dense(problem),
         "streamed, float32": Streamed(problem, bfloat16=False),
         "streamed, bfloat16 products": Streamed(problem, bfloat16=True),
+        "streamed, float32, --candidates keys": Streamed(problem, False, "keys"),
     }
     memory = {name: measure.peak_memory(side.step, device) for name, side in sides.items()}
-    seconds = measure.fastest({name: side.step for name, side in sides.items()}, args.steps, device)
+    calls = {name: side.step for name, side in sides.items()}
+    seconds = measure.fastest(calls, args.steps, device)
+    on_device = measure.device_seconds(calls, args.steps, device)
     sizes = f"B {args.batch}, {args.ranks} ranks, K {args.topk}, M {args.bank}, D {args.dim}"
     print(
         f"{sizes}: search, both directions forward and backward, enqueue\n"
@@ -244,12 +250,16 @@ def main():
     dense = next(iter(sides))
     rows = []
     for name, taken in seconds.items():
-        cells = [f"{1000 * taken:.0f}", f"{seconds[dense] / taken:.1f}"]
+        cells = [f"{1000 * taken:.1f}", f"{seconds[dense] / taken:.1f}"]
         # a tiny problem may need no new memory at all
         less = memory[dense] / max(memory[name], 1)
         cells += [f"{memory[name] / 2**20:.0f}", f"{less:.1f}"]
+        if on_device:
+            own = on_device[name]
+            cells += [f"{1000 * own:.2f}", f"{on_device[dense] / own:.1f}"]
         rows.append([name, *cells])
     head = ["", "ms per step", "times faster", "MB beyond the bank", "times less"]
+    head += ["ms on the GPU", "times faster"] if on_device else []
     print(measure.table(head, rows))
     head = ["bfloat16 products against float64", "loss, relative error"]
     head += ["least gradient cosine", "recall of the top K"]

@@ -7,6 +7,7 @@ from .running.errors import UsageError
 
 METHODS = ("snclr", "nnclr", "mocov3", "mocov2")
 FORMS = ("sum_of_logs", "log_of_sum")
+CANDIDATES = ("all", "unique", "keys")
 ARCHS = ("vit_tiny", "vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
 ARCHS += ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101")
 # attention heads; vit_small has 12 as in MoCo v3, while timm's, DeiT's and DINO's ViT-S has 6
@@ -24,6 +25,7 @@ OPTIMIZERS = {  # name: class, and its arguments besides the parameter groups an
 }
 LOGGERS = ("wandb", "mlflow")  # names of libraries
 AMP = ("off", "auto", "bf16", "fp16")
+COMPILE = ("auto", "off", "on", "graphs")
 LOCAL_DATASETS = ("folder", "tree", "list", "shards")  # the user's own files
 TORCHVISION_DATASETS = ("cifar10", "cifar100", "stl10", "svhn", "flowers102", "pets", "food101")
 TORCHVISION_DATASETS += ("dtd", "aircraft")

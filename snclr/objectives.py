@@ -17,20 +17,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .choices import FORMS
-from .memory_bank import gather, on_host
+from .choices import CANDIDATES, FORMS
+from .memory_bank import gather
 from .running.distributed import all_gather, all_gather_with_grad, all_sum, rank
 from .running.precision import full_precision, unit, widen
-
-# logits computed at a time: on a CPU they stay in a core's cache, on a GPU they fill it
-CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
+from .streamed import log_sum_exp
 
 
 class Candidates(NamedTuple):
     """What every query of the global batch is compared with.
 
     keys (N, D)     unit momentum keys of all ranks, in rank order; each counts once
-    counts (M,)     int32, how often the global batch picked each bank row; 0: not a candidate
+    counts (M,)     int32, how often each bank row counts in the denominator: as often as the global
+                    batch picked it, 0 if it is no candidate; (0,) if no row is one (see restrict)
 
     The ranks exchange counts, not the picked features: M integers, whatever N, K and D are.
     """
@@ -57,6 +56,37 @@ def gather_candidates(key: Tensor, rows: Tensor, bank_size: int) -> Candidates:
     Costs one all-gather of the keys and one all-reduce of integers.
     """
     return Candidates(all_gather(unit(key)), count_picks(rows, bank_size))
+
+
+def restrict(candidates: Candidates, kind: str) -> Candidates:
+    """The candidates that --candidates leaves, of those that the global batch picked.
+
+        all      Z_i = sum_n exp(z_i . k_n / T) + sum_m count_m exp(z_i . C_m / T)  (as released)
+        unique   Z_i = sum_n exp(z_i . k_n / T) + sum_m [count_m > 0] exp(z_i . C_m / T)
+        keys     Z_i = sum_n exp(z_i . k_n / T)
+
+    With keys, the neighbours only attract, and no product with the bank is left: this is between
+    SNCLR and MNN (Long et al. 2023), which has no negatives at all. Raises ValueError for an
+    unknown kind.
+    """
+    if kind not in CANDIDATES:
+        raise ValueError(f"kind must be one of {CANDIDATES}, found {kind!r}")
+    keys, counts = candidates
+    if kind == "unique":
+        counts = counts.clamp(max=1)
+    return Candidates(keys, counts[:0] if kind == "keys" else counts)
+
+
+def mix_with_keys(neighbours: Tensor, key: Tensor, shares: Tensor) -> Tensor:
+    """Positives between each neighbour and the image's own key (MNN, Long et al. 2023), (B, K, D):
+
+        unit( share_ik NN_ik + (1 - share_ik) k_i )
+
+    neighbours (B, K, D) unit vectors; key (B, D); shares (B, K) in 0 .. 1. MNN draws one share a
+    step and direction for the whole batch; here each neighbour of each image has its own.
+    """
+    shares = shares.to(neighbours)[:, :, None]
+    return unit(torch.lerp(unit(key).to(neighbours.dtype)[:, None], neighbours, shares))
 
 
 def gather_neighbours(bank: Tensor, rows: Tensor) -> Tensor:
@@ -126,6 +156,7 @@ def snclr_loss(
     form: str = "sum_of_logs",
     candidates: Candidates | None = None,
     neighbours: Tensor | None = None,
+    normalise: bool = False,
 ) -> Tensor:
     """Contrast with the own key and its soft neighbours, one direction (Ge et al., eq. 3).
 
@@ -138,14 +169,22 @@ def snclr_loss(
         log_of_sum    L_i = log Z_i - log sum_k w_ik exp(s_ik)       as printed in the paper
         loss = 2T * mean_i L_i
 
-    A bank row that five images picked counts five times in Z_i.
+    A bank row that five images picked counts five times in Z_i. With normalise, w_ik is divided by
+    sum_j w_ij, so that the weights of an image's positives sum to 1 (--normalise-positives).
+
+    If the neighbours are not among the candidates (restrict, or mix_with_keys), the exponential of
+    a positive may exceed Z_i, so the loss can fall below 0. It stays bounded: all s lie within
+    1/T of 0, and so does the gradient by unit(z_i), which is W (mean candidate - mean positive) / T
+    with W = sum_k w_ik in sum_of_logs, and without W in log_of_sum.
 
     query (B, D)            predictions, with gradient
     key (B, D)              momentum projections of the other view
     bank (M, D)             unit rows
     rows (B, K)             neighbours of the keys, -1 for none
     weights (B, K)          with or without gradient
-    candidates, neighbours  from gather_candidates and gather_neighbours, if the caller has them
+    candidates              from gather_candidates (and restrict), if the caller has them
+    neighbours (B, K, D)    the positives: from gather_neighbours, if the caller has them, or others
+                            in their place (mix_with_keys)
 
     Returns a scalar. Raises ValueError for an unknown form.
     """
@@ -155,14 +194,19 @@ def snclr_loss(
         candidates = gather_candidates(key, rows, len(bank))
     query, key = unit(query), unit(key)
     weights = widen(weights).to(query.dtype) * (rows >= 0)
-    log_z = log_sum_exp(query, candidates.keys, bank, candidates.counts, temperature)
+    keys, counts = candidates
+    log_z = log_sum_exp(query, keys, bank[: len(counts)], counts, temperature)
     own = (query * key.detach()).sum(dim=1) / temperature
     soft = _cosines_with_rows(query, bank, rows, neighbours) / temperature
     if form == "sum_of_logs":
         per_image = log_z - own + (weights * (log_z[:, None] - soft)).sum(dim=1)
+        if normalise:
+            per_image = per_image / (1 + weights.sum(dim=1))
     else:
         scores = torch.cat([own[:, None], soft], dim=1)
         weights = torch.cat([torch.ones_like(own[:, None]), weights], dim=1)
+        if normalise:
+            weights = weights / weights.sum(dim=1, keepdim=True)
         # not log w + s: the gradient of log w is infinite where a weight is 0
         largest = scores.detach().masked_fill(weights <= 0, -math.inf).amax(dim=1, keepdim=True)
         # the clamp only changes entries of weight 0
@@ -223,13 +267,14 @@ def loss_at_chance(
     """The loss of a step if all candidates look the same to the encoder.
 
     num_candidates  C, the candidates of one image, with its own key
-    weight_sum      W, the mean of sum_k w_ik in this step, with w_i0 = 1
+    weight_sum      W, the mean of sum_k w_ik in this step, with w_i0 = 1; 1 if they are normalised
 
         mocov2, nnclr           log C
         mocov3, sum_of_logs     4T * W log C
         log_of_sum              4T * (log C - log W)
 
-    None for a single candidate: then the loss is always 0.
+    This also holds for positives that are not among the candidates: all cosines are equal. None if
+    the value is not above 0, as for a single candidate.
     """
     if num_candidates <= 1:
         return None
@@ -238,92 +283,17 @@ def loss_at_chance(
     per_image = weight_sum * math.log(num_candidates)
     if form == "log_of_sum":
         per_image = math.log(num_candidates) - math.log(weight_sum)
-    return 2 * (2 * temperature * per_image)
-
-
-def log_sum_exp(
-    query: Tensor,
-    keys: Tensor,
-    bank: Tensor,
-    counts: Tensor,
-    temperature: float,
-    chunk: int | None = None,
-) -> Tensor:
-    """log( sum_n exp(q_i . keys_n / T) + sum_m counts_m exp(q_i . bank_m / T) ), (B,).
-
-    query (B, D)    unit rows, with gradient; keys, bank and counts get none
-    keys (N, D)     counted once each
-    bank (M, D)     in bfloat16, the products are taken in that format, maxima and sums in query's
-    counts (M,)     non-negative integers
-    chunk           rows at a time (None: what suits the device); memory is O(B * chunk)
-
-    Without any candidate the result is -inf, and the gradient 0.
-    """
-    if chunk is None:
-        chunk = max(512, CHUNK_ELEMENTS[query.device.type] // max(len(query), 1))
-    return _LogSumExp.apply(query, keys, bank, counts, temperature, chunk)
-
-
-class _LogSumExp(torch.autograd.Function):
-    """log_sum_exp in one pass over the candidates, with a running maximum.
-
-    The gradient of log Z_i is the softmax-weighted mean of the candidates, divided by T. The
-    candidates need no gradient, so forward computes this mean in the same pass, as flash attention
-    does with its values. Backward is one multiplication.
-    """
-
-    @staticmethod
-    def forward(ctx, query, keys, bank, counts, temperature, chunk):
-        with_mean = ctx.needs_input_grad[0]
-        products = bank.dtype if bank.dtype == torch.bfloat16 else query.dtype
-        scaled = (query / temperature).to(products)
-        largest = query.new_full((len(query), 1), -math.inf)
-        total = query.new_zeros(len(query), 1)  # sum of exp(logit - largest)
-        mean = torch.zeros_like(query)  # sum of exp(logit - largest) * candidate
-        for features, multiplicity in _blocks(keys, bank, counts, chunk):
-            features = features.to(products)
-            logits = (scaled @ features.T).to(query.dtype)
-            if multiplicity is not None:
-                logits += multiplicity.to(query.dtype).log()
-            new_largest = torch.maximum(largest, logits.amax(dim=1, keepdim=True))
-            # before the first candidate the maximum is -inf, and -inf - (-inf) would be nan
-            pivot = new_largest.masked_fill(new_largest == -math.inf, 0)
-            exponentials = logits.sub_(pivot).exp_()
-            scale = (largest - pivot).exp()
-            total = total * scale + exponentials.sum(dim=1, keepdim=True)
-            if with_mean:
-                mean = mean.mul_(scale).add_(exponentials.to(products) @ features)
-            largest = new_largest
-        if with_mean:
-            ctx.save_for_backward(
-                mean.div_(total.clamp(min=torch.finfo(total.dtype).tiny)).div_(temperature)
-            )
-        return (largest + total.log()).squeeze(1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (mean,) = ctx.saved_tensors
-        return grad[:, None] * mean, None, None, None, None, None
-
-
-def _blocks(keys: Tensor, bank: Tensor, counts: Tensor, chunk: int):
-    """Candidates in blocks of c <= chunk rows: features (c, D) and counts (c,); None: each once."""
-    for part in keys.split(chunk) if len(keys) else ():
-        yield part, None
-    if on_host(counts):  # on a CPU it pays to skip the rows that no image picked
-        picked = counts.nonzero().squeeze(1)
-        for rows in picked.split(chunk) if len(picked) else ():
-            yield bank.index_select(0, rows), counts[rows]
-    elif len(bank):
-        yield from zip(bank.split(chunk), counts.split(chunk), strict=True)
+    return 2 * (2 * temperature * per_image) if per_image > 0 else None
 
 
 def _cosines_with_rows(
     query: Tensor, bank: Tensor, rows: Tensor, neighbours: Tensor | None
 ) -> Tensor:
-    """query (B, D), with gradient, times bank[rows] (B, K, D): (B, K), 0 where rows has -1."""
+    """query (B, D), with gradient, times bank[rows] (B, K, D): (B, K).
+
+    Where rows has -1, the values are finite and mean nothing.
+    """
     if not rows.numel():
         return query.new_zeros(rows.shape)
     neighbours = gather_neighbours(bank, rows) if neighbours is None else neighbours
-    return torch.einsum("bd,bkd->bk", query, neighbours.to(query.dtype)) * (rows >= 0)
+    return torch.einsum("bd,bkd->bk", query, neighbours.to(query.dtype))

@@ -10,15 +10,17 @@ from torch.nn.functional import normalize
 
 from benchmarks import measure
 from benchmarks.objective import dense_loss
-from snclr import objectives, options
+from snclr import objectives, options, streamed
 from snclr.builder import SNCLR
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import (
     log_sum_exp,
+    mix_with_keys,
     mocov2_loss,
     mocov3_loss,
     nnclr_loss,
     positiveness,
+    restrict,
     snclr_loss,
 )
 
@@ -225,21 +227,31 @@ def test_zero_weights_under_the_log_have_finite_gradients_at_low_temperature():
     )
 
 
-@pytest.mark.parametrize("device_path", ["picked rows only", "whole bank with a bias"])
+@pytest.mark.parametrize(
+    "device_path, temperature",
+    [
+        ("picked rows only", 0.2),
+        ("whole bank with a bias", 0.2),
+        ("whole bank with a bias", 0.025),  # the lowest without a running maximum
+        ("whole bank with a bias", 0.01),
+    ],
+)
 @pytest.mark.parametrize("chunk", [1, 3, 7, 50, 1000])
-def test_streamed_log_sum_exp_equals_the_dense_one_for_any_chunk(chunk, device_path, monkeypatch):
-    monkeypatch.setattr(objectives, "on_host", lambda _: device_path == "picked rows only")
+def test_streamed_log_sum_exp_equals_the_dense_one_for_any_chunk(
+    chunk, device_path, temperature, monkeypatch
+):
+    monkeypatch.setattr(streamed, "on_host", lambda _: device_path == "picked rows only")
     query, _, key, bank, _ = problem(dim=8)
     counts = torch.zeros(50, dtype=torch.int32)
     counts[20:30] = torch.arange(10)  # chunks before and after it are without any candidate
     query = query.detach()
     fast, slow = query.clone().requires_grad_(), query.clone().requires_grad_()
-    streamed = log_sum_exp(fast, key, bank, counts, 0.2, chunk)
+    result = log_sum_exp(fast, key, bank, counts, temperature, chunk)
     dense = torch.cat([slow @ key.T, slow @ bank.repeat_interleave(counts, dim=0).T], dim=1)
-    dense = (dense / 0.2).logsumexp(dim=1)
-    torch.testing.assert_close(streamed, dense, **TIGHT)
+    dense = (dense / temperature).logsumexp(dim=1)
+    torch.testing.assert_close(result, dense, **TIGHT)
     direction = torch.randn(len(query), dtype=torch.float64)
-    (streamed @ direction).backward()
+    (result @ direction).backward()
     (dense @ direction).backward()
     torch.testing.assert_close(fast.grad, slow.grad, **TIGHT)
 
@@ -272,7 +284,24 @@ def test_bfloat16_products_stay_near_the_float64_loss_and_gradient(form, crowd):
     )
 
 
-def test_without_any_candidate_the_log_sum_exp_is_minus_infinity_and_its_gradient_zero():
+@pytest.mark.parametrize("cosine", [-1.0, 1.0])
+def test_a_gpus_sums_hold_in_float32_at_the_lowest_temperature(cosine, monkeypatch):
+    monkeypatch.setattr(streamed, "on_host", lambda _: False)
+    bank = torch.nn.functional.one_hot(torch.zeros(128, dtype=torch.long), 4).float()
+    query, counts = cosine * bank[:2], torch.full((128,), 50, dtype=torch.int32)
+    query.requires_grad_()
+    result = log_sum_exp(query, bank[:0], bank, counts, streamed.LOWEST_TEMPERATURE)
+    exact = cosine / streamed.LOWEST_TEMPERATURE + math.log(128 * 50)
+    torch.testing.assert_close(result, torch.full((2,), exact))
+    result.sum().backward()
+    torch.testing.assert_close(query.grad, bank[:2] / streamed.LOWEST_TEMPERATURE)
+
+
+@pytest.mark.parametrize("device_path", ["picked rows only", "whole bank with a bias"])
+def test_without_any_candidate_the_log_sum_exp_is_minus_infinity_and_its_gradient_zero(
+    device_path, monkeypatch
+):
+    monkeypatch.setattr(streamed, "on_host", lambda _: device_path == "picked rows only")
     query, _, key, bank, _ = problem()
     result = log_sum_exp(query, key[:0], bank, torch.zeros(len(bank), dtype=torch.int32), 0.2, 16)
     assert torch.equal(result, torch.full_like(result, -math.inf))
@@ -341,6 +370,90 @@ def test_inputs_need_no_normalisation_and_keep_their_precision():
     torch.testing.assert_close(
         loss16.double(), reference, rtol=1e-5, atol=0
     )  # only the inputs were rounded
+
+
+# -- levers beyond the paper -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", objectives.FORMS)
+@pytest.mark.parametrize("kind", objectives.CANDIDATES)
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("mixes", [False, True])
+def test_candidates_mixing_and_normalising_equal_the_oracle(form, kind, normalise, mixes):
+    query, online, key, bank, rows = problem()
+    rows[0] = torch.tensor([3, 7, 9, -1])
+    rows[1:, 0], rows[5] = 7, -1  # a row that many images picked, and an image without neighbours
+    shares, positives = torch.rand(rows.shape, dtype=torch.float64), None
+    neighbours = objectives.gather_neighbours(bank, rows)
+    if mixes:
+        positives = oracles.mixed(neighbours, key, shares)
+        neighbours = mix_with_keys(neighbours, 3 * key, shares)
+        torch.testing.assert_close(neighbours, positives, **TIGHT)
+    weights = positiveness(online, bank, rows, temperature=0.1)
+    candidates = restrict(objectives.gather_candidates(key, rows, len(bank)), kind)
+    fast = snclr_loss(
+        query,
+        key,
+        bank,
+        rows,
+        weights,
+        temperature=0.2,
+        form=form,
+        candidates=candidates,
+        neighbours=neighbours,
+        normalise=normalise,
+    )
+    slow = oracles.snclr(
+        query,
+        key,
+        bank,
+        rows,
+        oracles.positiveness(online, bank, rows, temperature=0.1),
+        0.2,
+        form,
+        kind,
+        positives,
+        normalise,
+    ).mean()
+    torch.testing.assert_close(fast, slow, **TIGHT)
+    gradients = [torch.autograd.grad(loss, (query, online)) for loss in (fast, slow)]
+    for quick, obvious in zip(*gradients, strict=True):
+        torch.testing.assert_close(quick, obvious, **TIGHT)
+
+
+@pytest.mark.parametrize("form", objectives.FORMS)
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+def test_without_neighbours_among_the_candidates_loss_and_gradient_stay_bounded(form, temperature):
+    """The neighbours are far more similar to the query than any key: the loss is negative."""
+    query, _, key, bank, rows = problem(batch=4, k=3)
+    with torch.no_grad():
+        query.copy_(normalize(torch.eye(8)[0] + 0.1 * query, dim=1))
+        bank = query.repeat_interleave(3, dim=0)
+    rows, key = torch.arange(12).view(4, 3), normalize(-query.detach() + 0.1 * key, dim=1)
+    candidates = restrict(objectives.gather_candidates(key, rows, len(bank)), "keys")
+    weights = torch.full(rows.shape, 1 / 3, dtype=torch.float64, requires_grad=True)
+    loss = snclr_loss(
+        query, key, bank, rows, weights, temperature=temperature, form=form, candidates=candidates
+    )
+    loss.backward()
+    # 2T * W * (log Z - s) with W = 2, both within log N + 1/T; without the mean over 4 images
+    assert -2 * 2 * 2 < loss < 0
+    assert (4 * query.grad).norm(dim=1).max() <= 2 * 2 * 2
+    assert weights.grad.isfinite().all()
+
+
+def test_the_fresh_keys_alone_need_no_product_with_the_bank(monkeypatch):
+    _, _, key, bank, rows = problem()
+    candidates = restrict(objectives.gather_candidates(key, rows, len(bank)), "keys")
+    monkeypatch.setattr(streamed, "on_host", lambda _: False)  # as on a GPU
+    blocks = streamed._blocks(candidates.keys, bank[: len(candidates.counts)], *candidates[1:], 8)
+    assert [len(features) for features, _ in blocks] == [len(key)]
+
+
+def test_unknown_candidates_are_named():
+    candidates = objectives.Candidates(torch.zeros(2, 3), torch.zeros(4).int())
+    with pytest.raises(ValueError, match=r"kind must be one of .* found 'none'"):
+        restrict(candidates, "none")
 
 
 def test_unknown_form_is_named():

@@ -55,7 +55,7 @@ def cached_features(task: Task, loader: ViewLoader) -> Tensor:
 def cache_key(task: Task, loader: ViewLoader) -> str:
     """SHA-256 of everything that cached features depend on, see features.key_of.
 
-    A new flag is part of the key unless NOT_IN_FEATURES names it.
+    A new flag is part of the key unless its definition has changes_features=False.
     """
     return key_of(
         loader.images,
