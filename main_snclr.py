@@ -139,7 +139,7 @@ def main(argv: list[str]) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         hardware = {"world_size": distributed.world_size(), "amp_used": amp, "device": name}
         save_settings(workdir, args, hardware)
-    log = Log(workdir, step=step, enabled=is_rank_zero)
+    log = Log(workdir, step=step, enabled=is_rank_zero, args=args)
     run = Run(
         args=args,
         workdir=workdir,
