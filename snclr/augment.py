@@ -35,7 +35,8 @@ class View(NamedTuple):
 
     size: height and width in px; crop_min, crop_max: area of the crop as a share of the image; *_p:
     probability of an operation; jitter: half the width of the ranges of brightness, contrast,
-    saturation (factors around 1) and hue (turns around 0).
+    saturation (factors around 1) and hue (turns around 0, at most 1/3). A flip is left to right,
+    with flip_v_p upside down; a rotation is by 90, 180 or 270 degrees, equally likely.
     """
 
     size: int
@@ -47,6 +48,8 @@ class View(NamedTuple):
     gray_p: float = 0.0
     blur_p: float = 0.0
     solarize_p: float = 0.0
+    flip_v_p: float = 0.0
+    rotate_p: float = 0.0
 
 
 class Recipe(NamedTuple):
@@ -71,19 +74,44 @@ def moco_v2_views(size: int, crop_min: float, blur: bool) -> tuple[View, View]:
 
 
 def build_views(args: Namespace) -> tuple[View, ...]:
-    """The table of views that the flags describe (snclr/options.py).
+    """The table of views that the flags describe (snclr/view_options.py).
 
-    Two global views, then --local-views small ones, drawn as DINO's (Caron et al. 2021).
+    Two global views, then --local-views small ones. A local view has the settings of the first
+    global view, also those from flags. Its crop is drawn as DINO's (Caron et al. 2021), and half of
+    them are blurred unless --blur-p is given.
     """
     global_views = moco_v2_views if args.method == "mocov2" else moco_v3_views
-    views = global_views(args.img_size, args.crop_min, args.blur)
-    local_view = views[0]._replace(
+    first, second = global_views(args.img_size, args.crop_min, args.blur)
+    local_view = first._replace(
         size=args.local_size,
         crop_min=LOCAL_CROP_MIN,
         crop_max=args.local_crop_max,
         blur_p=0.5 * args.blur,
     )
-    return views + (local_view,) * args.local_views
+    flags = {
+        "jitter": args.jitter,
+        "jitter_p": args.jitter_p,
+        "gray_p": args.grey_p,
+        "blur_p": args.blur_p,
+        "solarize_p": args.solarise_p,
+        "flip_p": args.flip_h,
+        "flip_v_p": args.flip_v,
+        "rotate_p": args.rotate90,
+    }
+    first, local_view = (_set_by_flags(view, flags, 0) for view in (first, local_view))
+    return first, _set_by_flags(second, flags, 1), *[local_view] * args.local_views
+
+
+def _set_by_flags(view, flags, number):
+    """The view with the values of the user's flags, of which None is ignored. A flag with values
+    for each global view gives its first (number 0) or second (1).
+    """
+    for field, values in flags.items():
+        if values:
+            count = 4 if field == "jitter" else 1
+            own = tuple(values[number * count :][:count] or values)
+            view = view._replace(**{field: own if count > 1 else own[0]})
+    return view
 
 
 def by_size(recipe: Recipe, numbers: Iterable[int]) -> list[tuple[int, list[int]]]:
@@ -141,6 +169,9 @@ DRAWS = {
     "flip": 12,
     "areas": slice(13, 13 + CROP_TRIES),
     "aspects": slice(13 + CROP_TRIES, 13 + 2 * CROP_TRIES),
+    "flip_v": 13 + 2 * CROP_TRIES,
+    "rotate": 14 + 2 * CROP_TRIES,
+    "quarters": 15 + 2 * CROP_TRIES,
 }
 
 
@@ -153,7 +184,9 @@ class ViewParameters(NamedTuple):
     gray: Tensor  # (B,) bool
     sigma: Tensor  # (B,) float, blur in pixels; 0 for none
     solarize: Tensor  # (B,) bool
-    flip: Tensor  # (B,) bool
+    flip: Tensor  # (B,) bool, left to right
+    flip_v: Tensor  # (B,) bool, upside down
+    quarters: Tensor  # (B,) int64, quarter turns anticlockwise; 0 for none
 
 
 def draw(
@@ -186,6 +219,10 @@ def draw(
         sigma=np.where(u["blur"] < settings.blur_p, low + (high - low) * u["sigma"], 0.0),
         solarize=u["solarize"] < settings.solarize_p,
         flip=u["flip"] < settings.flip_p,
+        flip_v=u["flip_v"] < settings.flip_v_p,
+        quarters=np.where(
+            u["rotate"] < settings.rotate_p, 1 + (3 * u["quarters"]).astype(np.int64), 0
+        ),
     )
     return _draw_crops(u, settings, heights, widths), ViewParameters(
         *map(torch.from_numpy, parameters)
@@ -264,7 +301,7 @@ def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int)
 
 
 def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) -> Tensor:
-    """Jitter, gray, blur, solarize, flip and normalise.
+    """Jitter, gray, blur, solarize, flip, rotate and normalise.
 
     crops (B, 3, S, S) uint8; mean, std (3,) of the data set, in [0, 1]. Returns (B, 3, S, S) float
     on the device of the crops. Each operation runs only on the images that were drawn for it: the
@@ -291,6 +328,9 @@ def _apply_(x, p: ViewParameters):
     _on_chosen_(x, p.sigma > 0, gaussian_blur_, gaussian_taps(np.where(p.sigma > 0, p.sigma, 1)))
     _on_chosen_(x, p.solarize, solarize_)
     _on_chosen_(x, p.flip, flip)
+    _on_chosen_(x, p.flip_v, flip_v)
+    for quarters in (1, 2, 3):
+        _on_chosen_(x, p.quarters == quarters, lambda x, k=quarters: torch.rot90(x, k, (2, 3)))
 
 
 def _jitter_(x, p):
@@ -369,12 +409,13 @@ def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue_(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the hue of HSV by up to a sixth of a turn either way.
+    """Rotate the hue of HSV by up to a third of a turn either way.
 
     If a sixth of a turn has the length chroma, the angle from red is +-(value - 2 low + green +
     blue - red), with the sign of green - blue: the same formula for all sextants. A channel is
     low + clamp(2 chroma - distance, 0, chroma), where distance is the angle to its own primary, the
-    shorter way round: 3 chroma - |3 chroma - |angle||.
+    shorter way round: 3 chroma - |3 chroma - |angle||. This is right for angles of up to 7 chroma,
+    which is what limits the turn.
     """
     red, green, blue = x.split(1, dim=1)
     value, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
@@ -443,6 +484,10 @@ def solarize_(x: Tensor) -> Tensor:
 
 def flip(x: Tensor) -> Tensor:
     return x.flip(-1)
+
+
+def flip_v(x: Tensor) -> Tensor:
+    return x.flip(-2)
 
 
 def _luma(x: Tensor) -> Tensor:

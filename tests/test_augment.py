@@ -9,7 +9,7 @@ from PIL import ImageFilter
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from snclr import augment
+from snclr import augment, options
 from snclr.augment import (
     Recipe,
     View,
@@ -127,6 +127,72 @@ def test_epoch_order_is_shuffled_anew_by_epoch_and_seed():
         assert (one == other).mean() < 0.01
 
 
+# -- the table of views ---------------------------------------------------------------------------
+
+EVERYTHING = View(
+    16, 0.2, 1.0, 0.5, 0.7, (1, 1, 1, 1 / 3), 0.3, 0.5, 0.5, flip_v_p=0.5, rotate_p=0.7
+)
+PROBABILITY_FLAGS = {
+    "--jitter-p": "jitter_p",
+    "--grey-p": "gray_p",
+    "--solarise-p": "solarize_p",
+    "--blur-p": "blur_p",
+    "--flip-h": "flip_p",
+    "--flip-v": "flip_v_p",
+    "--rotate90": "rotate_p",
+}
+
+
+def views_of(*flags):
+    return augment.build_views(options.parse(["--img-size=48", "--local-views=2", *flags]))
+
+
+@pytest.mark.parametrize("method", ["snclr", "mocov2"])
+def test_without_flags_the_global_views_are_those_of_the_method(method):
+    flags = ["--method", method, "--img-size", "48", "--crop-min", "0.1"]
+    of_method = {"snclr": moco_v3_views, "mocov2": moco_v2_views}[method]
+    assert augment.build_views(options.parse(flags)) == of_method(48, 0.1, True)
+
+
+@pytest.mark.parametrize("flag", PROBABILITY_FLAGS)
+def test_a_probability_changes_one_field_of_both_views_or_of_each(flag):
+    first, second, *local = views_of()
+    field = PROBABILITY_FLAGS[flag]
+    one, other = {field: 0.25}, {field: 0.75}
+    both = [view._replace(**one) for view in (first, second, *local)]
+    assert views_of(flag, "0.25") == tuple(both)
+    each = [*both[:1], second._replace(**other), *both[2:]]  # local views follow the first view
+    assert views_of(flag, "0.25", "0.75") == tuple(each)
+
+
+def test_jitter_changes_the_strengths_of_both_views_or_of_each():
+    first, second, *local = views_of()
+    some, others = (0.1, 0.2, 0.3, 0.0), (0.5, 0.6, 0.7, 0.2)
+    both = [view._replace(jitter=some) for view in (first, second, *local)]
+    assert views_of("--jitter", *map(str, some)) == tuple(both)
+    each = [*both[:1], second._replace(jitter=others), *both[2:]]
+    assert views_of("--jitter", *map(str, some + others)) == tuple(each)
+
+
+@pytest.mark.parametrize("p", [0, 1])
+@pytest.mark.parametrize("field", PROBABILITY_FLAGS.values())
+def test_probabilities_0_and_1_are_never_and_always(field, p):
+    recipe = RECIPE._replace(views=(EVERYTHING._replace(**{field: p}),))
+    _, drawn = draw_many(recipe, count=500)
+    name = {"blur_p": "sigma", "rotate_p": "quarters"}.get(field, field.removesuffix("_p"))
+    values = getattr(drawn, name)
+    assert (values != 0).all() if p else not values.any()
+
+
+def test_rotations_and_flips_are_independent_and_of_equal_shares():
+    recipe = RECIPE._replace(views=(EVERYTHING._replace(rotate_p=0.75),))
+    _, p = draw_many(recipe)
+    cases = np.stack([p.flip, p.flip_v, p.quarters])
+    kinds, counts = np.unique(cases, axis=1, return_counts=True)
+    assert kinds.shape == (3, 16)
+    np.testing.assert_allclose(counts / MANY, 1 / 16, atol=0.006)
+
+
 # -- drawing --------------------------------------------------------------------------------------
 
 
@@ -228,9 +294,12 @@ def test_no_two_draws_share_a_column():
     ],
 )
 def test_draws_are_those_of_all_earlier_versions(draws, digest):
-    """A changed draw would change every run, so this digest must not change."""
+    """A changed draw would change every run, so this digest must not change. Draws that were added
+    later are those after the seventh.
+    """
     boxes, p = draw_many(view=1, count=1000, epoch=2)
-    arrays = {"boxes": [boxes], "parameters": [field.numpy() for field in p]}[draws]
+    assert p._fields[:7] == ("jitter", "order", "factors", "gray", "sigma", "solarize", "flip")
+    arrays = {"boxes": [boxes], "parameters": [field.numpy() for field in p[:7]]}[draws]
     bits = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
     assert hashlib.sha256(bits).hexdigest()[:16] == digest
 
@@ -398,7 +467,7 @@ THEIRS = {
 }
 STRENGTHS = dict.fromkeys(THEIRS, (0.0, 0.6, 0.8, 1.0, 1.2, 1.4))
 STRENGTHS |= {
-    "adjust_hue_": (-0.1, -0.05, -0.001, 0.0, 0.03, 0.1),
+    "adjust_hue_": (-1 / 3, -0.2, -0.1, -0.05, -0.001, 0.0, 0.03, 0.1, 0.25, 1 / 3),
     "gaussian_blur_": (0.1, 0.3, 0.7, 1.0, 1.5, 2.0),
 }
 
@@ -437,7 +506,7 @@ def test_hue_of_every_kind_of_pixel_equals_torchvisions():
     x = torch.cartesian_prod(levels, levels, levels).T.reshape(
         1, 3, 8, 8
     )  # greys, ties of two channels, pure colours
-    for turns in (-0.1, 0.0, 0.1):
+    for turns in (-1 / 3, -0.1, 0.0, 0.1, 1 / 3):
         torch.testing.assert_close(
             ours("adjust_hue_", x, torch.tensor([turns])), F.adjust_hue(x, turns), atol=1e-5, rtol=0
         )
@@ -507,6 +576,9 @@ def apply_one_by_one(crops, p):
             x = F.solarize(x, 128 / 255)
         if p.flip[i]:
             x = F.hflip(x)
+        if p.flip_v[i]:
+            x = F.vflip(x)
+        x = F.rotate(x, 90 * p.quarters[i].item())
         views.append(F.normalize(x, MEAN.tolist(), STD.tolist()))
     return torch.stack(views)
 
@@ -520,6 +592,17 @@ def test_apply_equals_torchvision_image_by_image(view, size, count):
     views = augment.apply(crops, parameters, MEAN, STD)
     torch.testing.assert_close(views, apply_one_by_one(crops, parameters), atol=1e-5, rtol=0)
     assert torch.equal(crops, before)
+
+
+@pytest.mark.parametrize("size", [16, 66])
+def test_apply_with_flips_and_rotations_equals_torchvision_image_by_image(size):
+    crops = pictures(40, size).mul(255).round().to(torch.uint8)
+    recipe = RECIPE._replace(views=(EVERYTHING,))
+    _, parameters = draw_many(recipe, count=40)
+    cases = set(zip(parameters.flip_v.tolist(), parameters.quarters.tolist(), strict=True))
+    assert len(cases) == 2 * 4
+    views = augment.apply(crops, parameters, MEAN, STD)
+    torch.testing.assert_close(views, apply_one_by_one(crops, parameters), atol=1e-5, rtol=0)
 
 
 def view_of_picture(picture, box, p, i, size, throughout):
@@ -569,9 +652,8 @@ def test_whole_views_are_those_of_pil_and_torchvision(view, throughout, mean, mo
 def test_with_nothing_drawn_apply_only_normalises():
     crops = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     off = torch.zeros(4, dtype=torch.bool)
-    nothing = ViewParameters(
-        off, torch.arange(4).expand(4, 4), torch.zeros(4, 4), off, torch.zeros(4), off, off
-    )
+    order, zeros = torch.arange(4).expand(4, 4), torch.zeros(4, 4)
+    nothing = ViewParameters(off, order, zeros, off, zeros[0], off, off, off, zeros[0])
     expected = F.normalize(crops / 255, MEAN.tolist(), STD.tolist())
     torch.testing.assert_close(augment.apply(crops, nothing, MEAN, STD), expected)
 
