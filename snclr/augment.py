@@ -336,15 +336,23 @@ def _apply_(x, p: ViewParameters):
 def _jitter_(x, p):
     """Brightness, contrast, saturation and hue of the chosen images, in the order drawn for each.
 
-    There are four rounds. In each, the images are sorted by their next operation, so that each
-    operation is one call.
+    Three ways for three kinds of devices: the operations of a single image, groups of images with
+    the same operation, or few calls.
     """
-    operations = adjust_brightness_, adjust_contrast_, adjust_saturation_, adjust_hue_
     chosen = np.flatnonzero(p.jitter)
-    if _large_on_cpu(x):  # a single image
+    if _large_on_cpu(x):
         for number in p.order[0] if len(chosen) else ():
-            operations[number](x, p.factors[0, number].item())
-        return
+            OPERATIONS[number](x, p.factors[0, number].item())
+    elif x.device.type == "cpu":
+        _jitter_by_groups_(x, p, chosen)
+    elif len(chosen):
+        _jitter_by_blends_(x, p, chosen)
+
+
+def _jitter_by_groups_(x, p, chosen):
+    """In each of four rounds the images are sorted by their next operation, so that each operation
+    is one call.
+    """
     jittered, at = x, chosen
     for position in range(4):
         by_operation = np.argsort(p.order[chosen, position], kind="stable")
@@ -353,29 +361,68 @@ def _jitter_(x, p):
         order = p.order[chosen, position]
         strengths = _strengths(p.factors[chosen, order], x)
         ends = np.searchsorted(order, np.arange(5))
-        for operation_, start, end in zip(operations, ends, ends[1:], strict=False):
+        for operation_, start, end in zip(OPERATIONS, ends, ends[1:], strict=False):
             if start < end:
                 operation_(jittered[start:end], strengths[start:end])
-    _put_(x, chosen, jittered)
+    x.index_copy_(0, _on_device(chosen, x), jittered)
+
+
+def _jitter_by_blends_(x, p, chosen):
+    """The fewest calls: brightness, contrast and saturation are all blends.
+
+    One is clamp(factor x + (1 - factor) y, 0, 1), where y is 0, the mean luma of the image, or the
+    luma of the pixel. The images are sorted by the position of hue, 0 to 3, among the blends: then
+    those of which blend r comes before their hue are a slice, and so are those of which it comes
+    after.
+    """
+    position = np.argmax(p.order[chosen] == HUE, axis=1)
+    by_position = np.argsort(position, kind="stable")
+    chosen, ends = chosen[by_position], np.searchsorted(position[by_position], [1, 2, 3])
+    order = p.order[chosen]
+    kinds = order[order != HUE].reshape(-1, 3)
+    factors = p.factors[chosen[:, None], kinds]
+    of_mean, of_luma = ((1 - factors) * (kinds == kind) for kind in (1, 2))
+    host = np.stack([factors, of_mean, of_luma]).transpose(2, 0, 1)  # (3 rounds, 3, n)
+    blends = torch.from_numpy(host[..., None, None, None]).to(x, non_blocking=True)
+    at = _on_device(chosen, x)
+    jittered = x.index_select(0, at)
+    for blend, start in zip(blends, ends, strict=True):
+        _blend_(jittered[start:], blend[:, start:])
+    adjust_hue_(jittered, _strengths(p.factors[chosen, HUE], x))
+    for blend, end in zip(blends, ends, strict=True):
+        _blend_(jittered[:end], blend[:, :end])
+    x.index_copy_(0, at, jittered)
+
+
+def _blend_(x, blend):
+    """clamp(blend[0] x + blend[1] mean luma + blend[2] luma, 0, 1); blend (3, n, 1, 1, 1)."""
+    if len(x):
+        luma = _luma(x)
+        mean = luma.mean(dim=(2, 3), keepdim=True)
+        luma.mul_(blend[2]).addcmul_(mean, blend[1])
+        x.mul_(blend[0]).add_(luma).clamp_(0, 1)
 
 
 def _on_chosen_(x, chosen, operation, *strengths):
     """Replace the images of x that are chosen (B,) by what the operation returns for them."""
     rows = np.flatnonzero(chosen)
+    if not len(rows):
+        return
     strengths = [_strengths(values[rows], x) for values in strengths]
     if len(rows) == len(x):
         x.copy_(operation(x, *strengths))  # copies nothing if the operation is in place
-    elif len(rows):
-        _put_(x, rows, operation(select(x, rows), *strengths))
+    else:
+        at = _on_device(rows, x)
+        x.index_copy_(0, at, operation(x.index_select(0, at), *strengths))
 
 
 def select(x: Tensor, rows: np.ndarray) -> Tensor:
     """x[rows], (n, ...) for rows (n,), without waiting for x's device."""
-    return x.index_select(0, torch.from_numpy(rows).to(x.device, non_blocking=True))
+    return x.index_select(0, _on_device(rows, x))
 
 
-def _put_(x, rows, images):
-    x.index_copy_(0, torch.from_numpy(rows).to(x.device, non_blocking=True), images)
+def _on_device(rows, x):
+    return torch.from_numpy(rows).to(x.device, non_blocking=True)
 
 
 def _strengths(values, x):
@@ -432,6 +479,10 @@ def adjust_hue_(x: Tensor, turns: Tensor) -> Tensor:
     primaries = torch.tensor([0.0, -2.0, 2.0]).to(x, non_blocking=True).view(3, 1, 1)
     torch.mul(chroma, primaries, out=x).add_(angle).abs_().sub_(chroma, alpha=3).abs_()
     return x.clamp_(chroma, 2 * chroma).add_(low - chroma)
+
+
+OPERATIONS = adjust_brightness_, adjust_contrast_, adjust_saturation_, adjust_hue_
+HUE = OPERATIONS.index(adjust_hue_)
 
 
 def grayscale(x: Tensor) -> Tensor:
