@@ -5,27 +5,25 @@ drawn depends only on (seed, epoch, image index, view number): a hash of these t
 random generator, so any number of ranks and workers draws the same.
 
 A new operation needs a name in DRAWS, a field in ViewParameters, the line in `draw` that fills it,
-a function, and the line in `_apply_` that calls it. The draws of all other operations stay as they
-are, bit for bit.
+a function in operations.py, and the line in `_apply_` that calls it. The draws of all other
+operations stay as they are, bit for bit.
 """
 
 import itertools
-import math
 from argparse import Namespace
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-GRAY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision's
-SIGMA_RANGE = (0.1, 2.0)  # blur, in output pixels
+from . import operations
+
 CROP_TRIES = 10
 LOCAL_CROP_MIN = 0.05  # DINO's (Caron et al. 2021)
-SMALL = 64  # px; on a CPU larger views are augmented one by one, to stay in its cache
-AT_ONCE = 2**26  # otherwise: pixel values to augment at a time, which bounds the memory
+AT_ONCE = 2**26  # pixel values to augment at a time, which bounds the memory
 
 # -- the table of views ---------------------------------------------------------------------------
 
@@ -210,7 +208,7 @@ def draw(
     u = {name: uniforms[:, column] for name, column in DRAWS.items()}
     settings = View(*(np.array(column)[view] for column in zip(*recipe.views, strict=True)))
 
-    low, high = SIGMA_RANGE
+    low, high = operations.SIGMA_RANGE
     parameters = ViewParameters(
         jitter=u["jitter"] < settings.jitter_p,
         order=_PERMUTATIONS[(u["order"] * len(_PERMUTATIONS)).astype(np.int64)],
@@ -256,50 +254,6 @@ def _draw_crops(u, settings, heights, widths):
 # -- applying -------------------------------------------------------------------------------------
 
 
-def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut V boxes (top, left, height, width) out of each image and resize them.
-
-    images (B, 3, H, W) uint8; boxes (V * B, 4): the first box of every image, then the second, ...
-    Returns (V * B, 3, size, size) uint8. Bilinear with antialiasing, as torchvision's resize: two
-    matrix products a box.
-    """
-    top, left, height, width = boxes.to(
-        images.device, torch.get_default_dtype(), non_blocking=True
-    ).unbind(1)
-    rows = _resize_matrices(top, height, images.shape[2], size).split(len(images))
-    columns = _resize_matrices(left, width, images.shape[3], size).split(len(images))
-    images = _channels_inside(images).to(rows[0].dtype)
-    views = (_both_ways(r, images, c).round_() for r, c in zip(rows, columns, strict=True))
-    # a direct conversion to uint8 takes 5 times as long
-    return torch.cat([view.to(torch.int16).to(torch.uint8) for view in views]).transpose(1, 2)
-
-
-def _channels_inside(x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, H, 3, W): two large products an image are faster than six small ones."""
-    return x.transpose(1, 2).contiguous()
-
-
-def _both_ways(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
-    """rows[b] @ x[b, :, c] @ columns[b].T: (B, S, H), (B, H, 3, W), (B, S, W) -> (B, S, 3, S)."""
-    half = x.flatten(1, 2) @ columns.mT
-    return (rows @ half.view(*x.shape[:2], -1)).unflatten(2, (x.shape[2], -1))
-
-
-def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int) -> Tensor:
-    """Weights (B, out_size, in_size) of the triangle filter that resizes the pixels [start, start +
-    extent) to out_size.
-    """
-    scale = (extent / out_size)[:, None, None]
-    steps = torch.arange(out_size, device=start.device)[:, None]
-    centre = start[:, None, None] + (steps + 0.5) * scale
-    pixel = torch.arange(in_size, device=start.device).to(start.dtype)
-    inside = (pixel >= start[:, None]) & (pixel < (start + extent)[:, None])
-    # the distance of a pixel outside is infinite, so its weight is 0
-    pixel = (pixel + 0.5).expand_as(inside).masked_fill(~inside, math.inf)[:, None]
-    weights = (pixel - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
-    return weights.div_(weights.sum(dim=2, keepdim=True))
-
-
 def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) -> Tensor:
     """Jitter, gray, blur, solarize, flip, rotate and normalise.
 
@@ -308,7 +262,9 @@ def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) 
     parameters are on the host, so the host never waits for a GPU.
     """
     views = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device)
-    count = 1 if _large_on_cpu(crops) else max(1, AT_ONCE // (3 * crops.shape[-1] ** 2))
+    count = (
+        1 if operations.is_large_on_cpu(crops) else max(1, AT_ONCE // (3 * crops.shape[-1] ** 2))
+    )
     for start in range(0, len(crops), count):
         part = slice(start, start + count)
         x = views[part].copy_(crops[part]).div_(255)
@@ -317,20 +273,21 @@ def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) 
     return views
 
 
-def _large_on_cpu(x):
-    return x.shape[-1] > SMALL and x.device.type == "cpu"
-
-
 def _apply_(x, p: ViewParameters):
     """All operations on x (B, 3, S, S) in place; p: their parameters, as numpy arrays."""
     _jitter_(x, p)
-    _on_chosen_(x, p.gray, grayscale)
-    _on_chosen_(x, p.sigma > 0, gaussian_blur_, gaussian_taps(np.where(p.sigma > 0, p.sigma, 1)))
-    _on_chosen_(x, p.solarize, solarize_)
-    _on_chosen_(x, p.flip, flip)
-    _on_chosen_(x, p.flip_v, flip_v)
+    _on_chosen_(x, p.gray, operations.grayscale)
+    _on_chosen_(
+        x,
+        p.sigma > 0,
+        operations.gaussian_blur_,
+        operations.gaussian_taps(np.where(p.sigma > 0, p.sigma, 1)),
+    )
+    _on_chosen_(x, p.solarize, operations.solarize_)
+    _on_chosen_(x, p.flip, operations.flip)
+    _on_chosen_(x, p.flip_v, operations.flip_v)
     for quarters in (1, 2, 3):
-        _on_chosen_(x, p.quarters == quarters, lambda x, k=quarters: torch.rot90(x, k, (2, 3)))
+        _on_chosen_(x, p.quarters == quarters, partial(torch.rot90, k=quarters, dims=(2, 3)))
 
 
 def _jitter_(x, p):
@@ -340,9 +297,9 @@ def _jitter_(x, p):
     the same operation, or few calls.
     """
     chosen = np.flatnonzero(p.jitter)
-    if _large_on_cpu(x):
+    if operations.is_large_on_cpu(x):
         for number in p.order[0] if len(chosen) else ():
-            OPERATIONS[number](x, p.factors[0, number].item())
+            operations.JITTERS[number](x, p.factors[0, number].item())
     elif x.device.type == "cpu":
         _jitter_by_groups_(x, p, chosen)
     elif len(chosen):
@@ -361,7 +318,7 @@ def _jitter_by_groups_(x, p, chosen):
         order = p.order[chosen, position]
         strengths = _strengths(p.factors[chosen, order], x)
         ends = np.searchsorted(order, np.arange(5))
-        for operation_, start, end in zip(OPERATIONS, ends, ends[1:], strict=False):
+        for operation_, start, end in zip(operations.JITTERS, ends, ends[1:], strict=False):
             if start < end:
                 operation_(jittered[start:end], strengths[start:end])
     x.index_copy_(0, _on_device(chosen, x), jittered)
@@ -375,11 +332,11 @@ def _jitter_by_blends_(x, p, chosen):
     those of which blend r comes before their hue are a slice, and so are those of which it comes
     after.
     """
-    position = np.argmax(p.order[chosen] == HUE, axis=1)
+    position = np.argmax(p.order[chosen] == operations.HUE, axis=1)
     by_position = np.argsort(position, kind="stable")
     chosen, ends = chosen[by_position], np.searchsorted(position[by_position], [1, 2, 3])
     order = p.order[chosen]
-    kinds = order[order != HUE].reshape(-1, 3)
+    kinds = order[order != operations.HUE].reshape(-1, 3)
     factors = p.factors[chosen[:, None], kinds]
     of_mean, of_luma = ((1 - factors) * (kinds == kind) for kind in (1, 2))
     host = np.stack([factors, of_mean, of_luma]).transpose(2, 0, 1)  # (3 rounds, 3, n)
@@ -387,20 +344,11 @@ def _jitter_by_blends_(x, p, chosen):
     at = _on_device(chosen, x)
     jittered = x.index_select(0, at)
     for blend, start in zip(blends, ends, strict=True):
-        _blend_(jittered[start:], blend[:, start:])
-    adjust_hue_(jittered, _strengths(p.factors[chosen, HUE], x))
+        operations.blend_(jittered[start:], blend[:, start:])
+    operations.adjust_hue_(jittered, _strengths(p.factors[chosen, operations.HUE], x))
     for blend, end in zip(blends, ends, strict=True):
-        _blend_(jittered[:end], blend[:, :end])
+        operations.blend_(jittered[:end], blend[:, :end])
     x.index_copy_(0, at, jittered)
-
-
-def _blend_(x, blend):
-    """clamp(blend[0] x + blend[1] mean luma + blend[2] luma, 0, 1); blend (3, n, 1, 1, 1)."""
-    if len(x):
-        luma = _luma(x)
-        mean = luma.mean(dim=(2, 3), keepdim=True)
-        luma.mul_(blend[2]).addcmul_(mean, blend[1])
-        x.mul_(blend[0]).add_(luma).clamp_(0, 1)
 
 
 def _on_chosen_(x, chosen, operation, *strengths):
@@ -434,114 +382,3 @@ def normalize_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x - mean) / std per channel, in place; x (B, 3, S, S) in [0, 1]."""
     mean, std = (values.to(x, non_blocking=True).view(3, 1, 1) for values in (mean, std))
     return x.sub_(mean).mul_(1 / std)
-
-
-# The operations take x (B, 3, S, S) in [0, 1] and strengths (B, 1, 1, 1); if the name ends in _,
-# they change x and return it.
-
-
-def adjust_brightness_(x: Tensor, factor: Tensor) -> Tensor:
-    return x.mul_(factor).clamp_(0, 1)
-
-
-def adjust_contrast_(x: Tensor, factor: Tensor) -> Tensor:
-    # rows first: torch splits a single large sum over threads, so it depends on their number
-    mean = _luma(x.mean(dim=3, keepdim=True).mean(dim=2, keepdim=True))
-    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
-
-
-def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
-    luma = _luma(x).mul_(1 - factor)
-    return x.mul_(factor).add_(luma).clamp_(0, 1)
-
-
-def adjust_hue_(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the hue of HSV by up to a third of a turn either way.
-
-    If a sixth of a turn has the length chroma, the angle from red is +-(value - 2 low + green +
-    blue - red), with the sign of green - blue: the same formula for all sextants. A channel is
-    low + clamp(2 chroma - distance, 0, chroma), where distance is the angle to its own primary, the
-    shorter way round: 3 chroma - |3 chroma - |angle||. This is right for angles of up to 7 chroma,
-    which is what limits the turn.
-    """
-    red, green, blue = x.split(1, dim=1)
-    value, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
-    chroma = value - low
-    angle = (
-        (green + blue)
-        .sub_(red)
-        .add_(value)
-        .sub_(low, alpha=2)
-        .copysign_(green - blue)
-        .add_(chroma * (6 * turns))
-    )
-    # minus the angle of red, green and blue
-    primaries = torch.tensor([0.0, -2.0, 2.0]).to(x, non_blocking=True).view(3, 1, 1)
-    torch.mul(chroma, primaries, out=x).add_(angle).abs_().sub_(chroma, alpha=3).abs_()
-    return x.clamp_(chroma, 2 * chroma).add_(low - chroma)
-
-
-OPERATIONS = adjust_brightness_, adjust_contrast_, adjust_saturation_, adjust_hue_
-HUE = OPERATIONS.index(adjust_hue_)
-
-
-def grayscale(x: Tensor) -> Tensor:
-    return _luma(x).expand_as(x)
-
-
-def gaussian_taps(sigma: np.ndarray) -> np.ndarray:
-    """Weights (B, 2R + 1) of a blur with sigma (B,): 0 beyond 3 sigma; each row adds up to 1."""
-    radius = math.ceil(3 * SIGMA_RANGE[1])
-    offsets, sigma = np.arange(-radius, radius + 1), sigma[:, None]
-    taps = np.exp(-(offsets**2) / (2 * sigma**2)) * (np.abs(offsets) <= np.ceil(3 * sigma))
-    return taps / taps.sum(axis=1, keepdims=True)
-
-
-def gaussian_blur_(x: Tensor, taps: Tensor) -> Tensor:
-    """Blur each image with its own taps (B, 2R + 1, 1, 1), reflecting at the border."""
-    return (_blur_by_shifts_ if _large_on_cpu(x) else _blur_by_products_)(x, taps.flatten(1))
-
-
-def _blur_by_products_(x, taps):
-    """For each image two products with a banded matrix."""
-    size, radius = x.shape[-1], taps.shape[1] // 2
-    offsets = torch.arange(-radius, radius + 1, device=x.device)
-    source = torch.arange(size, device=x.device)[:, None] + offsets
-    source = source.remainder(max(1, 2 * size - 2))  # reflected, without repeating the edge
-    source = torch.minimum(source, 2 * size - 2 - source)
-    matrices = x.new_zeros(len(x), size, size)
-    matrices.scatter_add_(2, source.expand(len(x), -1, -1), taps[:, None].expand(-1, size, -1))
-    return x.copy_(_both_ways(matrices, _channels_inside(x), matrices).transpose(1, 2))
-
-
-def _blur_by_shifts_(x, taps):
-    """For each image a sum of shifted copies, as many as its sigma needs: faster on a CPU."""
-    for image, weights in zip(x, taps.tolist(), strict=True):
-        first, *others = (weight for weight in weights if weight)
-        blurred = pad(image, (len(others) // 2,) * 4, mode="reflect")
-        for axis in (1, 2):
-            shifted = [blurred.narrow(axis, start, x.shape[-1]) for start in range(1 + len(others))]
-            blurred = shifted[0] * first
-            for weight, copy in zip(others, shifted[1:], strict=True):
-                blurred.add_(copy, alpha=weight)
-        image.copy_(blurred)
-    return x
-
-
-def solarize_(x: Tensor) -> Tensor:
-    bright = torch.ge(x, 128 / 255, out=torch.empty_like(x))
-    return x.sub_(bright).abs_()
-
-
-def flip(x: Tensor) -> Tensor:
-    return x.flip(-1)
-
-
-def flip_v(x: Tensor) -> Tensor:
-    return x.flip(-2)
-
-
-def _luma(x: Tensor) -> Tensor:
-    """(B, 3, S, S) -> (B, 1, S, S)."""
-    red, green, blue = x.split(1, dim=1)
-    return (red * GRAY[0]).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])

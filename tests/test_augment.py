@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerator import DEVICE, Accelerator
 from PIL import ImageFilter
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from snclr import augment, options
+from snclr import augment, operations, options
 from snclr.augment import (
     Recipe,
     View,
@@ -430,7 +431,7 @@ def test_crop_and_resize_equals_torchvision_to_one_level(box, size):
     image = torch.randint(
         0, 256, (3, 37, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    actual = augment.crop_and_resize(image[None], torch.tensor([box]), size)
+    actual = operations.crop_and_resize(image[None], torch.tensor([box]), size)
     expected = F.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
     assert actual.shape == (1, 3, size, size) and actual.dtype == torch.uint8
     assert (actual[0].int() - expected.int()).abs().max() <= 1
@@ -440,19 +441,20 @@ def test_crop_and_resize_equals_torchvision_to_one_level(box, size):
 def test_each_image_gets_its_own_box():
     images = torch.randint(0, 256, (len(BOXES), 3, 37, 50), dtype=torch.uint8)
     boxes = torch.tensor(list(BOXES.values()))
-    together = augment.crop_and_resize(images, boxes, 16)
+    together = operations.crop_and_resize(images, boxes, 16)
     for image, box, crop in zip(images, boxes, together, strict=True):
-        assert torch.equal(augment.crop_and_resize(image[None], box[None], 16)[0], crop)
-    twice = augment.crop_and_resize(images, torch.cat([boxes, boxes.flip(0)]), 16)
+        assert torch.equal(operations.crop_and_resize(image[None], box[None], 16)[0], crop)
+    twice = operations.crop_and_resize(images, torch.cat([boxes, boxes.flip(0)]), 16)
     assert torch.equal(
-        twice, torch.cat([together, augment.crop_and_resize(images, boxes.flip(0), 16)])
+        twice, torch.cat([together, operations.crop_and_resize(images, boxes.flip(0), 16)])
     )
 
 
 def test_a_box_of_the_output_size_is_copied_exactly():
     image = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8)
     assert torch.equal(
-        augment.crop_and_resize(image, torch.tensor([[4, 7, 24, 24]]), 24), image[:, :, 4:28, 7:31]
+        operations.crop_and_resize(image, torch.tensor([[4, 7, 24, 24]]), 24),
+        image[:, :, 4:28, 7:31],
     )
 
 
@@ -475,8 +477,8 @@ STRENGTHS |= {
 def ours(name, x, strengths):
     """Our operation of that name, with the strength (B,) of each image."""
     if name == "gaussian_blur_":
-        strengths = torch.from_numpy(augment.gaussian_taps(strengths.numpy())).to(x)
-    return getattr(augment, name)(x.clone(), strengths.view(len(x), -1, 1, 1))
+        strengths = torch.from_numpy(operations.gaussian_taps(strengths.numpy())).to(x)
+    return getattr(operations, name)(x.clone(), strengths.view(len(x), -1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -519,17 +521,22 @@ def test_hue_leaves_grey_pixels_exactly_as_they_are():
 
 def test_grayscale_solarize_and_flip_equal_torchvisions():
     x = pictures(8)
-    torch.testing.assert_close(augment.grayscale(x), F.rgb_to_grayscale(x, 3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(operations.grayscale(x), F.rgb_to_grayscale(x, 3), atol=1e-6, rtol=0)
     torch.testing.assert_close(
-        augment.solarize_(x.clone()), F.solarize(x, 128 / 255), atol=0, rtol=0
+        operations.solarize_(x.clone()), F.solarize(x, 128 / 255), atol=0, rtol=0
     )
-    assert torch.equal(augment.flip(x), F.hflip(x))
+    assert torch.equal(operations.flip(x), F.hflip(x))
 
 
 def test_solarize_inverts_from_level_128_on():
     levels = torch.tensor([0, 127, 128, 255])
     x = (levels / 255).view(1, 1, 2, 2).expand(1, 3, 2, 2)
-    assert (augment.solarize_(x.clone())[0, 0].flatten() * 255).round().tolist() == [0, 127, 127, 0]
+    assert (operations.solarize_(x.clone())[0, 0].flatten() * 255).round().tolist() == [
+        0,
+        127,
+        127,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7])
@@ -540,11 +547,11 @@ def test_blur_of_a_picture_smaller_than_the_kernel_keeps_flat_areas_and_stays_in
     assert blurred.min() >= 0 and blurred.max() <= 1
 
 
-@pytest.mark.parametrize("form", [augment._blur_by_products_, augment._blur_by_shifts_])
+@pytest.mark.parametrize("form", [operations._blur_by_products_, operations._blur_by_shifts_])
 def test_both_ways_to_blur_equal_torchvisions_at_every_size(form):
     """One is used on GPUs, the other on CPUs for large images."""
     sigmas = torch.linspace(0.1, 2, 9)
-    taps = torch.from_numpy(augment.gaussian_taps(sigmas.numpy())).float()
+    taps = torch.from_numpy(operations.gaussian_taps(sigmas.numpy())).float()
     for size in (7, 64, 65, 100):
         x = pictures(9, size)
         blur = THEIRS["gaussian_blur_"]
@@ -555,6 +562,10 @@ def test_both_ways_to_blur_equal_torchvisions_at_every_size(form):
 
 
 # -- all operations on the device -----------------------------------------------------------------
+
+# operations that change only how a tensor is seen, or only allocate memory
+METADATA = {"view", "_unsafe_view", "expand", "transpose", "permute", "slice", "select", "alias"}
+METADATA |= {"unsqueeze", "squeeze", "split", "split_with_sizes", "detach", "empty", "empty_like"}
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 
@@ -592,6 +603,50 @@ def test_apply_equals_torchvision_image_by_image(view, size, count):
     views = augment.apply(crops, parameters, MEAN, STD)
     torch.testing.assert_close(views, apply_one_by_one(crops, parameters), atol=1e-5, rtol=0)
     assert torch.equal(crops, before)
+
+
+@pytest.mark.parametrize("form", [augment._jitter_by_groups_, augment._jitter_by_blends_])
+@pytest.mark.parametrize("count", [1, 2, 150])
+def test_both_ways_to_jitter_equal_torchvisions_image_by_image(form, count):
+    """One is used on CPUs, the other on accelerators."""
+    recipe = RECIPE._replace(views=(EVERYTHING._replace(jitter=(0.8, 0.9, 1, 0.3)),))
+    for start in range(8 if count < 3 else 1):
+        _, drawn = draw_many(recipe, count=count, first=start)
+        crops = pictures(count + 3)[3:].mul(255).round().to(torch.uint8)
+        off = torch.zeros(count, dtype=torch.bool)
+        only_jitter = dict(gray=off, sigma=off.double(), solarize=off, flip=off, flip_v=off)
+        drawn = drawn._replace(**only_jitter, quarters=off.long())
+        x = crops / 255
+        form(
+            x,
+            ViewParameters(*(field.numpy() for field in drawn)),
+            drawn.jitter.nonzero()[:, 0].numpy(),
+        )
+        expected = apply_one_by_one(crops, drawn) * STD.view(3, 1, 1) + MEAN.view(3, 1, 1)
+        torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
+
+
+def test_an_accelerator_gets_few_calls_and_never_waits():
+    """The jitter by groups of images, which a CPU uses, would make it 245."""
+    calls = []
+
+    class Counting(Accelerator):
+        def call(self, function, args, kwargs):
+            calls.append(function.overloadpacket.__name__)
+            return super().call(function, args, kwargs)
+
+    crops = pictures(64).mul(255).round().to(torch.uint8)
+    _, parameters = draw_many(RECIPE, count=64, view=np.repeat([0, 1], 32))
+    with Counting() as accelerator:
+        on_device = crops.to(DEVICE, non_blocking=True)
+        calls.clear()
+        views = augment.apply(on_device, parameters, MEAN, STD)
+    assert accelerator.waits == []
+    count = sum(name not in METADATA for name in calls)
+    assert 50 < count < 140, f"{count} kernels and copies"
+    torch.testing.assert_close(
+        views.local, apply_one_by_one(crops, parameters), atol=3e-5, rtol=0
+    )  # after the division by std
 
 
 @pytest.mark.parametrize("size", [16, 66])
@@ -638,7 +693,7 @@ def test_whole_views_are_those_of_pil_and_torchvision(view, throughout, mean, mo
     count, size = 40, 80
     pixels = pictures(count, 150, seed=9).mul(255).round().to(torch.uint8)
     boxes, p = draw_many(view=view, count=count, height=150, width=150)
-    crops = augment.crop_and_resize(pixels, torch.from_numpy(boxes), size)
+    crops = operations.crop_and_resize(pixels, torch.from_numpy(boxes), size)
     actual = augment.apply(crops, p, torch.zeros(3), torch.ones(3))
     pictured = map(F.to_pil_image, pixels)
     expected = [
@@ -695,7 +750,7 @@ def test_a_view_is_the_same_bit_for_bit_with_any_number_of_threads(size):
     before, actual = torch.get_num_threads(), []
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
-        crops = augment.crop_and_resize(images, boxes, size)[:8]
+        crops = operations.crop_and_resize(images, boxes, size)[:8]
         actual.append(augment.apply(crops, parameters, MEAN, STD))
     torch.set_num_threads(before)
     assert all(torch.equal(actual[0], other) for other in actual[1:])
