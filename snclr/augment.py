@@ -76,7 +76,10 @@ def build_views(args: Namespace) -> tuple[View, ...]:
 
     Two global views, then --local-views small ones. A local view has the settings of the first
     global view, also those from flags. Its crop is drawn as DINO's (Caron et al. 2021), and half of
-    them are blurred unless --blur-p is given.
+    them are blurred unless --blur-p is given. With --key-view weak follows one of crop, flip and
+    rotation only, whose settings are those of the first global view, as in MSF (Koohpayegani et al.
+    2021), ReSSL (Zheng et al. 2021) and SCE (Denize et al. 2023). It comes last, so the draws of
+    all other views stay as they are.
     """
     global_views = moco_v2_views if args.method == "mocov2" else moco_v3_views
     first, second = global_views(args.img_size, args.crop_min, args.blur)
@@ -97,7 +100,9 @@ def build_views(args: Namespace) -> tuple[View, ...]:
         "rotate_p": args.rotate90,
     }
     first, local_view = (_set_by_flags(view, flags, 0) for view in (first, local_view))
-    return first, _set_by_flags(second, flags, 1), *[local_view] * args.local_views
+    views = first, _set_by_flags(second, flags, 1), *[local_view] * args.local_views
+    weak_view = first._replace(jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
+    return views + (weak_view,) * (args.key_view == "weak")
 
 
 def _set_by_flags(view, flags, number):

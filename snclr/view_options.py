@@ -88,6 +88,15 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
         help="largest area of a local view, as a share of the image; the smallest is 0.05",
         on_resume="fixed",
     )
+    flag(
+        g,
+        "--key-view",
+        choices=("strong", "weak"),
+        default="strong",
+        help="views of the momentum encoder: the two global views, each the target of the other "
+        "(strong), or one more view of crop, flip and rotation only, the target of both (weak)",
+        on_resume="fixed",
+    )
 
 
 def _at_most_1(text):

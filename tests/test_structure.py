@@ -41,16 +41,16 @@ LONGEST_FILE = 250
 LONGER = {
     "snclr.augment": 390,
     "snclr.backbones": 390,
-    "snclr.builder": 320,
+    "snclr.builder": 385,
     "snclr.datasets.images": 345,
     "snclr.datasets.sources": 280,
-    "snclr.evaluation.options": 350,
-    "snclr.objectives": 330,
-    "snclr.options": 470,
+    "snclr.evaluation.options": 360,
+    "snclr.objectives": 380,
+    "snclr.options": 520,
     "snclr.running.checkpoint": 275,
-    "snclr.shared_options": 380,
+    "snclr.shared_options": 395,
     "snclr.weights.libraries": 380,
-    "snclr.weights.load": 255,
+    "snclr.weights.load": 245,
 }
 
 
