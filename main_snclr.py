@@ -279,7 +279,8 @@ def train_epoch(run: Run, step: int) -> int:
     labels = loader.images.labels
     if labels is not None:
         labels = labels.to(loader.device, non_blocking=True)
-    batch, batches = None, loader.epoch(epoch, inside)
+    go_on = end < run.last_step and not is_evaluation_due(run, end)
+    batch, batches = None, loader.epoch(epoch, inside, go_on=go_on)
     log.progress(loader.steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
     waits = Waits(loader.device)
     interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0

@@ -47,14 +47,14 @@ LONGER_CHAINS = {
 # lines of a file; longer are lists of flags, models and layouts, and what is best read as a whole
 LONGEST_FILE = 250
 LONGER = {
-    "snclr.augment": 455,
+    "snclr.augment": 390,
     "snclr.backbones": 390,
     "snclr.builder": 385,
     "snclr.datasets.images": 345,
     "snclr.datasets.sources": 280,
     "snclr.evaluation.options": 360,
     "snclr.objectives": 305,
-    "snclr.options": 625,
+    "snclr.options": 560,
     "snclr.running.checkpoint": 275,
     "snclr.shared_options": 395,
     "snclr.weights.libraries": 380,
