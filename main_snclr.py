@@ -115,7 +115,8 @@ def main(argv: list[str]) -> None:
     channels_last = device.type == "cuda" or amp != "off"
     layout = torch.channels_last if channels_last else torch.preserve_format
     model = synchronise_batch_norm(model.to(device, memory_format=layout), device)
-    optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
+    scales = optim.layer_scales(model.base_encoder, args.lr_scale, prefix="base_encoder.")
+    optimizer = optim.build_optimizer(args.optimizer, model, args.wd, scales)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     # -- resume ------------------------------------------------------------------------------------
@@ -130,6 +131,8 @@ def main(argv: list[str]) -> None:
             images=len(train),
             fingerprint=fingerprint,
         )
+    frozen_steps = args.freeze_backbone_epochs * steps_per_epoch
+    model.freeze_backbone(step < frozen_steps)
     is_rank_zero = distributed.rank() == 0
     if is_rank_zero:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -179,6 +182,10 @@ def main(argv: list[str]) -> None:
             evaluate(run, step)
         if step >= run.last_step:
             break
+        if model.backbone_is_frozen and step >= frozen_steps:
+            model.freeze_backbone(False)
+            run = run._replace(network=distributed.replicate(model, device))
+            log.say("the backbone is trained from here on")
         step = train_epoch(run, step)
         save(run, step)
         if run.interruptions.ending:

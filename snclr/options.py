@@ -273,6 +273,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         g,
+        "--freeze-backbone-epochs",
+        type=number(int),
+        default=0,
+        metavar="E",
+        help="train only the heads in the first E epochs, for a backbone of --init-from",
+    )
+    flag(
+        g,
+        "--lr-scale",
+        type=number(float, above_zero=True, most=1),
+        default=1.0,
+        metavar="S",
+        help="learning rate of each layer of the backbone, as a share of that of the next layer",
+        on_resume="fixed",
+    )
+    flag(
+        g,
         "--amp",
         choices=AMP,
         default="off",
@@ -473,7 +490,7 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(
             "--batch-size must be at least 2: batch norm and contrastive loss need other images"
         )
-    for name in ("warmup_epochs", "nn_warmup_epochs"):
+    for name in ("warmup_epochs", "nn_warmup_epochs", "freeze_backbone_epochs"):
         if getattr(args, name) > args.epochs:
             raise UsageError(
                 f"--{name.replace('_', '-')} {getattr(args, name):g} exceeds --epochs {args.epochs}"
