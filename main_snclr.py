@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
         interruptions=Interruptions(args.save_every_minutes, args.timeout_minutes),
         log=log,
     )
-    loader.stop_waiting_if(run.interruptions.is_signalled)
+    loader.stop_waiting_if(lambda: run.interruptions.signal > 0)
     log.say(
         f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), "
         f"batch {args.batch_size}"
@@ -255,8 +255,8 @@ def setting_notes(args: argparse.Namespace, num_images: int) -> list[str]:
         )
     if args.method != "snclr":
         lines.append(
-            f"--method {args.method} does not use soft neighbours: --topk, --form and the flags of "
-            "their weights have no effect"
+            f"--method {args.method} does not use soft neighbours: --topk, --form, --candidates, "
+            "--mix-neighbours and the flags of their weights have no effect"
         )
     if not args.arch.startswith("resnet") and (args.width or args.small_stem):
         lines.append(f"--width and --small-stem are for ResNets: no effect on {args.arch}")
@@ -279,7 +279,7 @@ def train_epoch(run: Run, step: int) -> int:
     labels = loader.images.labels
     if labels is not None:
         labels = labels.to(loader.device, non_blocking=True)
-    batches = loader.epoch(epoch, inside)
+    batch, batches = None, loader.epoch(epoch, inside)
     log.progress(loader.steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
     waits = Waits(loader.device)
     interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0
@@ -290,7 +290,7 @@ def train_epoch(run: Run, step: int) -> int:
             with waits:
                 batch = next(batches)
         except Stalled:
-            if run.interruptions.end_here():
+            if run.interruptions.end_here(run.guard.last_sound_checkpoint):
                 run.guard.check()
                 break
             raise
@@ -308,9 +308,15 @@ def train_epoch(run: Run, step: int) -> int:
         optim.set_learning_rate(run.optimizer, lr)
         # dropout and the like depend on the step: a resumed run has no generator to restore
         torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank())) >> 1)
-        use_neighbours = step >= args.nn_warmup_epochs * loader.steps_per_epoch
+        mass = optim.neighbour_mass(
+            step,
+            full=args.nn_mass,
+            steps_per_epoch=loader.steps_per_epoch,
+            warmup_epochs=args.nn_warmup_epochs,
+            ramp_epochs=args.nn_ramp_epochs,
+        )
         with autocast(run.amp, loader.device):
-            loss, shown = run.network(batch.views, batch.ids, momentum, use_neighbours)
+            loss, shown = run.network(batch.views, batch.ids, momentum, mass, step)
         run.optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
         step += 1
@@ -335,6 +341,7 @@ def train_epoch(run: Run, step: int) -> int:
                 method=args.method,
                 form=args.form,
                 temperature=args.snclr_t,
+                normalised=args.normalise_positives,
             )
             for note in (run.guard.check(), run.guard.collapse(metrics["feature_std"])):
                 if note is not None:
@@ -356,6 +363,8 @@ def train_epoch(run: Run, step: int) -> int:
             interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0
 
     log.end_progress()
+    if batch is not None:
+        run.guard.try_forward(step, run.model, batch, args.snclr_m, run.amp)
     epoch, inside = divmod(step, loader.steps_per_epoch)
     is_shown = args.viz_freq and (epoch % args.viz_freq == 0 or epoch == args.epochs)
     if is_shown and not inside and log.enabled:
@@ -368,9 +377,9 @@ def train_epoch(run: Run, step: int) -> int:
 def save(run: Run, step: int) -> None:
     """Save checkpoint and encoder, from rank 0; also under a number every --save-freq epochs.
 
-    If weights or optimiser state are not finite, only checkpoint.UNSOUND is written, so that the
-    last sound checkpoint stays. If a save fails, the run continues with a note; at its last save it
-    raises RunError.
+    If the weights, the optimiser state or the loss with these weights are not finite, only
+    checkpoint.UNSOUND is written, so that the last sound checkpoint stays. If a save fails, the run
+    continues with a note; at its last save it raises RunError.
     """
     args, message = run.args, "saved"
     epoch, inside = divmod(step, run.loader.steps_per_epoch)
@@ -403,7 +412,7 @@ def save(run: Run, step: int) -> None:
     if reason is not None:
         outcome = f"saved as {checkpoint.UNSOUND}" if message == "saved" else message
         message = f"{reason}: {outcome}; {run.guard.last_sound_checkpoint}"
-        if step >= run.total_steps:
+        if step >= run.last_step:
             raise RunError(message)
         run.log.say(f"note: {message}")
     elif message == "saved":

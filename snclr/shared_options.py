@@ -49,6 +49,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="validation images, of the same kind as DATA (default: DATA/val beside DATA/train)",
         on_resume="free",
+        changes_features=False,
     )
     flag(
         g,
@@ -63,6 +64,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text file with the label of each validation image, one a line",
         on_resume="free",
+        changes_features=False,
     )
     flag(
         g,
@@ -71,6 +73,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="download a torchvision data set to DATA if it is missing",
         on_resume="free",
+        changes_features=False,
     )
     flag(
         g,
@@ -96,6 +99,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         nargs=3,
         metavar="X",
         help="mean of each channel, in units of 0..1, to normalise (default: that of the data set)",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -104,6 +108,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         nargs=3,
         metavar="X",
         help="standard deviation of each channel; `python -m snclr.mean_std DATA` measures both",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -113,6 +118,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="height and width of the encoder's input (default: 32 for embedded, CIFAR and SVHN, "
         "96 for STL-10, else 224)",
         on_resume="fixed",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -123,6 +129,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="pixel values that become black and white in images of more than 8 bits (default: the "
         "range of the pixel format, 0 65535, or 0 1 for floating point)",
         on_resume="fixed",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -140,6 +147,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes of each rank that load images (default: one a core, at most 8)",
         on_resume="free",
+        changes_features=False,
     )
 
 
@@ -263,6 +271,7 @@ def add_backbone_flags(
         default=default_arch,
         help=f"backbone: {', '.join(ARCHS)}, or timm:NAME for any model of timm",
         on_resume="fixed",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -272,6 +281,7 @@ def add_backbone_flags(
         metavar="KEY=VALUE",
         help="arguments of a timm:NAME model",
         on_resume="fixed",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -280,6 +290,7 @@ def add_backbone_flags(
         default=16,
         metavar="PX",
         help="side of a ViT's patch",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -289,6 +300,7 @@ def add_backbone_flags(
         help="attention heads of a ViT (default: those of the loaded weights, else 12; 3 for "
         "vit_tiny)",
         on_resume="fixed",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -296,6 +308,7 @@ def add_backbone_flags(
         type=number(int, above_zero=True, most=2**14),
         metavar="N",
         help="channels of a ResNet's first stage (default: that of the architecture)",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -304,6 +317,7 @@ def add_backbone_flags(
         default=False,
         help="ResNet stem for images of about 32 px: 3x3 convolution of stride 1, no pooling",
         on_resume="fixed",
+        describes_encoder=True,
     )
     return g
 

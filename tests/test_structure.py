@@ -43,16 +43,16 @@ LONGEST_FILE = 250
 LONGER = {
     "snclr.augment": 455,
     "snclr.backbones": 395,
-    "snclr.builder": 345,
+    "snclr.builder": 410,
     "snclr.datasets.images": 345,
     "snclr.datasets.sources": 280,
-    "snclr.evaluation.options": 350,
-    "snclr.objectives": 330,
-    "snclr.options": 545,
+    "snclr.evaluation.options": 360,
+    "snclr.objectives": 380,
+    "snclr.options": 615,
     "snclr.running.checkpoint": 275,
-    "snclr.shared_options": 380,
+    "snclr.shared_options": 395,
     "snclr.weights.libraries": 380,
-    "snclr.weights.load": 265,
+    "snclr.weights.load": 255,
 }
 
 
