@@ -47,7 +47,8 @@ from snclr.running.precision import autocast, resolve_amp
 from snclr.running.preemption import Interruptions, end_at_once, handlers_given_back, interrupt
 from snclr.running.settings import save_settings
 from snclr.running.workers import Stalled
-from snclr.weights.layouts import EncoderFile, read_encoder
+from snclr.weights import public
+from snclr.weights.layouts import EncoderFile
 from snclr.weights.load import choose_num_heads, load_backbone
 
 
@@ -102,12 +103,16 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(args.seed)
     amp = resolve_amp(args.amp, device)
     if args.init_from:  # the number of heads must be that of the weights; no tensor shows it
-        initial = read_encoder(args.init_from)
+        initial, timm_model = public.read_start(args.init_from, args.img_size)
         args.num_heads, head_notes = choose_num_heads(initial, args.arch, args.num_heads)
     model = build_model(args, bfloat16=amp == "bf16")
     workdir, checkpoint_path, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
     if args.init_from and not checkpoint_path:
         start_notes += load_initial_weights(model, initial) + head_notes
+        if timm_model is not None:
+            images = torch.randn(2, 3, args.img_size, args.img_size)
+            public.check_features(args.init_from, timm_model, model.base_encoder, images)
+            start_notes += public.other_images(timm_model, args.mean, args.std)
     elif args.init_from:
         start_notes += [f"--init-from {args.init_from} is ignored: {checkpoint_path} is resumed"]
     # in float32 on a CPU channels-last is not faster, and torch 2.15 crashes in the backward of

@@ -20,6 +20,7 @@ OPTIMIZERS = {  # name: class, and its arguments besides the parameter groups an
     "lars": ("snclr.optim.LARS", {}),
     "sgd": ("torch.optim.SGD", {"momentum": 0.9, "fused": True}),
 }
+PUBLIC = ("timm:", "hf:")  # --init-from: weights that timm or the Hugging Face hub has
 AMP = ("off", "auto", "bf16", "fp16")
 LOCAL_DATASETS = ("folder", "tree", "list", "shards")  # the user's own files
 TORCHVISION_DATASETS = ("cifar10", "cifar100", "stl10", "svhn", "flowers102", "pets", "food101")

@@ -9,7 +9,7 @@ import os
 import sys
 
 from .arguments import ROOT, flag, flags, new_parser, number, seed
-from .choices import AMP, CANDIDATES, FORMS, METHODS, NUM_HEADS, OPTIMIZERS
+from .choices import AMP, CANDIDATES, FORMS, METHODS, NUM_HEADS, OPTIMIZERS, PUBLIC
 from .running.errors import UsageError, one_clear_line
 from .shared_options import (
     add_backbone_flags,
@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--init-from",
         metavar="FILE",
         help="start from the backbone weights in FILE, a checkpoint or a state dict of any "
-        "known layout",
+        "known layout, or from public ones: timm:NAME, hf:REPO",
     )
     flag(
         g,
@@ -579,7 +579,8 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--method nnclr has no momentum encoder: use --eval-encoder online")
     if args.key_view == "weak" and args.method == "nnclr":
         raise UsageError("--method nnclr has no momentum encoder: no --key-view weak")
-    if args.init_from is not None and not os.path.isfile(args.init_from):
+    is_local = args.init_from is not None and not args.init_from.startswith(PUBLIC)
+    if is_local and not os.path.isfile(args.init_from):
         raise UsageError(f"--init-from {args.init_from}: there is no such file")
     check_workdir(args.workdir, args.resume, ("metrics.jsonl", "checkpoint_last.pth.tar"))
 

@@ -78,7 +78,8 @@ def choose_num_heads(
     if num_heads is not None:
         reason = "as --num-heads asks for"
     elif file.settings.get("num_heads") is not None:
-        num_heads, reason = file.settings["num_heads"], "as the file says"
+        num_heads = file.settings["num_heads"]
+        reason = f"as {file.path} has" if file.is_library else "as the file says"
     else:
         num_heads, source = NUM_HEADS[arch], "MoCo v3 and this project"
         if file.is_library:
