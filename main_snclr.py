@@ -39,6 +39,7 @@ from snclr.pictures import report, steps
 from snclr.running import checkpoint, distributed, process_group, summary, tensor_files
 from snclr.running.bad_images import record_bad_images
 from snclr.running.batch_norm import synchronise_batch_norm
+from snclr.running.devices import uses_bfloat16_bank
 from snclr.running.guard import Guard
 from snclr.running.lock import hold
 from snclr.running.log import Log
@@ -105,7 +106,7 @@ def main(argv: list[str]) -> None:
     if args.init_from:  # the number of heads must be that of the weights; no tensor shows it
         initial, timm_model = public.read_start(args.init_from, args.img_size)
         args.num_heads, head_notes = choose_num_heads(initial, args.arch, args.num_heads)
-    model = build_model(args, bfloat16=amp == "bf16")
+    model = build_model(args, bfloat16=uses_bfloat16_bank(amp, device))
     workdir, checkpoint_path, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
     if args.init_from and not checkpoint_path:
         start_notes += load_initial_weights(model, initial) + head_notes
@@ -173,6 +174,8 @@ def main(argv: list[str]) -> None:
         f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, "
         f"in {workdir}"
     )
+    if args.compile == "graphs" and device.type != "cuda":
+        start_notes += ["--compile graphs: only a GPU has graphs; the backbones are compiled"]
     for note in data_notes + start_notes + setting_notes(args, len(train)):
         log.say(f"note: {note}")
     if checkpoint_path:

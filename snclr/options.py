@@ -9,7 +9,7 @@ import os
 import sys
 
 from .arguments import ROOT, flag, flags, new_parser, number, seed
-from .choices import AMP, CANDIDATES, FORMS, METHODS, NUM_HEADS, OPTIMIZERS, PUBLIC
+from .choices import AMP, CANDIDATES, COMPILE, FORMS, METHODS, NUM_HEADS, OPTIMIZERS, PUBLIC
 from .running.errors import UsageError, one_clear_line
 from .shared_options import (
     add_backbone_flags,
@@ -363,9 +363,22 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         g,
         "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="compile the backbones with torch.compile; the first steps then take minutes",
+        nargs="?",
+        choices=COMPILE,
+        default="auto",
+        const="on",
+        help="compile the backbones with torch.compile; the first step then takes minutes. graphs: "
+        "also replay them as CUDA graphs, which has never run on a GPU. auto: off, as the gain has "
+        "not been measured",
+        on_resume="free",
+    )
+    flag(
+        g,
+        "--no-compile",
+        action="store_const",
+        const="off",
+        dest="compile",
+        help="the same as --compile off",
         on_resume="free",
     )
     flag(

@@ -12,10 +12,18 @@ FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in sorted(ROOT.glob("snclr/**/*.py"))
 }
-# the ground floor, which every file may import: errors, safe files, ranks, number formats
+# the ground floor, which every file may import: errors, safe files, ranks, number formats, devices
 GROUND = {
     f"snclr.running.{name}"
-    for name in ("errors", "console", "worker_failures", "safe_files", "distributed", "precision")
+    for name in (
+        "errors",
+        "console",
+        "worker_failures",
+        "safe_files",
+        "distributed",
+        "precision",
+        "devices",
+    )
 }
 # python -m snclr.NAME, and what the package itself offers: like the scripts, nothing imports them
 COMMANDS = {"snclr.export", "snclr.mean_std", "snclr.report", "snclr.visualize"}
@@ -47,7 +55,7 @@ LONGER = {
     "snclr.datasets.images": 345,
     "snclr.datasets.sources": 280,
     "snclr.evaluation.options": 360,
-    "snclr.objectives": 380,
+    "snclr.objectives": 305,
     "snclr.options": 615,
     "snclr.running.checkpoint": 275,
     "snclr.shared_options": 395,

@@ -58,12 +58,17 @@ def out_of_memory(error: Exception) -> str | None:
     )
 
 
+def _ignore_ends_of_workers() -> None:
+    """From here on, no signal handler of torch raises RuntimeError when a worker ends."""
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def kill_children() -> None:
     """Kill the processes that load images. Python would wait for them when it ends, and a process
     that is stopped (SIGSTOP) does not end by itself.
     """
-    # torch's handler of this signal raises RuntimeError when a worker ends
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _ignore_ends_of_workers()
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -107,8 +112,7 @@ def one_clear_line(program: str) -> Iterator[None]:
                 _print_line(f"{program}: {error}")
             end_process(75)
         except (RuntimeError, MemoryError) as error:
-            # torch's handler of this signal raises anywhere when a worker ends: not from here on
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _ignore_ends_of_workers()
             message = one_line(error) if isinstance(error, RunError) else describe_failure(error)
             message = message or out_of_memory(error)
             if message is None:
