@@ -52,6 +52,24 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     flag(
         g,
+        "--val-fraction",
+        type=number(float, above_zero=True, most=0.99),
+        metavar="SHARE",
+        help="validate on this share of each class's training images, which are taken out of "
+        "training; the validation images of DATA are not read",
+        on_resume="fixed",
+    )
+    flag(
+        g,
+        "--val-seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="random seed of --val-fraction",
+        on_resume="fixed",
+    )
+    flag(
+        g,
         "--labels",
         metavar="FILE",
         help="text file with the label of each training image, one a line; none: ignore all labels",
@@ -230,6 +248,11 @@ def check_data(args: argparse.Namespace) -> None:
             )
         if not os.path.exists(path):
             raise UsageError(f"{name} {path} does not exist")
+    if args.val_fraction and (args.val or args.val_labels or args.labels == "none"):
+        raise UsageError(
+            "--val-fraction validates on labelled training images: leave out --val, --val-labels "
+            "and --labels none"
+        )
     if args.val_labels and not args.labels:
         raise UsageError("--val-labels needs --labels, the labels of the training images, as well")
 
