@@ -176,10 +176,13 @@ def resolve_data(args: argparse.Namespace) -> None:
     if args.dataset is None:
         args.dataset = _recognise_dataset(args.data)
     if args.workers is None:
-        # sched_getaffinity (only Linux) counts the cores that this process may use
-        has_affinity = hasattr(os, "sched_getaffinity")
-        num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-        args.workers = max(1, min(8, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        args.workers = max(1, min(8, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def num_cores() -> int:
+    """The number of cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # only Linux
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def _recognise_dataset(data):
