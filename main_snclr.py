@@ -248,8 +248,8 @@ def setting_notes(args: argparse.Namespace, num_images: int) -> list[str]:
         )
     if args.method != "snclr":
         lines.append(
-            f"--method {args.method} does not use soft neighbours: --topk, --form and the flags of "
-            "their weights have no effect"
+            f"--method {args.method} does not use soft neighbours: --topk, --form, --candidates, "
+            "--mix-neighbours and the flags of their weights have no effect"
         )
     if not args.arch.startswith("resnet") and (args.width or args.small_stem):
         lines.append(f"--width and --small-stem are for ResNets: no effect on {args.arch}")
@@ -301,9 +301,15 @@ def train_epoch(run: Run, step: int) -> int:
         optim.set_learning_rate(run.optimizer, lr)
         # dropout and the like depend on the step: a resumed run has no generator to restore
         torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank())) >> 1)
-        use_neighbours = step >= args.nn_warmup_epochs * loader.steps_per_epoch
+        mass = optim.neighbour_mass(
+            step,
+            full=args.nn_mass,
+            steps_per_epoch=loader.steps_per_epoch,
+            warmup_epochs=args.nn_warmup_epochs,
+            ramp_epochs=args.nn_ramp_epochs,
+        )
         with autocast(run.amp, loader.device):
-            loss, shown = run.network(batch.views, batch.ids, momentum, use_neighbours)
+            loss, shown = run.network(batch.views, batch.ids, momentum, mass, step)
         run.optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
         step += 1
@@ -328,6 +334,7 @@ def train_epoch(run: Run, step: int) -> int:
                 method=args.method,
                 form=args.form,
                 temperature=args.snclr_t,
+                normalised=args.normalise_positives,
             )
             for note in (run.guard.check(), run.guard.collapse(metrics["feature_std"])):
                 if note is not None:

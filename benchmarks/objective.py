@@ -31,7 +31,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from benchmarks import measure
 from snclr import objectives
 from snclr.memory_bank import MemoryBank
-from snclr.objectives import Candidates, gather_neighbours, positiveness, snclr_loss
+from snclr.objectives import Candidates, gather_neighbours, positiveness, restrict, snclr_loss
 from snclr.running import process_group
 
 T = 0.2
@@ -128,10 +128,13 @@ def dense_loss(z: Tensor, y: Tensor, key: Tensor, neighbours: Tensor, others: Te
 
 
 class Streamed:
-    """This project's form: a bank of unit rows, neighbours of other ranks as counts per row."""
+    """This project's form: a bank of unit rows, neighbours of other ranks as counts per row.
 
-    def __init__(self, problem: Problem, bfloat16: bool):
-        self.p = problem
+    candidates: what of it is in the denominator, the value of --candidates.
+    """
+
+    def __init__(self, problem: Problem, bfloat16: bool, candidates: str = "all"):
+        self.p, self.kind = problem, candidates
         self.bank = MemoryBank(*problem.bank.shape, bfloat16=bfloat16).to(problem.bank.device)
         self.bank.enqueue(problem.bank, problem.ids)
         others = [rows[problem.batch :] for rows in problem.rows]
@@ -151,7 +154,7 @@ class Streamed:
                 rows,
                 positiveness(y, self.bank.features, rows, neighbours=neighbours),
                 temperature=T,
-                candidates=Candidates(p.keys[direction], counts),
+                candidates=restrict(Candidates(p.keys[direction], counts), self.kind),
                 neighbours=neighbours,
             )
             gradients += [loss.detach(), *torch.autograd.grad(loss, (z, y))]
@@ -233,6 +236,7 @@ def main():
         "dense, as released": Dense(problem),
         "streamed, float32": Streamed(problem, bfloat16=False),
         "streamed, bfloat16 products": Streamed(problem, bfloat16=True),
+        "streamed, float32, --candidates keys": Streamed(problem, False, "keys"),
     }
     memory = {name: measure.peak_memory(side.step, device) for name, side in sides.items()}
     seconds = measure.fastest({name: side.step for name, side in sides.items()}, args.steps, device)

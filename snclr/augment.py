@@ -73,7 +73,10 @@ def moco_v2_views(size: int, crop_min: float, blur: bool) -> tuple[View, View]:
 def build_views(args: Namespace) -> tuple[View, ...]:
     """The table of views that the flags describe (snclr/options.py).
 
-    Two global views, then --local-views small ones, drawn as DINO's (Caron et al. 2021).
+    Two global views, then --local-views small ones, drawn as DINO's (Caron et al. 2021), then with
+    --key-view weak one of crop and flip only, whose crop is that of the global views, as in MSF
+    (Koohpayegani et al. 2021), ReSSL (Zheng et al. 2021) and SCE (Denize et al. 2023). It comes
+    last, so the draws of all other views stay as they are.
     """
     global_views = moco_v2_views if args.method == "mocov2" else moco_v3_views
     views = global_views(args.img_size, args.crop_min, args.blur)
@@ -83,7 +86,8 @@ def build_views(args: Namespace) -> tuple[View, ...]:
         crop_max=args.local_crop_max,
         blur_p=0.5 * args.blur,
     )
-    return views + (local_view,) * args.local_views
+    weak_view = View(args.img_size, args.crop_min)
+    return views + (local_view,) * args.local_views + (weak_view,) * (args.key_view == "weak")
 
 
 def by_size(recipe: Recipe, numbers: Iterable[int]) -> list[tuple[int, list[int]]]:

@@ -4,34 +4,41 @@ import copy
 import itertools
 from argparse import Namespace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import heads
+from .augment import keyed_uniforms
 from .backbones import build_encoder, has_batch_norm, projector_name
 from .memory_bank import MemoryBank
 from .objectives import (
     count_picks,
     gather_candidates,
     gather_neighbours,
+    mix_with_keys,
     mocov2_loss,
     mocov3_loss,
     nnclr_loss,
     positiveness,
+    restrict,
     snclr_loss,
 )
-from .running.distributed import all_gather, world_size
+from .running.distributed import all_gather, rank, world_size
 from .running.errors import UsageError, first_line
 from .running.metrics import StepView
 from .running.precision import unit
 from .running.recompute import recomputed
 
 
-def pairs(num_views: int) -> list[tuple[int, int]]:
-    """(query view, key view) of each term of the loss.
+def pairs(num_views: int, num_keys: int = 2) -> list[tuple[int, int]]:
+    """(number of the query view, number of the key) of each term of the loss.
 
-    Only the two global views, 0 and 1, have keys. Each key is compared with all other views.
+    The two global views, 0 and 1, have keys, and each key is compared with all other views. With a
+    weak key view there is a single key, which no query view has: it is compared with all of them.
     """
+    if num_keys == 1:
+        return [(query, 0) for query in range(num_views)]
     return [(query, key) for key in (1, 0) for query in range(num_views) if query != key]
 
 
@@ -51,6 +58,11 @@ class SNCLR(nn.Module):
     where L is the objective's loss of one direction: without local views, the loss of snclr and
     mocov3 is L(1 -> 2) + L(2 -> 1). The neighbours of a key are searched once; each query view
     weighs them by its own online projection.
+
+    With --key-view weak, the last view is a weak one, of crop and flip only. It is the only view of
+    the momentum encoder: one forward instead of two. Its key is the target of all other views, is
+    searched and enqueued. So there are 2 + n pairs, and without local views the loss is
+    L(1 -> weak) + L(2 -> weak). In MSF, ReSSL and SCE a single strong view has the weak target.
 
     args: the settings of a run (snclr/options.py), of which the model reads those of the objective.
     """
@@ -87,41 +99,53 @@ class SNCLR(nn.Module):
         return self
 
     def forward(
-        self, views: list[Tensor], ids: Tensor, momentum: float, use_neighbours: bool = True
+        self,
+        views: list[Tensor],
+        ids: Tensor,
+        momentum: float,
+        neighbour_mass: float = 1.0,
+        step: int = 0,
     ) -> tuple[Tensor, StepView]:
         """The loss () of a step, this rank's mean, and what the log and the pictures show of it.
 
         Changes the momentum encoder and the bank.
 
-        views           two global ones, then all local ones, (B, 3, S, S) each
+        views           those of augment.build_views, (B, 3, S, S) each
         ids (B,)        data-set indices
         momentum        m of the momentum encoder's average, 0 .. 1
-        use_neighbours  False: the bank is filled, but not searched
+        neighbour_mass  sum of the weights of an image's neighbours (optim.neighbour_mass); 0: the
+                        bank is filled, but not searched
+        step            number of completed steps, a part of the key of random numbers
         """
-        step = {
+        compute = {
             "snclr": self._snclr,
             "mocov3": self._mocov3,
             "nnclr": self._nnclr,
             "mocov2": self._mocov2,
         }[self.args.method]
-        loss, keys, shown = step(views, ids, momentum, use_neighbours)
+        loss, keys, shown = compute(views, ids, momentum, neighbour_mass, step)
         if self.memory_bank is not None:
             self.memory_bank.enqueue(keys, all_gather(ids))
         loss = loss + sum(shown.terms.values())
         return loss, shown._replace(terms={name: x.detach() for name, x in shown.terms.items()})
 
-    def _snclr(self, views, ids, momentum, use_neighbours):
+    def _snclr(self, views, ids, momentum, mass, step):
         args, bank = self.args, self.memory_bank
+        views, key_views = self._split(views)
         y = self._project(self.base_encoder, views)
         z = [self.predictor(projection) for projection in y]
-        keys = self._momentum_projections(momentum, views[:2])
-        scores, rows = self._search(torch.cat(keys), ids.repeat(2), args.topk, use_neighbours)
-        scores, rows = scores.chunk(2), rows.chunk(2)
-        neighbours = [gather_neighbours(bank.features, rows[k]) for k in (0, 1)]
-        candidates = [gather_candidates(keys[k], rows[k], len(bank)) for k in (0, 1)]
+        keys = self._momentum_projections(momentum, key_views)
+        num = len(keys)
+        scores, rows = self._search(torch.cat(keys), ids.repeat(num), args.topk, mass > 0)
+        scores, rows = scores.chunk(num), rows.chunk(num)
+        neighbours = [gather_neighbours(bank.features, rows[k]) for k in range(num)]
+        positives = [self._positives(neighbours[k], keys[k], step, k) for k in range(num)]
+        picked = [gather_candidates(keys[k], rows[k], len(bank)) for k in range(num)]
+        candidates = [restrict(each, args.candidates) for each in picked]
         losses, weights = [], []
-        for query, k in pairs(len(views)):
-            weights.append(self._weights(y[query], rows[k], neighbours[k]))
+        for query, k in pairs(len(views), num):
+            source = keys[k] if args.weights == "key" else y[query]
+            weights.append(self._weights(source, rows[k], neighbours[k]) * mass)
             losses.append(
                 snclr_loss(
                     z[query],
@@ -132,23 +156,47 @@ class SNCLR(nn.Module):
                     temperature=args.snclr_t,
                     form=args.form,
                     candidates=candidates[k],
-                    neighbours=neighbours[k],
+                    neighbours=positives[k],
+                    normalise=args.normalise_positives,
                 )
             )
-        fresh, counts = candidates[1]
+        fresh, counts = candidates[-1]
         num_candidates = len(fresh) + counts.sum()
-        shown = self._show(y[0], num_candidates, scores[1], rows[1], weights[0], counts)
+        shown = self._show(
+            y[0], num_candidates, scores[-1], rows[-1], weights[0], picked[-1].counts, counts
+        )
         return sum(losses) * (2 / len(losses)), fresh, shown
 
-    def _weights(self, projection, rows, neighbours):
-        """Positiveness (B, K) of the neighbours for a view's online projection (B, D)."""
+    def _split(self, views):
+        """The views of the online and those of the momentum encoder."""
+        return (views[:-1], views[-1:]) if self.args.key_view == "weak" else (views, views[:2])
+
+    def _positives(self, neighbours, key, step, number):
+        """neighbours (B, K, D), with --mix-neighbours mixed with their key, number 0 or 1.
+
+        The shares are a function of seed, step, the image's position in the global batch, the
+        neighbour's position and the key's number. They are computed without reading a GPU.
+        """
+        if not self.args.mix_neighbours:
+            return neighbours
+        batch, k = neighbours.shape[:2]
+        positions = rank() * batch + np.arange(batch)
+        # other keys with negative numbers: -1 in augment.epoch_order
+        shares = keyed_uniforms(k, self.args.seed, step, positions, -2 - number)
+        return mix_with_keys(neighbours, key, torch.from_numpy(shares))
+
+    def _weights(self, source, rows, neighbours):
+        """Positiveness (B, K) of the neighbours, with the sum 1 / gamma.
+
+        source (B, D): the query view's online projection, or the key (--weights key).
+        """
         args = self.args
         if args.weights == "uniform":
             valid = rows >= 0
             weights = valid.to(neighbours.dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)
         else:
             weights = positiveness(
-                projection,
+                source,
                 self.memory_bank.features,
                 rows,
                 temperature=args.positiveness_t,
@@ -160,22 +208,23 @@ class SNCLR(nn.Module):
         weights = weights / args.gamma
         return weights.detach() if args.detach_weights else weights
 
-    def _mocov3(self, views, ids, momentum, use_neighbours):
+    def _mocov3(self, views, ids, momentum, mass, step):
+        views, key_views = self._split(views)
         y = self._project(self.base_encoder, views)
         z = [self.predictor(projection) for projection in y]
-        keys = self._momentum_projections(momentum, views[:2])
+        keys = self._momentum_projections(momentum, key_views)
         losses = [
             mocov3_loss(z[query], keys[k], temperature=self.args.snclr_t)
-            for query, k in pairs(len(views))
+            for query, k in pairs(len(views), len(keys))
         ]
-        shown = self._show(y[0], len(y[0]) * world_size())
+        shown = self._show(y[0], len(y[0]) * world_size(), row_candidates=ids.new_zeros(0))
         return sum(losses) * (2 / len(losses)), None, shown
 
-    def _nnclr(self, views, ids, momentum, use_neighbours):
+    def _nnclr(self, views, ids, momentum, mass, step):
         y = self._project(self.base_encoder, views)
         z = [self.predictor(projection) for projection in y]
         searched = unit(torch.cat(y[:2])).detach()
-        scores, rows = self._search(searched, ids.repeat(2), 1, use_neighbours)
+        scores, rows = self._search(searched, ids.repeat(2), 1, mass > 0)
         # an image without an eligible row in the bank is its own neighbour
         nearest = self.memory_bank.features[rows[:, 0].clamp(min=0)].to(searched.dtype)
         neighbours = torch.where(rows >= 0, nearest, searched).chunk(2)
@@ -185,10 +234,11 @@ class SNCLR(nn.Module):
         ]
         scores, rows = scores.chunk(2)[0], rows.chunk(2)[0]
         counts, weights = count_picks(rows, len(self.memory_bank)), (rows >= 0).to(searched.dtype)
-        shown = self._show(y[0], len(y[0]) * world_size(), scores, rows, weights, counts)
+        num_candidates = len(y[0]) * world_size()
+        shown = self._show(y[0], num_candidates, scores, rows, weights, counts, counts[:0])
         return sum(losses) / len(losses), all_gather(searched.chunk(2)[1]), shown
 
-    def _mocov2(self, views, ids, momentum, use_neighbours):
+    def _mocov2(self, views, ids, momentum, mass, step):
         """MoCo v2 (He et al. 2020, Chen et al. 2020). Deviations from its published code:
 
         - In place of ShuffleBN, the key encoder's batch norms use moving averages of the online
@@ -202,9 +252,11 @@ class SNCLR(nn.Module):
         - The hidden width of the projector is --snclr-mlp-dim; MoCo v2's is that of the features.
         - Bottleneck ResNets start with zeros in the last norm of each branch, as MoCo v3's.
         - Optimiser, schedule, temperature, momentum and sizes are those of the flags.
+
+        With --key-view weak the weak view is the key, and view 2 is not used.
         """
         # keys first, so that the averaged statistics of their batch norms do not contain this batch
-        (k2,) = self._momentum_projections(momentum, views[1:2])
+        (k2,) = self._momentum_projections(momentum, self._split(views)[1][-1:])
         (y1,) = self._project(self.base_encoder, views[:1])
         bank = self.memory_bank
         loss = mocov2_loss(y1, k2, bank.products, bank.valid(), temperature=self.args.snclr_t)
@@ -246,12 +298,22 @@ class SNCLR(nn.Module):
             return torch.full(rows.shape, float("-inf"), device=queries.device), rows
         return self.memory_bank.search(queries, k, ids if self.args.exclude_own_image else None)
 
-    def _show(self, projection, num_candidates, scores=None, rows=None, weights=None, counts=None):
+    def _show(
+        self,
+        projection,
+        num_candidates,
+        scores=None,
+        rows=None,
+        weights=None,
+        counts=None,
+        row_candidates=None,
+    ):
         """What a step shows (StepView); without rows it has no neighbours."""
         bank, none = self.memory_bank, projection.new_zeros(len(projection), 0)
         if rows is None:
             scores = weights = none
-            neighbour_ids = counts = none.long()
+            rows = neighbour_ids = none.long()
+            counts = none.long()[0]
         else:
             neighbour_ids = torch.where(rows >= 0, bank.ids[rows.clamp(min=0)], -1)
         return StepView(
@@ -263,6 +325,8 @@ class SNCLR(nn.Module):
             num_candidates=num_candidates + torch.zeros((), dtype=torch.long, device=none.device),
             bank_fill=None if bank is None else bank.filled / len(bank),
             terms={},
+            rows=rows,
+            row_candidates=row_candidates,
         )
 
 

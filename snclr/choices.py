@@ -4,6 +4,7 @@ from .running.errors import UsageError
 
 METHODS = ("snclr", "nnclr", "mocov3", "mocov2")
 FORMS = ("sum_of_logs", "log_of_sum")
+CANDIDATES = ("all", "unique", "keys")
 ARCHS = ("vit_tiny", "vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
 ARCHS += ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101")
 # attention heads; vit_small has 12 as in MoCo v3, while timm's, DeiT's and DINO's ViT-S has 6

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .choices import FORMS
+from .choices import CANDIDATES, FORMS
 from .memory_bank import gather, on_host
 from .running.distributed import all_gather, all_gather_with_grad, all_sum, rank
 from .running.precision import full_precision, unit, widen
@@ -30,7 +30,8 @@ class Candidates(NamedTuple):
     """What every query of the global batch is compared with.
 
     keys (N, D)     unit momentum keys of all ranks, in rank order; each counts once
-    counts (M,)     int32, how often the global batch picked each bank row; 0: not a candidate
+    counts (M,)     int32, how often each bank row counts in the denominator: as often as the global
+                    batch picked it, 0 if it is no candidate; (0,) if no row is one (see restrict)
 
     The ranks exchange counts, not the picked features: M integers, whatever N, K and D are.
     """
@@ -57,6 +58,37 @@ def gather_candidates(key: Tensor, rows: Tensor, bank_size: int) -> Candidates:
     Costs one all-gather of the keys and one all-reduce of integers.
     """
     return Candidates(all_gather(unit(key)), count_picks(rows, bank_size))
+
+
+def restrict(candidates: Candidates, kind: str) -> Candidates:
+    """The candidates that --candidates leaves, of those that the global batch picked.
+
+        all      Z_i = sum_n exp(z_i . k_n / T) + sum_m count_m exp(z_i . C_m / T)  (as released)
+        unique   Z_i = sum_n exp(z_i . k_n / T) + sum_m [count_m > 0] exp(z_i . C_m / T)
+        keys     Z_i = sum_n exp(z_i . k_n / T)
+
+    With keys, the neighbours only attract, and no product with the bank is left: this is between
+    SNCLR and MNN (Long et al. 2023), which has no negatives at all. Raises ValueError for an
+    unknown kind.
+    """
+    if kind not in CANDIDATES:
+        raise ValueError(f"kind must be one of {CANDIDATES}, found {kind!r}")
+    keys, counts = candidates
+    if kind == "unique":
+        counts = counts.clamp(max=1)
+    return Candidates(keys, counts[:0] if kind == "keys" else counts)
+
+
+def mix_with_keys(neighbours: Tensor, key: Tensor, shares: Tensor) -> Tensor:
+    """Positives between each neighbour and the image's own key (MNN, Long et al. 2023), (B, K, D):
+
+        unit( share_ik NN_ik + (1 - share_ik) k_i )
+
+    neighbours (B, K, D) unit vectors; key (B, D); shares (B, K) in 0 .. 1. MNN draws one share a
+    step and direction for the whole batch; here each neighbour of each image has its own.
+    """
+    shares = shares.to(neighbours)[:, :, None]
+    return unit(torch.lerp(unit(key).to(neighbours.dtype)[:, None], neighbours, shares))
 
 
 def gather_neighbours(bank: Tensor, rows: Tensor) -> Tensor:
@@ -126,6 +158,7 @@ def snclr_loss(
     form: str = "sum_of_logs",
     candidates: Candidates | None = None,
     neighbours: Tensor | None = None,
+    normalise: bool = False,
 ) -> Tensor:
     """Contrast with the own key and its soft neighbours, one direction (Ge et al., eq. 3).
 
@@ -138,14 +171,22 @@ def snclr_loss(
         log_of_sum    L_i = log Z_i - log sum_k w_ik exp(s_ik)       as printed in the paper
         loss = 2T * mean_i L_i
 
-    A bank row that five images picked counts five times in Z_i.
+    A bank row that five images picked counts five times in Z_i. With normalise, w_ik is divided by
+    sum_j w_ij, so that the weights of an image's positives sum to 1 (--normalise-positives).
+
+    If the neighbours are not among the candidates (restrict, or mix_with_keys), the exponential of
+    a positive may exceed Z_i, so the loss can fall below 0. It stays bounded: all s lie within
+    1/T of 0, and so does the gradient by unit(z_i), which is W (mean candidate - mean positive) / T
+    with W = sum_k w_ik in sum_of_logs, and without W in log_of_sum.
 
     query (B, D)            predictions, with gradient
     key (B, D)              momentum projections of the other view
     bank (M, D)             unit rows
     rows (B, K)             neighbours of the keys, -1 for none
     weights (B, K)          with or without gradient
-    candidates, neighbours  from gather_candidates and gather_neighbours, if the caller has them
+    candidates              from gather_candidates (and restrict), if the caller has them
+    neighbours (B, K, D)    the positives: from gather_neighbours, if the caller has them, or others
+                            in their place (mix_with_keys)
 
     Returns a scalar. Raises ValueError for an unknown form.
     """
@@ -155,14 +196,19 @@ def snclr_loss(
         candidates = gather_candidates(key, rows, len(bank))
     query, key = unit(query), unit(key)
     weights = widen(weights).to(query.dtype) * (rows >= 0)
-    log_z = log_sum_exp(query, candidates.keys, bank, candidates.counts, temperature)
+    keys, counts = candidates
+    log_z = log_sum_exp(query, keys, bank[: len(counts)], counts, temperature)
     own = (query * key.detach()).sum(dim=1) / temperature
     soft = _cosines_with_rows(query, bank, rows, neighbours) / temperature
     if form == "sum_of_logs":
         per_image = log_z - own + (weights * (log_z[:, None] - soft)).sum(dim=1)
+        if normalise:
+            per_image = per_image / (1 + weights.sum(dim=1))
     else:
         scores = torch.cat([own[:, None], soft], dim=1)
         weights = torch.cat([torch.ones_like(own[:, None]), weights], dim=1)
+        if normalise:
+            weights = weights / weights.sum(dim=1, keepdim=True)
         # not log w + s: the gradient of log w is infinite where a weight is 0
         largest = scores.detach().masked_fill(weights <= 0, -math.inf).amax(dim=1, keepdim=True)
         # the clamp only changes entries of weight 0
@@ -223,13 +269,14 @@ def loss_at_chance(
     """The loss of a step if all candidates look the same to the encoder.
 
     num_candidates  C, the candidates of one image, with its own key
-    weight_sum      W, the mean of sum_k w_ik in this step, with w_i0 = 1
+    weight_sum      W, the mean of sum_k w_ik in this step, with w_i0 = 1; 1 if they are normalised
 
         mocov2, nnclr           log C
         mocov3, sum_of_logs     4T * W log C
         log_of_sum              4T * (log C - log W)
 
-    None for a single candidate: then the loss is always 0.
+    This also holds for positives that are not among the candidates: all cosines are equal. None if
+    the value is not above 0, as for a single candidate.
     """
     if num_candidates <= 1:
         return None
@@ -238,7 +285,7 @@ def loss_at_chance(
     per_image = weight_sum * math.log(num_candidates)
     if form == "log_of_sum":
         per_image = math.log(num_candidates) - math.log(weight_sum)
-    return 2 * (2 * temperature * per_image)
+    return 2 * (2 * temperature * per_image) if per_image > 0 else None
 
 
 def log_sum_exp(

@@ -30,6 +30,30 @@ def encoder_momentum(step: int, *, start: float, total_steps: int, cosine: bool)
     return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
+def neighbour_mass(
+    step: int,
+    *,
+    full: float,
+    steps_per_epoch: int,
+    warmup_epochs: float,
+    ramp_epochs: float,
+) -> float:
+    """The sum S(t) of the weights of an image's neighbours: 0 during warmup_epochs, then linear up
+    to `full`, which the last step of ramp_epochs reaches.
+
+        S(t) = full * min(1, (t + 1 - t_0) / t_ramp),    t_0: steps of warm-up, t_ramp: of the ramp
+
+    So the first step after the warm-up has a ramp's first part, not 0: from here on the bank is
+    searched. ReSSL (Zheng et al. 2022, journal version) starts with the plain contrastive loss and
+    then switches; the ramp is ours.
+    """
+    since = step - warmup_epochs * steps_per_epoch
+    if since < 0:
+        return 0.0
+    ramp = ramp_epochs * steps_per_epoch
+    return full if since + 1 >= ramp else full * (since + 1) / ramp
+
+
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: not to biases and norm layers, which have one dimension."""
     return parameter.ndim > 1

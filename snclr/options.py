@@ -9,7 +9,7 @@ import os
 import sys
 
 from .arguments import ROOT, flag, new_parser, number, resume_rules, seed
-from .choices import AMP, FORMS, METHODS, NUM_HEADS, OPTIMIZERS
+from .choices import AMP, CANDIDATES, FORMS, METHODS, NUM_HEADS, OPTIMIZERS
 from .running.errors import UsageError, one_clear_line
 from .shared_options import (
     add_backbone_flags,
@@ -76,6 +76,15 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.25,
         metavar="SHARE",
         help="largest area of a local view, as a share of the image; the smallest is 0.05",
+        on_resume="fixed",
+    )
+    flag(
+        g,
+        "--key-view",
+        choices=("strong", "weak"),
+        default="strong",
+        help="views of the momentum encoder: the two global views, each the target of the other "
+        "(strong), or one more view of crop and flip only, the target of both (weak)",
         on_resume="fixed",
     )
 
@@ -169,10 +178,11 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         g,
         "--weights",
-        choices=("attention", "projected", "uniform"),
+        choices=("attention", "projected", "key", "uniform"),
         default="attention",
         help="weights of the neighbours: by attention as in the released code, by attention "
-        "with the paper's trained layers f1 and f2 (projected), or all equal (uniform)",
+        "with the paper's trained layers f1 and f2 (projected), by their similarity to the key, "
+        "without gradient (key), or all equal (uniform)",
     )
     flag(
         g,
@@ -181,6 +191,22 @@ def build_parser() -> argparse.ArgumentParser:
         default=1.0,
         metavar="G",
         help="divide the weights of the neighbours by G (the paper's scale)",
+    )
+    flag(
+        g,
+        "--nn-mass",
+        type=number(float, above_zero=True),
+        default=1.0,
+        metavar="S",
+        help="sum of the weights of an image's neighbours; its own key has the weight 1 "
+        "(the same as --gamma 1/S)",
+    )
+    flag(
+        g,
+        "--normalise-positives",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="divide the weights of an image's positives, key and neighbours, by their sum",
     )
     flag(
         g,
@@ -213,11 +239,34 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         g,
+        "--candidates",
+        choices=CANDIDATES,
+        default="all",
+        help="the denominator has the fresh keys, and each neighbour of the batch as often as it "
+        "was picked (all), once (unique), or never (keys)",
+    )
+    flag(
+        g,
+        "--mix-neighbours",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="mix each neighbour with the image's key, in random shares, before it is a positive",
+    )
+    flag(
+        g,
         "--nn-warmup-epochs",
         type=number(float),
         default=0,
         metavar="E",
         help="number of epochs at the start that use no neighbours",
+    )
+    flag(
+        g,
+        "--nn-ramp-epochs",
+        type=number(float),
+        default=0,
+        metavar="E",
+        help="number of epochs after these in which the weights of the neighbours rise from 0",
     )
 
     g = parser.add_argument_group("optimisation")
@@ -478,6 +527,16 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"--{name.replace('_', '-')} {getattr(args, name):g} exceeds --epochs {args.epochs}"
             )
+    if args.nn_warmup_epochs + args.nn_ramp_epochs > args.epochs:
+        raise UsageError(
+            f"--nn-warmup-epochs {args.nn_warmup_epochs:g} and --nn-ramp-epochs "
+            f"{args.nn_ramp_epochs:g} together exceed --epochs {args.epochs}"
+        )
+    if args.gamma != 1 and args.nn_mass != 1:
+        raise UsageError(
+            "--gamma and --nn-mass set the same thing, the sum of the neighbours' weights "
+            "(--gamma G is --nn-mass 1/G): use one of them"
+        )
     check_batch_size(args.batch_size)
     check_backbone(args)
     if args.local_views:
@@ -498,6 +557,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.eval_encoder == "momentum" and args.method == "nnclr":
         raise UsageError("--method nnclr has no momentum encoder: use --eval-encoder online")
+    if args.key_view == "weak" and args.method == "nnclr":
+        raise UsageError("--method nnclr has no momentum encoder: no --key-view weak")
     if args.init_from is not None and not os.path.isfile(args.init_from):
         raise UsageError(f"--init-from {args.init_from}: there is no such file")
     check_workdir(args.workdir, args.resume, ("metrics.jsonl", "checkpoint_last.pth.tar"))

@@ -47,25 +47,50 @@ def positiveness(online, bank, rows, temperature=1.0, threshold=False, projectio
     return torch.stack(weights)
 
 
-def snclr(query, key, bank, rows, weights, temperature, form="sum_of_logs"):
+def mixed(neighbours, key, shares):
+    """Positives (N, K, D): the neighbour (N, K, D) times its share (N, K), plus the rest of the
+    key (N, D), on the unit sphere.
+    """
+    key, lines = normalize(key, dim=1), []
+    for i in range(len(key)):
+        line = [s * v + (1 - s) * key[i] for s, v in zip(shares[i], neighbours[i], strict=True)]
+        lines.append(torch.stack([vector / vector.norm() for vector in line]))
+    return torch.stack(lines)
+
+
+def snclr(
+    query,
+    key,
+    bank,
+    rows,
+    weights,
+    temperature,
+    form="sum_of_logs",
+    candidates="all",
+    positives=None,
+    normalise=False,
+):
     """Per-image losses (N,) of a whole global batch, without the mean: every candidate of every
-    sample written out.
+    sample written out. positives (N, K, D): in the place of the neighbours, if given.
     """
     query, key = normalize(query, dim=1), normalize(key, dim=1)
-    candidates = list(key)
-    for line in rows.tolist():
-        candidates += [bank[row] for row in line if row >= 0]  # a multiset
-    candidates = torch.stack(candidates)
+    picked = [row for line in rows.tolist() for row in line if row >= 0]  # a multiset
+    picked = {"all": picked, "unique": sorted(set(picked)), "keys": []}[candidates]
+    candidates = torch.stack([*key, *(bank[row] for row in picked)])
     losses = []
     for i in range(len(query)):
         logits = candidates @ query[i] / temperature
         denominator = torch.exp(logits).sum()
-        positives = [(1.0, key[i])]
-        positives += [
-            (weights[i, k], bank[row]) for k, row in enumerate(rows[i].tolist()) if row >= 0
+        own = [(1.0, key[i])]
+        own += [
+            (weights[i, k], bank[row] if positives is None else positives[i, k])
+            for k, row in enumerate(rows[i].tolist())
+            if row >= 0
         ]
+        if normalise:
+            own = [(w / sum(w for w, _ in own), vector) for w, vector in own]
         probabilities = [
-            (w, torch.exp(query[i] @ vector / temperature) / denominator) for w, vector in positives
+            (w, torch.exp(query[i] @ vector / temperature) / denominator) for w, vector in own
         ]
         if form == "sum_of_logs":
             losses.append(sum(-w * torch.log(p) for w, p in probabilities))
@@ -86,6 +111,42 @@ def pairs(num_views):
     return matches
 
 
+def weak_step(y, z, key, bank, rows, temperature, *, mass, weights, shares, **loss):
+    """Loss of a step with one key (N, D), the target of all views: twice the mean over the views.
+
+    weights 'key' (temperature 1) or 'attention'; shares (N, K) or None; loss: further arguments of
+    snclr.
+    """
+    positives = None if shares is None else mixed(bank[rows.clamp(min=0)], key, shares)
+    losses = []
+    for q in range(len(z)):
+        w = mass * positiveness(key if weights == "key" else y[q], bank, rows)
+        losses.append(snclr(z[q], key, bank, rows, w, temperature, positives=positives, **loss))
+    return 2 * torch.stack(losses).mean()
+
+
+def same_label_negatives(ids, labels, rows, neighbour_ids, candidates):
+    """Of all pairs of an image and a negative whose labels are known, the share of equal labels.
+
+    rows, neighbour_ids (N, K): bank rows and their images, -1 for none. The candidates 'all',
+    'unique', 'keys' as above. An image's negatives are neither its key nor one of its own rows.
+    """
+    picked = [
+        (int(row), int(image))
+        for line in zip(rows, neighbour_ids, strict=True)
+        for row, image in zip(*line, strict=True)
+        if row >= 0
+    ]
+    picked = {"all": picked, "unique": sorted(set(picked)), "keys": []}[candidates]
+    pairs = []
+    for i, image in enumerate(ids.tolist()):
+        others = [other for n, other in enumerate(ids.tolist()) if n != i]
+        others += [other for row, other in picked if row not in rows[i].tolist()]
+        pairs += [(int(labels[image]), int(labels[other])) for other in others]
+    pairs = [pair for pair in pairs if min(pair) >= 0]
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
 def snclr_step(y, z, keys, bank, rows, temperature):
     """Loss of a step: twice the mean over the pairs; y, z one (N, D) for each view, keys and rows
     for each global one.
@@ -101,6 +162,12 @@ def mocov3_step(z, keys, temperature):
     """As above, without neighbours."""
     nothing = torch.empty(len(keys[0]), 0)
     return snclr_step(z, z, keys, keys[0][:0], [nothing.long(), nothing.long()], temperature)
+
+
+def mocov3_one(query, key, temperature):
+    """One direction, without neighbours."""
+    nothing = torch.empty(len(key), 0)
+    return snclr(query, key, key[:0], nothing.long(), nothing, temperature).mean()
 
 
 def nnclr_step(z, nearest, temperature):

@@ -22,7 +22,15 @@ import main_snclr
 from snclr.builder import SNCLR
 from snclr.evaluation import knn
 from snclr.memory_bank import MemoryBank
-from snclr.objectives import mocov2_loss, mocov3_loss, nnclr_loss, positiveness, snclr_loss
+from snclr.objectives import (
+    gather_candidates,
+    mocov2_loss,
+    mocov3_loss,
+    nnclr_loss,
+    positiveness,
+    restrict,
+    snclr_loss,
+)
 from snclr.running import distributed, process_group
 from snclr.running.batch_norm import synchronise_batch_norm
 
@@ -60,6 +68,17 @@ def objectives():
                     form=form,
                 )
             )
+    for kind in ("unique", "keys"):
+        losses[f"snclr {kind}"] = lambda q, y, k, r, kind=kind: snclr_loss(
+            q,
+            k,
+            bank,
+            r,
+            positiveness(k, bank, r, temperature=0.05),
+            temperature=0.2,
+            candidates=restrict(gather_candidates(k, r, M), kind),
+            normalise=True,
+        )
     results = {}
     for name, loss in losses.items():
         q, y = share_of(query).requires_grad_(), share_of(online).requires_grad_()

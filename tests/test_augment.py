@@ -9,7 +9,7 @@ from PIL import ImageFilter
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from snclr import augment
+from snclr import augment, options
 from snclr.augment import (
     Recipe,
     View,
@@ -249,6 +249,18 @@ def test_without_blur_no_sigma_is_drawn_and_the_rest_stays(view):
     assert with_blur.sigma.any() and not without.sigma.any()
     others = with_blur._replace(sigma=without.sigma)
     assert all(torch.equal(one, other) for one, other in zip(others, without, strict=True))
+
+
+def test_the_weak_view_has_crop_and_flip_only_and_leaves_the_other_views_as_they_are():
+    flags = ["--local-views", "1", "--img-size", "64", "--patch-size", "16", "--seed", "3"]
+    strong, weak = (
+        augment.build_views(options.parse([*flags, "--key-view", kind]))
+        for kind in ("strong", "weak")
+    )
+    assert weak[:-1] == strong and weak[-1][:3] == strong[0][:3]
+    _, p = draw_many(Recipe(3, weak), view=3)
+    assert not (p.jitter.any() or p.gray.any() or p.solarize.any() or p.sigma.any())
+    assert abs(p.flip.double().mean() - 0.5) < 0.02
 
 
 def test_strengths_cover_their_ranges_evenly():

@@ -3,12 +3,13 @@
 import copy
 import math
 
+import numpy as np
 import oracles
 import pytest
 import torch
 from torch import nn
 
-from snclr import builder, heads, options
+from snclr import augment, builder, heads, options
 from snclr.builder import SNCLR
 from snclr.memory_bank import MemoryBank
 from snclr.running.errors import UsageError
@@ -176,6 +177,96 @@ def test_a_step_with_local_views_equals_the_mean_over_pairs(double, method, arch
     for name, expected in gradients.items():
         difference = (parameters[name].grad - expected).norm()
         assert difference < 1e-8 * expected.norm() + 1e-11, name
+
+
+@pytest.mark.parametrize(
+    "flags, arguments",
+    [
+        ("", {}),
+        ("--weights key --candidates unique --local-views 1", {"candidates": "unique"}),
+        ("--candidates keys --mix-neighbours --form log_of_sum", {"candidates": "keys"}),
+        ("--normalise-positives --mix-neighbours --weights key", {"normalise": True}),
+    ],
+)
+def test_a_step_with_a_weak_key_view_and_the_other_levers_equals_the_oracle(
+    double, flags, arguments
+):
+    model = model_of("-a", "resnet8", "--key-view", "weak", *flags.split())
+    args, bank = model.args, model.memory_bank
+    size = [view.size for view in augment.build_views(args)]
+    views, ids = [torch.randn(B, 3, s, s) for s in size], torch.arange(B) + 17
+    online, momentum, predictor = (
+        copy.deepcopy(x) for x in (model.base_encoder, model.momentum_encoder, model.predictor)
+    )
+    y = [online(view) for view in views[:-1]]
+    z = [predictor(projection) for projection in y]
+    with torch.no_grad():
+        for slow, fast in zip(momentum.parameters(), online.parameters(), strict=True):
+            slow.copy_(MOMENTUM * slow + (1 - MOMENTUM) * fast)
+        key = momentum(views[-1])
+    rows = oracles.neighbours(key, bank.features, bank.ids, 20, 3, ids)
+    features, shares = bank.features.clone(), None
+    if args.mix_neighbours:
+        shares = [augment.keyed_uniforms(3, args.seed, 8, i, -2) for i in range(B)]
+        shares = torch.from_numpy(np.stack(shares))
+    loss = oracles.weak_step(
+        y,
+        z,
+        key,
+        features,
+        rows,
+        T,
+        mass=0.3,
+        weights=args.weights,
+        shares=shares,
+        form=args.form,
+        **arguments,
+    )
+    gradients = torch.autograd.grad(loss, list(online.parameters()))
+    actual, shown = model(views, ids, MOMENTUM, 0.3, 8)
+    actual.backward()
+    torch.testing.assert_close(actual, loss, rtol=1e-10, atol=1e-12)
+    for parameter, expected in zip(model.base_encoder.parameters(), gradients, strict=True):
+        assert (parameter.grad - expected).norm() < 1e-8 * expected.norm() + 1e-11
+    # the weak key is searched and enqueued, and is what the log shows
+    assert torch.equal(shown.rows, rows)
+    torch.testing.assert_close(bank.features[:B], torch.nn.functional.normalize(key, dim=1))
+    assert all(p.grad is None for p in model.momentum_encoder.parameters())
+
+
+@pytest.mark.parametrize("method", ["mocov3", "mocov2"])
+def test_the_weak_view_is_the_key_of_the_relatives_too(double, method):
+    """With the weak view in the place of view 2, and no other pair, the losses are the same."""
+    flags = ("--method", method, "-a", "resnet8")
+    views, ids = views_of(1, local_side=32), torch.arange(B) + 30
+    weak = model_of(*flags, "--key-view", "weak")(views, ids, MOMENTUM)[0]
+    strong = model_of(*flags)([views[0], views[2]], ids, MOMENTUM)[0]
+    if method == "mocov2":
+        torch.testing.assert_close(weak, strong, rtol=1e-12, atol=0)
+    else:
+        y = model_of(*flags).base_encoder
+        model = model_of(*flags, "--key-view", "weak")
+        z = [model.predictor(y(view)) for view in views[:2]]
+        (key,) = model._momentum_projections(MOMENTUM, views[2:])
+        expected = sum(oracles.mocov3_one(q, key, T) for q in z)
+        torch.testing.assert_close(weak, expected, rtol=1e-10, atol=0)
+
+
+def test_shares_of_mixed_neighbours_depend_on_step_image_neighbour_and_key(double):
+    model = model_of("-a", "resnet8", "--mix-neighbours")
+    neighbours, key = torch.randn(B, 3, 8), torch.zeros(B, 8)
+    key[:, 0] = 1
+    neighbours = torch.nn.functional.one_hot(torch.ones(B, 3).long(), 8).double()
+
+    def shares(step, number):
+        first, second = model._positives(neighbours, key, step, number)[..., :2].unbind(-1)
+        return second / (first + second)
+
+    assert torch.equal(shares(3, 0), shares(3, 0))
+    drawn = torch.cat([shares(3, 0), shares(3, 1), shares(4, 0)])
+    assert len(drawn.unique()) == drawn.numel() and drawn.min() > 0 and drawn.max() < 1
+    many = torch.cat([shares(step, 0) for step in range(100)])
+    assert abs(many.mean() - 1 / 2) < 0.03 and abs(many.var() - 1 / 12) < 0.01
 
 
 def test_local_views_reach_neither_the_momentum_encoder_nor_the_bank(double):

@@ -35,6 +35,8 @@ VARIANTS = (
     "--weights projected --threshold",
     "--weights uniform --detach-weights",
     "--nn-warmup-epochs 1 --no-exclude-own-image",
+    "--key-view weak --candidates keys --weights key --mix-neighbours",
+    "--candidates unique --nn-ramp-epochs 1 --normalise-positives",
     "--method mocov3",
     "--method nnclr",
     "--method mocov2",

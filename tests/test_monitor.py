@@ -3,17 +3,25 @@ import math
 import time
 from argparse import Namespace
 
+import oracles
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from snclr.objectives import (
+    CANDIDATES,
     FORMS,
+    Candidates,
+    count_picks,
+    gather_candidates,
+    gather_neighbours,
     loss_at_chance,
+    mix_with_keys,
     mocov2_loss,
     mocov3_loss,
     nnclr_loss,
     positiveness,
+    restrict,
     snclr_loss,
 )
 from snclr.running import log as run_log
@@ -28,6 +36,7 @@ NEIGHBOUR_METRICS = {
     "distinct_rows",
     "largest_count",
     "neighbour_purity",
+    "weighted_purity",
 }
 
 
@@ -132,8 +141,47 @@ def test_purity_needs_labels_and_nothing_else_does():
     labelled = step_metrics(
         torch.tensor(2.0), view, ids, torch.zeros(40, dtype=torch.long), **SNCLR
     )
-    assert labelled.pop("neighbour_purity") == 1
+    assert labelled.pop("neighbour_purity") == labelled.pop("weighted_purity") == 1
     assert labelled == unlabelled
+
+
+@pytest.mark.parametrize("kind", CANDIDATES)
+@pytest.mark.parametrize("unlabelled", [False, True])
+def test_weighted_purity_and_same_label_negatives_equal_the_loops(kind, unlabelled):
+    generator = torch.Generator().manual_seed(0)
+    ids, images_of_rows = torch.arange(8) + 5, torch.randint(40, (12,), generator=generator)
+    rows = torch.stack([torch.randperm(12, generator=generator)[:4] for _ in ids])
+    rows[0], rows[1, 2:] = -1, -1
+    view = shown(8, 4)
+    view = view._replace(
+        rows=rows,
+        neighbour_ids=torch.where(rows >= 0, images_of_rows[rows], -1),
+        counts=count_picks(rows, 12),
+        weights=torch.rand(8, 4, generator=generator) * (rows >= 0),
+    )
+    candidates = restrict(Candidates(torch.zeros(8, 2), view.counts), kind)
+    view = view._replace(row_candidates=candidates.counts)
+    labels = torch.arange(40) % 3 - int(unlabelled)
+    metrics = step_metrics(torch.tensor(2.0), view, ids, labels, **SNCLR)
+    expected = oracles.same_label_negatives(ids, labels, rows, view.neighbour_ids, kind)
+    assert metrics["same_label_negatives"] == pytest.approx(expected, rel=1e-12)
+    same = total = 0
+    for i, line in enumerate(view.neighbour_ids.tolist()):
+        for k, image in enumerate(line):
+            if image >= 0 and labels[image] >= 0 and labels[ids[i]] >= 0:
+                total += view.weights[i, k].double()
+                same += view.weights[i, k].double() * (labels[image] == labels[ids[i]])
+    assert metrics["weighted_purity"] == pytest.approx(float(same / total), rel=1e-12)
+
+
+def test_same_label_negatives_of_a_batch_without_a_bank():
+    none = torch.zeros(0, dtype=torch.long)
+    view = without_neighbours(torch.randn(4, 8))
+    view = view._replace(rows=none.expand(4, 0), row_candidates=none)
+    labels = torch.tensor([0, 0, 0, 1])
+    metrics = step_metrics(torch.tensor(2.0), view, torch.arange(4), labels, **SNCLR)
+    assert metrics["same_label_negatives"] == 6 / 12
+    assert "weighted_purity" not in metrics
 
 
 def test_missing_neighbour_is_not_taken_for_the_last_image():
@@ -232,6 +280,44 @@ def test_loss_at_chance_is_snclrs_loss_where_all_candidates_look_the_same(kind, 
         loss, view, torch.arange(5), None, method="snclr", form=form, temperature=0.3
     )
     assert metrics["loss_ratio"] == pytest.approx(1, rel=1e-10)
+
+
+@pytest.mark.parametrize("kind", CANDIDATES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("normalised", [False, True])
+def test_the_ratio_to_chance_holds_for_all_candidates_and_mixed_or_normalised_positives(
+    form, kind, normalised
+):
+    query, keys, bank, rows = same_cosines(0.0)
+    rows, weights = rows[2:3].repeat(5, 1), torch.tensor([[0.5, 0.2, 0.1]]).double().repeat(5, 1)
+    candidates = restrict(gather_candidates(keys, rows, len(bank)), kind)
+    mixed = mix_with_keys(
+        gather_neighbours(bank, rows), keys, torch.rand(5, 3)
+    )  # cosines of 0, too
+    loss = 2 * snclr_loss(
+        query,
+        keys,
+        bank,
+        rows,
+        weights,
+        temperature=0.3,
+        form=form,
+        candidates=candidates,
+        neighbours=mixed,
+        normalise=normalised,
+    )
+    view = without_neighbours(query, 5 + int(candidates.counts.sum()))
+    view = view._replace(
+        scores=torch.zeros(5, 3), neighbour_ids=rows, weights=weights, counts=torch.ones(12)
+    )
+    settings = dict(method="snclr", form=form, temperature=0.3, normalised=normalised)
+    metrics = step_metrics(loss, view, torch.arange(5), None, **settings)
+    assert metrics["loss_ratio"] == pytest.approx(1, rel=1e-10)
+
+
+def test_weights_above_the_candidates_have_no_chance_level_under_the_log():
+    assert loss_at_chance("snclr", "log_of_sum", 0.2, 2, 2.0) is None
+    assert loss_at_chance("snclr", "log_of_sum", 0.2, 2, 3.0) is None
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -15,10 +15,12 @@ from snclr.builder import SNCLR
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import (
     log_sum_exp,
+    mix_with_keys,
     mocov2_loss,
     mocov3_loss,
     nnclr_loss,
     positiveness,
+    restrict,
     snclr_loss,
 )
 
@@ -341,6 +343,90 @@ def test_inputs_need_no_normalisation_and_keep_their_precision():
     torch.testing.assert_close(
         loss16.double(), reference, rtol=1e-5, atol=0
     )  # only the inputs were rounded
+
+
+# -- levers beyond the paper -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", objectives.FORMS)
+@pytest.mark.parametrize("kind", objectives.CANDIDATES)
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("mixes", [False, True])
+def test_candidates_mixing_and_normalising_equal_the_oracle(form, kind, normalise, mixes):
+    query, online, key, bank, rows = problem()
+    rows[0] = torch.tensor([3, 7, 9, -1])
+    rows[1:, 0], rows[5] = 7, -1  # a row that many images picked, and an image without neighbours
+    shares, positives = torch.rand(rows.shape, dtype=torch.float64), None
+    neighbours = objectives.gather_neighbours(bank, rows)
+    if mixes:
+        positives = oracles.mixed(neighbours, key, shares)
+        neighbours = mix_with_keys(neighbours, 3 * key, shares)
+        torch.testing.assert_close(neighbours, positives, **TIGHT)
+    weights = positiveness(online, bank, rows, temperature=0.1)
+    candidates = restrict(objectives.gather_candidates(key, rows, len(bank)), kind)
+    fast = snclr_loss(
+        query,
+        key,
+        bank,
+        rows,
+        weights,
+        temperature=0.2,
+        form=form,
+        candidates=candidates,
+        neighbours=neighbours,
+        normalise=normalise,
+    )
+    slow = oracles.snclr(
+        query,
+        key,
+        bank,
+        rows,
+        oracles.positiveness(online, bank, rows, temperature=0.1),
+        0.2,
+        form,
+        kind,
+        positives,
+        normalise,
+    ).mean()
+    torch.testing.assert_close(fast, slow, **TIGHT)
+    gradients = [torch.autograd.grad(loss, (query, online)) for loss in (fast, slow)]
+    for quick, obvious in zip(*gradients, strict=True):
+        torch.testing.assert_close(quick, obvious, **TIGHT)
+
+
+@pytest.mark.parametrize("form", objectives.FORMS)
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+def test_without_neighbours_among_the_candidates_loss_and_gradient_stay_bounded(form, temperature):
+    """The neighbours are far more similar to the query than any key: the loss is negative."""
+    query, _, key, bank, rows = problem(batch=4, k=3)
+    with torch.no_grad():
+        query.copy_(normalize(torch.eye(8)[0] + 0.1 * query, dim=1))
+        bank = query.repeat_interleave(3, dim=0)
+    rows, key = torch.arange(12).view(4, 3), normalize(-query.detach() + 0.1 * key, dim=1)
+    candidates = restrict(objectives.gather_candidates(key, rows, len(bank)), "keys")
+    weights = torch.full(rows.shape, 1 / 3, dtype=torch.float64, requires_grad=True)
+    loss = snclr_loss(
+        query, key, bank, rows, weights, temperature=temperature, form=form, candidates=candidates
+    )
+    loss.backward()
+    # 2T * W * (log Z - s) with W = 2, both within log N + 1/T; without the mean over 4 images
+    assert -2 * 2 * 2 < loss < 0
+    assert (4 * query.grad).norm(dim=1).max() <= 2 * 2 * 2
+    assert weights.grad.isfinite().all()
+
+
+def test_the_fresh_keys_alone_need_no_product_with_the_bank(monkeypatch):
+    _, _, key, bank, rows = problem()
+    candidates = restrict(objectives.gather_candidates(key, rows, len(bank)), "keys")
+    monkeypatch.setattr(objectives, "on_host", lambda _: False)  # as on a GPU
+    blocks = objectives._blocks(candidates.keys, bank[: len(candidates.counts)], *candidates[1:], 8)
+    assert [len(features) for features, _ in blocks] == [len(key)]
+
+
+def test_unknown_candidates_are_named():
+    candidates = objectives.Candidates(torch.zeros(2, 3), torch.zeros(4).int())
+    with pytest.raises(ValueError, match=r"kind must be one of .* found 'none'"):
+        restrict(candidates, "none")
 
 
 def test_unknown_form_is_named():

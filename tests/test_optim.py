@@ -84,6 +84,21 @@ def network():
     return model
 
 
+@pytest.mark.parametrize(
+    "warmup, ramp, expected",
+    [
+        (0, 0, [2, 2, 2, 2, 2, 2, 2, 2]),
+        (1, 0, [0, 0, 0, 0, 2, 2, 2, 2]),
+        (0, 1, [0.5, 1, 1.5, 2, 2, 2, 2, 2]),
+        (0.5, 1, [0, 0, 0.5, 1, 1.5, 2, 2, 2]),
+        (0.4, 0.25, [0, 0, 2, 2, 2, 2, 2, 2]),  # between two steps
+    ],
+)
+def test_the_mass_of_the_neighbours_rises_linearly_after_the_warm_up(warmup, ramp, expected):
+    schedule = dict(full=2.0, steps_per_epoch=4, warmup_epochs=warmup, ramp_epochs=ramp)
+    assert [optim.neighbour_mass(step, **schedule) for step in range(8)] == expected
+
+
 def test_only_parameters_of_several_dimensions_decay_and_frozen_ones_are_left_out():
     model = network()
     decaying, others = optim.parameter_groups(model.named_parameters(), 0.1)

@@ -18,6 +18,8 @@ SMALL = (
 NO_EVALUATION = SMALL.replace("--eval-freq 1", "--eval-freq 0")
 TIMM = NO_EVALUATION.replace("resnet8", "timm:test_efficientnet")  # its norms have activations
 VIT = NO_EVALUATION.replace("resnet8", "vit_tiny")
+LEVERS = "--key-view weak --candidates unique --weights key --mix-neighbours --nn-mass 0.5 "
+LEVERS += "--nn-ramp-epochs 1.5 --normalise-positives"
 CLOCK = ("images_per_s", "data_wait", "slowest_step_s")  # metrics that differ between equal runs
 
 
@@ -83,7 +85,7 @@ def run(tmp_path_factory, images):
             short = f"--stop-after-steps 5 --workdir {out}"
             # DDP's buckets change the order in which 4 ranks are summed
             dtype = "float64:" if world_size == 4 else ""
-            long = f"{dtype}{images} {SMALL} --local-views 1 --workdir {out}"
+            long = f"{dtype}{images} {SMALL} --local-views 1 {LEVERS} --workdir {out}"
             jobs = [
                 "pieces",
                 f"float64:{images} {SMALL} {short}/resnet",
@@ -93,6 +95,7 @@ def run(tmp_path_factory, images):
                 f"float64:{images} {SMALL} --method mocov2 {short}/mocov2",
                 f"float64:{images} {SMALL} --local-views 2 {short}/local",
                 f"float64:{images} {SMALL} --weights projected --wd 0 {short}/projected",
+                f"float64:{images} {SMALL} {LEVERS} {short}/levers",
                 f"{long}/whole",
                 f"{long}/parts --stop-after-steps 7",
                 f"term:float64:{images} {NO_EVALUATION} {short}/term",  # last: it changes the class
@@ -138,8 +141,8 @@ def test_losses_reduced_gradients_norms_bank_and_knn_do_not_depend_on_the_number
 
 
 @pytest.mark.parametrize(
-    "model", ["resnet", "vit", "micro", "timm", "mocov2", "local", "projected"]
-)  # the last: while the bank is empty, too
+    "model", ["resnet", "vit", "micro", "timm", "mocov2", "local", "projected", "levers"]
+)  # projected: while the bank is empty, too
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_five_steps_of_training_do_not_depend_on_the_number_of_ranks(run, world_size, model):
     undivided = {"micro": "vit"}.get(

@@ -21,6 +21,7 @@ NEIGHBOURS = {
     "distinct_rows",
     "largest_count",
     "neighbour_purity",
+    "weighted_purity",
 }
 
 
@@ -54,6 +55,7 @@ def test_every_method_trains_and_logs_what_it_has(images, tmp_path, method):
             "mocov3": set(),
         }[method]
     )
+    assert ("same_label_negatives" in steps[-1]) == (method != "mocov2")
     state = torch.load(tmp_path / "checkpoint_last.pth.tar", weights_only=True)["state_dict"]
     parts = {name.split(".")[1] for name in state}
     absent = {
@@ -83,6 +85,10 @@ def test_every_method_trains_and_logs_what_it_has(images, tmp_path, method):
         "--arch vit_tiny --patch-size 8 --stop-grad-conv1",
         "-b 40 --bank-size 7 --topk 3",
         "--img-size 24",
+        "--key-view weak --candidates keys --weights key --positiveness-t 0.05 --viz-freq 1",
+        "--key-view weak --method mocov3 --local-views 1",
+        "--key-view weak --method mocov2",
+        "--candidates unique --mix-neighbours --nn-ramp-epochs 1.5 --normalise-positives",
     ],
 )
 def test_every_option_trains(images, tmp_path, flags):
@@ -124,6 +130,25 @@ def test_the_layers_of_the_projected_attention_train(images, tmp_path, form):
     state = torch.load(tmp_path / "checkpoint_last.pth.tar", weights_only=True)["state_dict"]
     for name in ("f1", "f2"):
         assert (state[f"module.attention.{name}.weight"] - torch.eye(16)).abs().max() > 1e-4
+
+
+def test_the_mass_of_the_neighbours_follows_its_schedule(images, tmp_path, monkeypatch):
+    masses, forward = [], builder.SNCLR.forward
+
+    def record(self, views, ids, momentum, mass, step):
+        loss, shown = forward(self, views, ids, momentum, mass, step)
+        masses.append((step, mass, shown.weights.sum(dim=1).max().item()))
+        return loss, shown
+
+    monkeypatch.setattr(builder.SNCLR, "forward", record)
+    flags = ["--nn-mass", "3", "--nn-warmup-epochs", "0.4", "--nn-ramp-epochs", "1"]
+    flags += ["--eval-freq", "0"]
+    train(images, tmp_path, *flags, "--stop-after-steps", "6")
+    train(images, tmp_path, *flags, "--resume", "auto")
+    steps, expected, actual = zip(*masses, strict=True)
+    assert list(steps) == list(range(10))
+    ramp = [0, 0, 0.6, 1.2, 1.8, 2.4, 3, 3, 3, 3]
+    assert expected == pytest.approx(ramp) and actual == pytest.approx(ramp)
 
 
 def test_gamma_divides_the_neighbours_weights(images, tmp_path):

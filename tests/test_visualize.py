@@ -126,11 +126,24 @@ def test_bank_ages_are_those_of_a_bank_that_remembers_its_steps(size, batch):
 def test_a_step_without_neighbours_shows_only_its_views():
     shown = step_view([[-1, -1]], [[0.0, 0.0]])
     x = torch.zeros(1, 3, 8, 8)
-    args = Namespace(img_size=8, batch_size=1)
+    args = Namespace(img_size=8, batch_size=1, key_view="strong")
     pictures, histograms = steps.of_step(
         Batch(torch.tensor([0]), [x, x]), shown, plain_images(), args, 3
     )
     assert list(pictures) == ["views"] and histograms == {}
+
+
+def test_the_weak_view_is_drawn_below_the_first_two_views():
+    shown = step_view([[-1, -1]], [[0.0, 0.0]])
+    views = [
+        torch.full((1, 3, 8, 8), level) for level in (0.0, 0.2, 0.4, 0.6)
+    ]  # the third is local
+    args = Namespace(img_size=8, batch_size=1, key_view="weak")
+    batch, images = Batch(torch.tensor([0]), views), plain_images()
+    picture = steps.of_step(batch, shown, images, args, 3)[0]["views"]
+    levels, _ = tiles_of(picture, 3, 1, words=0, lines=1, key=False, side=128)
+    expected = [steps.denormalize(view, images.mean, images.std)[0, 0, 0, 0] for view in views]
+    assert levels == [[expected[0]], [expected[1]], [expected[3]]]
 
 
 # -- encoders --------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ def of_step(
     batch: Batch, shown: StepView, images: ImageSet, args: argparse.Namespace, step: int
 ) -> tuple[dict[str, Image.Image], dict[str, Tensor]]:
     """Pictures and histograms of this rank's part of a step, by name. step: its number, from 1."""
-    pictures = {"views": view_picture(batch, images, f"Views at step {step}")}
+    weak = args.key_view == "weak"
+    pictures = {"views": view_picture(batch, images, f"Views at step {step}", weak)}
     valid = shown.neighbour_ids >= 0
     if not valid.any():
         return pictures, {}
@@ -58,13 +59,18 @@ def neighbour_picture(
     return sheet(rows, title, NEIGHBOUR_LINES, frame_key(rows), ("image", "neighbours"))
 
 
-def view_picture(batch: Batch, images: ImageSet, title: str) -> Image.Image:
-    """The first two views of images of a batch as they entered the network, but not normalised."""
+def view_picture(batch: Batch, images: ImageSet, title: str, weak: bool = False) -> Image.Image:
+    """The first two views of images of a batch as they entered the network, but not normalised.
+
+    weak: whether the last view is the weak one, which is then shown below them.
+    """
     rows = [
         [Tile(image) for image in denormalize(view[:QUERIES], images.mean, images.std)]
-        for view in batch.views[:2]
+        for view in batch.views[:2] + batch.views[-1:] * weak
     ]
     text = "Above: view 1, below: view 2 of the same image, as the network sees them."
+    if weak:
+        text = "From above: view 1, view 2 and the weak view of the same image."
     return sheet(rows, title, text, side=128)
 
 

@@ -15,17 +15,20 @@ from .precision import unit
 
 class StepView(NamedTuple):
     """What a step passes to its metrics and pictures, detached. It is of this rank's batch, except
-    for counts, and of the direction from view 1 to view 2.
+    for counts and row_candidates, and of the direction from view 1 to view 2 (or to the weak view).
 
     projection      (B, D) online projection of view 1
     scores          (B, K) cosines of the searched vectors with their neighbours
     neighbour_ids   (B, K) data-set indices, -1 for none
-    weights         (B, K) positiveness
+    weights         (B, K) positiveness, before --normalise-positives
     counts          (M,) how often the global batch picked each bank row
     num_candidates  () of one sample
     bank_fill       () share of the bank's rows that were written before this step; None: no bank
     terms           further terms of the loss by name, scalars (), this rank's mean; the model adds
                     them to the loss, and the log has them as term_NAME
+    rows            (B, K) bank rows of the neighbours, -1 for none
+    row_candidates  (M,) how often each bank row that the batch picked is in the denominator; (0,):
+                    no row is; None: the denominator has other rows
 
     K and M are 0 for the methods without neighbours.
     """
@@ -38,6 +41,8 @@ class StepView(NamedTuple):
     num_candidates: Tensor
     bank_fill: Tensor | None
     terms: Mapping[str, Tensor] = MappingProxyType({})
+    rows: Tensor | None = None
+    row_candidates: Tensor | None = None
 
 
 @torch.no_grad()
@@ -50,6 +55,7 @@ def step_metrics(
     method: str,
     form: str,
     temperature: float,
+    normalised: bool = False,
 ) -> dict:
     """Metrics of one step over the global batch, the same on every rank. Collective: one
     all-reduce.
@@ -60,7 +66,12 @@ def step_metrics(
     collapse; bank_fill. If the bank was searched: neighbour_similarity, the mean cosine;
     positiveness_entropy, as a share of the uniform weights' entropy; distinct_rows and
     largest_count of the picks; and neighbour_purity: of the neighbours with a label of an image
-    with a label, the share whose label is the same.
+    with a label, the share whose label is the same; weighted_purity: the same by positiveness, not
+    by number. same_label_negatives: of the negatives with a label of an image with a label, the
+    share whose label is the same. Negatives are the candidates of the denominator that are neither
+    the image's own key nor one of its own neighbours (mocov2: not logged).
+
+    normalised: whether the weights of an image's positives were divided by their sum
     """
     projection = unit(shown.projection).double()
     valid = shown.neighbour_ids >= 0
@@ -75,6 +86,16 @@ def step_metrics(
         neighbour_labels, own_labels = labels[shown.neighbour_ids], labels[ids][:, None]
         known = valid & (neighbour_labels >= 0) & (own_labels >= 0)
         same = known & (neighbour_labels == own_labels)
+    images_by_label = rows_by_label = weights.new_zeros(0)
+    candidates = torch.zeros_like(weights)  # how often each neighbour is in the denominator
+    if labels is not None and shown.row_candidates is not None:
+        num_labels, rows = int(labels.max()) + 1, shown.rows.clamp(min=0)
+        images_by_label = _by_label(own_labels, torch.ones_like(own_labels).double(), num_labels)
+        if len(shown.row_candidates):
+            candidates = shown.row_candidates[rows] * valid.double()
+        # a row that c images of the global batch picked comes up c times
+        each = candidates / shown.counts[rows].clamp(min=1)
+        rows_by_label = _by_label(neighbour_labels, each, num_labels)
     terms = {f"term_{name}": term for name, term in shown.terms.items()}
     sums = {
         "loss": loss.detach(),
@@ -86,16 +107,22 @@ def step_metrics(
         "entropies": has_several.sum(),
         "known": known.sum(),
         "same": same.sum(),
+        "known_weight": (weights * known).sum(),
+        "same_weight": (weights * same).sum(),
+        "known_own": (candidates * known).sum(),
+        "same_own": (candidates * same).sum(),
         **terms,
     }
     scalars = torch.stack([x.double() for x in sums.values()])
-    moments = [projection.sum(dim=0), projection.square().sum(dim=0)]
-    total = all_sum(torch.cat([scalars, *moments]))
-    scalars, first, second = total.split([len(sums), *map(len, moments)])
+    vectors = [projection.sum(dim=0), projection.square().sum(dim=0)]
+    vectors += [images_by_label, rows_by_label]
+    total = all_sum(torch.cat([scalars, *vectors]))
+    scalars, first, second, *by_label = total.split([len(sums), *map(len, vectors)])
     total = dict(zip(sums, scalars.tolist(), strict=True))
 
     images, mean_loss = total["images"], total["loss"] / world_size()
-    mean_weight = 1 + total["weights"] / images  # 1 is that of the image's own key
+    # 1 is that of the image's own key
+    mean_weight = 1 if normalised else 1 + total["weights"] / images
     chance = loss_at_chance(method, form, temperature, int(shown.num_candidates), mean_weight)
     variance = (second / images - (first / images).square()).clamp(min=0)
     metrics = {
@@ -117,7 +144,21 @@ def step_metrics(
         }
         if total["known"]:
             metrics["neighbour_purity"] = total["same"] / total["known"]
+        if total["known_weight"]:
+            metrics["weighted_purity"] = total["same_weight"] / total["known_weight"]
+    images_of, candidates_of = by_label[0], by_label[0] + by_label[1]
+    labelled = images_of.sum().item()  # each has its own key among the candidates
+    negatives = labelled * candidates_of.sum().item() - labelled - total["known_own"]
+    if negatives > 0:
+        same_negatives = (images_of @ candidates_of).item() - labelled - total["same_own"]
+        metrics["same_label_negatives"] = same_negatives / negatives
     return metrics
+
+
+def _by_label(labels, shares, num_labels):
+    """The sum of the shares (...) with each label (...) of 0 .. num_labels - 1; -1 is no label."""
+    sums = shares.new_zeros(num_labels + 1)
+    return sums.index_add_(0, labels.flatten() + 1, shares.flatten())[1:]
 
 
 class Waits:
