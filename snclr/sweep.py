@@ -2,9 +2,9 @@
 
     python -m snclr.sweep RECIPE... --seeds 0 1 2 --workdir DIR [--base RECIPE] [-- FLAGS]
 
-A run is `main_snclr.py @BASE @RECIPE FLAGS` with a seed, in DIR/RECIPE-seedN; FLAGS, which all runs
-have, include DATA. Each GPU has --side-by-side runs at a time. To continue a sweep that was stopped
-or killed, give the same command: runs that had begun are resumed, finished ones are skipped.
+A run is `main_snclr.py @BASE @RECIPE FLAGS` with a seed, in DIR/RECIPE-seedN. FLAGS include DATA. A
+RECIPE may be "NAME=FLAGS". After a stop or a crash, the same command continues: runs that had begun
+are resumed, finished ones are skipped.
 """
 
 import contextlib
@@ -12,12 +12,14 @@ import ctypes
 import dataclasses
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import options
 from .arguments import ROOT, new_parser, number, read_recipes, seed
@@ -77,7 +79,7 @@ def parse(argv: list[str]) -> Namespace:
     """The flags of the sweep. Raises UsageError."""
     parser = new_parser("snclr.sweep", "Runs recipes over seeds, and compares them by seed.")
     add = parser.add_argument
-    about = "recipe, or several joined by +; each is compared with the first"
+    about = "recipe, or NAME=FLAGS in quotes; each is compared with the first"
     add("recipes", nargs="+", metavar="RECIPE", help=about)
     add("--base", metavar="RECIPE", help="recipe that is read before each RECIPE")
     add("--seeds", nargs="+", type=seed, default=[0], metavar="N", help="--seed of the runs")
@@ -97,14 +99,14 @@ def plan(args: Namespace, flags: list[str], cores: int) -> list[Job]:
             raise UsageError(f"{word} cannot be a flag of all runs: the sweep sets it for each run")
     jobs = {}
     for recipe in args.recipes:
-        paths = recipe.split("+")
-        stem = "+".join(os.path.splitext(os.path.basename(path))[0] for path in paths)
+        stem, equals, words = recipe.partition("=")
+        stem, words = (stem, words) if equals else (Path(recipe).stem, f"@{recipe}")
+        base = [f"@{args.base}"] if args.base else []
         for run_seed in args.seeds:
             name = f"{stem}-seed{run_seed}"
             if name in jobs:
                 raise UsageError(f"{name} would run twice: give each RECIPE and seed once")
-            settings = [f"@{path}" for path in [*filter(None, [args.base]), *paths]]
-            settings += [*flags, "--seed", str(run_seed)]
+            settings = [*base, *shlex.split(words), *flags, "--seed", str(run_seed)]
             workdir = os.path.join(args.workdir, name)
             own = ["--workdir", workdir, "--resume", "auto"]
             all_flags = ["--workers", str(max(1, min(8, cores))), *settings, *own]
@@ -118,8 +120,7 @@ def plan(args: Namespace, flags: list[str], cores: int) -> list[Job]:
 
 def visible_gpus() -> list[str]:
     """The GPUs of this process, by the names of CUDA_VISIBLE_DEVICES, which SLURM sets."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if names is not None:
+    if (names := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in names.split(",") if name not in ("", "-1")]
     import torch
 
@@ -194,9 +195,8 @@ def end(job: Job, is_stopped: bool) -> None:
     elif is_stopped or code == 75:
         job.state = STOPPED
     else:
-        text = safe_files.read_text(os.path.join(job.workdir, CONSOLE))
-        job.state, lines = FAILED, [line for line in text.splitlines() if line.strip()]
-        job.message = lines[-1] if lines else f"exit code {code}"
+        lines = safe_files.read_text(os.path.join(job.workdir, CONSOLE)).split("\n")
+        job.state, job.message = FAILED, ([*filter(None, lines)] or [f"exit code {code}"])[-1]
 
 
 def progress(workdir: str) -> str:

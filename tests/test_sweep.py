@@ -86,11 +86,12 @@ def planned(tmp_path, *words):
 
 
 def test_runs_are_recipes_times_seeds_on_a_base(tmp_path):
-    topk_1, bank_512 = ("configs/ablations/topk_1.args", "configs/ablations/bank_512.args")
-    words = [topk_1, f"{topk_1}+{bank_512}", "--base", "configs/cifar10_cpu.args", "--seeds", "3"]
+    topk_1 = "configs/ablations/topk_1.args"
+    both = f"both=@{topk_1} --bank-size 512"
+    words = [topk_1, both, "--base", "configs/cifar10_cpu.args", "--seeds", "3"]
     jobs = planned(tmp_path, *words, "4", "--", str(tmp_path), "--topk", "2")
     assert [job.name for job in jobs] == [
-        f"{name}-seed{s}" for name in ("topk_1", "topk_1+bank_512") for s in (3, 4)
+        f"{name}-seed{s}" for name in ("topk_1", "both") for s in (3, 4)
     ]
     parsed = [sweep.options.parse(job.flags) for job in jobs]
     assert [args.bank_size for args in parsed] == [8192, 8192, 512, 512]
