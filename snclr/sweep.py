@@ -97,22 +97,21 @@ def plan(args: Namespace, flags: list[str], cores: int) -> list[Job]:
     for word in flags:
         if word.split("=")[0] in ("--seed", "--workdir", "--resume"):
             raise UsageError(f"{word} cannot be a flag of all runs: the sweep sets it for each run")
-    jobs = {}
+    jobs, base = {}, [f"@{args.base}"] if args.base else []
     for recipe in args.recipes:
         stem, equals, words = recipe.partition("=")
         stem, words = (stem, words) if equals else (Path(recipe).stem, f"@{recipe}")
-        base = [f"@{args.base}"] if args.base else []
         for run_seed in args.seeds:
             name = f"{stem}-seed{run_seed}"
             if name in jobs:
                 raise UsageError(f"{name} would run twice: give each RECIPE and seed once")
-            settings = [*base, *shlex.split(words), *flags, "--seed", str(run_seed)]
             workdir = os.path.join(args.workdir, name)
             own = ["--workdir", workdir, "--resume", "auto"]
-            all_flags = ["--workers", str(max(1, min(8, cores))), *settings, *own]
             try:
+                settings = [*base, *shlex.split(words), *flags, "--seed", str(run_seed)]
+                all_flags = ["--workers", str(max(1, min(8, cores))), *settings, *own]
                 options.parse(all_flags)
-            except UsageError as error:
+            except ValueError as error:  # an open quote; a UsageError is a ValueError, too
                 raise UsageError(f"{name}: {error}") from error
             jobs[name] = Job(name, stem, workdir, all_flags, read_recipes(settings, []))
     return list(jobs.values())
@@ -122,7 +121,7 @@ def visible_gpus() -> list[str]:
     """The GPUs of this process, by the names of CUDA_VISIBLE_DEVICES, which SLURM sets."""
     if (names := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in names.split(",") if name not in ("", "-1")]
-    import torch
+    import torch  # slow
 
     return list(map(str, range(torch.cuda.device_count())))
 

@@ -13,7 +13,9 @@ import pytest
 from test_ranks import SMALL, write_images
 from test_report import Page, write_run
 
+import main_snclr
 from snclr import sweep
+from snclr.arguments import read_recipes
 from snclr.pictures import compare, report
 from snclr.pictures.runs import load
 from snclr.running.errors import Interrupted, RunError, UsageError
@@ -31,6 +33,11 @@ def on_the_cpu(monkeypatch):
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 # -- the comparison --------------------------------------------------------------------------------
@@ -124,10 +131,10 @@ def test_runs_share_the_gpus_of_the_allocation(monkeypatch, names, gpus):
 # -- a sweep ---------------------------------------------------------------------------------------
 
 
-def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, capsys):
+def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, images, capsys):
     """Kill the sweep in the first run; stop it by --minutes; then let it end, and start again."""
-    images, workdir = write_images(tmp_path / "images"), tmp_path / "sweep"
-    (tmp_path / "good.args").write_text(f"{SMALL} --epochs 400 --eval-freq 200")
+    workdir = tmp_path / "sweep"
+    (tmp_path / "good.args").write_text(f"{SMALL} --epochs 30 --eval-freq 15")
     (tmp_path / "bad.args").write_text(f"{SMALL} --init-from {tmp_path}/good.args")
     recipes = [str(tmp_path / "good.args"), str(tmp_path / "bad.args")]
     words = [*recipes, "--side-by-side", "2", "--workdir", str(workdir), "--", str(images)]
@@ -155,11 +162,11 @@ def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, capsys
         sweep.main(words)
     lines = capsys.readouterr().out.splitlines()
     assert any(re.match(r"bad-seed0  failed  main_snclr.py: error: .*good.args", x) for x in lines)
-    assert any(re.match(r"good-seed0  finished  epoch 400  kNN [\d.]+ %", x) for x in lines)
+    assert any(re.match(r"good-seed0  finished  epoch 30  kNN [\d.]+ %", x) for x in lines)
     console = (workdir / "good-seed0/console.txt").read_text()
     assert "resumed from" in console and "after step 0" not in console
     steps = [json.loads(x)["step"] for x in log.read_text().splitlines() if '"loss"' in x]
-    assert steps == list(range(1, 2001)) and seen < len(steps)
+    assert steps == list(range(1, 151)) and seen < len(steps)
     (row,) = [x for x in (workdir / "sweep.md").read_text().splitlines() if "good" in x]
     knn = json.loads((workdir / "sweep.json").read_text())["runs"]["good-seed0"]["kNN top-1 %"]
     assert f" {knn:.1f} " in row and (workdir / "report.html").exists()
@@ -168,9 +175,9 @@ def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, capsys
     written = log.stat().st_mtime_ns
     sweep.main([recipes[0], *words[2:]])
     assert log.stat().st_mtime_ns == written
-    assert "good-seed0  finished  epoch 400" in capsys.readouterr().out
+    assert "good-seed0  finished  epoch 30" in capsys.readouterr().out
     # other settings: the run is no longer finished
-    jobs = planned(workdir, recipes[0], "--", str(images), "--epochs", "401")
+    jobs = planned(workdir, recipes[0], "--", str(images), "--epochs", "31")
     marker = json.loads((workdir / "good-seed0/finished.json").read_text())
     assert marker["settings"] != jobs[0].settings
 
@@ -180,3 +187,22 @@ def wait_for(condition, seconds=60):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# -- the sweep files -------------------------------------------------------------------------------
+
+FILES = sorted(ROOT.glob("configs/sweeps/*.sweep"))
+# all settings but the sizes: one step on a few images
+STEP = "--dataset folder --img-size 32 --subset 8 -b 4 --width 8 --snclr-mlp-dim 32 --bank-size 16 "
+STEP += "--topk 2 --amp off --eval-freq 0 --stop-after-steps 1"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_sweep_file_has_valid_runs_and_the_last_one_trains(path, tmp_path, images):
+    words = read_recipes([f"@{path}", str(images), *STEP.split()], [])
+    jobs = planned(tmp_path, *words)
+    assert len({tuple(job.settings) for job in jobs}) == len(jobs) >= 4
+    main_snclr.main(jobs[-1].flags)
+    assert '"step": 1' in Path(jobs[-1].workdir, "metrics.jsonl").read_text()
+    head = path.read_text().split('"')[0]
+    assert "Not run yet" in head or "docs/RESULTS.md" in head
