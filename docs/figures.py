@@ -2,8 +2,8 @@
 """Draws the figures of these pages.
 
 python docs/figures.py                      method.png: one training step as boxes and arrows
-python docs/figures.py runs/ablations/*     ablations.png: kNN of runs in folders NAME-seedN;
-                                            prints their table
+python docs/figures.py runs/ablations/*-seed*    ablations.png: kNN of runs in folders NAME-seedN;
+                                                 prints their table
 """
 
 import itertools
