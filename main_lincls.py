@@ -39,6 +39,7 @@ from snclr.running.preemption import end_at_once, handlers_given_back
 from snclr.running.provenance import versions_and_commit
 from snclr.running.safe_files import save_json, writing
 from snclr.running.settings import save_settings
+from snclr.weights.load import DEFAULTS
 from snclr.weights.load import open_encoder as open_file
 
 KNN_K = (10, 20, 100, 200)
@@ -139,16 +140,7 @@ def open_encoder(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     encoder, info = open_file(
         args.pretrained,
         "untrained" if args.encoder == "pixels" else args.encoder,
-        arch=args.arch,
-        img_size=args.img_size,
-        patch_size=args.patch_size,
-        num_heads=args.num_heads,
-        width=args.width,
-        small_stem=args.small_stem,
-        timm_kwargs=args.timm_kwargs,
-        mean=args.mean,
-        std=args.std,
-        grey_range=args.grey_range,
+        **{name: getattr(args, name) for name in DEFAULTS},
     )
     if args.encoder == "pixels":
         encoder = features.Pixels(info["img_size"]).eval()

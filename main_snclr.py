@@ -39,6 +39,7 @@ from snclr.pictures import report, steps
 from snclr.running import checkpoint, distributed, process_group, summary, tensor_files
 from snclr.running.bad_images import record_bad_images
 from snclr.running.batch_norm import synchronise_batch_norm
+from snclr.running.devices import uses_bfloat16_bank
 from snclr.running.guard import Guard
 from snclr.running.lock import hold
 from snclr.running.log import Log
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> None:
     if args.init_from:  # the number of heads must be that of the weights; no tensor shows it
         initial = read_encoder(args.init_from)
         args.num_heads, head_notes = choose_num_heads(initial, args.arch, args.num_heads)
-    model = build_model(args, bfloat16=amp == "bf16")
+    model = build_model(args, bfloat16=uses_bfloat16_bank(amp, device))
     workdir, checkpoint_path, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
     if args.init_from and not checkpoint_path:
         start_notes += load_initial_weights(model, initial) + head_notes
@@ -156,7 +157,7 @@ def main(argv: list[str]) -> None:
         interruptions=Interruptions(args.save_every_minutes, args.timeout_minutes),
         log=log,
     )
-    loader.stop_waiting_if(run.interruptions.is_signalled)
+    loader.stop_waiting_if(lambda: run.interruptions.signal > 0)
     log.say(
         f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), "
         f"batch {args.batch_size}"
@@ -165,6 +166,8 @@ def main(argv: list[str]) -> None:
         f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, "
         f"in {workdir}"
     )
+    if args.compile == "graphs" and device.type != "cuda":
+        start_notes += ["--compile graphs: only a GPU has graphs; the backbones are compiled"]
     for note in data_notes + start_notes + setting_notes(args, len(train)):
         log.say(f"note: {note}")
     if checkpoint_path:
@@ -272,7 +275,7 @@ def train_epoch(run: Run, step: int) -> int:
     labels = loader.images.labels
     if labels is not None:
         labels = labels.to(loader.device, non_blocking=True)
-    batches = loader.epoch(epoch, inside)
+    batch, batches = None, loader.epoch(epoch, inside)
     log.progress(loader.steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
     waits = Waits(loader.device)
     interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0
@@ -283,7 +286,7 @@ def train_epoch(run: Run, step: int) -> int:
             with waits:
                 batch = next(batches)
         except Stalled:
-            if run.interruptions.end_here():
+            if run.interruptions.end_here(run.guard.last_sound_checkpoint):
                 run.guard.check()
                 break
             raise
@@ -356,6 +359,8 @@ def train_epoch(run: Run, step: int) -> int:
             interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0
 
     log.end_progress()
+    if batch is not None:
+        run.guard.try_forward(step, run.model, batch, args.snclr_m, run.amp)
     epoch, inside = divmod(step, loader.steps_per_epoch)
     is_shown = args.viz_freq and (epoch % args.viz_freq == 0 or epoch == args.epochs)
     if is_shown and not inside and log.enabled:
@@ -368,9 +373,9 @@ def train_epoch(run: Run, step: int) -> int:
 def save(run: Run, step: int) -> None:
     """Save checkpoint and encoder, from rank 0; also under a number every --save-freq epochs.
 
-    If weights or optimiser state are not finite, only checkpoint.UNSOUND is written, so that the
-    last sound checkpoint stays. If a save fails, the run continues with a note; at its last save it
-    raises RunError.
+    If the weights, the optimiser state or the loss with these weights are not finite, only
+    checkpoint.UNSOUND is written, so that the last sound checkpoint stays. If a save fails, the run
+    continues with a note; at its last save it raises RunError.
     """
     args, message = run.args, "saved"
     epoch, inside = divmod(step, run.loader.steps_per_epoch)
@@ -403,7 +408,7 @@ def save(run: Run, step: int) -> None:
     if reason is not None:
         outcome = f"saved as {checkpoint.UNSOUND}" if message == "saved" else message
         message = f"{reason}: {outcome}; {run.guard.last_sound_checkpoint}"
-        if step >= run.total_steps:
+        if step >= run.last_step:
             raise RunError(message)
         run.log.say(f"note: {message}")
     elif message == "saved":

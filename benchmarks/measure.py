@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import os
 import platform
 import re
 import time
@@ -44,6 +45,30 @@ def fastest(
             wait(device)
             if step:
                 seconds[name].append(clock() - start)
+    return {name: min(values) for name, values in seconds.items()}
+
+
+def device_seconds(
+    sides: dict[str, Callable[[], object]], steps: int, device: torch.device
+) -> dict[str, float]:
+    """As `fastest`, but only the time in which a GPU works, without that in which it waits for the
+    host. Nothing on a CPU.
+
+    The GPU first sleeps until the host has issued the call. The call must not read values from it.
+    """
+    if device.type != "cuda":
+        return {}
+    seconds = {name: [] for name in sides}
+    for step in range(steps + 1):
+        for name, function in sides.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(2 * 10**8)  # cycles, about 0.1 s
+            start.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            if step:
+                seconds[name].append(start.elapsed_time(end) / 1000)
     return {name: min(values) for name, values in seconds.items()}
 
 
@@ -91,8 +116,13 @@ def hardware(device: torch.device) -> str:
 
 
 def table(head: list[str], rows: Iterable[list]) -> str:
-    """Columns of text: the first is aligned to the left, the others to the right."""
+    """Columns of text: the first is aligned to the left, the others to the right. In Markdown if
+    the environment has SNCLR_MARKDOWN (benchmarks/gpu.sh sets it).
+    """
     lines = [list(map(str, line)) for line in (head, *rows)]
+    if os.environ.get("SNCLR_MARKDOWN"):
+        lines.insert(1, ["---"] * len(head))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     first, rest = widths[0], widths[1:]
     return "\n".join(

@@ -239,7 +239,9 @@ def main():
         "streamed, float32, --candidates keys": Streamed(problem, False, "keys"),
     }
     memory = {name: measure.peak_memory(side.step, device) for name, side in sides.items()}
-    seconds = measure.fastest({name: side.step for name, side in sides.items()}, args.steps, device)
+    calls = {name: side.step for name, side in sides.items()}
+    seconds = measure.fastest(calls, args.steps, device)
+    on_device = measure.device_seconds(calls, args.steps, device)
     sizes = f"B {args.batch}, {args.ranks} ranks, K {args.topk}, M {args.bank}, D {args.dim}"
     print(
         f"{sizes}: search, both directions forward and backward, enqueue\n"
@@ -248,12 +250,16 @@ def main():
     dense = next(iter(sides))
     rows = []
     for name, taken in seconds.items():
-        cells = [f"{1000 * taken:.0f}", f"{seconds[dense] / taken:.1f}"]
+        cells = [f"{1000 * taken:.1f}", f"{seconds[dense] / taken:.1f}"]
         # a tiny problem may need no new memory at all
         less = memory[dense] / max(memory[name], 1)
         cells += [f"{memory[name] / 2**20:.0f}", f"{less:.1f}"]
+        if on_device:
+            own = on_device[name]
+            cells += [f"{1000 * own:.2f}", f"{on_device[dense] / own:.1f}"]
         rows.append([name, *cells])
     head = ["", "ms per step", "times faster", "MB beyond the bank", "times less"]
+    head += ["ms on the GPU", "times faster"] if on_device else []
     print(measure.table(head, rows))
     head = ["bfloat16 products against float64", "loss, relative error"]
     head += ["least gradient cosine", "recall of the top K"]

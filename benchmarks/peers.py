@@ -21,74 +21,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-import main_snclr
 from benchmarks import measure
-from snclr import augment, optim, options
+from benchmarks.training import CIFAR, Training
+from snclr import options
 from snclr.builder import build_model
 from snclr.datasets import sources
-from snclr.datasets.images import ImageSet
-from snclr.loader import TwoViewLoader
 from snclr.running import process_group
-from snclr.running.guard import Guard
-from snclr.running.log import Log
-from snclr.running.precision import autocast, resolve_amp
-from snclr.running.preemption import Interruptions
-
-RECIPE = os.path.join(
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "cifar10_resnet18.args"
-)
-
-
-class Ours:
-    """One call is `turn` steps of main_snclr.py. flags: in addition to those of the recipe."""
-
-    def __init__(self, flags: list[str], train: ImageSet, device: torch.device, turn: int):
-        self.args = args = options.parse([f"@{RECIPE}", *flags])
-        torch.manual_seed(0)
-        self.amp, self.turn, self.step = resolve_amp(args.amp, device), turn, 0
-        layout = (
-            torch.channels_last
-            if device.type == "cuda" or self.amp != "off"
-            else torch.preserve_format
-        )
-        model = build_model(args, bfloat16=self.amp == "bf16").to(device, memory_format=layout)
-        bank = model.memory_bank  # full, as lightly's bank is from the start
-        bank.enqueue(
-            torch.randn(len(bank), args.snclr_dim, device=device),
-            torch.full((len(bank),), -1, device=device),
-        )
-        recipe = augment.Recipe(args.seed, augment.build_views(args))
-        loader = TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
-        optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
-        scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
-        guard = Guard(
-            model,
-            loader,
-            os.curdir,
-            limit=args.skip_non_finite,
-            scaled=scaler.is_enabled(),
-        )
-        self.run = main_snclr.Run(
-            args=args,
-            workdir=os.curdir,
-            last_step=0,
-            amp=self.amp,
-            model=model,
-            network=model,
-            loader=loader,
-            fingerprint="",
-            val=None,
-            optimizer=optimizer,
-            scaler=scaler,
-            guard=guard,
-            interruptions=Interruptions(0, args.timeout_minutes),
-            log=Log(os.curdir, step=0, enabled=False),
-        )
-
-    def __call__(self):
-        self.run = self.run._replace(last_step=self.step + self.turn)
-        while self.step < self.run.last_step:
-            self.step = main_snclr.train_epoch(self.run, self.step)
+from snclr.running.precision import autocast
 
 
 class Lightly:
@@ -169,33 +108,24 @@ def main():
     if importlib.util.find_spec("lightly") is None:
         parser.error("lightly is not installed: pip install -r benchmarks/requirements.txt")
     device = process_group.own_device()
-    common = [
-        args.data,
-        "--dataset",
-        "folder",
-        "--img-size",
-        "32",
-        "-b",
-        str(args.batch_size),
-        "-j",
-        "0",
-        "--amp",
-    ]
-    parsed = options.parse([f"@{RECIPE}", *common, "off"])
+    flags = f"--dataset folder --img-size 32 -b {args.batch_size} -j 0 --amp"
+    common = [CIFAR, args.data, *flags.split()]
+    parsed = options.parse([*common, "off"])
     train = sources.open_data(parsed)[0].to(device)
+
+    def lightly(amp: str) -> Lightly:
+        return Lightly(parsed, device, args.turn, args.workers, amp)
+
+    def ours(*flags: str) -> Training:
+        return Training([*common, *flags], train, device, args.turn)
+
     sides = {
-        "lightly, NNCLR, float32": Lightly(parsed, device, args.turn, args.workers, "off"),
-        "ours, nnclr, float32": Ours(
-            [*common, "off", "--method", "nnclr"], train, device, args.turn
-        ),
-        "ours, snclr, float32": Ours([*common, "off"], train, device, args.turn),
-        "lightly, NNCLR, under bfloat16 autocast": Lightly(
-            parsed, device, args.turn, args.workers, "bf16"
-        ),
-        "ours, nnclr, bfloat16": Ours(
-            [*common, "bf16", "--method", "nnclr"], train, device, args.turn
-        ),
-        "ours, snclr, bfloat16": Ours([*common, "bf16"], train, device, args.turn),
+        "lightly, NNCLR, float32": lightly("off"),
+        "ours, nnclr, float32": ours("off", "--method", "nnclr"),
+        "ours, snclr, float32": ours("off"),
+        "lightly, NNCLR, under bfloat16 autocast": lightly("bf16"),
+        "ours, nnclr, bfloat16": ours("bf16", "--method", "nnclr"),
+        "ours, snclr, bfloat16": ours("bf16"),
     }
     seconds = measure.fastest(sides, args.steps, device)
     first, images = next(iter(seconds.values())), args.batch_size * args.turn

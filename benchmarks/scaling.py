@@ -25,7 +25,7 @@ from PIL import Image
 from benchmarks import measure
 from benchmarks.objective import Problem, Streamed
 from benchmarks.step import Step
-from snclr import objectives
+from snclr import objectives, streamed
 from snclr.pictures.canvas import BLUE, FAINT, GREY, INK, MARGIN, ORANGE, font, page
 from snclr.running import distributed, process_group
 from snclr.running.batch_norm import synchronise_batch_norm
@@ -54,7 +54,7 @@ def simulated(args: Namespace, device: torch.device) -> dict[str, list[list]]:
             keys = torch.cat([key[: sizes.batch] for key in side.p.keys])
             steps = {
                 "step": side.step,
-                "all": mock.patch.object(objectives, "on_host", lambda _: False)(side.step),
+                "all": mock.patch.object(streamed, "on_host", lambda _: False)(side.step),
                 "search": lambda side=side, keys=keys: side.bank.search(keys, side.p.topk),
             }
             memory = measure.peak_memory(side.step, device)

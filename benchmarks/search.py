@@ -60,11 +60,14 @@ def main():
             search = {"search": lambda bank=bank: bank.search(queries, args.topk)}
             seconds = measure.fastest(search, args.steps, device)["search"]
             name = f"{rows:,} rows, {'bfloat16' if bfloat16 else 'float32'}"
-            lines.append([name, f"{memory / 1e6:.1f}", f"{1000 * seconds:.1f}"])
+            cells = [f"{memory / 1e6:.1f}", f"{1000 * seconds:.1f}"]
+            on_device = measure.device_seconds(search, args.steps, device).values()
+            lines.append([name, *cells, *(f"{1000 * taken:.2f}" for taken in on_device)])
             del bank, search  # the next one may need the memory
     sizes = f"{args.queries} queries, K {args.topk}, D {args.dim}"
     print(f"{sizes}; {measure.hardware(device)}; fastest of {args.steps}")
-    print(measure.table(["", "MB of the bank", "ms per search"], lines))
+    head = ["", "MB of the bank", "ms per search"] + ["ms on the GPU"] * (device.type == "cuda")
+    print(measure.table(head, lines))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from benchmarks import measure
 from snclr import augment, optim, options
 from snclr.builder import build_model
 from snclr.running import process_group
+from snclr.running.devices import uses_bfloat16_bank
 from snclr.running.precision import autocast, resolve_amp
 
 VIT = "@configs/vit_small_imagenet.args DATA --dataset tree --amp off"
@@ -51,9 +52,8 @@ class Step:
         torch.manual_seed(0)
         self.amp, self.device = resolve_amp(args.amp, device), device
         layout = torch.channels_last if channels_last else torch.preserve_format
-        self.model = (
-            build_model(args, bfloat16=self.amp == "bf16").to(device, memory_format=layout).train()
-        )
+        model = build_model(args, bfloat16=uses_bfloat16_bank(self.amp, device))
+        self.model = model.to(device, memory_format=layout).train()
         if joins_views is not None:
             self.model.joins_views = joins_views
         self.optimizer = optim.build_optimizer(args.optimizer, self.model, args.wd)
@@ -115,6 +115,7 @@ def tables(args, device) -> dict:
         return Step(f"{RESNET} {flags}", args.cifar_batch, device, **kwargs)
 
     amp = "--amp bf16"
+    choices = ["on"] * args.compile + ["graphs"] * (args.compile and device.type == "cuda")
     return {
         "method": lambda: {
             "ViT-S/16, mocov3": vit(f"{amp} --method mocov3"),
@@ -128,21 +129,21 @@ def tables(args, device) -> dict:
             "bfloat16, views one by one": vit(amp, joins_views=False),
             "bfloat16, both views in one call": vit(amp),
             "bfloat16, --grad-checkpointing": vit(f"{amp} --grad-checkpointing"),
-            **({"bfloat16, compiled": vit(f"{amp} --compile")} if args.compile else {}),
+            **{
+                f"bfloat16, --compile {choice}": vit(f"{amp} --compile {choice}")
+                for choice in choices
+            },
         },
         "resnet": lambda: {
             "ResNet-18 (CIFAR stem), float32": resnet(),
             "bfloat16": resnet(amp),
             "bfloat16, channels-last": resnet(amp, channels_last=True),
-            **(
-                {
-                    "bfloat16, channels-last, compiled": resnet(
-                        f"{amp} --compile", channels_last=True
-                    )
-                }
-                if args.compile
-                else {}
-            ),
+            **{
+                f"bfloat16, channels-last, --compile {choice}": resnet(
+                    f"{amp} --compile {choice}", channels_last=True
+                )
+                for choice in choices
+            },
         },
         "local": lambda: {
             "ResNet-18 (CIFAR stem), two views of 32 px": resnet(),
@@ -194,12 +195,16 @@ def main():
             continue
         sides = make()
         seconds = measure.fastest(sides, args.steps, device)
+        on_device = measure.device_seconds(sides, args.steps, device)
         first = next(iter(seconds.values()))
         rows = []
         for side, taken in seconds.items():
             rate = f"{sides[side].images / taken:.1f}" if hasattr(sides[side], "images") else ""
             rows.append([side, f"{1000 * taken:.1f}", rate, f"{taken / first:.2f}"])
-        print("\n" + measure.table([name, "ms per step", "images/s", "over the first"], rows))
+            if on_device:
+                rows[-1].append(f"{1000 * on_device[side]:.2f}")
+        head = [name, "ms per step", "images/s", "over the first"]
+        print("\n" + measure.table(head + ["ms on the GPU"] * bool(on_device), rows))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from .running.errors import UsageError
 from .running.safe_files import read_text
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# the folder that holds configs/: in an installation the package, in the repository the one above
+ROOT = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(ROOT, "configs")):
+    ROOT = os.path.dirname(ROOT)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,7 +60,7 @@ def read_recipes(words: list[str], opened: list[str]) -> list[str]:
 
 
 def _find_recipe(path: str) -> str:
-    """A recipe that is not in the current folder is looked for in this repository."""
+    """A recipe that is not in the current folder is looked for among those of this project."""
     own = os.path.join(ROOT, path)
     return own if not os.path.exists(path) and os.path.isfile(own) else path
 
@@ -97,22 +100,32 @@ def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def flag(
-    group: argparse._ArgumentGroup, *names: str, on_resume: str = "reported", **arguments
+    group: argparse._ArgumentGroup,
+    *names: str,
+    on_resume: str = "reported",
+    describes_encoder: bool = False,
+    changes_features: bool = True,
+    **arguments,
 ) -> None:
     """Add a flag to a group. arguments: those of argparse's add_argument.
 
     on_resume says whether a resumed run may have another value than its checkpoint. 'fixed': no,
     since the flag decides which images the run sees, or what its state means. 'reported': yes, and
     the log names the change. 'free': yes, since it does not change any result.
+
+    describes_encoder: whether an encoder is built and used by this setting, so that a file of
+    weights holds it. changes_features: whether the features that an evaluation caches depend on it.
     """
     if on_resume not in ("fixed", "reported", "free"):
         raise ValueError(f"on_resume must be fixed, reported or free, found {on_resume!r}")
-    group.add_argument(*names, **arguments).on_resume = on_resume
+    action = group.add_argument(*names, **arguments)
+    action.on_resume, action.describes_encoder = on_resume, describes_encoder
+    action.changes_features = changes_features
 
 
-def resume_rules(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """The on_resume of each flag (see `flag`), by the name of its setting."""
-    return {a.dest: a.on_resume for a in parser._actions if hasattr(a, "on_resume")}
+def flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The flags of a parser, which have what `flag` was told as attributes; without --help."""
+    return [action for action in parser._actions if hasattr(action, "on_resume")]
 
 
 def number(kind: type, *, above_zero: bool = False, most: float = math.inf) -> Callable:

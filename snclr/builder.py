@@ -24,6 +24,7 @@ from .objectives import (
     restrict,
     snclr_loss,
 )
+from .running.compilation import begin_step, compiled
 from .running.distributed import all_gather, rank, world_size
 from .running.errors import UsageError, first_line
 from .running.metrics import StepView
@@ -83,7 +84,7 @@ class SNCLR(nn.Module):
         self.predictor = predictor
         self.memory_bank = memory_bank
         # compiling this function, not the encoder, keeps the names of the state dict
-        self.embed = torch.compile(_embed) if args.compile else _embed
+        self.embed = compiled(_embed, args.compile)
         self.joins_views = args.micro_batch is None and not has_batch_norm(
             base_encoder, besides=base_encoder.projector
         )
@@ -117,6 +118,7 @@ class SNCLR(nn.Module):
                         bank is filled, but not searched
         step            number of completed steps, a part of the key of random numbers
         """
+        begin_step(self.args.compile)
         compute = {
             "snclr": self._snclr,
             "mocov3": self._mocov3,

@@ -21,6 +21,7 @@ OPTIMIZERS = {  # name: class, and its arguments besides the parameter groups an
     "sgd": ("torch.optim.SGD", {"momentum": 0.9, "fused": True}),
 }
 AMP = ("off", "auto", "bf16", "fp16")
+COMPILE = ("auto", "off", "on", "graphs")
 LOCAL_DATASETS = ("folder", "tree", "list", "shards")  # the user's own files
 TORCHVISION_DATASETS = ("cifar10", "cifar100", "stl10", "svhn", "flowers102", "pets", "food101")
 TORCHVISION_DATASETS += ("dtd", "aircraft")

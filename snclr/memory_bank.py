@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from .running.devices import on_host
 from .running.precision import full_precision, unit
 
 # A search compares CHUNK rows of the bank at a time, with so many queries that their cosines take
 # COSINES bytes.
-COSINES = {"cpu": 2**23, "cuda": 2**29}
+COSINES = {"cpu": 2**23, "cuda": 2**26}
 CHUNK = {"cpu": 2**14, "cuda": 2**17}
 GROUP = 16  # columns that `largest` first reduces to their maximum
 
@@ -116,15 +117,15 @@ class MemoryBank(nn.Module):
         for start in range(0, written, chunk):
             part = slice(start, min(start + chunk, written))
             features = self.products[part]
-            if offset is None:
+            added = offset
+            if not on_host(self.filled):
+                unwritten = torch.arange(start, part.stop, device=queries.device) >= self.filled
+                added = narrow.new_zeros(1) if offset is None else offset
+                added = added.masked_fill(unwritten, float("-inf"))  # (chunk,) or (B, chunk)
+            if added is None:
                 cosines = narrow @ features.T  # (B, chunk)
             else:
-                cosines = torch.addmm(offset.expand(-1, len(features)), narrow, features.T)
-            if not on_host(self.filled):
-                cosines.masked_fill_(
-                    torch.arange(part.start, part.stop, device=queries.device) >= self.filled,
-                    float("-inf"),
-                )
+                cosines = torch.addmm(added, narrow, features.T)
             if ids is not None:
                 _mask_same(cosines, ids, self.ids[part])
             best, columns = largest(cosines, fetched)
@@ -173,14 +174,6 @@ class MemoryBank(nn.Module):
 def gather(features: Tensor, rows: Tensor) -> Tensor:
     """features (M, D) at rows (B, K), none of them -1: (B, K, D). Faster than indexing on a CPU."""
     return features.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-
-
-def on_host(x: Tensor) -> bool:
-    """Whether the host can read x without waiting.
-
-    A CPU skips the rows that do not count. A GPU multiplies all rows and masks these afterwards.
-    """
-    return x.device.type == "cpu"
 
 
 def _mask_same(cosines: Tensor, ids: Tensor, bank_ids: Tensor) -> None:

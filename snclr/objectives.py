@@ -18,12 +18,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .choices import CANDIDATES, FORMS
-from .memory_bank import gather, on_host
+from .memory_bank import gather
 from .running.distributed import all_gather, all_gather_with_grad, all_sum, rank
 from .running.precision import full_precision, unit, widen
-
-# logits computed at a time: on a CPU they stay in a core's cache, on a GPU they fill it
-CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
+from .streamed import log_sum_exp
 
 
 class Candidates(NamedTuple):
@@ -288,89 +286,14 @@ def loss_at_chance(
     return 2 * (2 * temperature * per_image) if per_image > 0 else None
 
 
-def log_sum_exp(
-    query: Tensor,
-    keys: Tensor,
-    bank: Tensor,
-    counts: Tensor,
-    temperature: float,
-    chunk: int | None = None,
-) -> Tensor:
-    """log( sum_n exp(q_i . keys_n / T) + sum_m counts_m exp(q_i . bank_m / T) ), (B,).
-
-    query (B, D)    unit rows, with gradient; keys, bank and counts get none
-    keys (N, D)     counted once each
-    bank (M, D)     in bfloat16, the products are taken in that format, maxima and sums in query's
-    counts (M,)     non-negative integers
-    chunk           rows at a time (None: what suits the device); memory is O(B * chunk)
-
-    Without any candidate the result is -inf, and the gradient 0.
-    """
-    if chunk is None:
-        chunk = max(512, CHUNK_ELEMENTS[query.device.type] // max(len(query), 1))
-    return _LogSumExp.apply(query, keys, bank, counts, temperature, chunk)
-
-
-class _LogSumExp(torch.autograd.Function):
-    """log_sum_exp in one pass over the candidates, with a running maximum.
-
-    The gradient of log Z_i is the softmax-weighted mean of the candidates, divided by T. The
-    candidates need no gradient, so forward computes this mean in the same pass, as flash attention
-    does with its values. Backward is one multiplication.
-    """
-
-    @staticmethod
-    def forward(ctx, query, keys, bank, counts, temperature, chunk):
-        with_mean = ctx.needs_input_grad[0]
-        products = bank.dtype if bank.dtype == torch.bfloat16 else query.dtype
-        scaled = (query / temperature).to(products)
-        largest = query.new_full((len(query), 1), -math.inf)
-        total = query.new_zeros(len(query), 1)  # sum of exp(logit - largest)
-        mean = torch.zeros_like(query)  # sum of exp(logit - largest) * candidate
-        for features, multiplicity in _blocks(keys, bank, counts, chunk):
-            features = features.to(products)
-            logits = (scaled @ features.T).to(query.dtype)
-            if multiplicity is not None:
-                logits += multiplicity.to(query.dtype).log()
-            new_largest = torch.maximum(largest, logits.amax(dim=1, keepdim=True))
-            # before the first candidate the maximum is -inf, and -inf - (-inf) would be nan
-            pivot = new_largest.masked_fill(new_largest == -math.inf, 0)
-            exponentials = logits.sub_(pivot).exp_()
-            scale = (largest - pivot).exp()
-            total = total * scale + exponentials.sum(dim=1, keepdim=True)
-            if with_mean:
-                mean = mean.mul_(scale).add_(exponentials.to(products) @ features)
-            largest = new_largest
-        if with_mean:
-            ctx.save_for_backward(
-                mean.div_(total.clamp(min=torch.finfo(total.dtype).tiny)).div_(temperature)
-            )
-        return (largest + total.log()).squeeze(1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (mean,) = ctx.saved_tensors
-        return grad[:, None] * mean, None, None, None, None, None
-
-
-def _blocks(keys: Tensor, bank: Tensor, counts: Tensor, chunk: int):
-    """Candidates in blocks of c <= chunk rows: features (c, D) and counts (c,); None: each once."""
-    for part in keys.split(chunk) if len(keys) else ():
-        yield part, None
-    if on_host(counts):  # on a CPU it pays to skip the rows that no image picked
-        picked = counts.nonzero().squeeze(1)
-        for rows in picked.split(chunk) if len(picked) else ():
-            yield bank.index_select(0, rows), counts[rows]
-    elif len(bank):
-        yield from zip(bank.split(chunk), counts.split(chunk), strict=True)
-
-
 def _cosines_with_rows(
     query: Tensor, bank: Tensor, rows: Tensor, neighbours: Tensor | None
 ) -> Tensor:
-    """query (B, D), with gradient, times bank[rows] (B, K, D): (B, K), 0 where rows has -1."""
+    """query (B, D), with gradient, times bank[rows] (B, K, D): (B, K).
+
+    Where rows has -1, the values are finite and mean nothing.
+    """
     if not rows.numel():
         return query.new_zeros(rows.shape)
     neighbours = gather_neighbours(bank, rows) if neighbours is None else neighbours
-    return torch.einsum("bd,bkd->bk", query, neighbours.to(query.dtype)) * (rows >= 0)
+    return torch.einsum("bd,bkd->bk", query, neighbours.to(query.dtype))

@@ -8,8 +8,8 @@ import argparse
 import os
 import sys
 
-from .arguments import ROOT, flag, new_parser, number, resume_rules, seed
-from .choices import AMP, CANDIDATES, FORMS, METHODS, NUM_HEADS, OPTIMIZERS
+from .arguments import ROOT, flag, flags, new_parser, number, seed
+from .choices import AMP, CANDIDATES, COMPILE, FORMS, METHODS, NUM_HEADS, OPTIMIZERS
 from .running.errors import UsageError, one_clear_line
 from .shared_options import (
     add_backbone_flags,
@@ -346,9 +346,22 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         g,
         "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="compile the backbones with torch.compile; the first steps then take minutes",
+        nargs="?",
+        choices=COMPILE,
+        default="auto",
+        const="on",
+        help="compile the backbones with torch.compile; the first step then takes minutes. graphs: "
+        "also replay them as CUDA graphs, which has never run on a GPU. auto: off, as the gain has "
+        "not been measured",
+        on_resume="free",
+    )
+    flag(
+        g,
+        "--no-compile",
+        action="store_const",
+        const="off",
+        dest="compile",
+        help="the same as --compile off",
         on_resume="free",
     )
     flag(
@@ -476,7 +489,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-ON_RESUME = resume_rules(build_parser())
+FLAGS = flags(build_parser())
+ON_RESUME = {action.dest: action.on_resume for action in FLAGS}
+# the settings by which an encoder is built and used
+OF_ENCODER = {action.dest: action.default for action in FLAGS if action.describes_encoder}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

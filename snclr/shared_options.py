@@ -49,6 +49,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="validation images, of the same kind as DATA (default: DATA/val beside DATA/train)",
         on_resume="free",
+        changes_features=False,
     )
     flag(
         g,
@@ -81,6 +82,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text file with the label of each validation image, one a line",
         on_resume="free",
+        changes_features=False,
     )
     flag(
         g,
@@ -89,6 +91,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="download a torchvision data set to DATA if it is missing",
         on_resume="free",
+        changes_features=False,
     )
     flag(
         g,
@@ -114,6 +117,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         nargs=3,
         metavar="X",
         help="mean of each channel, in units of 0..1, to normalise (default: that of the data set)",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -122,6 +126,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         nargs=3,
         metavar="X",
         help="standard deviation of each channel; `python -m snclr.mean_std DATA` measures both",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -131,6 +136,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="height and width of the encoder's input (default: 32 for embedded, CIFAR and SVHN, "
         "96 for STL-10, else 224)",
         on_resume="fixed",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -141,6 +147,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="pixel values that become black and white in images of more than 8 bits (default: the "
         "range of the pixel format, 0 65535, or 0 1 for floating point)",
         on_resume="fixed",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -158,6 +165,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes of each rank that load images (default: one a core, at most 8)",
         on_resume="free",
+        changes_features=False,
     )
 
 
@@ -289,6 +297,7 @@ def add_backbone_flags(
         default=default_arch,
         help=f"backbone: {', '.join(ARCHS)}, or timm:NAME for any model of timm",
         on_resume="fixed",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -298,6 +307,7 @@ def add_backbone_flags(
         metavar="KEY=VALUE",
         help="arguments of a timm:NAME model",
         on_resume="fixed",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -306,6 +316,7 @@ def add_backbone_flags(
         default=16,
         metavar="PX",
         help="side of a ViT's patch",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -315,6 +326,7 @@ def add_backbone_flags(
         help="attention heads of a ViT (default: those of the loaded weights, else 12; 3 for "
         "vit_tiny)",
         on_resume="fixed",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -322,6 +334,7 @@ def add_backbone_flags(
         type=number(int, above_zero=True, most=2**14),
         metavar="N",
         help="channels of a ResNet's first stage (default: that of the architecture)",
+        describes_encoder=True,
     )
     flag(
         g,
@@ -330,6 +343,7 @@ def add_backbone_flags(
         default=False,
         help="ResNet stem for images of about 32 px: 3x3 convolution of stride 1, no pooling",
         on_resume="fixed",
+        describes_encoder=True,
     )
     return g
 

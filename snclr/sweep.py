@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import options
-from .arguments import ROOT, new_parser, number, read_recipes, seed
+from .arguments import new_parser, number, read_recipes, seed
 from .pictures import report, runs
 from .pictures.compare import MAIN, comparison, markdown
 from .running import safe_files
@@ -168,7 +168,7 @@ def start(job: Job, gpu: str | None, num_slots: int) -> None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     with console:
         job.process = subprocess.Popen(
-            [sys.executable, os.path.join(ROOT, "main_snclr.py"), *job.flags],
+            [sys.executable, "-m", "main_snclr", *job.flags],
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=console,

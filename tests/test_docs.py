@@ -20,7 +20,7 @@ from snclr import options
 
 pytestmark = pytest.mark.docs
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 EXTENDING = ROOT / "docs/EXTENDING.md"
 OTHERS = {"help", "dry-run", "nodes", "gpus-per-node", "cpus-per-task", "logdir"}
 OTHERS |= {"requeue", "signal", "max-restarts"}  # flags of other programs
@@ -139,6 +139,8 @@ def test_flags_and_files_that_the_pages_name_exist():
     )
     for page in PAGES:
         text = page.read_text()
+        if page.name == "MIGRATING.md":  # its first columns have flags of other projects
+            text = re.sub(r"^\|[^|]*", "", text, flags=re.MULTILINE)
         for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)(?=[\s`*,.:;)/=])", text)):
             known = flag.removeprefix("no-") if f'"--{flag}"' not in sources else flag
             assert f'"--{known}"' in sources or flag in OTHERS, f"{page.name}: --{flag}"

@@ -19,7 +19,7 @@ from test_ranks import CLOCK, read_lines
 import main_lincls
 import main_snclr
 from benchmarks import measure, step
-from snclr import augment, memory_bank, objectives, visualize
+from snclr import augment, memory_bank, objectives, streamed, visualize
 from snclr.evaluation import finetune, linear, probe
 from snclr.evaluation.options import STATE_FILE
 from snclr.running import checkpoint, distributed, process_group, tensor_files
@@ -97,7 +97,7 @@ def accelerated(monkeypatch):
                 "_get_fused_kernels_supported_devices",
                 lambda: ["cpu", DEVICE.type],
             )
-            for sizes in (objectives.CHUNK_ELEMENTS, memory_bank.COSINES, memory_bank.CHUNK):
+            for sizes in (streamed.CHUNK_ELEMENTS, memory_bank.COSINES, memory_bank.CHUNK):
                 patch.setitem(
                     sizes, DEVICE.type, 2**12
                 )  # several blocks, as on a GPU with larger sizes

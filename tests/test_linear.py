@@ -196,7 +196,7 @@ def probe(images, pretrained, workdir, *flags):
 
 
 def comparable(result):
-    """A result without what may differ between two equal runs: a path, and the commit of the code"""
+    """A result without what may differ between two equal runs: a path, the commit of the code."""
     return {name: value for name, value in result.items() if name not in ("pretrained", "git")}
 
 

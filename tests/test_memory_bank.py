@@ -5,6 +5,7 @@ from torch.nn.functional import normalize
 
 from snclr import memory_bank
 from snclr.memory_bank import MemoryBank, largest
+from snclr.running.devices import uses_bfloat16_bank
 
 
 def filled_bank(size=40, dim=6, rows=40, seed=0, images=15):
@@ -131,6 +132,19 @@ def test_bfloat16_products_find_the_true_neighbours_even_where_features_crowd(cl
     torch.testing.assert_close(
         scores, (queries @ keys.T).gather(1, rows)
     )  # of the rows found, in full precision
+
+
+def test_a_gpus_search_finds_the_true_neighbours_where_features_crowd(monkeypatch):
+    monkeypatch.setattr(memory_bank, "on_host", lambda _: False)
+    generator = torch.Generator().manual_seed(0)
+    centres = normalize(torch.randn(8, 64, generator=generator), dim=1)
+    keys, queries = crowded(generator, 4000, centres), crowded(generator, 40, centres)
+    bank = MemoryBank(4000, 64, uses_bfloat16_bank("bf16", torch.device("cuda")))
+    bank.enqueue(keys, torch.arange(4000))
+    _, rows = bank.search(queries, 30)
+    true_rows = (queries.double() @ keys.double().T).topk(30).indices
+    found = torch.stack([torch.isin(*pair) for pair in zip(rows, true_rows, strict=True)])
+    assert found.double().mean() >= 0.999
 
 
 def test_the_bfloat16_copy_follows_the_bank_and_is_no_part_of_a_checkpoint():

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from benchmarks import measure
 from benchmarks.objective import dense_loss
-from snclr import objectives, options
+from snclr import objectives, options, streamed
 from snclr.builder import SNCLR
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import (
@@ -227,21 +227,31 @@ def test_zero_weights_under_the_log_have_finite_gradients_at_low_temperature():
     )
 
 
-@pytest.mark.parametrize("device_path", ["picked rows only", "whole bank with a bias"])
+@pytest.mark.parametrize(
+    "device_path, temperature",
+    [
+        ("picked rows only", 0.2),
+        ("whole bank with a bias", 0.2),
+        ("whole bank with a bias", 0.025),  # the lowest without a running maximum
+        ("whole bank with a bias", 0.01),
+    ],
+)
 @pytest.mark.parametrize("chunk", [1, 3, 7, 50, 1000])
-def test_streamed_log_sum_exp_equals_the_dense_one_for_any_chunk(chunk, device_path, monkeypatch):
-    monkeypatch.setattr(objectives, "on_host", lambda _: device_path == "picked rows only")
+def test_streamed_log_sum_exp_equals_the_dense_one_for_any_chunk(
+    chunk, device_path, temperature, monkeypatch
+):
+    monkeypatch.setattr(streamed, "on_host", lambda _: device_path == "picked rows only")
     query, _, key, bank, _ = problem(dim=8)
     counts = torch.zeros(50, dtype=torch.int32)
     counts[20:30] = torch.arange(10)  # chunks before and after it are without any candidate
     query = query.detach()
     fast, slow = query.clone().requires_grad_(), query.clone().requires_grad_()
-    streamed = log_sum_exp(fast, key, bank, counts, 0.2, chunk)
+    result = log_sum_exp(fast, key, bank, counts, temperature, chunk)
     dense = torch.cat([slow @ key.T, slow @ bank.repeat_interleave(counts, dim=0).T], dim=1)
-    dense = (dense / 0.2).logsumexp(dim=1)
-    torch.testing.assert_close(streamed, dense, **TIGHT)
+    dense = (dense / temperature).logsumexp(dim=1)
+    torch.testing.assert_close(result, dense, **TIGHT)
     direction = torch.randn(len(query), dtype=torch.float64)
-    (streamed @ direction).backward()
+    (result @ direction).backward()
     (dense @ direction).backward()
     torch.testing.assert_close(fast.grad, slow.grad, **TIGHT)
 
@@ -274,7 +284,24 @@ def test_bfloat16_products_stay_near_the_float64_loss_and_gradient(form, crowd):
     )
 
 
-def test_without_any_candidate_the_log_sum_exp_is_minus_infinity_and_its_gradient_zero():
+@pytest.mark.parametrize("cosine", [-1.0, 1.0])
+def test_a_gpus_sums_hold_in_float32_at_the_lowest_temperature(cosine, monkeypatch):
+    monkeypatch.setattr(streamed, "on_host", lambda _: False)
+    bank = torch.nn.functional.one_hot(torch.zeros(128, dtype=torch.long), 4).float()
+    query, counts = cosine * bank[:2], torch.full((128,), 50, dtype=torch.int32)
+    query.requires_grad_()
+    result = log_sum_exp(query, bank[:0], bank, counts, streamed.LOWEST_TEMPERATURE)
+    exact = cosine / streamed.LOWEST_TEMPERATURE + math.log(128 * 50)
+    torch.testing.assert_close(result, torch.full((2,), exact))
+    result.sum().backward()
+    torch.testing.assert_close(query.grad, bank[:2] / streamed.LOWEST_TEMPERATURE)
+
+
+@pytest.mark.parametrize("device_path", ["picked rows only", "whole bank with a bias"])
+def test_without_any_candidate_the_log_sum_exp_is_minus_infinity_and_its_gradient_zero(
+    device_path, monkeypatch
+):
+    monkeypatch.setattr(streamed, "on_host", lambda _: device_path == "picked rows only")
     query, _, key, bank, _ = problem()
     result = log_sum_exp(query, key[:0], bank, torch.zeros(len(bank), dtype=torch.int32), 0.2, 16)
     assert torch.equal(result, torch.full_like(result, -math.inf))
@@ -418,8 +445,8 @@ def test_without_neighbours_among_the_candidates_loss_and_gradient_stay_bounded(
 def test_the_fresh_keys_alone_need_no_product_with_the_bank(monkeypatch):
     _, _, key, bank, rows = problem()
     candidates = restrict(objectives.gather_candidates(key, rows, len(bank)), "keys")
-    monkeypatch.setattr(objectives, "on_host", lambda _: False)  # as on a GPU
-    blocks = objectives._blocks(candidates.keys, bank[: len(candidates.counts)], *candidates[1:], 8)
+    monkeypatch.setattr(streamed, "on_host", lambda _: False)  # as on a GPU
+    blocks = streamed._blocks(candidates.keys, bank[: len(candidates.counts)], *candidates[1:], 8)
     assert [len(features) for features, _ in blocks] == [len(key)]
 
 

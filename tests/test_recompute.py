@@ -1,10 +1,12 @@
 import copy
+import os
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from snclr import builder, options
+from snclr.running.compilation import compiled
 from snclr.running.errors import UsageError
 
 B = 8
@@ -121,7 +123,7 @@ def test_stochastic_layers_draw_the_same_again(flags):
 def test_compiled_backbones_keep_keys_and_values(monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda function: compile_(function, backend="aot_eager")
+        torch, "compile", lambda function, **_: compile_(function, backend="aot_eager")
     )  # needs no C++ compiler
     arch = "--arch timm:test_vit --img-size 160"
     for flags in ("--micro-batch 3", "--grad-checkpointing"):
@@ -129,6 +131,42 @@ def test_compiled_backbones_keep_keys_and_values(monkeypatch):
             step_of(model_of(f"{arch} {flags} {more}"), side=160) for more in ("--compile", "")
         )
         assert_close(actual, expected)
+
+
+def test_a_backbone_is_compiled_once_in_a_run(monkeypatch):
+    graphs, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def compile_and_count(function, *, dynamic, mode):
+        return compile_(function, dynamic=dynamic, backend=backend)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", compile_and_count)
+    model = model_of("--arch resnet8 --micro-batch 4 --compile")
+    step_of(model)
+    # the online encoder, the momentum encoder, and the online one as backward repeats it: its batch
+    # norms then keep their statistics, which is other code
+    assert len(graphs) == 3
+    with torch.no_grad():  # an evaluation, or a picture
+        model.eval().base_encoder.embed(torch.zeros(5, 3, 32, 32))
+    model.train()
+    step_of(model)
+    assert len(graphs) == 3
+
+
+def test_compiled_code_is_kept_for_the_next_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "chosen")
+    compiled(abs, "graphs")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "chosen"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compiled(abs, "off")
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    compiled(abs, "on")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "snclr" / "inductor")
 
 
 @pytest.mark.slow

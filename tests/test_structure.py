@@ -12,10 +12,18 @@ FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in sorted(ROOT.glob("snclr/**/*.py"))
 }
-# the ground floor, which every file may import: errors, safe files, ranks, number formats
+# the ground floor, which every file may import: errors, safe files, ranks, number formats, devices
 GROUND = {
     f"snclr.running.{name}"
-    for name in ("errors", "console", "worker_failures", "safe_files", "distributed", "precision")
+    for name in (
+        "errors",
+        "console",
+        "worker_failures",
+        "safe_files",
+        "distributed",
+        "precision",
+        "devices",
+    )
 }
 # python -m snclr.NAME, and what the package itself offers: like the scripts, nothing imports them
 COMMANDS = {"snclr.export", "snclr.mean_std", "snclr.report", "snclr.sweep", "snclr.visualize"}
@@ -44,13 +52,13 @@ LONGER = {
     "snclr.builder": 385,
     "snclr.datasets.images": 345,
     "snclr.datasets.sources": 280,
-    "snclr.evaluation.options": 350,
-    "snclr.objectives": 380,
-    "snclr.options": 585,
+    "snclr.evaluation.options": 360,
+    "snclr.objectives": 305,
+    "snclr.options": 610,
     "snclr.running.checkpoint": 275,
-    "snclr.shared_options": 405,
+    "snclr.shared_options": 420,
     "snclr.weights.libraries": 380,
-    "snclr.weights.load": 255,
+    "snclr.weights.load": 245,
 }
 
 

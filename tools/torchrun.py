@@ -32,12 +32,15 @@ def port_is_free(port: int) -> bool:
 
 
 started = []  # the processes that torch starts
+ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
 
 
 class Process(subprocess.Popen):
     """A process that is added to `started`."""
 
     def __init__(self, *args, **kwargs):
+        if ignores_hangup:  # until torch handled it; the process inherits this
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         super().__init__(*args, **kwargs)
         started.append(self)
 
@@ -70,7 +73,7 @@ def launch(arguments: list[str]) -> int:
             os._exit(128 + number)
         stop(number, frame)
 
-    api._terminate_process_handler = stop_or_kill  # for SIGTERM and SIGINT
+    api._terminate_process_handler = stop_or_kill  # for SIGTERM, SIGINT and SIGHUP
     signal.signal(signal.SIGUSR1, stop_or_kill)
     try:
         run.run(run.parse_args(arguments))

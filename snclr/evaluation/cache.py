@@ -55,8 +55,8 @@ def cached_features(task: Task, loader: ViewLoader) -> Tensor:
 def cache_key(task: Task, loader: ViewLoader) -> str:
     """SHA-256 of everything that cached features depend on.
 
-    A new flag is part of the key unless NOT_IN_FEATURES names it. The contents of the images are
-    not part of it: replacing a file under the same name is not noticed.
+    A new flag is part of the key unless its definition has changes_features=False. The contents of
+    the images are not part of it: replacing a file under the same name is not noticed.
     """
     images = loader.images
     facts = (

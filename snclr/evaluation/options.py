@@ -5,7 +5,7 @@ import math
 import os
 import sys
 
-from ..arguments import flag, new_parser, number, resume_rules, seed
+from ..arguments import flag, flags, new_parser, number, seed
 from ..choices import AMP
 from ..running.errors import UsageError, one_clear_line
 from ..shared_options import (
@@ -22,13 +22,6 @@ from ..shared_options import (
 RATES = tuple(round(10 ** (-3 + step / 3), 6) for step in range(13))
 PROTOCOLS = ("grid", "mocov3")
 STATE_FILE = "lincls_last.pth.tar"  # in the workdir
-
-# Settings that cannot change the features of the training images. All others are part of the key of
-# --cache-features, and so are the encoder's weights and the precision in use.
-NOT_IN_FEATURES = {"val", "val_labels", "download", "workers", "workdir", "resume", "retrain"}
-NOT_IN_FEATURES |= {"pretrained", "amp", "epochs", "batch_size", "lrs"}
-NOT_IN_FEATURES |= {"cache_features", "cache_limit_gb"}
-NOT_IN_FEATURES |= {"finetune", "optimizer", "lr", "head_lr", "wd", "layer_decay", "warmup_epochs"}
 
 # Defaults of the grid's settings that --protocol mocov3 fixes: there these flags are refused.
 GRID = {"lrs": list(RATES), "select": "heldout", "heldout": 0.1}
@@ -50,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="checkpoint or state dict in any layout (required)",
         on_resume="free",  # on resume the encoder's weights are compared
+        changes_features=False,
     )
     flag(
         g,
@@ -84,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=number(int, above_zero=True),
         metavar="N",
         help="passes over the training images (default: 90; fine-tuning: 50)",
+        changes_features=False,
     )
     flag(
         g,
@@ -93,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images in a global batch, over all ranks (default: 1024, less for a set that gives "
         "fewer than 16 steps an epoch; fine-tuning: 256)",
+        changes_features=False,
     )
     flag(
         g,
@@ -107,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--amp",
         choices=AMP,
         help="precision of the encoder (default: auto, 16 bits where native; mocov3: off)",
+        changes_features=False,
     )
     flag(
         g,
@@ -134,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="LR",
         help="learning rates of the grid, each times --batch-size / 256 (default: 0.001 to 10 in "
         "13 steps)",
+        changes_features=False,
     )
     flag(
         g,
@@ -154,12 +152,14 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="train the chosen head again, on all training images (default: off)",
         on_resume="free",
+        changes_features=False,
     )
     flag(
         g,
         "--cache-features",
         action=argparse.BooleanOptionalAction,
         help="encode the training images once, and train on these features (default: off)",
+        changes_features=False,
     )
     flag(
         g,
@@ -175,6 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=4,
         metavar="GB",
         help="keep cached features above this size in a file in --workdir",
+        changes_features=False,
     )
 
     g = parser.add_argument_group("fine-tuning")
@@ -184,12 +185,14 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="train the encoder as well; with --encoder untrained: supervised from scratch",
+        changes_features=False,
     )
     flag(
         g,
         "--optimizer",
         choices=("sgd", "adamw"),
         help="optimiser (default: adamw for ViTs, sgd for others)",
+        changes_features=False,
     )
     flag(
         g,
@@ -198,6 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="LR",
         help="peak learning rate of the encoder, times --batch-size / 256 (default: depends on the "
         "optimiser)",
+        changes_features=False,
     )
     flag(
         g,
@@ -205,6 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=number(float, above_zero=True),
         metavar="LR",
         help="peak learning rate of the head (default: 10 times --lr; untrained encoder: --lr)",
+        changes_features=False,
     )
     flag(
         g,
@@ -212,6 +217,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=number(float),
         metavar="WD",
         help="weight decay of matrices and filters (default: depends on the optimiser)",
+        changes_features=False,
     )
     flag(
         g,
@@ -220,6 +226,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="F",
         help="learning rate of a layer, divided by that of the layer after it (default: 0.75 for "
         "ViTs, else 1)",
+        changes_features=False,
     )
     flag(
         g,
@@ -227,6 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=number(float),
         metavar="E",
         help="epochs of linear learning-rate warm-up (default: a tenth of --epochs)",
+        changes_features=False,
     )
 
     g = parser.add_argument_group("run")
@@ -236,6 +244,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder of results and state (default: a new folder beside FILE)",
         on_resume="free",
+        changes_features=False,
     )
     flag(
         g,
@@ -243,12 +252,16 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("auto",),
         help="auto: continue the evaluation in --workdir, if there is one",
         on_resume="free",
+        changes_features=False,
     )
     return parser
 
 
-# settings that may change when an evaluation is resumed
-FREE_ON_RESUME = {name for name, rule in resume_rules(build_parser()).items() if rule == "free"}
+FLAGS = flags(build_parser())
+FREE_ON_RESUME = {action.dest for action in FLAGS if action.on_resume == "free"}
+# All other settings are part of the key of --cache-features, and so are the encoder's weights and
+# the precision in use.
+NOT_IN_FEATURES = {action.dest for action in FLAGS if not action.changes_features}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

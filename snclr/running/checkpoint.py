@@ -23,7 +23,7 @@ from .optimizer_state import load_optimizer
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
-UNSOUND = "checkpoint_unsound.pth.tar"  # a state that is not finite; --resume auto ignores it
+UNSOUND = "checkpoint_unsound.pth.tar"  # numbers are not finite; --resume auto ignores it
 PREFIX = "module."
 
 

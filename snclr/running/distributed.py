@@ -32,6 +32,11 @@ def local_rank_zero() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+def shared_store() -> dist.Store:
+    """The key-value store in which the ranks met; it is in the launcher of rank 0's machine."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:

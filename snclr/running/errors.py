@@ -1,6 +1,7 @@
 """Errors as a user sees them: one line, and an exit code that scripts can rely on."""
 
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -57,10 +58,26 @@ def out_of_memory(error: Exception) -> str | None:
     )
 
 
+def _ignore_ends_of_workers() -> None:
+    """From here on, no signal handler of torch raises RuntimeError when a worker ends."""
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def kill_children() -> None:
+    """Kill the processes that load images. Python would wait for them when it ends, and a process
+    that is stopped (SIGSTOP) does not end by itself.
+    """
+    _ignore_ends_of_workers()
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 def end_process(code: int) -> None:
     """End this process. A rank ends at once, without Python's clean-up, in which the rest of a
     failed process group might wait for other ranks forever.
     """
+    kill_children()
     sys.stdout.flush()
     sys.stderr.flush()
     if "WORLD_SIZE" in os.environ:
@@ -81,33 +98,28 @@ def one_clear_line(program: str) -> Iterator[None]:
 
     All ranks meet the same usage error, so only rank 0 prints it; a run error names its rank.
     """
-    with console_may_vanish():
-        yield from _errors_as_lines(program)
-
-
-def _errors_as_lines(program):
     rank = os.environ.get("RANK", "0")
     rank = int(rank) if rank.isascii() and rank.isdecimal() else 0
-    try:
-        yield
-    except UsageError as error:
-        if rank == 0:
-            _print_line(f"{program}: error: {one_line(error)}")
-        end_process(2)
-    except Interrupted as error:
-        if rank == 0:
-            _print_line(f"{program}: {error}")
-        end_process(75)
-    except (RuntimeError, MemoryError) as error:
-        # torch's handler of this signal raises anywhere when a worker ends, but not from here on
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        message = one_line(error) if isinstance(error, RunError) else describe_failure(error)
-        message = message or out_of_memory(error)
-        if message is None:
-            raise
-        _print_line(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {message}")
-        end_process(1)
-    except KeyboardInterrupt:
-        if rank == 0:
-            _print_line(f"{program}: interrupted")
-        end_process(130)
+    with console_may_vanish():
+        try:
+            yield
+        except UsageError as error:
+            if rank == 0:
+                _print_line(f"{program}: error: {one_line(error)}")
+            end_process(2)
+        except Interrupted as error:
+            if rank == 0:
+                _print_line(f"{program}: {error}")
+            end_process(75)
+        except (RuntimeError, MemoryError) as error:
+            _ignore_ends_of_workers()
+            message = one_line(error) if isinstance(error, RunError) else describe_failure(error)
+            message = message or out_of_memory(error)
+            if message is None:
+                raise
+            _print_line(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {message}")
+            end_process(1)
+        except KeyboardInterrupt:
+            if rank == 0:
+                _print_line(f"{program}: interrupted")
+            end_process(130)

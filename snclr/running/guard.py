@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..loader import TwoViewLoader
+from ..loader import Batch, TwoViewLoader
 from .distributed import all_gather, rank
 from .errors import RunError, first_few
+from .precision import autocast
 from .safe_files import save_json
 from .tensor_files import not_finite
 
@@ -38,6 +39,7 @@ class Guard:
         # bad gradient (-1: none), the number of bad steps; and the last bad step of the run
         self.counters = torch.tensor([-1, -1, 0, -1], device=loader.device)
         self.last_bad_step = -1  # as of the last check
+        self.unusable_step = -1  # the last step after which a forward pass was not finite
         self.saved_step: int | None = None  # of the newest checkpoint
         self.num_reported = 0  # how many of these bad steps are in the log
         self.num_collapsed = 0  # logged steps of collapse in a row
@@ -91,6 +93,22 @@ class Guard:
             f" the images are listed in {path}"
         )
 
+    @torch.no_grad()
+    def try_forward(
+        self, step: int, model: nn.Module, batch: Batch, momentum: float, amp: str
+    ) -> None:
+        """Note whether the loss of the last batch is finite with the weights after step `step`:
+        weights can be finite, but so large that nothing can be computed with them. Collective.
+
+        Changes nothing in the model.
+        """
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        with autocast(amp, batch.ids.device):
+            loss, _ = model(batch.views, batch.ids, momentum)
+        model.load_state_dict(before)
+        if not all_gather(loss[None]).isfinite().all():
+            self.unusable_step = step
+
     @property
     def last_sound_checkpoint(self) -> str:
         """A part of a message that says of which step the last sound checkpoint is."""
@@ -109,7 +127,7 @@ class Guard:
     def what_is_unsound(self, step: int, model: nn.Module, optimizer: Optimizer) -> str | None:
         """Why the state after step `step` must not become a checkpoint; None if it may.
 
-        Call `check` first.
+        Call `check` and `try_forward` first.
         """
         if self.last_bad_step == step:
             return f"step {step} was not finite"
@@ -117,7 +135,11 @@ class Guard:
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{name} of parameter {number}": value for name, value in state.items()}
         names = not_finite(tensors)
-        return f"not finite after step {step}: {first_few(names)}" if names else None
+        if names:
+            return f"not finite after step {step}: {first_few(names)}"
+        if self.unusable_step == step:
+            return f"with the weights after step {step} the loss is not finite"
+        return None
 
     def collapse(self, feature_std: float) -> str | None:
         """A line for the log, once, if feature_std was low for PATIENCE logged steps in a row."""

@@ -6,8 +6,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
-from typing import BinaryIO
+from collections.abc import Callable
 
 import numpy as np
 from torch import Tensor
@@ -185,22 +184,18 @@ class Log:
                 self.events.close()
 
 
-def cut_back(path: str, step: int) -> None:
-    """Remove from a metrics file, atomically, the lines of steps after `step` and lines that are
+def cut_back(path: str, last_step: int) -> None:
+    """Remove from a metrics file, atomically, the lines of steps after last_step and lines that are
     not a whole JSON object. Raises UsageError if path is not a regular file, OSError if the disk is
     full.
     """
     if not os.path.lexists(path):
         return
     with open_regular(path) as old, new_file(path) as file:
-        file.writelines(_lines_until(old, step))
-
-
-def _lines_until(file: BinaryIO, last_step: int) -> Iterable[bytes]:
-    for line in file:
-        step = json_object(line).get("step") if line.endswith(b"\n") else None
-        if isinstance(step, int) and step <= last_step:
-            yield line
+        for line in old:
+            step = json_object(line).get("step") if line.endswith(b"\n") else None
+            if isinstance(step, int) and step <= last_step:
+                file.write(line)
 
 
 def _rounded(value):

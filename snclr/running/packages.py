@@ -1,4 +1,4 @@
-"""Whether the installed packages can be imported together."""
+"""Whether this system and the installed packages can train."""
 
 from importlib import metadata
 
@@ -6,9 +6,17 @@ from .errors import UsageError, first_line
 
 
 def check_packages() -> None:
-    """Raise UsageError if torch, torchvision or timm cannot be imported, as builds that do not
-    belong together: pip does not see it, since it only compares version numbers.
+    """Raise UsageError on a system that is not POSIX, and if torch, torchvision or timm cannot be
+    imported, as builds that do not belong together: pip does not see it, since it only compares
+    version numbers.
     """
+    try:
+        import fcntl  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "training and evaluation need POSIX: Linux, macOS, or WSL on Windows; loading and"
+            " exporting weights does not"
+        ) from error
     try:
         import timm  # noqa: F401
         import torch  # noqa: F401
@@ -22,5 +30,5 @@ def check_packages() -> None:
                 versions.append(f"{name} (missing)")
         raise UsageError(
             f"{', '.join(versions)} cannot be imported together: {first_line(error)}; install"
-            " builds that belong together: pip install --force-reinstall -r requirements.txt"
+            " builds that belong together: pip install --force-reinstall torch torchvision timm"
         ) from error

@@ -9,11 +9,12 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from .distributed import LaggedMaximum, world_size
+from .distributed import LaggedMaximum, shared_store, world_size
 from .errors import Interrupted, first_line
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SAVE = 1  # asks for a save; a larger number is the signal that ends the run
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+    SIGNALS.append(signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -54,7 +55,8 @@ class Interruptions:
 
     def __init__(self, save_every_minutes: float, timeout_minutes: float):
         self.interval = 60 * save_every_minutes or float("inf")
-        self.signal, self.agreed = 0, 0
+        self.signal = 0  # the one that asks for the end of the run
+        self.agreed = 0  # 1: all ranks save after this step; 1 + a signal: they end the run as well
         self.unsaved = True  # whether ending now would lose work
         self.saved()
         self.maximum = LaggedMaximum(timeout_minutes)
@@ -71,28 +73,33 @@ class Interruptions:
     def due(self) -> bool:
         """Whether all ranks save after this step. Each rank calls it in each step; no GPU waits."""
         waited = time.monotonic() - self.last_save
-        self.agreed = self.maximum(self.signal or int(waited > self.interval))
+        wanted = 1 + self.signal if self.signal else int(waited > self.interval)
+        self.agreed = self.maximum(wanted)
         return self.agreed > 0
 
     def saved(self, outcome: str = "saved") -> None:
         """Restart the interval. outcome: what rank 0 reports if a signal then ends the run."""
         self.last_save, self.outcome = time.monotonic(), outcome
 
-    def is_signalled(self) -> bool:
-        """Whether a signal asks for the end of the run."""
-        return self.signal > 0
+    def end_here(self, last_checkpoint: str) -> bool:
+        """End the run before the next step, if there was a signal; returns whether it ends.
 
-    def end_here(self) -> bool:
-        """End the run before the next step, if there was a signal, and there is only one rank;
-        returns whether it ends.
+        Several ranks cannot save together then: some may be within the step. So this rank leaves at
+        once, and those that lose contact with it do the same (interrupt_if_told).
+        last_checkpoint: what is reported about it.
         """
-        self.agreed = self.signal if world_size() == 1 else 0
+        if self.signal and world_size() > 1:
+            outcome = f"not saved, because a rank got no images; {last_checkpoint}"
+            with contextlib.suppress(RuntimeError):  # the launcher may be gone, and its store
+                shared_store().set("signal", f"{self.signal} {outcome}")
+            interrupt(self.signal, outcome)
+        self.agreed = 1 + self.signal if self.signal else 0
         return self.agreed > 0
 
     @property
     def ending(self) -> int:
         """The signal at which all ranks end the run after this step, or 0."""
-        return self.agreed if self.agreed > SAVE else 0
+        return max(self.agreed - 1, 0)
 
     @contextlib.contextmanager
     def nothing_unsaved(self) -> Iterator[None]:
@@ -102,6 +109,14 @@ class Interruptions:
             interrupt(self.signal, self.outcome)
         yield
         self.unsaved = True
+
+
+def interrupt_if_told() -> None:
+    """Raise Interrupted if a rank has left because of a signal, in Interruptions.end_here."""
+    with contextlib.suppress(RuntimeError):
+        if shared_store().check(["signal"]):
+            number, _, outcome = shared_store().get("signal").decode().partition(" ")
+            interrupt(int(number), outcome)
 
 
 def end_at_once() -> None:

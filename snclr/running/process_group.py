@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from .distributed import rank, world_size
+from .distributed import rank, shared_store, world_size
 from .errors import RunError, first_line
+from .preemption import interrupt_if_told
 
 # seconds in which every living rank notices that another one is lost
 GRACE = 5
@@ -51,7 +52,7 @@ def start(timeout_minutes: float = 30) -> torch.device:
             raise RunError(
                 f"the ranks did not meet within {timeout_minutes:g} minutes: {_sentence(error)}"
             ) from error
-        _store().set(f"host/{rank()}", socket.gethostname())
+        shared_store().set(f"host/{rank()}", socket.gethostname())
     return device
 
 
@@ -84,7 +85,7 @@ def stop() -> None:
 @contextlib.contextmanager
 def failures_named() -> Iterator[None]:
     """Turn a failed collective into a RunError that names the ranks that no longer answer, and
-    their machines.
+    their machines; or into Interrupted, if a rank has left because of a signal.
     """
     try:
         yield
@@ -92,11 +93,12 @@ def failures_named() -> Iterator[None]:
         known = any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
         if world_size() == 1 or isinstance(error, RunError) or not known:
             raise
+        interrupt_if_told()
         raise RunError(f"{_silent_ranks()}: {_sentence(error)}") from error
 
 
 def _silent_ranks() -> str:
-    store, number, count = _store(), rank(), world_size()
+    store, number, count = shared_store(), rank(), world_size()
     try:
         store.set(f"lost/{number}", "")
         # closes the connections, so that ranks that wait for this one also notice
@@ -110,10 +112,6 @@ def _silent_ranks() -> str:
     except RuntimeError:
         address = os.environ.get("MASTER_ADDR")
         return f"lost contact with the launcher on {address}, where the ranks meet"
-
-
-def _store():
-    return dist.distributed_c10d._get_default_store()
 
 
 def _sentence(error) -> str:

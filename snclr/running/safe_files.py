@@ -17,6 +17,10 @@ from typing import BinaryIO, TextIO
 from .errors import RunError, UsageError, first_line
 
 LIMIT = 2**28  # bytes of a file that is read whole
+# Windows lacks the first two flags; without the third it would change the ends of lines
+NONBLOCK, NOFOLLOW, BINARY = (
+    getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY")
+)
 
 
 @contextlib.contextmanager
@@ -54,7 +58,7 @@ def open_to_append(path: str) -> BinaryIO:
     """Open a file, or create it, to write at its end without a buffer. Raises OSError, also if
     `path` is a link or not a regular file.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOFOLLOW | NONBLOCK | BINARY
     descriptor = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -81,7 +85,7 @@ def open_regular(path: str, *, follow: bool = True) -> BinaryIO:
     """
     try:
         # without O_NONBLOCK, opening a fifo waits for a writer
-        flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+        flags = os.O_RDONLY | NONBLOCK | BINARY | (0 if follow else NOFOLLOW)
         descriptor = os.open(path, flags)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or first_line(error)

@@ -5,6 +5,7 @@ A rank must notice that no batch will come: a worker that cannot send a batch en
 that describes the reason, and a rank gives up after a time without a batch.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -17,7 +18,7 @@ from multiprocessing.queues import Queue
 
 from torch.utils.data import DataLoader, Dataset
 
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, kill_children
 from .worker_failures import SENDING_FAILED, describe_failure, not_started
 
 PREFETCH = 2  # batches that a worker loads ahead
@@ -59,7 +60,6 @@ class WorkerBatches:
             sampler=requests,
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
-            timeout=POLL if workers else 0,
             worker_init_fn=_start_worker,
             multiprocessing_context=start_method,
             persistent_workers=persistent and workers > 0,
@@ -68,34 +68,51 @@ class WorkerBatches:
 
     def __iter__(self) -> Iterator:
         try:
-            batches = iter(self.loader)
+            with self._time_limit():
+                batches = iter(self.loader)
         except OSError as error:
             raise RunError(not_started(error)) from error
         for _ in range(len(self.requests)):
             yield self._next(batches)
 
     def _next(self, batches):
-        start = time.monotonic()
-        while True:
-            try:
+        try:
+            with self._time_limit():
                 return next(batches)
-            except (OSError, EOFError, MemoryError, RuntimeError) as error:
-                if not str(error).startswith("DataLoader timed out"):
-                    workers = getattr(batches, "_workers", [])
-                    for worker in workers:
-                        worker.join(0.5)  # a worker with a broken connection ends soon
-                    message = describe_failure(error, [worker.exitcode for worker in workers])
-                    if message is None:
-                        raise
-                    raise RunError(message) from error
-                seconds = time.monotonic() - start
-                if seconds > LIMIT or (seconds > PATIENCE and self.stop_waiting()):
-                    # this process would wait for its workers when it ends; when they are killed,
-                    # torch's handler of SIGCHLD would raise RuntimeError
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    for worker in getattr(batches, "_workers", []):
-                        worker.kill()
-                    raise Stalled(f"no batch of images for {seconds:.0f} s") from error
+        except (OSError, EOFError, MemoryError, RuntimeError) as error:
+            workers = getattr(batches, "_workers", [])
+            for worker in workers:
+                worker.join(0.5)  # a worker with a broken connection ends soon
+            message = describe_failure(error, [worker.exitcode for worker in workers])
+            if message is None:  # such as Stalled
+                raise
+            raise RunError(message) from error
+
+    @contextlib.contextmanager
+    def _time_limit(self):
+        """Raise Stalled in the block if it takes too long, and kill the workers.
+
+        By a timer's signal: DataLoader's own time limit does not help if a worker hangs while it
+        passes the memory of a batch, for which the rank waits in a system call.
+        """
+        start = time.monotonic()
+
+        def give_up_if_late(number, frame):
+            seconds = time.monotonic() - start
+            if seconds > LIMIT or (seconds > PATIENCE and self.stop_waiting()):
+                kill_children()
+                raise Stalled(f"no batch of images for {seconds:.0f} s")
+
+        if not self.loader.num_workers:
+            yield
+            return
+        before = signal.signal(signal.SIGALRM, give_up_if_late)
+        signal.setitimer(signal.ITIMER_REAL, POLL, POLL)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 def check_shared_memory(batch_bytes: int, workers: int, ranks: int) -> None:
@@ -118,7 +135,12 @@ def check_shared_memory(batch_bytes: int, workers: int, ranks: int) -> None:
 def _start_worker(worker: int) -> None:
     Queue._on_queue_feeder_error = staticmethod(_end_without_sending)
     sys.excepthook = _print_unless_disconnected
-    leave_signals_to_the_rank(worker)
+    # the rank decides what a signal that ends the run means, except for a SIGTERM from the rank
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which returns the sender; macOS does not have it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_rank, daemon=True).start()
 
 
 def _print_unless_disconnected(kind, error, traceback):
@@ -135,15 +157,6 @@ def _end_without_sending(error: Exception, batch: object) -> None:
     elif "shared memory" in str(error):
         number = errno.ENOSPC
     os._exit(SENDING_FAILED + (number or 0) % 64)
-
-
-def leave_signals_to_the_rank(worker: int) -> None:
-    """Ignore the signals that end a run, except a SIGTERM from this worker's rank."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # which returns the sender; macOS does not have it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_the_rank, daemon=True).start()
 
 
 def _end_with_the_rank():

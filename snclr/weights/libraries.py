@@ -202,9 +202,7 @@ def to_hf(encoder: nn.Module, info: dict) -> Export:
     try:
         from transformers import ViTConfig, ViTModel
     except ImportError as error:
-        raise UsageError(
-            "--format hf needs transformers: pip install -r requirements-hf.txt"
-        ) from error
+        raise UsageError("--format hf needs transformers: pip install transformers") from error
     width, depth, _, _ = VITS[info["arch"]]
     config = ViTConfig(
         hidden_size=width,

@@ -17,6 +17,7 @@ from ..backbones import (
     sincos_position_embedding,
 )
 from ..choices import IMAGENET, NUM_HEADS
+from ..options import OF_ENCODER
 from ..running.errors import UsageError, first_few, first_line
 from ..running.tensor_files import not_finite
 from .layouts import EncoderFile, read_encoder
@@ -25,18 +26,7 @@ from .layouts import EncoderFile, read_encoder
 LIBRARY_NUM_HEADS = {"vit_small": 6}
 
 # settings of an encoder, if neither the caller nor the file has them
-DEFAULTS = dict(
-    arch=None,
-    num_heads=None,
-    img_size=224,
-    patch_size=16,
-    width=None,
-    small_stem=False,
-    timm_kwargs=None,
-    mean=IMAGENET[0],
-    std=IMAGENET[1],
-    grey_range=None,
-)
+DEFAULTS = OF_ENCODER | dict(arch=None, img_size=224, mean=IMAGENET[0], std=IMAGENET[1])
 
 
 def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Module, dict]:

@@ -108,7 +108,8 @@ class Programs:
         stdout, stderr  a path, or '-' for a closed one
         shared_memory   bytes of /dev/shm (root only)
         limits          by the names of RLIMIT_*
-        blocked_by      while this file exists, no image can be read
+        blocked_by      while this file exists, no image can be read; after a signal the program
+                        waits 2 s for images, not 10
         """
         self.count += 1
         case = self.folder / f"case{self.count}"
@@ -182,6 +183,7 @@ def become(job: dict) -> None:
         _small_shared_memory(job["shared_memory"])
     if job["blocked_by"]:
         from snclr.datasets import images
+        from snclr.running import workers
 
         decode = images.decode
 
@@ -191,6 +193,7 @@ def become(job: dict) -> None:
             return decode(*args)
 
         images.decode = when_free
+        workers.PATIENCE = 2
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

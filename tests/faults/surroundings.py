@@ -27,7 +27,7 @@ from conftest import SMALL, jpeg
 from forked import Programs
 
 LIMIT = 20  # seconds, with the start
-CODES = (0, 1, 2, 75, 130, 143, 138)
+CODES = (0, 1, 2, 75, 129, 130, 143, 138)
 EDGES = ("9" * 20, "-1", "0", "1e308", "1e-320", "nan", "", "x", "2147483647", "99999", "\udcff")
 # fmt: off
 NUMBERS = [
@@ -173,7 +173,7 @@ def edge(case):
 
 def signalled(case):
     """A signal after a while."""
-    number = case.pick((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+    number = case.pick((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP))
     case.afterwards = lambda running: running.signal(number)
     return number.name
 
@@ -192,8 +192,11 @@ def outside(case):
     return case.victim.read_text(), sorted(os.listdir(case.folder))
 
 
-def run(cases, seed, folder, programs, photographs, finished, first=0):
-    """How often each program ended with which code; ends the attack at the first wrong case."""
+def run(cases, seed, folder, programs, photographs, finished, first=0, limit=LIMIT):
+    """How often each program ended with which code; ends the attack at the first wrong case.
+
+    limit: seconds within which each must end.
+    """
     ends, slowest = collections.Counter(), 0.0
     for number in range(first, first + cases):
         random = np.random.default_rng([seed, number])
@@ -211,7 +214,7 @@ def run(cases, seed, folder, programs, photographs, finished, first=0):
             with contextlib.suppress(ProcessLookupError):
                 case.afterwards(running)
         try:
-            code, output = running.ended(LIMIT)
+            code, output = running.ended(limit)
             code = 128 - code if code < 0 else code  # as a shell reports a signal
         except TimeoutError as error:
             code, output, late = None, str(error), "late"
@@ -249,13 +252,19 @@ def prepare(folder, programs):
 
 
 if __name__ == "__main__":
-    args = attack.numbers(__doc__, {"--cases": 300, "--seed": 0, "--first": 0})
+    args = attack.numbers(__doc__, {"--cases": 300, "--seed": 0, "--first": 0, "--limit": LIMIT})
     with tempfile.TemporaryDirectory() as temporary:
         programs = Programs(Path(temporary) / "programs")
         prepared = prepare(Path(temporary), programs)
         (Path(temporary) / "cases").mkdir()
         ends, slowest = run(
-            args.cases, args.seed, Path(temporary) / "cases", programs, *prepared, args.first
+            args.cases,
+            args.seed,
+            Path(temporary) / "cases",
+            programs,
+            *prepared,
+            args.first,
+            args.limit,
         )
         programs.close()
     for kind in PROGRAMS:

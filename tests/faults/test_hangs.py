@@ -2,6 +2,7 @@
 it.
 """
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -75,6 +76,39 @@ def test_a_rank_gives_up_after_a_time_without_images(monkeypatch):
     assert next(batches) == 0
     with pytest.raises(workers.Stalled, match=r"no batch of images for \d s"):
         next(batches)
+
+
+def test_a_worker_that_is_frozen_while_it_passes_memory_is_noticed(monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 0.5)
+    monkeypatch.setattr(workers, "POLL", 0.1)
+    loader = workers.WorkerBatches(Tensors(), range(9), 1)
+    loader.stop_waiting = lambda: True
+    batches = iter(loader)
+    next(batches)
+    time.sleep(0.5)  # until it has announced the next batch, which it passes when it is asked
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(workers.Stalled, match="no batch of images"):
+        next(batches)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    worker.join(5)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+class Tensors(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        return torch.full((1000,), index)
+
+
+def test_a_signal_ends_a_run_whose_worker_is_frozen(train, tmp_path):
+    case = train("--epochs", "500", blocked_by=tmp_path / "never")
+    case.wait_for("step 3/")
+    children = Path(f"/proc/{case.pid}/task/{case.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGSTOP)
+    time.sleep(0.5)
+    case.signal(signal.SIGTERM)
+    code, output = case.ended(20)
+    assert code == 75 and "SIGTERM: saved" in output and "Traceback" not in output, output
 
 
 class Sleeper(torch.utils.data.Dataset):

@@ -1,5 +1,6 @@
 """SIGTERM, SIGUSR1, SIGINT: finish the step, save, exit with code 75 on all ranks, resume."""
 
+import itertools
 import json
 import os
 import shutil
@@ -56,8 +57,9 @@ def undisturbed_one(images, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize(
+    "number, step", [*itertools.product(SIGNALS, [1, 3, 5]), (signal.SIGHUP, 3)]
+)
 def test_the_step_is_finished_and_saved_and_the_run_resumes_exactly(
     images, undisturbed_one, tmp_path, monkeypatch, number, step
 ):
@@ -129,6 +131,31 @@ def test_a_signal_to_one_rank_during_an_evaluation_ends_both(images, tmp_path):
     )
     output = done.stdout + done.stderr
     assert done.returncode == 75 and "Traceback" not in output, output
+
+
+def test_several_ranks_of_which_one_gets_no_images_end_when_their_terminal_is_closed(
+    photographs, tmp_path
+):
+    block, workdir = tmp_path / "block", tmp_path / "run"
+    command = [sys.executable, attack.ROOT / "tools/torchrun.py", "--standalone"]
+    command += ["--nproc_per_node", 2, attack.ROOT / "tests/faults/stalled.py", block]
+    command += [photographs, *attack.FLAGS, "--workdir", workdir, "-j", 1, "--eval-freq", 0]
+    run = subprocess.Popen(
+        list(map(str, [*command, "--epochs", 100000])),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    attack.wait_for_step(workdir, 6, run)
+    block.touch()
+    time.sleep(1)
+    os.killpg(run.pid, signal.SIGHUP)
+    code, output = attack.ended(run, within=30)
+    step = torch.load(workdir / attack.LAST, weights_only=True)["step"]
+    message = "SIGHUP: not saved, because a rank got no images;"
+    message += f" the last sound checkpoint is of step {step};"
+    assert code == 75 and message in output and "Traceback" not in output, output
 
 
 def test_a_signal_during_the_start_ends_it_and_what_a_process_did_at_signals_it_does_again(
@@ -304,8 +331,10 @@ def test_launcher_forwards_a_signal_and_a_second_interrupt_ends_it_at_once(image
         "--eval-freq",
         "0",
     ]
-    run = attack.start(*flags)
+    run = attack.start(*flags, before=["nohup"])
     attack.wait_for_step(tmp_path / "run", 2, run)
+    os.killpg(run.pid, signal.SIGHUP)  # ignored, by nohup
+    attack.wait_for_step(tmp_path / "run", attack.lines_of(tmp_path / "run")[-1]["step"] + 5, run)
     run.send_signal(signal.SIGTERM)
     code, output = attack.ended(run, within=60)
     assert code == 75 and output.count("SIGTERM: saved") == 1 and "Traceback" not in output

@@ -2,11 +2,20 @@
 unsound one end no run; files of NaNs are refused.
 """
 
+import copy
 import json
+from types import SimpleNamespace
 
+import attack
 import pytest
 import torch
 from conftest import one_line
+
+from snclr import options
+from snclr.builder import build_model
+from snclr.loader import Batch
+from snclr.optim import build_optimizer
+from snclr.running.guard import Guard
 
 LAST, UNSOUND = "checkpoint_last.pth.tar", "checkpoint_unsound.pth.tar"
 
@@ -40,6 +49,36 @@ def test_a_sound_checkpoint_stays_and_the_last_line_says_of_which_step_it_is(tra
     code, output = train("--epochs", 2, "--resume", "auto").ended(30)
     assert code == 0 and "after step 5" in output
     assert all(x.isfinite().all() for x in tensors(load(tmp_path / "run" / LAST)))
+
+
+def test_finite_weights_with_which_the_loss_is_not_finite_are_no_sound_checkpoint(train, tmp_path):
+    case = train("--lr", "1e30", "--stop-after-steps", 2, "--save-every-minutes", "1e-9")
+    one_line(case, 1, "with the weights after step 2 the loss is not", "checkpoint is of step 1")
+    assert all(x.isfinite().all() for x in tensors(load(tmp_path / "run" / UNSOUND)))
+    assert load(tmp_path / "run" / LAST)["step"] == 1
+    assert train("--resume", "auto").ended(30)[0] == 0
+
+
+@pytest.mark.parametrize("method", ["snclr", "mocov3", "nnclr", "mocov2"])
+def test_the_forward_pass_that_vouches_for_a_checkpoint_changes_nothing(method, tmp_path):
+    flags = "--arch resnet8 --width 8 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 6 --topk 2"
+    args = options.parse([*flags.split(), "--method", method, "--eval-encoder", "online"])
+    model = build_model(args, bfloat16=True)
+    batch = Batch(torch.arange(4), list(torch.randn(2, 4, 3, 32, 32)))
+    model(batch.views, batch.ids, 0.9)
+    before = copy.deepcopy(model)
+    loader = SimpleNamespace(device=batch.ids.device)
+    guard = Guard(model, loader, str(tmp_path), limit=0, scaled=False)
+    optimizer = build_optimizer("sgd", model, 0.0)
+    guard.try_forward(1, model, batch, 0.9, "off")
+    assert guard.what_is_unsound(1, model, optimizer) is None
+    assert attack.same(dict(before.state_dict()), dict(model.state_dict()))
+    assert method == "mocov3" or torch.equal(*(x.memory_bank.features16 for x in (before, model)))
+    with torch.no_grad():
+        for parameter in model.base_encoder.parameters():
+            parameter.add_(1e30)
+    guard.try_forward(2, model, batch, 0.9, "off")
+    assert "loss is not finite" in guard.what_is_unsound(2, model, optimizer)
 
 
 def test_a_signal_after_a_bad_step_says_what_is_sound(train, tmp_path):

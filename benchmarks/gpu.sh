@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, on a bare machine with one: tests, tables of docs/PERFORMANCE.md,
+# profiles. Prints Markdown, and leaves gpu.md and gpu.json in OUT (default: gpu-results).
+#
+#   bash benchmarks/gpu.sh               at most 8 minutes
+#   bash benchmarks/gpu.sh --quick       at most 3 minutes
+#   bash benchmarks/gpu.sh --dry-run     only list the parts and their time limits
+#
+# CIFAR=DIR and PHOTOS=DIR name folders with train/<class>/<image>; without them images are made.
+# The parts are in order of importance. Each has a time limit, and one that fails stops no other.
+# Exit status: 0; 1 if a part failed; 2 if there is no GPU.
+set -uo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-python3}
+OUT=$(realpath -m "${OUT:-gpu-results}")
+QUICK= DRY=
+for flag in "$@"; do
+  case $flag in
+    --quick) QUICK=1 ;;
+    --dry-run) DRY=1 ;;
+    *) echo "gpu.sh: unknown flag $flag; known are --quick and --dry-run" >&2; exit 2 ;;
+  esac
+done
+cd "$ROOT"
+if [ -z "$DRY" ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "gpu.sh: torch finds no GPU on this machine" >&2
+  exit 2
+fi
+DATA=(${CIFAR:+--cifar "$CIFAR"} ${PHOTOS:+--photos "$PHOTOS"})
+FAILED=0
+
+part() { # name, seconds, seconds with --quick (0: left out), command
+  local name=$1 limit=$2 start=$SECONDS command status
+  [ -z "$QUICK" ] || limit=$3
+  shift 3
+  [ "$limit" != 0 ] || return 0
+  command=$(printf '%q ' "$@")
+  if [ -n "$DRY" ]; then echo "$name, $limit s: $command"; return; fi
+  timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.txt" 2>"$OUT/$name.err"
+  status=$?
+  [ $status = 0 ] || FAILED=1
+  "$PYTHON" benchmarks/gpu_report.py "$OUT" "$name" "$status" $((SECONDS - start)) "$command"
+}
+
+[ -n "$DRY" ] || { mkdir -p "$OUT"; rm -f "$OUT"/gpu.{md,json}; }
+export SNCLR_MARKDOWN=1 PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$OUT/inductor
+R=(benchmarks/runs.py "${DATA[@]}" --rows)
+part tests 100 70 "$PYTHON" -m pytest -m gpu -v --tb=short -p no:cacheprovider \
+  tests/test_real_gpu.py
+part objective 25 20 "$PYTHON" benchmarks/objective.py --steps 10
+part kernels 45 30 "$PYTHON" benchmarks/kernels.py
+part runs 0 55 "$PYTHON" "${R[@]}" cifar cifar-graphs vit --limit 30 --steps 4
+part runs 180 0 "$PYTHON" "${R[@]}" cifar cifar-graphs vit vit-on vit-4096 cifar-256 embedded
+part steps 35 0 "$PYTHON" benchmarks/step.py -b 128 --cifar-batch 512 --steps 10 \
+  --only method optimiser
+part micro-batch 35 0 "$PYTHON" benchmarks/micro_batch.py -b 4096 --micro-batch 1024 \
+  --img-size 224 --undivided 512 --flags '--amp bf16' --peak-tflops 989 --steps 1
+part search 10 0 "$PYTHON" benchmarks/search.py --steps 5
+# needs lightly (benchmarks/requirements.txt) and CIFAR
+[ -z "${CIFAR:-}" ] || part peers 50 0 "$PYTHON" benchmarks/peers.py "$CIFAR" -b 512 -j 12 \
+  --turn 10 --steps 1
+[ -n "$DRY" ] || echo "gpu.sh: $OUT/gpu.md and $OUT/gpu.json; $SECONDS s" >&2
+exit $FAILED

@@ -1,0 +1,31 @@
+"""Compilation of the backbones, a choice of --compile."""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+
+def compiled(function: Callable, choice: str) -> Callable:
+    """The function as --compile asks: 'auto' and 'off' as it is, 'on' compiled by torch, 'graphs'
+    also replayed as CUDA graphs.
+
+    Every shape of the inputs is compiled once, and kept for the user's next runs in
+    ~/.cache/snclr/inductor, or where TORCHINDUCTOR_CACHE_DIR says.
+    """
+    if choice in ("auto", "off"):
+        return function
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "snclr", "inductor"))
+    mode = "reduce-overhead" if choice == "graphs" else None
+    return torch.compile(function, dynamic=False, mode=mode)
+
+
+def begin_step(choice: str) -> None:
+    """Tell torch's CUDA graphs that a step begins: what they returned before may be overwritten.
+
+    Without this, torch guesses where a step begins. Where the momentum encoder is called first, it
+    would take the second of two calls in a step for the next step.
+    """
+    if choice == "graphs":
+        torch.compiler.cudagraph_mark_step_begin()

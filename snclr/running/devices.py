@@ -1,0 +1,20 @@
+"""What a CPU and a GPU do differently."""
+
+import torch
+from torch import Tensor
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether the host can read x without waiting.
+
+    A CPU skips the rows that do not count. A GPU multiplies all rows and masks these afterwards.
+    """
+    return x.device.type == "cpu"
+
+
+def uses_bfloat16_bank(amp: str, device: torch.device) -> bool:
+    """Whether the large products with the bank are computed in bfloat16: only on a CPU, and with
+    --amp bf16. A GPU rounds each product before a search can subtract its offset
+    (memory_bank.MemoryBank.search), and so loses neighbours; there float32 was not slower.
+    """
+    return amp == "bf16" and device.type == "cpu"
