@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import launches
 
-BOUNDS = {"ResNet-18": 1340, "ViT-S/16": 1640}
+BOUNDS = {"ResNet-18": 1245, "ViT-S/16": 1545}
 
 
 @pytest.mark.parametrize("recipe", BOUNDS)
