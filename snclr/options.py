@@ -5,11 +5,22 @@ Imports neither torch nor anything slow, so that a wrong flag is answered at onc
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 
 from .arguments import ROOT, flag, flags, new_parser, number, seed
-from .choices import AMP, CANDIDATES, COMPILE, FORMS, METHODS, NUM_HEADS, OPTIMIZERS
+from .choices import (
+    AMP,
+    CANDIDATES,
+    COMPILE,
+    FORMS,
+    LOGGERS,
+    METHODS,
+    NUM_HEADS,
+    OPTIMIZERS,
+    PUBLIC,
+)
 from .running.errors import UsageError, one_clear_line
 from .shared_options import (
     add_backbone_flags,
@@ -42,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--init-from",
         metavar="FILE",
         help="start from the backbone weights in FILE, a checkpoint or a state dict of any "
-        "known layout",
+        "known layout, or from public ones: timm:NAME, hf:REPO",
     )
     flag(
         g,
@@ -270,6 +281,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         g,
+        "--freeze-backbone-epochs",
+        type=number(int),
+        default=0,
+        metavar="E",
+        help="train only the heads in the first E epochs, for a backbone of --init-from",
+    )
+    flag(
+        g,
+        "--lr-scale",
+        type=number(float, above_zero=True, most=1),
+        default=1.0,
+        metavar="S",
+        help="learning rate of each layer of the backbone, as a share of that of the next layer",
+        on_resume="fixed",
+    )
+    flag(
+        g,
         "--amp",
         choices=AMP,
         default="off",
@@ -410,6 +438,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         g,
+        "--log",
+        nargs="+",
+        choices=LOGGERS,
+        default=[],
+        help="also log to these libraries, under the names of TensorBoard (pip install NAME)",
+        on_resume="free",
+    )
+    flag(
+        g,
         "--eval-freq",
         type=number(int),
         default=10,
@@ -481,7 +518,7 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(
             "--batch-size must be at least 2: batch norm and contrastive loss need other images"
         )
-    for name in ("warmup_epochs", "nn_warmup_epochs"):
+    for name in ("warmup_epochs", "nn_warmup_epochs", "freeze_backbone_epochs"):
         if getattr(args, name) > args.epochs:
             raise UsageError(
                 f"--{name.replace('_', '-')} {getattr(args, name):g} exceeds --epochs {args.epochs}"
@@ -517,7 +554,11 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--method nnclr has no momentum encoder: use --eval-encoder online")
     if args.key_view == "weak" and args.method == "nnclr":
         raise UsageError("--method nnclr has no momentum encoder: no --key-view weak")
-    if args.init_from is not None and not os.path.isfile(args.init_from):
+    for name in args.log:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"--log {name} needs the library: pip install {name}")
+    is_local = args.init_from is not None and not args.init_from.startswith(PUBLIC)
+    if is_local and not os.path.isfile(args.init_from):
         raise UsageError(f"--init-from {args.init_from}: there is no such file")
     check_workdir(args.workdir, args.resume, ("metrics.jsonl", "checkpoint_last.pth.tar"))
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import main_snclr
-from snclr import arguments, export, options, report, shared_options, visualize
+from snclr import arguments, embed, export, options, report, shared_options, visualize
 from snclr.evaluation import options as lincls_options
 from snclr.running.errors import Interrupted, RunError, UsageError, one_clear_line
 from snclr.weights import load
@@ -245,6 +245,7 @@ PROGRAMS = {
         ),
     ],
     visualize.parse: ["snclr/visualize.py", *DATA_FLAGS_ARE_READ_IN],
+    embed.parse: ["snclr/embed.py", *DATA_FLAGS_ARE_READ_IN],
     export.main: ["snclr/export.py"],
     report.main: ["snclr/report.py"],
     shared_options.parse_data: ["snclr/mean_std.py", *DATA_FLAGS_ARE_READ_IN],
