@@ -211,6 +211,7 @@ def extended(tmp_path_factory):
     return copy, done.stdout
 
 
+@pytest.mark.filterwarnings("error:Mean of empty slice")  # images without labels
 def test_the_five_commands_for_ones_own_photographs(tmp_path, monkeypatch, capsys):
     guide = (ROOT / "docs/GUIDE.md").read_text()
     section = guide.split("## Your own photographs in five commands")[1].split("\n## ")[0]
