@@ -518,8 +518,8 @@ def test_missing_data_folder_is_named():
 
 
 def test_file_as_data_folder_is_refused(tmp_path):
-    (tmp_path / "images.txt").touch()
-    refused("images.txt")
+    (tmp_path / "images.mp4").touch()
+    refused("images.mp4")
 
 
 @pytest.mark.parametrize(
