@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import main_snclr
-from snclr import arguments, export, options, report, shared_options, visualize
+from snclr import arguments, embed, export, options, report, shared_options, visualize
 from snclr.evaluation import options as lincls_options
 from snclr.running.errors import Interrupted, RunError, UsageError, one_clear_line
 from snclr.weights import load
@@ -109,6 +109,12 @@ def content(folder):
         ("--topk many", "'many'"),
         ("--epochs 1.5", "'1.5'"),
         ("--lr fast", "'fast'"),
+        ("--flip-h 0.5 data", "found 'data'; DATA must be before this flag"),
+        ("--flip-v 1.5", "must be between 0 and 1, found 1.5"),
+        ("--grey-p 0 1 1", "--grey-p needs 1 or 2 numbers"),
+        ("--jitter 0.4 0.4", "--jitter needs 4 or 8 numbers"),
+        ("--jitter 0 0 0 0.3 0 0 0 0.4", "hue in turns, must be at most 0.33, found 0.4"),
+        ("--no-blur --blur-p 0 0.1", "--no-blur contradicts --blur-p"),
         ("--lr -1", "--lr must be above 0, found -1"),
         ("--lr 0", "--lr must be above 0"),
         ("--lr nan", "--lr must be above 0"),
@@ -239,6 +245,7 @@ PROGRAMS = {
         ),
     ],
     visualize.parse: ["snclr/visualize.py", *DATA_FLAGS_ARE_READ_IN],
+    embed.parse: ["snclr/embed.py", *DATA_FLAGS_ARE_READ_IN],
     export.main: ["snclr/export.py"],
     report.main: ["snclr/report.py"],
     shared_options.parse_data: ["snclr/mean_std.py", *DATA_FLAGS_ARE_READ_IN],

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .. import augment
+from .. import augment, operations
 from ..augment import Recipe, ViewParameters
 from ..running.errors import RunError
 from .decoding import decode, read_encoded
@@ -48,6 +48,7 @@ class ImageSet:
     classes     names of the labels
     mean, std   (3,) of the channels, in [0, 1]
     names       (n,) names of the files; None if the images are not in files of their own
+    paths       (n,) where each image is; None if the images have no such names
     per_image   names of the attributes with one entry per image
     skip_bad    whether an unreadable image is replaced: in training by another, in evaluation by
                 grey
@@ -55,6 +56,7 @@ class ImageSet:
 
     per_image: tuple[str, ...] = ("labels", "names")
     names: np.ndarray | None = None
+    paths: np.ndarray | None = None
     skip_bad = False
 
     def __init__(self, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
@@ -135,7 +137,7 @@ class ResidentImages(ImageSet):
     errors (n,): why an image could not be read, None for a readable one; None if all are readable.
     """
 
-    per_image = ("labels", "names", "images", "errors")
+    per_image = ("labels", "names", "paths", "images", "errors")
     errors: np.ndarray | None = None
 
     def __init__(
@@ -173,7 +175,7 @@ class ResidentImages(ImageSet):
         heights, widths = (np.full(len(indices), side) for side in images.shape[2:])
         views = Views(torch.from_numpy(indices), [], [])
         for size, boxes, parameters in _draw(recipe, epoch, indices, view_numbers, heights, widths):
-            views.crops.append(augment.crop_and_resize(images, torch.from_numpy(boxes), size))
+            views.crops.append(operations.crop_and_resize(images, torch.from_numpy(boxes), size))
             views.parameters.append(parameters)
         return views
 
@@ -182,7 +184,7 @@ class ResidentImages(ImageSet):
         if images.shape[2:] == (size, size):
             return images
         box = torch.tensor(_evaluation_box(*images.shape[2:], size))
-        return augment.crop_and_resize(images, box.expand(len(images), 4), size)
+        return operations.crop_and_resize(images, box.expand(len(images), 4), size)
 
 
 class EncodedImages(ImageSet):
@@ -236,7 +238,8 @@ class EncodedImages(ImageSet):
                     return self
                 images[index] = image
         resident = ResidentImages(images, self.labels, self.classes, (self.mean, self.std))
-        resident.names, resident.skip_bad = self.names, self.skip_bad
+        resident.names, resident.paths = self.names, self.paths
+        resident.skip_bad = self.skip_bad
         resident.errors = errors if any(errors) else None
         return resident
 
