@@ -93,7 +93,10 @@ def main(argv: list[str]) -> None:
     end_at_once()
     train, val, data_notes = sources.open_data(args)
     if args.batch_size > len(train):
-        raise UsageError(f"--batch-size {args.batch_size} exceeds the {len(train)} training images")
+        raise UsageError(
+            f"--batch-size {args.batch_size} exceeds the {len(train)} training images: choose a "
+            "smaller one; @configs/photos_small.args has settings for few images"
+        )
     train = train.to(device)
     recipe = augment.Recipe(args.seed, augment.build_views(args))
     loader = TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
@@ -136,7 +139,7 @@ def main(argv: list[str]) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         hardware = {"world_size": distributed.world_size(), "amp_used": amp, "device": name}
         save_settings(workdir, args, hardware)
-    log = Log(workdir, step=step, enabled=is_rank_zero)
+    log = Log(workdir, step=step, enabled=is_rank_zero, args=args)
     run = Run(
         args=args,
         workdir=workdir,
@@ -194,7 +197,8 @@ def main(argv: list[str]) -> None:
         log.say(f"weights and bank of the ranks: {result}, {', '.join(digests)}")
     if is_rank_zero and not run.interruptions.ending:
         path = os.path.join(workdir, checkpoint.LAST)
-        log.say(summary.final_lines(workdir, path, done=step == run.total_steps))
+        done, own_images = step == run.total_steps, args.dataset != "embedded"
+        log.say(summary.final_lines(workdir, path, done, own_images))
         log.say(report.write_into(workdir))
     run.interruptions.maximum.finish()
     log.close()

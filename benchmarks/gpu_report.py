@@ -17,7 +17,7 @@ def tables(text: str) -> list[list[dict[str, str]]]:
     found, lines = [], []
     for line in [*text.splitlines(), ""]:
         if line.startswith("| "):
-            lines.append([cell.strip() for cell in line.strip("| \n").split(" | ")])
+            lines.append([cell.strip() for cell in line.strip()[1:-1].split("|")])
         elif lines:
             head, _, *rows = lines
             found.append([dict(zip(head, row, strict=False)) for row in rows])

@@ -26,7 +26,7 @@ from torchvision import transforms
 
 from benchmarks import measure
 from snclr import augment, shared_options
-from snclr.datasets import sources
+from snclr.datasets import decoding, sources
 from snclr.datasets.images import ImageFiles
 from snclr.loader import ViewLoader
 from snclr.running import process_group
@@ -85,13 +85,15 @@ def main():
         "  first half: decode, draw, crop, resize": lambda: (
             images.views(recipe, *request) for request in requests
         ),
-        "  only decoding": lambda: map(images.image, chosen),
+        **{
+            f"  only decoding, {library}": lambda decoder=decoder: decoded(images, chosen, decoder)
+            for library, decoder in decoding.jpeg_decoders().items()
+            if resident is None
+        },
         "  second half: all the rest": lambda: (
             augment.apply(*half, images.mean, images.std) for half in halves
         ),
     }
-    if resident is not None:
-        del sides["  only decoding"]
     if args.workers:  # these run in this process, so they cannot be compared with workers
         sides = {name: side for name, side in sides.items() if "decod" not in name}
     calls = {name: lambda side=side: deque(side(), maxlen=0) for name, side in sides.items()}
@@ -106,6 +108,13 @@ def main():
     )
     print(f"{measure.hardware(device)}, {args.workers} workers\n")
     print(measure.table(["", "images/s", "ratio"], rows))
+
+
+def decoded(images, chosen, decoder):
+    """Decoded images, with a decoder of decoding.jpeg_decoders."""
+    used, decoding.decode_jpeg = decoding.decode_jpeg, decoder
+    yield from map(images.image, chosen)
+    decoding.decode_jpeg = used
 
 
 class PILViews:

@@ -47,7 +47,8 @@ class Training:
         recipe = augment.Recipe(args.seed, augment.build_views(args))
         loader = TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
         scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-        scaled = scaler.is_enabled()
+        guard = Guard(model, loader, os.curdir, limit=args.skip_non_finite, scaled=amp == "fp16")
+        guard.try_forward = lambda *_: None  # once an epoch, so no part of a step
         self.run = main_snclr.Run(
             args=args,
             workdir=os.curdir,
@@ -60,7 +61,7 @@ class Training:
             val=None,
             optimizer=optim.build_optimizer(args.optimizer, model, args.wd),
             scaler=scaler,
-            guard=Guard(model, loader, os.curdir, limit=args.skip_non_finite, scaled=scaled),
+            guard=guard,
             interruptions=Interruptions(0, args.timeout_minutes),
             log=Log(os.curdir, step=0, enabled=False),
         )

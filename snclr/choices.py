@@ -1,5 +1,8 @@
 """The names that flags accept, and what belongs to a name. Imports nothing slow."""
 
+import argparse
+import os
+
 from .running.errors import UsageError
 
 METHODS = ("snclr", "nnclr", "mocov3", "mocov2")
@@ -20,12 +23,13 @@ OPTIMIZERS = {  # name: class, and its arguments besides the parameter groups an
     "lars": ("snclr.optim.LARS", {}),
     "sgd": ("torch.optim.SGD", {"momentum": 0.9, "fused": True}),
 }
+LOGGERS = ("wandb", "mlflow")  # names of libraries
 AMP = ("off", "auto", "bf16", "fp16")
 COMPILE = ("auto", "off", "on", "graphs")
 LOCAL_DATASETS = ("folder", "tree", "list", "shards")  # the user's own files
 TORCHVISION_DATASETS = ("cifar10", "cifar100", "stl10", "svhn", "flowers102", "pets", "food101")
 TORCHVISION_DATASETS += ("dtd", "aircraft")
-DATASETS = ("embedded", *LOCAL_DATASETS, *TORCHVISION_DATASETS)
+DATASETS = ("embedded", *LOCAL_DATASETS, "hf", *TORCHVISION_DATASETS)
 # the encoder's input in pixels; 224 for all other data sets
 IMG_SIZES = {"embedded": 32, "cifar10": 32, "cifar100": 32, "svhn": 32, "stl10": 96}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -44,3 +48,34 @@ def check_num_heads(num_heads: int | None, arch: str) -> None:
     if num_heads is not None and arch not in NUM_HEADS:
         hint = "; use --timm-kwargs num_heads=N" if arch.startswith("timm:") else ""
         raise UsageError(f"--num-heads is for {', '.join(NUM_HEADS)}, not for {arch}{hint}")
+
+
+def dataset_kind(text: str) -> str:
+    """An argparse type: one of DATASETS, or hf:NAME, which names the data as well."""
+    if text not in DATASETS and not text.startswith("hf:"):
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: {text!r} (choose from {', '.join(DATASETS)}, hf:NAME_OR_PATH)"
+        )
+    return text
+
+
+def recognise_dataset(data: str | None) -> str:
+    """The kind of DATA, one of DATASETS, from its name and the entries of its folder."""
+    if data is None:
+        return "embedded"
+    if data.startswith("hf:"):
+        return "hf"
+    if os.path.isfile(data):
+        kinds = {".tar": "shards", ".zip": "shards", ".txt": "list"}
+        return kinds.get(os.path.splitext(data)[1], "folder")
+    train = os.path.join(data, "train")
+    root = train if os.path.isdir(train) else data
+    entries = list(os.scandir(root)) if os.path.isdir(root) else []
+    suffixes = {os.path.splitext(entry.name)[1] for entry in entries}
+    if ".tar" in suffixes or (".zip" in suffixes and suffixes <= {".zip", ".npz"}):
+        return "shards"  # an .npz is their index
+    if ".parquet" in suffixes and suffixes <= {".parquet", ".md", ""}:
+        return "hf"
+    has_classes = root == train and any(entry.is_dir() for entry in entries)
+    # a missing folder counts as one with classes, and check_data refuses it as such
+    return "folder" if has_classes or not os.path.isdir(data) else "tree"

@@ -18,7 +18,7 @@ from . import __version__
 from .arguments import new_parser
 from .running import tensor_files
 from .running.errors import RunError, UsageError, one_clear_line
-from .running.safe_files import new_file, writing
+from .running.safe_files import check_new_path, new_file, writing
 from .shared_options import add_backbone_flags
 from .weights.layouts import SETTINGS_KEY
 from .weights.libraries import FORMATS, Export
@@ -84,10 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.set_defaults(patch_size=None, small_stem=None)  # as the file says
     args = parser.parse_args(argv)
-    if os.path.exists(args.out):
-        raise UsageError(f"--out {args.out} exists: choose another name or remove it")
-    if not os.access(os.path.dirname(os.path.abspath(args.out)), os.W_OK):
-        raise UsageError(f"--out {args.out}: its folder does not exist or is not writable")
+    check_new_path(args.out)
     if args.out.endswith(SAFETENSORS) and args.format not in ("timm", "torchvision"):
         raise UsageError(
             f"--format {args.format} is more than safetensors can hold in one file: "

@@ -5,11 +5,12 @@ Imports neither torch nor anything slow, so that a wrong flag is answered at onc
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 
 from .arguments import ROOT, flag, flags, new_parser, number, seed
-from .choices import AMP, CANDIDATES, COMPILE, FORMS, METHODS, NUM_HEADS, OPTIMIZERS
+from .choices import AMP, CANDIDATES, COMPILE, FORMS, LOGGERS, METHODS, NUM_HEADS, OPTIMIZERS
 from .running.errors import UsageError, one_clear_line
 from .shared_options import (
     add_backbone_flags,
@@ -462,6 +463,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         g,
+        "--log",
+        nargs="+",
+        choices=LOGGERS,
+        default=[],
+        help="also log to these libraries, under the names of TensorBoard (pip install NAME)",
+        on_resume="free",
+    )
+    flag(
+        g,
         "--eval-freq",
         type=number(int),
         default=10,
@@ -575,6 +585,9 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--method nnclr has no momentum encoder: use --eval-encoder online")
     if args.key_view == "weak" and args.method == "nnclr":
         raise UsageError("--method nnclr has no momentum encoder: no --key-view weak")
+    for name in args.log:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"--log {name} needs the library: pip install {name}")
     if args.init_from is not None and not os.path.isfile(args.init_from):
         raise UsageError(f"--init-from {args.init_from}: there is no such file")
     check_workdir(args.workdir, args.resume, ("metrics.jsonl", "checkpoint_last.pth.tar"))

@@ -17,6 +17,8 @@ from .choices import (
     MEAN_STD,
     TORCHVISION_DATASETS,
     check_num_heads,
+    dataset_kind,
+    recognise_dataset,
 )
 from .running.errors import UsageError
 
@@ -31,14 +33,14 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "data",
         nargs="?",
         metavar="DATA",
-        help="folder, list (.txt) or .tar file of the training images (default: the embedded data "
-        "set)",
+        help="folder, list (.txt), .tar or .zip file of the training images, or hf:NAME_OR_PATH "
+        "for the library datasets (default: the embedded data set)",
         on_resume="free",
     )
     flag(
         g,
         "--dataset",
-        choices=DATASETS,
+        type=dataset_kind,
         metavar="KIND",
         help=f"kind of DATA: {', '.join(DATASETS)} (default: found from DATA)",
         on_resume="fixed",
@@ -182,7 +184,9 @@ def resolve_data(args: argparse.Namespace) -> None:
             "--std above 0"
         )
     if args.dataset is None:
-        args.dataset = _recognise_dataset(args.data)
+        args.dataset = recognise_dataset(args.data)
+    elif args.dataset.startswith("hf:"):
+        args.data, args.dataset = args.data or args.dataset, "hf"
     if args.workers is None:
         args.workers = max(1, min(8, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
@@ -191,21 +195,6 @@ def num_cores() -> int:
     """The number of cores that this process may use."""
     has_affinity = hasattr(os, "sched_getaffinity")  # only Linux
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-
-
-def _recognise_dataset(data):
-    if data is None:
-        return "embedded"
-    if os.path.isfile(data):
-        return {".tar": "shards", ".txt": "list"}.get(os.path.splitext(data)[1], "folder")
-    train = os.path.join(data, "train")
-    root = train if os.path.isdir(train) else data
-    entries = list(os.scandir(root)) if os.path.isdir(root) else []
-    if any(entry.name.endswith(".tar") for entry in entries):
-        return "shards"
-    has_classes = root == train and any(entry.is_dir() for entry in entries)
-    # a missing folder counts as one with classes, and check_data refuses it as such
-    return "folder" if has_classes or not os.path.isdir(data) else "tree"
 
 
 def resolve_views(args: argparse.Namespace) -> None:
@@ -237,13 +226,14 @@ def check_data(args: argparse.Namespace) -> None:
             f"--download is for torchvision's data sets ({', '.join(TORCHVISION_DATASETS)}), "
             f"not for {args.dataset}"
         )
-    needs_file = args.dataset == "list" or (args.data is not None and args.data.endswith(".tar"))
+    needs_file = args.dataset == "list" or (args.data or "").endswith((".tar", ".zip"))
     exists = os.path.isfile if needs_file else os.path.isdir
-    if args.data is not None and not exists(args.data) and not args.download:
+    is_elsewhere = args.data is None or args.dataset == "hf" or args.download
+    if not is_elsewhere and not exists(args.data):
         raise UsageError(
             f"--dataset {args.dataset}: there is no {'file' if needs_file else 'folder'} "
-            f"{args.data}; DATA is a folder of images or of .tar files, one .tar file, or a .txt "
-            "file that lists paths"
+            f"{args.data}; DATA is a folder of images or of .tar files, one .tar or .zip file, or "
+            "a .txt file that lists paths"
         )
     labels = None if args.labels == "none" else args.labels
     for name, path in (

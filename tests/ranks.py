@@ -4,6 +4,7 @@ A job is 'pieces' (collectives, batch norm, objectives, bank, kNN on fixed data)
 of main_snclr.py. Prefixes, in this order:
 
 main_lincls:  the command line is one of main_lincls.py
+embed:        the command line is one of snclr.embed, with parts of 8 images in two batches
 term:         the loss has a further term, in this job and all later ones
 float64:      the run is in double precision
 """
@@ -19,8 +20,9 @@ from torch.nn.functional import normalize
 
 import main_lincls
 import main_snclr
+from snclr import embed
 from snclr.builder import SNCLR
-from snclr.evaluation import knn
+from snclr.evaluation import embedding, knn
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import (
     gather_candidates,
@@ -173,6 +175,9 @@ if __name__ == "__main__":
         os.environ["MASTER_PORT"] = os.environ["PORTS"].split()[number]
         script = main_lincls if job.startswith("main_lincls:") else main_snclr
         job = job.removeprefix("main_lincls:")
+        if job.startswith("embed:"):
+            embedding.EVALUATION_BATCH, embedding.PART_BATCHES = 4, 2
+            script, job = embed, job.removeprefix("embed:")
         if job.startswith("term:"):
             add_term()
             job = job.removeprefix("term:")

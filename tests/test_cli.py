@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import main_snclr
-from snclr import arguments, export, options, report, shared_options, sweep, visualize
+from snclr import arguments, embed, export, options, report, shared_options, sweep, visualize
 from snclr.evaluation import options as lincls_options
 from snclr.running.errors import Interrupted, RunError, UsageError, one_clear_line
 from snclr.weights import load
@@ -239,6 +239,7 @@ PROGRAMS = {
         ),
     ],
     visualize.parse: ["snclr/visualize.py", *DATA_FLAGS_ARE_READ_IN],
+    embed.parse: ["snclr/embed.py", *DATA_FLAGS_ARE_READ_IN],
     export.main: ["snclr/export.py"],
     report.main: ["snclr/report.py"],
     sweep.parse: ["snclr/sweep.py"],

@@ -1,5 +1,7 @@
 """Decoding of image files: as PIL does it, upright, in RGB."""
 
+import sys
+import types
 from argparse import Namespace
 
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from sample_images import levels_apart, picture, rgb
 
 from snclr.datasets import decoding, torchvision_sets
+from snclr.running.errors import RunError
 
 
 def decode(path):
@@ -98,6 +101,46 @@ def test_photographs_decode_as_pil_does(photographs):
         decoded = decode(str(path))
         assert decoded.shape == expected.shape, path.name
         assert (decoded.int() - expected).abs().double().mean() <= 2, path.name
+
+
+@pytest.mark.parametrize("library", ["torchcodec", "torchvision", "PIL"])
+def test_all_decoders_of_jpeg_give_the_pixels_of_pil(tmp_path, monkeypatch, library):
+    decoders = decoding.jpeg_decoders()
+    if library not in decoders:
+        pytest.skip(f"{library} has no decoder of JPEG files here")
+    monkeypatch.setattr(decoding, "decode_jpeg", decoders[library])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, (image, options) in FORMATS.items():
+        if name.endswith(".jpg"):
+            image.save(tmp_path / name, exif=exif, **options)
+            with Image.open(tmp_path / name) as opened:
+                expected = rgb(opened)
+            # PIL converts CMYK by another formula
+            assert levels_apart(decode(str(tmp_path / name)), expected) <= (name == "cmyk.jpg")
+    content = np.fromfile(tmp_path / "rgb.jpg", np.uint8)
+    with pytest.raises(RunError, match=r"(?i)^cannot read image half.jpg: .*truncated"):
+        decoding.decode(content[: len(content) // 2], "half.jpg")
+
+
+def test_torchcodec_is_first_then_torchvision_then_pil(monkeypatch):
+    class Broken:
+        def find_spec(self, name, *arguments):
+            if name == "torchcodec":
+                raise OSError("libtorchcodec_image.so: undefined symbol")
+
+    codec = types.SimpleNamespace(decode_jpeg="torchcodec's")
+    monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace(decoders=codec))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", codec)
+    assert list(decoding.jpeg_decoders()) == ["torchcodec", "torchvision", "PIL"]
+    del codec.decode_jpeg  # as before 0.16
+    assert list(decoding.jpeg_decoders()) == ["torchvision", "PIL"]
+    monkeypatch.delitem(sys.modules, "torchcodec")
+    monkeypatch.delitem(sys.modules, "torchcodec.decoders")
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert list(decoding.jpeg_decoders()) == ["torchvision", "PIL"]
+    monkeypatch.delattr("torchvision.io.decode_image")
+    assert decoding.jpeg_decoders() == {"PIL": None}
 
 
 def test_opening_a_torchvision_set_takes_only_eps_from_pil(tmp_path, monkeypatch):

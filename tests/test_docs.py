@@ -5,9 +5,11 @@ A fork changes the code before its pages, so plain `pytest` leaves these tests o
 """
 
 import ast
+import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_ranks import write_images
 
+import main_snclr
 from snclr import options
 
 pytestmark = pytest.mark.docs
@@ -24,6 +28,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 EXTENDING = ROOT / "docs/EXTENDING.md"
 OTHERS = {"help", "dry-run", "nodes", "gpus-per-node", "cpus-per-task", "logdir"}
 OTHERS |= {"requeue", "signal", "max-restarts"}  # flags of other programs
+OTHERS |= {"quick"}  # of benchmarks/gpu.sh
 OTHERS |= {"num-gpus", "config-file", "cfg-options"}  # of detectron2 and mmdetection
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
@@ -206,6 +211,30 @@ def extended(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return copy, done.stdout
+
+
+def test_the_five_commands_for_ones_own_photographs(tmp_path, monkeypatch, capsys):
+    guide = (ROOT / "docs/GUIDE.md").read_text()
+    section = guide.split("## Your own photographs in five commands")[1].split("\n## ")[0]
+    (commands,) = re.findall(r"^```bash\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    (search,) = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    write_images(tmp_path / "classes")
+    (tmp_path / "photos").mkdir()
+    for number, path in enumerate(sorted((tmp_path / "classes/train").rglob("*.png"))):
+        path.rename(tmp_path / f"photos/{number:02}.png")
+    monkeypatch.chdir(tmp_path)
+    for command in commands.replace("/data/photos", "photos").splitlines():
+        words = shlex.split(command, comments=True)
+        if words[:2] == ["bash", "start.sh"]:
+            main_snclr.main([*words[2:], *FLAGS, "--img-size=32"])
+        elif words[:2] == ["python", "-m"]:
+            importlib.import_module(words[2]).main([*words[3:], "--workers=0"])
+        elif words == ["python", "search.py"]:
+            capsys.readouterr()
+            exec(search, {})
+    nearest = re.findall(r"\d\d\.png", capsys.readouterr().out)
+    assert nearest[0] == "00.png" and len(set(nearest)) == 5
+    assert (tmp_path / "runs/photos/pictures/neighbours.png").exists()
 
 
 def checkpoint(extended, name):

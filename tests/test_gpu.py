@@ -22,7 +22,7 @@ from benchmarks import measure, step
 from snclr import augment, memory_bank, objectives, streamed, visualize
 from snclr.evaluation import finetune, linear, probe
 from snclr.evaluation.options import STATE_FILE
-from snclr.running import checkpoint, distributed, process_group, tensor_files
+from snclr.running import checkpoint, distributed, guard, process_group, tensor_files
 
 RUN = (
     "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 1000 "
@@ -77,7 +77,7 @@ def accelerated(monkeypatch):
     """A context in which the programs find an accelerator; torch has no autocast for it, so there
     is none outside either.
     """
-    for module in (main_snclr, finetune, linear):
+    for module in (main_snclr, guard, finetune, linear):
         monkeypatch.setattr(
             module, "autocast", lambda amp, device: torch.autocast("cpu", enabled=False)
         )

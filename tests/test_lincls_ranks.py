@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from test_embed import small_parts, write  # noqa: F401 - a fixture
 from test_finetune import TUNE, state, tune
 from test_linear import PROBE, comparable, probe
 from test_ranks import start_ranks
@@ -21,6 +23,7 @@ def two_ranks(images, pretrain, tmp_path_factory):
         for name, flags in PROBES.items():
             jobs.append(f"{command} {PROBE} --workdir {out}/{arch}/{name} {' '.join(flags)}")
         jobs.append(f"{command} {TUNE} --workdir {out}/{arch}/tuned")
+    jobs.append(f"embed:{pretrain(ARCHS[0])} {images} --out {out}/embedded.npz --workers 1")
     start_ranks(2, out, jobs)
     return out
 
@@ -44,3 +47,12 @@ def test_fine_tuning(images, pretrain, two_ranks, tmp_path, float64, arch):
         if tensor.is_floating_point():
             assert tensor.dtype == torch.float64
             assert (actual[name] - tensor).norm() < 1e-8 * tensor.norm() + 1e-8, name
+
+
+def test_features_in_a_file(images, pretrain, two_ranks, tmp_path, small_parts):  # noqa: F811
+    one, two = write(pretrain(ARCHS[0]), images, tmp_path / "x.npz"), two_ranks / "embedded.npz"
+    with np.load(two) as two:
+        assert sorted(one) == sorted(two)
+        for name in one:
+            np.testing.assert_array_equal(one[name], two[name])
+    assert not (two_ranks / "embedded.npz.parts").exists()

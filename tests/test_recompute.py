@@ -159,9 +159,10 @@ def test_a_backbone_is_compiled_once_in_a_run(monkeypatch):
 
 def test_compiled_code_is_kept_for_the_next_run(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "chosen")
+    chosen = str(tmp_path / "chosen")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", chosen)
     compiled(abs, "graphs")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "chosen"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == chosen
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     compiled(abs, "off")
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

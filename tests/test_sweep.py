@@ -134,7 +134,7 @@ def test_runs_share_the_gpus_of_the_allocation(monkeypatch, names, gpus):
 def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, images, capsys):
     """Kill the sweep in the first run; stop it by --minutes; then let it end, and start again."""
     workdir = tmp_path / "sweep"
-    (tmp_path / "good.args").write_text(f"{SMALL} --epochs 30 --eval-freq 15")
+    (tmp_path / "good.args").write_text(f"{SMALL} --epochs 12 --eval-freq 6")
     (tmp_path / "bad.args").write_text(f"{SMALL} --init-from {tmp_path}/good.args")
     recipes = [str(tmp_path / "good.args"), str(tmp_path / "bad.args")]
     words = [*recipes, "--side-by-side", "2", "--workdir", str(workdir), "--", str(images)]
@@ -162,11 +162,11 @@ def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, images
         sweep.main(words)
     lines = capsys.readouterr().out.splitlines()
     assert any(re.match(r"bad-seed0  failed  main_snclr.py: error: .*good.args", x) for x in lines)
-    assert any(re.match(r"good-seed0  finished  epoch 30  kNN [\d.]+ %", x) for x in lines)
+    assert any(re.match(r"good-seed0  finished  epoch 12  kNN [\d.]+ %", x) for x in lines)
     console = (workdir / "good-seed0/console.txt").read_text()
     assert "resumed from" in console and "after step 0" not in console
     steps = [json.loads(x)["step"] for x in log.read_text().splitlines() if '"loss"' in x]
-    assert steps == list(range(1, 151)) and seen < len(steps)
+    assert steps == list(range(1, 61)) and seen < len(steps)
     (row,) = [x for x in (workdir / "sweep.md").read_text().splitlines() if "good" in x]
     knn = json.loads((workdir / "sweep.json").read_text())["runs"]["good-seed0"]["kNN top-1 %"]
     assert f" {knn:.1f} " in row and (workdir / "report.html").exists()
@@ -175,9 +175,9 @@ def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, images
     written = log.stat().st_mtime_ns
     sweep.main([recipes[0], *words[2:]])
     assert log.stat().st_mtime_ns == written
-    assert "good-seed0  finished  epoch 30" in capsys.readouterr().out
+    assert "good-seed0  finished  epoch 12" in capsys.readouterr().out
     # other settings: the run is no longer finished
-    jobs = planned(workdir, recipes[0], "--", str(images), "--epochs", "31")
+    jobs = planned(workdir, recipes[0], "--", str(images), "--epochs", "13")
     marker = json.loads((workdir / "good-seed0/finished.json").read_text())
     assert marker["settings"] != jobs[0].settings
 

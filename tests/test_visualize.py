@@ -347,6 +347,22 @@ def test_a_map_of_collapsed_features_is_drawn():
     }
 
 
+def test_map_by_umap_where_it_is_installed():
+    pytest.importorskip("umap", reason="UMAP needs umap-learn")
+    assert list(encoders.projections(torch.ones(20, 5), seed=1)) == ["PCA"]  # at full collapse
+    for features in (torch.randn(40, 5), torch.randn(3, 5)):
+        first, second = (encoders.projections(features, seed=1)["UMAP"] for _ in range(2))
+        assert first.shape == (len(features), 2) and np.array_equal(first, second)
+        assert np.isfinite(first).all()
+
+
+@pytest.fixture(autouse=True)
+def without_umap(request, monkeypatch):
+    """Other tests do without UMAP, whose first call takes many seconds to compile."""
+    if "umap" not in request.node.name:
+        monkeypatch.setitem(sys.modules, "umap", None)
+
+
 def test_map_by_tsne_where_scikit_learn_is_installed():
     pytest.importorskip("sklearn", reason="t-SNE needs scikit-learn")
     features = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))

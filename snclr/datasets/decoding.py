@@ -1,9 +1,11 @@
 """From the bytes of an image file to RGB pixels."""
 
 import contextlib
+import functools
 import io
 import os
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,14 +16,34 @@ from ..running.errors import RunError, UsageError, first_line
 from ..running.safe_files import open_regular
 from .high_bit_depth import FORMATS, read_pixels, to_8_bits
 
-try:  # torchvision 0.29 warns that its decoders will be removed; PIL takes 1.5 times as long
-    from torchvision.io import ImageReadMode, decode_image
-except ImportError:
-    decode_image = None
+LARGEST = 2**29  # bytes of an encoded image
+
+
+def jpeg_decoders() -> dict[str, Callable[[Tensor], Tensor] | None]:
+    """Functions from the bytes of a JPEG file to upright RGB, by library, the best first.
+
+    They are torchcodec's (from 0.16) if it is installed and works, and torchvision's, which will be
+    removed (deprecated in 0.29). They raise RuntimeError for a file that they cannot read. PIL
+    needs no function: it reads all formats. It gives the same pixels, more slowly.
+    """
+    decoders = {}
+    with contextlib.suppress(ImportError, OSError, RuntimeError):  # absent, or for another torch
+        from torchcodec.decoders import decode_jpeg  # optional
+
+        decoders["torchcodec"] = decode_jpeg
+    with contextlib.suppress(ImportError):
+        from torchvision.io import ImageReadMode, decode_image
+
+        decoders["torchvision"] = functools.partial(
+            decode_image, mode=ImageReadMode.RGB, apply_exif_orientation=True
+        )
+    return {**decoders, "PIL": None}
+
+
 warnings.filterwarnings(
     "ignore", message=".*capabilities of TorchVision are deprecated", category=DeprecationWarning
 )
-LARGEST = 2**29  # bytes of an encoded image
+decode_jpeg = next(iter(jpeg_decoders().values()))
 
 
 def read_encoded(path: str, name: str, offset: int = 0, size: int | None = None) -> np.ndarray:
@@ -52,12 +74,10 @@ def decode(encoded: np.ndarray, name: str, grey_range: tuple[float, float] | Non
     try:
         # PIL only reads the header here; it refuses an image that would fill the memory
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
-            # torchvision decodes only JPEG, because its PNG decoder crashes on damaged files
-            if encoded[:3].tobytes() == b"\xff\xd8\xff" and decode_image:
+            # only JPEG: torchvision's PNG decoder crashes on damaged files
+            if encoded[:3].tobytes() == b"\xff\xd8\xff" and decode_jpeg:
                 with contextlib.suppress(RuntimeError):  # then PIL reads it or says why not
-                    return decode_image(
-                        torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=True
-                    )
+                    return decode_jpeg(torch.from_numpy(encoded))
             # of 16 bits per colour PIL reads the upper 8, which are enough without a range
             if picture.mode[0] in "IF" or grey_range:
                 pixels = read_pixels(picture, encoded)

@@ -1,4 +1,4 @@
-"""The user's own images: --dataset folder, tree, list and shards.
+"""The user's own images: --dataset folder, tree, list, shards and hf.
 
 Classes are read by name, and numbered in the same way for training and validation.
 """
@@ -15,7 +15,7 @@ from ..choices import IMAGENET
 from ..running.distributed import local_rank_zero_first
 from ..running.errors import RunError, UsageError, first_few
 from ..running.safe_files import open_text
-from . import shards
+from . import hugging_face, shards
 from .high_bit_depth import little_used_range
 from .images import FileImages, ImageFiles, ImageSet, ResidentImages
 
@@ -37,7 +37,11 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
             f"{args.data} has no folder train/; expected {args.data}/train/<class>/<image> "
             f"and {args.data}/val/<class>/<image>"
         )
-    train, names, notes = _open_part(train_path, args.labels, args)
+    elif args.dataset == "hf":
+        val_path = args.data if hugging_face.validation_split(args.data) else None
+    elif args.dataset == "shards" and val_path is None:
+        val_path = args.data if 1 in _index(args.data, args).split else None  # 1: val
+    train, names, notes = _open_part(train_path, args.labels, args, "train")
     if names is None:
         return train, None, [*notes, "the images have no labels: no kNN, no neighbour purity"]
     # by name, then numbers by value
@@ -49,7 +53,7 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
         return train, None, notes  # sources.open_data takes them out of the training images
     val, val_names = None, None
     if val_path:
-        val, val_names, val_notes = _open_part(val_path, args.val_labels, args)
+        val, val_names, val_notes = _open_part(val_path, args.val_labels, args, "val")
         notes += val_notes
     if val_names is None:
         return train, None, [*notes, "there are no validation images with labels: no kNN"]
@@ -68,16 +72,22 @@ def _numbers(names, classes):
     return torch.tensor([numbers[name] for name in names])
 
 
-def _open_part(path, labels, args) -> tuple[ImageSet, list[str | None] | None, list[str]]:
-    """Images at path; the class name of each (None for an image without a class), or None if no
-    image has one; notes.
+def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | None, list[str]]:
+    """Images at path, only those of a split if path has several; the class name of each (None for
+    an image without a class), or None if no image has one; notes.
     """
-    names, ignored = None, 0
+    names, ignored, notes = None, 0, []
     if args.dataset == "list":
         images = ImageFiles(_read_list(path), None, [], IMAGENET)
+    elif args.dataset == "hf":
+        images, names, notes = hugging_face.open_split(path, split)
     elif args.dataset == "shards":
-        with local_rank_zero_first():  # it writes the index that the other ranks read
-            index = shards.open_index(path, EXTENSIONS, fallback=args.workdir)
+        whole = _index(path, args)
+        if (index := shards.of_split(whole, split)) is not whole:
+            notes.append(
+                f"{path} has {len(whole.size)} images; those for {split}, {len(index.size)}, are "
+                "recognised by the names of its files or folders"
+            )
         images, ignored = shards.ShardImages(index, None, [], IMAGENET), int(index.ignored)
         if len(index.classes):
             classes = [*index.classes.tolist(), None]  # label -1 takes the last one
@@ -97,7 +107,6 @@ def _open_part(path, labels, args) -> tuple[ImageSet, list[str | None] | None, l
     if labels not in (None, "none"):
         names = _read_labels(labels, path, len(images))
     images.skip_bad, images.grey_range = args.on_bad_image == "skip", args.grey_range
-    notes = []
     if ignored:
         notes.append(f"{ignored} files in {path} are not images and are ignored")
     if args.grey_range is None and (note := little_used_range(_samples(images))):
@@ -114,6 +123,11 @@ def _open_part(path, labels, args) -> tuple[ImageSet, list[str | None] | None, l
             f"evaluation; the first: {bad[0]}"
         )
     return images, None if labels == "none" else names, notes
+
+
+def _index(path, args) -> shards.Index:
+    with local_rank_zero_first():  # it writes the index that the other ranks read
+        return shards.open_index(path, EXTENSIONS, fallback=args.workdir)
 
 
 def _samples(images: FileImages) -> Iterator[tuple[str, np.ndarray]]:

@@ -48,6 +48,7 @@ class ImageSet:
     classes     names of the labels
     mean, std   (3,) of the channels, in [0, 1]
     names       (n,) names of the files; None if the images are not in files of their own
+    paths       (n,) where each image is; None if the images have no such names
     per_image   names of the attributes with one entry per image
     skip_bad    whether an unreadable image is replaced: in training by another, in evaluation by
                 grey
@@ -55,6 +56,7 @@ class ImageSet:
 
     per_image: tuple[str, ...] = ("labels", "names")
     names: np.ndarray | None = None
+    paths: np.ndarray | None = None
     skip_bad = False
 
     def __init__(self, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
@@ -135,7 +137,7 @@ class ResidentImages(ImageSet):
     errors (n,): why an image could not be read, None for a readable one; None if all are readable.
     """
 
-    per_image = ("labels", "names", "images", "errors")
+    per_image = ("labels", "names", "paths", "images", "errors")
     errors: np.ndarray | None = None
 
     def __init__(
@@ -236,7 +238,8 @@ class EncodedImages(ImageSet):
                     return self
                 images[index] = image
         resident = ResidentImages(images, self.labels, self.classes, (self.mean, self.std))
-        resident.names, resident.skip_bad = self.names, self.skip_bad
+        resident.names, resident.paths = self.names, self.paths
+        resident.skip_bad = self.skip_bad
         resident.errors = errors if any(errors) else None
         return resident
 

@@ -1,11 +1,12 @@
-"""Images in tar files (shards), which are not unpacked.
+"""Images in tar and zip files (shards), which are not unpacked.
 
-An index lists the position of each image, so that an image takes one read at an offset.
+An index lists the position of each image, so that an image takes one read at an offset. Each read
+opens its file, so worker processes share no file handle.
 """
 
 import json
 import os
-import re
+import struct
 import tarfile
 import zipfile
 from typing import NamedTuple
@@ -14,60 +15,84 @@ import numpy as np
 
 from ..running.errors import UsageError
 from ..running.safe_files import new_file, open_regular
+from .archives import (
+    SPLITS,
+    folders_of,
+    inflate,
+    name_classes,
+    shards_below,
+    split_numbers,
+    tar_members,
+    zip_members,
+)
 from .decoding import read_encoded
 from .images import FileImages
 
 
 class Index(NamedTuple):
-    """The positions of n images in tar files.
+    """The positions of n images in tar or zip files.
 
-    files           (F,) paths of the tar files
-    shard           (n,) number of the image's tar file
-    offset, size    (n,) in bytes
+    files           (F,) paths of the tar or zip files
+    shard           (n,) number of the image's file
+    offset, size    (n,) in bytes; size: of the image
+    packed          (n,) bytes in the zip file if the image is compressed there, else 0
     label           (n,) number of the image's class, -1 for none
+    split           (n,) number of the image's part of the data in SPLITS
+    member          (n,) at most 255 bytes of the image's name in its file
     classes         (C,) names
-    ignored         number of tar members that are neither image nor label
+    ignored         number of members that are neither image nor label
     """
 
     files: np.ndarray
     shard: np.ndarray
     offset: np.ndarray
     size: np.ndarray
+    packed: np.ndarray
     label: np.ndarray
+    split: np.ndarray
+    member: np.ndarray
     classes: np.ndarray
     ignored: np.ndarray
 
 
 class ShardImages(FileImages):
-    """Images inside tar files."""
+    """Images inside tar or zip files."""
 
-    per_image = ("labels", "shard", "offset", "size")
+    per_image = ("labels", "shard", "offset", "size", "packed", "member")
 
     def __init__(
         self, index: Index, labels: np.ndarray | None, classes: list[str], mean_std: tuple
     ):
         super().__init__(labels, classes, mean_std)
-        self.files, self.shard = index.files, index.shard
-        self.offset, self.size = index.offset, index.size
+        self.files, self.shard, self.member = index.files, index.shard, index.member
+        self.offset, self.size, self.packed = index.offset, index.size, index.packed
 
     def __len__(self) -> int:
         return len(self.offset)
 
+    @property
+    def paths(self) -> np.ndarray:
+        """FILE/MEMBER of each image."""
+        pairs = zip(self.files[self.shard], self.member, strict=True)
+        return np.array([f"{path}/{member.decode(errors='replace')}" for path, member in pairs])
+
     def encoded(self, index: int) -> tuple[str, np.ndarray]:
         path = str(self.files[self.shard[index]])
-        offset, size = int(self.offset[index]), int(self.size[index])
+        offset, size, packed = (int(x[index]) for x in (self.offset, self.size, self.packed))
         name = f"of {size} bytes at offset {offset} in {path}"
-        return name, read_encoded(path, name, offset, size)
+        content = read_encoded(path, name, offset, packed or size)
+        return name, inflate(content, size, name) if packed else content
 
 
 def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -> Index:
-    """The index of one tar file, or of all .tar files below a folder in the order of their names.
+    """The index of one tar or zip file, or of all .tar files below a folder in the order of their
+    names, or if there are none of its .zip files.
 
     The first call saves it beside the shards, or in the folder `fallback` if those are read-only.
     It is made again if names, sizes or times of the shards have changed. Raises UsageError if there
     is no shard or one cannot be read.
     """
-    files = [source] if os.path.isfile(source) else _tars_below(source)
+    files = [source] if os.path.isfile(source) else shards_below(source)
     for path in files:
         open_regular(path).close()
     stats = [os.stat(path) for path in files]
@@ -91,89 +116,81 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
     return index
 
 
-def _tars_below(folder):
-    files, compressed = [], []
-    for parent, subfolders, names in os.walk(folder, followlinks=True):
-        subfolders.sort()
-        files += [os.path.join(parent, name) for name in sorted(names) if name.endswith(".tar")]
-        compressed += [name for name in names if re.search(r"\.(tgz|tar\.\w+)$", name)]
-    if not files:
-        message = f"no .tar file in {folder}"
-        if compressed:
-            message += f"; {compressed[0]} is compressed: unpack it to .tar"
-        raise UsageError(message)
-    return files
+def of_split(index: Index, split: str) -> Index:
+    """The images of one of SPLITS; the whole index if all its images are for training, since then
+    no name says otherwise.
+    """
+    if not index.split.any():
+        return index
+    is_chosen = index.split == SPLITS.index(split)
+    if not is_chosen.any():
+        raise UsageError(f"none of the images is for {split}, by the names of files and folders")
+    rows = ("shard", "offset", "size", "packed", "label", "split", "member")
+    return index._replace(**{name: getattr(index, name)[is_chosen] for name in rows})
 
 
 def _scan(files, extensions) -> Index:
-    """Read the headers of all tar members.
+    """Read the headers of all members.
 
     The members of a sample have the same name up to the first dot: an image, and in WebDataset's
-    layout a .cls file with its class. Without .cls files, the tar files may be named by class.
+    layout a .cls file with its class.
     """
-    images, ignored = [], 0  # (shard, offset, size, sample, stem) of each image
-    class_names = {}  # by (shard, sample)
+    images, ignored = [], 0  # (shard, member, name up to the first dot) of each image
+    class_names = {}  # by (shard, name up to the first dot)
     for shard, path in enumerate(files):
         try:
             with open(path, "rb") as file:
-                for name, offset, size, stem in _members(file, path):
-                    folder, base = os.path.split(name)
+                read = zip_members if path.endswith(".zip") else tar_members
+                for member in read(file, path):
+                    folder, base = os.path.split(member.name)
                     sample = os.path.join(folder, base.split(".")[0])
-                    if base.lower().endswith(".cls"):
-                        content = os.pread(file.fileno(), min(size, 2**16), offset)
+                    if base.lower().endswith(".cls") and read is tar_members:
+                        content = os.pread(file.fileno(), min(member.size, 2**16), member.offset)
                         class_names[shard, sample] = content.decode().strip()
                     elif base.lower().endswith(extensions) and not base.startswith("."):
-                        images.append((shard, offset, size, sample, stem))
+                        images.append((shard, member, sample))
                     else:
                         ignored += 1
-        except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
+        except (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
             raise UsageError(
-                f"shard {path} cannot be read: {error}; it must be a whole, uncompressed tar file"
+                f"shard {path} cannot be read: {error}; it must be a whole, uncompressed tar file, "
+                "or a zip file without a password"
             ) from error
     if not images:
-        raise UsageError(f"no image in the {len(files)} tar files of {os.path.dirname(files[0])}")
-    shards, offsets, sizes, samples, stems = zip(*images, strict=True)
+        kind = files[0][-3:]
+        raise UsageError(
+            f"no image in the {len(files)} {kind} files of {os.path.dirname(files[0])}"
+        )
+    shards, members, samples = zip(*images, strict=True)
+    numbers = split_numbers([os.path.basename(path) for path in files])
+    splits = np.array([numbers[shard] for shard in shards])
     names = [class_names.get(key) for key in zip(shards, samples, strict=True)]
-    if not any(names) and _name_classes(samples, stems):
-        names = stems
+    if files[0].endswith(".zip"):
+        folders = folders_of([member.name for member in members])
+        if not splits.any():
+            splits = np.array(split_numbers([(folder or [""])[0] for folder in folders]))
+            folders = [folder[1:] for folder in folders] if splits.any() else folders
+        if all(folders) and len({folder[0] for folder in folders}) > 1:
+            names = [folder[0] for folder in folders]
+    for split in {*splits.tolist()}:
+        rows = np.flatnonzero(splits == split)
+        stems = [members[row].stem for row in rows]
+        if any(names[row] for row in rows) or not name_classes([samples[n] for n in rows], stems):
+            continue
+        for row, stem in zip(rows, stems, strict=True):
+            names[row] = stem
     classes = sorted({*names} - {None})
     numbers = {name: number for number, name in enumerate(classes)} | {None: -1}
-    labels = [numbers[name] for name in names]
-    columns = np.array([shards, offsets, sizes, labels], dtype=np.int64)
-    return Index(np.array(files), *columns, np.array(classes, dtype=str), np.array(ignored))
-
-
-def _members(file, path, start=0, depth=0):
-    """For each regular file in a tar file: its name, its offset in the outermost file, its size,
-    and the stem of the innermost tar file.
-
-    Tar files within a tar file are read too, as in ImageNet's training set.
-    """
-    if depth > 8:
-        raise tarfile.ReadError("more than 8 tar files are nested")
-    stem = os.path.basename(path).removesuffix(".tar")
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        while (member := archive.next()) is not None:
-            archive.members.clear()  # tarfile would keep them all in memory
-            if member.isfile() and member.name.endswith(".tar"):
-                inner = archive.extractfile(member)
-                yield from _members(inner, member.name, start + member.offset_data, depth + 1)
-            elif member.isfile():
-                yield member.name, start + member.offset_data, member.size, stem
-
-
-def _name_classes(samples, stems):
-    """Whether the tar files are named by class.
-
-    There must be several, and no name may end in a digit (shard-000001), unless all names of images
-    start with the name of their tar file (n01440764).
-    """
-    numbered = any(re.search(r"\d$", stem) for stem in stems)
-    repeated = all(
-        os.path.basename(sample).startswith(stem)
-        for sample, stem in zip(samples, stems, strict=True)
+    return Index(
+        np.array(files),
+        np.array(shards),
+        *np.array([member[1:4] for member in members], dtype=np.int64).T.copy(),
+        np.array([numbers[name] for name in names]),
+        splits,
+        np.array([member.name.encode(errors="replace")[:255] for member in members]),
+        np.array(classes, dtype=str),
+        np.array(ignored),
     )
-    return len(set(stems)) > 1 and (repeated or not numbered)
 
 
 def _load(path, key) -> Index | None:
@@ -192,20 +209,22 @@ def _load(path, key) -> Index | None:
 
 def _fits(index, sizes) -> bool:
     """Whether all images of a saved index are inside the files of these sizes in bytes."""
-    rows = (index.shard, index.offset, index.size, index.label)
-    if any(
-        row.ndim != 1 or row.dtype != np.int64 or not 0 < len(row) == len(index.shard)
-        for row in rows
-    ):
+    rows = (index.shard, index.offset, index.size, index.packed, index.label, index.split)
+    if any(row.dtype != np.int64 for row in rows) or index.member.dtype.kind != "S":
+        return False
+    if any(row.ndim != 1 or not 0 < len(row) == len(index.shard) for row in (*rows, index.member)):
         return False
     known = (
         (index.shard >= 0)
         & (index.shard < len(sizes))
         & (index.label >= -1)
         & (index.label < index.classes.size)
+        & (index.split >= 0)
+        & (index.split < len(SPLITS))
     )
     room = sizes[index.shard % len(sizes)] - index.offset
-    return bool((known & (index.offset >= 0) & (index.size >= 0) & (index.size <= room)).all())
+    is_inside = (index.packed >= 0) & (np.where(index.packed, index.packed, index.size) <= room)
+    return bool((known & (index.offset >= 0) & (index.size >= 0) & is_inside).all())
 
 
 def _save(path, key, index) -> bool:

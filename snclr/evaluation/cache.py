@@ -2,7 +2,6 @@
 they are large, in a memory-mapped file.
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from ..loader import EVALUATION_BATCH, ViewLoader, whole_images
 from ..running.distributed import all_gather, barrier, local_rank_zero, rank, world_size
 from ..running.errors import RunError
 from ..running.safe_files import new_file
+from .features import key_of
 from .linear import kinds_of
 from .options import NOT_IN_FEATURES
 from .task import Task
@@ -53,23 +53,17 @@ def cached_features(task: Task, loader: ViewLoader) -> Tensor:
 
 
 def cache_key(task: Task, loader: ViewLoader) -> str:
-    """SHA-256 of everything that cached features depend on.
+    """SHA-256 of everything that cached features depend on, see features.key_of.
 
-    A new flag is part of the key unless its definition has changes_features=False. The contents of
-    the images are not part of it: replacing a file under the same name is not noticed.
+    A new flag is part of the key unless its definition has changes_features=False.
     """
-    images = loader.images
-    facts = (
+    return key_of(
+        loader.images,
         sorted((name, x) for name, x in vars(task.args).items() if name not in NOT_IN_FEATURES),
         sorted((name, x) for name, x in task.info.items() if name not in ("epoch", "notes")),
         task.encoder_digest,
         (task.amp, task.device.type, torch.__version__),
-        len(images),
     )
-    sha = hashlib.sha256(repr(facts).encode())
-    sha.update(images.labels.numpy().tobytes())
-    sha.update(b"" if images.names is None else images.names.tobytes())
-    return sha.hexdigest()
 
 
 def _write(path: str, chunks: Iterable[Tensor]) -> None:

@@ -35,6 +35,18 @@ def digest(module: nn.Module) -> str:
     return sha.hexdigest()
 
 
+def key_of(images: ImageSet, *facts: object) -> str:
+    """SHA-256 of the facts on which features depend, and of the number, labels and names of images.
+
+    The contents of the images are not part of it: replacing a file under the same name is not
+    noticed.
+    """
+    sha = hashlib.sha256(repr((*facts, len(images))).encode())
+    sha.update(b"" if images.labels is None else images.labels.numpy().tobytes())
+    sha.update(b"" if images.names is None else images.names.tobytes())
+    return sha.hexdigest()
+
+
 @torch.no_grad()
 def encode_share(
     embed: Callable[[Tensor], Tensor],

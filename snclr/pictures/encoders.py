@@ -1,5 +1,6 @@
 """Pictures of what encoders have learned: nearest images, attention, a map of the features."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -152,14 +153,24 @@ def pca(features: Tensor) -> np.ndarray:
 
 
 def projections(features: Tensor, seed: int) -> dict[str, np.ndarray]:
-    """Features (n, C) in two dimensions, by method: PCA, and t-SNE if scikit-learn is installed."""
+    """Features (n, C) in two dimensions, by method: PCA, and what is installed of t-SNE
+    (scikit-learn) and UMAP (umap-learn).
+    """
     maps = {"PCA": pca(features)}
-    try:
+    if np.ptp(maps["PCA"][:, 0]) < 1e-6:
+        return maps  # full collapse: the others divide by the spread, and scikit-learn crashes
+    with contextlib.suppress(ImportError):
         from sklearn.manifold import TSNE  # optional: only this map needs it
-    except ImportError:
-        return maps
-    tsne = TSNE(perplexity=min(30, (len(features) - 1) / 3), init="pca", random_state=seed)
-    return {**maps, "t-SNE": tsne.fit_transform(features.numpy())}
+
+        tsne = TSNE(perplexity=min(30, (len(features) - 1) / 3), init="pca", random_state=seed)
+        maps["t-SNE"] = tsne.fit_transform(features.numpy())
+    with contextlib.suppress(ImportError):
+        from umap import UMAP  # optional
+
+        neighbours = min(15, len(features) - 1)
+        umap = UMAP(n_neighbors=neighbours, init="pca", random_state=seed, n_jobs=1)
+        maps["UMAP"] = umap.fit_transform(features.numpy())
+    return maps
 
 
 def map_picture(

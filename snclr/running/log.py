@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from . import console
 from .errors import RunError, first_line
+from .loggers import Loggers
 from .safe_files import (
     json_object,
     new_file,
@@ -48,9 +50,10 @@ class Log:
     enabled: on rank 0; on other ranks the log does nothing.
     step: completed steps of a resumed run, else 0. Lines of later steps are removed from the file,
     as is a line that a crash cut short, so that each step is in it once.
+    args: all settings, for the loggers of args.log; None: no other loggers.
     """
 
-    def __init__(self, workdir: str, *, step: int, enabled: bool):
+    def __init__(self, workdir: str, *, step: int, enabled: bool, args: Namespace | None = None):
         self.enabled = enabled
         self.bar = None
         self.num_notes = 0  # how many lines of console.lost are in metrics.jsonl
@@ -65,6 +68,8 @@ class Log:
             cut_back(self.path, step if step else -1)
             self.file = open_to_append(self.path)  # open for the whole run
             self.events = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
+        settings = vars(args) if args else {"log": []}
+        self.loggers = Loggers(settings["log"], workdir, settings, self.say)
 
     def line(self, metrics: dict) -> None:
         """Append one line with 'step' to metrics.jsonl, and its numbers to TensorBoard."""
@@ -76,12 +81,16 @@ class Log:
             self.num_notes = len(console.lost)
         self.pending += json.dumps(rounded).encode() + b"\n"
         self.flush()
+        values = {
+            f"{next((g for g, names in GROUPS.items() if name in names), 'loss')}/{name}": value
+            for name, value in metrics.items()
+            if name not in ("epoch", "step") and isinstance(value, (int, float))
+        }
+        self.loggers.log(values, metrics["step"])
         try:
             self.events = self.events or self._new_events()
-            for name, value in metrics.items():
-                if name not in ("epoch", "step") and isinstance(value, (int, float)):
-                    group = next((g for g, names in GROUPS.items() if name in names), "loss")
-                    self.events.add_scalar(f"{group}/{name}", value, metrics["step"])
+            for name, value in values.items():
+                self.events.add_scalar(name, value, metrics["step"])
         except OSError as error:  # a full disk ended the writer's thread: try a new one next time
             self.events = None
             self._report_lost_events(error)
@@ -180,6 +189,7 @@ class Log:
         if self.enabled:
             self.flush()
             self.file.close()
+            self.loggers.close()
             with contextlib.suppress(OSError, AttributeError):
                 self.events.close()
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 
@@ -64,6 +65,8 @@ class Interruptions:
             signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
+        if _postponed(number, frame):
+            return
         self.signal = number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
@@ -123,12 +126,25 @@ def end_at_once() -> None:
     """Let a signal end the run at once from now on, for work whose files are whole at any time."""
 
     def receive(number, frame):
+        if _postponed(number, frame):
+            return
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
         interrupt(number, "ended")
 
     for number in SIGNALS:
         signal.signal(number, receive)
+
+
+def _postponed(number, frame):
+    """Whether a signal came in a destructor, such as that of a DataLoader, in which Python ignores
+    exceptions. If so, it is sent again a moment later.
+    """
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    if frame is not None:
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+    return frame is not None
 
 
 def interrupt(number: int, outcome: str) -> None:

@@ -54,6 +54,14 @@ def new_file(path: str) -> Iterator[BinaryIO]:
             os.remove(temporary)  # present only after an error or a signal
 
 
+def check_new_path(out: str) -> None:
+    """Raise UsageError if `out` exists, or cannot be created."""
+    if os.path.exists(out):
+        raise UsageError(f"--out {out} exists: choose another name or remove it")
+    if not os.access(os.path.dirname(os.path.abspath(out)), os.W_OK):
+        raise UsageError(f"--out {out}: its folder does not exist or is not writable")
+
+
 def open_to_append(path: str) -> BinaryIO:
     """Open a file, or create it, to write at its end without a buffer. Raises OSError, also if
     `path` is a link or not a regular file.

@@ -22,11 +22,23 @@ def describe(metrics: dict, epochs: int, total_steps: int) -> str:
     return "  ".join(parts)
 
 
-def final_lines(workdir: str, checkpoint_path: str, done: bool) -> str:
+def final_lines(workdir: str, checkpoint_path: str, done: bool, own_images: bool) -> str:
     """The results of a run, the paths of its files, and what to do next.
 
-    done: whether the schedule has ended.
+    done: whether the schedule has ended; own_images: whether the run had the user's images.
     """
+    if not done:
+        advice = (
+            "stopped early; to continue, run the same command with --resume auto and without the "
+            "flag that stopped it"
+        )
+    elif own_images:
+        advice = f"next: nearest images, drawn: python -m snclr.visualize {checkpoint_path} DATA"
+    else:
+        advice = (
+            "next: train on your own images, with or without labels: "
+            "bash start.sh @configs/photos_small.args DATA"
+        )
     metrics_path = os.path.join(workdir, "metrics.jsonl")
     lines = read_json_lines(metrics_path) if os.path.exists(metrics_path) else []
     evaluations = [line for line in lines if "loss" not in line]
@@ -35,11 +47,7 @@ def final_lines(workdir: str, checkpoint_path: str, done: bool) -> str:
         _progress(evaluations, "effective_rank", "effective rank", ""),
         f"checkpoint: {checkpoint_path}",
         f"curves: tensorboard --logdir {workdir}   (numbers: {metrics_path})",
-        "next: train on your own images, with or without labels: "
-        "bash start.sh @configs/vit_small_imagenet.args DATA"
-        if done
-        else "stopped early; to continue, run the same command with --resume auto and without the "
-        "flag that stopped it",
+        advice,
     ]
     return "\n".join(filter(None, lines))
 

@@ -21,7 +21,7 @@ from snclr.datasets import decoding, sources
 from snclr.evaluation import knn
 from snclr.evaluation import probe as linear_probe
 from snclr.evaluation.options import STATE_FILE
-from snclr.running import log, provenance
+from snclr.running import log, preemption, provenance
 from snclr.running.errors import Interrupted, RunError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -156,6 +156,21 @@ def test_several_ranks_of_which_one_gets_no_images_end_when_their_terminal_is_cl
     message = "SIGHUP: not saved, because a rank got no images;"
     message += f" the last sound checkpoint is of step {step};"
     assert code == 75 and message in output and "Traceback" not in output, output
+
+
+def test_a_signal_in_a_destructor_is_not_lost():
+    class Loader:
+        def __del__(self):
+            self.shut_down()
+
+        def shut_down(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with preemption.handlers_given_back():
+        preemption.end_at_once()
+        with pytest.raises(Interrupted, match="SIGINT: ended"):
+            Loader()
+            time.sleep(5)
 
 
 def test_a_signal_during_the_start_ends_it_and_what_a_process_did_at_signals_it_does_again(

@@ -1,0 +1,141 @@
+"""What is in tar and zip files: their members, and what the names of files and folders say about
+classes and about training and validation.
+"""
+
+import itertools
+import os
+import re
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from ..running.errors import UsageError
+from .decoding import LARGEST, unreadable
+
+SPLITS = ("train", "val", "test")  # split numbers in an index
+SPLIT_NAME = re.compile(r"(?:^|[^a-z])(train|val|test)(?:ing|id|idation)?(?:[^a-z]|$)")
+
+
+class Member(NamedTuple):
+    """A file in a tar or zip file: see shards.Index. stem: that of the innermost tar file."""
+
+    name: str
+    offset: int
+    size: int
+    packed: int
+    stem: str
+
+
+def shards_below(folder: str) -> list[str]:
+    """All .tar files below a folder in the order of their names, or else its .zip files. Raises
+    UsageError if there is none.
+    """
+    files = {".tar": [], ".zip": []}
+    compressed = []
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        subfolders.sort()
+        for suffix, paths in files.items():
+            paths += [os.path.join(parent, name) for name in sorted(names) if name.endswith(suffix)]
+        compressed += [name for name in names if re.search(r"\.(tgz|tar\.\w+)$", name)]
+    shards = files[".tar"] or files[".zip"]
+    if not shards:
+        message = f"no .tar file in {folder}"
+        if compressed:
+            message += f"; {compressed[0]} is compressed: unpack it to .tar"
+        raise UsageError(message)
+    return shards
+
+
+def split_numbers(names: list[str]) -> list[int]:
+    """The part of the data that each name of a file or folder names, as a number in SPLITS.
+
+    All are 0, training, unless some name says `train` and another one `val` or `test`.
+    """
+    found = [SPLIT_NAME.search(name.lower()) for name in names]
+    splits = [match[1] if match else "train" for match in found]
+    if not any(found) or not {"train"} < {match[1] for match in found if match}:
+        return [0] * len(names)
+    return [SPLITS.index(split) for split in splits]
+
+
+def folders_of(names: list[str]) -> list[list[str]]:
+    """The folders of each name, without those that all names begin with."""
+    folders = [name.split("/")[:-1] for name in names]
+    pairs = zip(min(folders), max(folders), strict=False)
+    common = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)])
+    return [folder[common:] for folder in folders]
+
+
+def tar_members(file: BinaryIO, path: str, start: int = 0, depth: int = 0) -> Iterator[Member]:
+    """Each regular file in a tar file, with its offset in the outermost one.
+
+    Tar files within a tar file are read too, as in ImageNet's training set.
+    """
+    if depth > 8:
+        raise tarfile.ReadError("more than 8 tar files are nested")
+    stem = os.path.basename(path).removesuffix(".tar")
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # tarfile would keep them all in memory
+            if member.isfile() and member.name.endswith(".tar"):
+                inner = archive.extractfile(member)
+                yield from tar_members(inner, member.name, start + member.offset_data, depth + 1)
+            elif member.isfile():
+                yield Member(member.name, start + member.offset_data, member.size, 0, stem)
+
+
+def zip_members(file: BinaryIO, path: str) -> Iterator[Member]:
+    """Each file in a zip file. Raises ValueError for what an image cannot be read from in place."""
+    stem = os.path.basename(path).removesuffix(".zip")
+    for info in zipfile.ZipFile(file).infolist():
+        if info.is_dir():
+            continue
+        if info.flag_bits & 1:
+            raise ValueError(f"{info.filename} is encrypted")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{info.filename} is compressed by another method than deflate")
+        if ".." in info.filename.split("/") or info.filename.startswith("/"):
+            raise ValueError(f"{info.filename} leads out of it")
+        file.seek(info.header_offset)
+        # the name and an extra field lie between the header and the content
+        signature, lengths = struct.unpack("<4s22x4s", file.read(30))
+        if signature != b"PK\3\4":
+            raise ValueError(f"{info.filename} has no header")
+        offset = info.header_offset + 30 + sum(struct.unpack("<2H", lengths))
+        packed = info.compress_size if info.compress_type == zipfile.ZIP_DEFLATED else 0
+        yield Member(info.filename, offset, info.file_size, packed, stem)
+
+
+def name_classes(samples: list[str], stems: list[str]) -> bool:
+    """Whether the tar files, of which each image has the stem, are named by class.
+
+    There must be several, and no name may end in a digit (shard-000001), unless all names of images
+    start with the name of their tar file (n01440764).
+    """
+    numbered = any(re.search(r"\d$", stem) for stem in stems)
+    repeated = all(
+        os.path.basename(sample).startswith(stem)
+        for sample, stem in zip(samples, stems, strict=True)
+    )
+    return len(set(stems)) > 1 and (repeated or not numbered)
+
+
+def inflate(content: np.ndarray, size: int, name: str) -> np.ndarray:
+    """The `size` bytes (size,) uint8 of a compressed member of a zip file. Raises RunError, which
+    includes `name`, if they are damaged.
+    """
+    if size > LARGEST:
+        raise unreadable(name, f"{size} bytes are more than {LARGEST}")
+    try:
+        # never more than one byte too many, whatever the file claims
+        image = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
+    except zlib.error as error:
+        raise unreadable(name, error) from error
+    if len(image) != size:
+        raise unreadable(name, "it does not have its size")
+    return np.frombuffer(bytearray(image), np.uint8)

@@ -1,0 +1,108 @@
+"""Features of all images of a data set, in one file.
+
+    python -m snclr.embed FILE DATA --out features.npz
+    torchrun --standalone --nproc_per_node 8 -m snclr.embed FILE DATA --out features.npz
+
+writes the arrays names, labels and classes (where there are any) and features. The same command
+continues after an interruption: features are kept in parts beside OUT until all are done.
+"""
+
+import argparse
+import importlib.util
+import sys
+
+from .arguments import new_parser, number
+from .choices import AMP
+from .datasets import sources
+from .evaluation.embedding import TOKENS, WRITERS, check_tokens, embedder, encode_parts, join_parts
+from .evaluation.features import digest, key_of
+from .running import distributed, process_group
+from .running.errors import UsageError, one_clear_line
+from .running.precision import resolve_amp
+from .running.safe_files import check_new_path
+from .shared_options import add_backbone_flags, add_data_flags, check_data, resolve_data
+from .weights import load
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags, checked. Raises UsageError."""
+    parser = new_parser("snclr.embed", "Writes the features of all images of a data set.")
+    parser.add_argument("file", metavar="FILE", help="checkpoint or state dict, any layout")
+    add_data_flags(parser)
+    g = parser.add_argument_group("features")
+    g.add_argument(
+        "--out", required=True, metavar="OUT", help="file to write: NAME.npz or NAME.parquet"
+    )
+    g.add_argument(
+        "--encoder", choices=("online", "momentum"), default="online", help="encoder of FILE"
+    )
+    g.add_argument(
+        "--split", choices=("train", "val"), default="train", help="images of DATA to encode"
+    )
+    g.add_argument(
+        "--tokens",
+        choices=TOKENS,
+        default="class",
+        help="class: the class token of a ViT, or the pooled features of other encoders, as "
+        "load_encoder gives them; mean: of the patch tokens; patch: all patch tokens",
+    )
+    g.add_argument(
+        "--layers",
+        type=number(int, above_zero=True),
+        default=1,
+        metavar="N",
+        help="tokens of the last N blocks of a ViT, side by side",
+    )
+    g.add_argument("--amp", choices=AMP, default="off", help="precision of the encoder")
+    add_backbone_flags(parser, default_arch=None)
+    parser.set_defaults(patch_size=None, small_stem=None, workdir=None)  # as FILE says
+    args = parser.parse_args(argv)
+    resolve_data(args)
+    check_data(args)
+    args.format = args.out.rpartition(".")[2]
+    if args.format not in WRITERS:
+        raise UsageError(f"--out must end in .npz or .parquet, found {args.out}")
+    if args.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UsageError(f"--out {args.out} needs pyarrow: pip install pyarrow")
+    check_new_path(args.out)
+    return args
+
+
+@process_group.failures_named()
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    device = process_group.start()
+    amp, is_rank_zero = resolve_amp(args.amp, device), distributed.rank() == 0
+    log = print if is_rank_zero else lambda line: None
+    settings = {name: getattr(args, name) for name in load.DEFAULTS}
+    encoder, info = load.open_encoder(args.file, args.encoder, **settings)
+    check_tokens(encoder, args.tokens, args.layers)
+    args.mean, args.std, args.grey_range = info["mean"], info["std"], info["grey_range"]
+    train, val, notes = sources.open_data(args)
+    images = train if args.split == "train" else val
+    if images is None:
+        raise UsageError("--split val: there are no validation images with labels")
+    for note in info["notes"] + notes:
+        log(f"note: {note}")
+    log(f"{len(images)} images of {args.dataset} at {info['img_size']} px, amp {amp}")
+    facts = [digest(encoder), args.tokens, args.layers, amp, device.type, images.fingerprint()]
+    facts += sorted((name, value) for name, value in info.items() if name != "notes")
+    parts = encode_parts(
+        embedder(encoder.to(device), args.tokens, args.layers, amp, device),
+        images.to(device),
+        f"{args.out}.parts",
+        key_of(images, *facts),
+        size=info["img_size"],
+        device=device,
+        workers=args.workers,
+        log=log,
+    )
+    process_group.stop()  # the other ranks need not wait for the file
+    if is_rank_zero:
+        shape = join_parts(args.out, parts, images)
+        log(f"{args.out}: features {' x '.join(map(str, shape))}, float32")
+
+
+if __name__ == "__main__":
+    with one_clear_line("snclr.embed"):
+        main(sys.argv[1:])
