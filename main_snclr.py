@@ -48,7 +48,8 @@ from snclr.running.precision import autocast, resolve_amp
 from snclr.running.preemption import Interruptions, end_at_once, handlers_given_back, interrupt
 from snclr.running.settings import save_settings
 from snclr.running.workers import Stalled
-from snclr.weights.layouts import EncoderFile, read_encoder
+from snclr.weights import public
+from snclr.weights.layouts import EncoderFile
 from snclr.weights.load import choose_num_heads, load_backbone
 
 
@@ -106,12 +107,16 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(args.seed)
     amp = resolve_amp(args.amp, device)
     if args.init_from:  # the number of heads must be that of the weights; no tensor shows it
-        initial = read_encoder(args.init_from)
+        initial, timm_model = public.read_start(args.init_from, args.img_size)
         args.num_heads, head_notes = choose_num_heads(initial, args.arch, args.num_heads)
     model = build_model(args, bfloat16=uses_bfloat16_bank(amp, device))
     workdir, checkpoint_path, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
     if args.init_from and not checkpoint_path:
         start_notes += load_initial_weights(model, initial) + head_notes
+        if timm_model is not None:
+            images = torch.randn(2, 3, args.img_size, args.img_size)
+            public.check_features(args.init_from, timm_model, model.base_encoder, images)
+            start_notes += public.other_images(timm_model, args.mean, args.std)
     elif args.init_from:
         start_notes += [f"--init-from {args.init_from} is ignored: {checkpoint_path} is resumed"]
     # in float32 on a CPU channels-last is not faster, and torch 2.15 crashes in the backward of
@@ -119,7 +124,8 @@ def main(argv: list[str]) -> None:
     channels_last = device.type == "cuda" or amp != "off"
     layout = torch.channels_last if channels_last else torch.preserve_format
     model = synchronise_batch_norm(model.to(device, memory_format=layout), device)
-    optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
+    scales = optim.layer_scales(model.base_encoder, args.lr_scale, prefix="base_encoder.")
+    optimizer = optim.build_optimizer(args.optimizer, model, args.wd, scales)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     # -- resume ------------------------------------------------------------------------------------
@@ -134,6 +140,8 @@ def main(argv: list[str]) -> None:
             images=len(train),
             fingerprint=fingerprint,
         )
+    frozen_steps = args.freeze_backbone_epochs * steps_per_epoch
+    model.freeze_backbone(step < frozen_steps)
     is_rank_zero = distributed.rank() == 0
     if is_rank_zero:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -185,6 +193,10 @@ def main(argv: list[str]) -> None:
             evaluate(run, step)
         if step >= run.last_step:
             break
+        if model.backbone_is_frozen and step >= frozen_steps:
+            model.freeze_backbone(False)
+            run = run._replace(network=distributed.replicate(model, device))
+            log.say("the backbone is trained from here on")
         step = train_epoch(run, step)
         save(run, step)
         if run.interruptions.ending:
@@ -279,7 +291,8 @@ def train_epoch(run: Run, step: int) -> int:
     labels = loader.images.labels
     if labels is not None:
         labels = labels.to(loader.device, non_blocking=True)
-    batch, batches = None, loader.epoch(epoch, inside)
+    go_on = end < run.last_step and not is_evaluation_due(run, end)
+    batch, batches = None, loader.epoch(epoch, inside, go_on=go_on)
     log.progress(loader.steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
     waits = Waits(loader.device)
     interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0

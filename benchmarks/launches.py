@@ -43,7 +43,7 @@ PARTS = {
     LOG_LINE: {"step_metrics", "check", "seconds"},
     "backward": {"backward"},
     "crops, if images are in memory": {"crop_and_resize", "views"},
-    "augmentation": {"augment.py"},
+    "augmentation": {"augment.py", "operations.py"},
     "encoders and heads, forward": {"_project", "container.py"},
     "momentum average": {"_momentum_projections"},
     "objective and bank": {"objectives.py", "streamed.py", "memory_bank.py", "builder.py"},

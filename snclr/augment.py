@@ -5,27 +5,25 @@ drawn depends only on (seed, epoch, image index, view number): a hash of these t
 random generator, so any number of ranks and workers draws the same.
 
 A new operation needs a name in DRAWS, a field in ViewParameters, the line in `draw` that fills it,
-a function, and the line in `_apply_` that calls it. The draws of all other operations stay as they
-are, bit for bit.
+a function in operations.py, and the line in `_apply_` that calls it. The draws of all other
+operations stay as they are, bit for bit.
 """
 
 import itertools
-import math
 from argparse import Namespace
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-GRAY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision's
-SIGMA_RANGE = (0.1, 2.0)  # blur, in output pixels
+from . import operations
+
 CROP_TRIES = 10
 LOCAL_CROP_MIN = 0.05  # DINO's (Caron et al. 2021)
-SMALL = 64  # px; on a CPU larger views are augmented one by one, to stay in its cache
-AT_ONCE = 2**26  # otherwise: pixel values to augment at a time, which bounds the memory
+AT_ONCE = 2**26  # pixel values to augment at a time, which bounds the memory
 
 # -- the table of views ---------------------------------------------------------------------------
 
@@ -35,7 +33,8 @@ class View(NamedTuple):
 
     size: height and width in px; crop_min, crop_max: area of the crop as a share of the image; *_p:
     probability of an operation; jitter: half the width of the ranges of brightness, contrast,
-    saturation (factors around 1) and hue (turns around 0).
+    saturation (factors around 1) and hue (turns around 0, at most 1/3). A flip is left to right,
+    with flip_v_p upside down; a rotation is by 90, 180 or 270 degrees, equally likely.
     """
 
     size: int
@@ -47,6 +46,8 @@ class View(NamedTuple):
     gray_p: float = 0.0
     blur_p: float = 0.0
     solarize_p: float = 0.0
+    flip_v_p: float = 0.0
+    rotate_p: float = 0.0
 
 
 class Recipe(NamedTuple):
@@ -71,23 +72,49 @@ def moco_v2_views(size: int, crop_min: float, blur: bool) -> tuple[View, View]:
 
 
 def build_views(args: Namespace) -> tuple[View, ...]:
-    """The table of views that the flags describe (snclr/options.py).
+    """The table of views that the flags describe (snclr/view_options.py).
 
-    Two global views, then --local-views small ones, drawn as DINO's (Caron et al. 2021), then with
-    --key-view weak one of crop and flip only, whose crop is that of the global views, as in MSF
-    (Koohpayegani et al. 2021), ReSSL (Zheng et al. 2021) and SCE (Denize et al. 2023). It comes
-    last, so the draws of all other views stay as they are.
+    Two global views, then --local-views small ones. A local view has the settings of the first
+    global view, also those from flags. Its crop is drawn as DINO's (Caron et al. 2021), and half of
+    them are blurred unless --blur-p is given. With --key-view weak follows one of crop, flip and
+    rotation only, whose settings are those of the first global view, as in MSF (Koohpayegani et al.
+    2021), ReSSL (Zheng et al. 2021) and SCE (Denize et al. 2023). It comes last, so the draws of
+    all other views stay as they are.
     """
     global_views = moco_v2_views if args.method == "mocov2" else moco_v3_views
-    views = global_views(args.img_size, args.crop_min, args.blur)
-    local_view = views[0]._replace(
+    first, second = global_views(args.img_size, args.crop_min, args.blur)
+    local_view = first._replace(
         size=args.local_size,
         crop_min=LOCAL_CROP_MIN,
         crop_max=args.local_crop_max,
         blur_p=0.5 * args.blur,
     )
-    weak_view = View(args.img_size, args.crop_min)
-    return views + (local_view,) * args.local_views + (weak_view,) * (args.key_view == "weak")
+    flags = {
+        "jitter": args.jitter,
+        "jitter_p": args.jitter_p,
+        "gray_p": args.grey_p,
+        "blur_p": args.blur_p,
+        "solarize_p": args.solarise_p,
+        "flip_p": args.flip_h,
+        "flip_v_p": args.flip_v,
+        "rotate_p": args.rotate90,
+    }
+    first, local_view = (_set_by_flags(view, flags, 0) for view in (first, local_view))
+    views = first, _set_by_flags(second, flags, 1), *[local_view] * args.local_views
+    weak_view = first._replace(jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
+    return views + (weak_view,) * (args.key_view == "weak")
+
+
+def _set_by_flags(view, flags, number):
+    """The view with the values of the user's flags, of which None is ignored. A flag with values
+    for each global view gives its first (number 0) or second (1).
+    """
+    for field, values in flags.items():
+        if values:
+            count = 4 if field == "jitter" else 1
+            own = tuple(values[number * count :][:count] or values)
+            view = view._replace(**{field: own if count > 1 else own[0]})
+    return view
 
 
 def by_size(recipe: Recipe, numbers: Iterable[int]) -> list[tuple[int, list[int]]]:
@@ -145,6 +172,9 @@ DRAWS = {
     "flip": 12,
     "areas": slice(13, 13 + CROP_TRIES),
     "aspects": slice(13 + CROP_TRIES, 13 + 2 * CROP_TRIES),
+    "flip_v": 13 + 2 * CROP_TRIES,
+    "rotate": 14 + 2 * CROP_TRIES,
+    "quarters": 15 + 2 * CROP_TRIES,
 }
 
 
@@ -157,7 +187,9 @@ class ViewParameters(NamedTuple):
     gray: Tensor  # (B,) bool
     sigma: Tensor  # (B,) float, blur in pixels; 0 for none
     solarize: Tensor  # (B,) bool
-    flip: Tensor  # (B,) bool
+    flip: Tensor  # (B,) bool, left to right
+    flip_v: Tensor  # (B,) bool, upside down
+    quarters: Tensor  # (B,) int64, quarter turns anticlockwise; 0 for none
 
 
 def draw(
@@ -181,7 +213,7 @@ def draw(
     u = {name: uniforms[:, column] for name, column in DRAWS.items()}
     settings = View(*(np.array(column)[view] for column in zip(*recipe.views, strict=True)))
 
-    low, high = SIGMA_RANGE
+    low, high = operations.SIGMA_RANGE
     parameters = ViewParameters(
         jitter=u["jitter"] < settings.jitter_p,
         order=_PERMUTATIONS[(u["order"] * len(_PERMUTATIONS)).astype(np.int64)],
@@ -190,6 +222,10 @@ def draw(
         sigma=np.where(u["blur"] < settings.blur_p, low + (high - low) * u["sigma"], 0.0),
         solarize=u["solarize"] < settings.solarize_p,
         flip=u["flip"] < settings.flip_p,
+        flip_v=u["flip_v"] < settings.flip_v_p,
+        quarters=np.where(
+            u["rotate"] < settings.rotate_p, 1 + (3 * u["quarters"]).astype(np.int64), 0
+        ),
     )
     return _draw_crops(u, settings, heights, widths), ViewParameters(
         *map(torch.from_numpy, parameters)
@@ -223,59 +259,17 @@ def _draw_crops(u, settings, heights, widths):
 # -- applying -------------------------------------------------------------------------------------
 
 
-def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut V boxes (top, left, height, width) out of each image and resize them.
-
-    images (B, 3, H, W) uint8; boxes (V * B, 4): the first box of every image, then the second, ...
-    Returns (V * B, 3, size, size) uint8. Bilinear with antialiasing, as torchvision's resize: two
-    matrix products a box.
-    """
-    top, left, height, width = boxes.to(
-        images.device, torch.get_default_dtype(), non_blocking=True
-    ).unbind(1)
-    rows = _resize_matrices(top, height, images.shape[2], size).split(len(images))
-    columns = _resize_matrices(left, width, images.shape[3], size).split(len(images))
-    images = _channels_inside(images).to(rows[0].dtype)
-    views = (_both_ways(r, images, c).round_() for r, c in zip(rows, columns, strict=True))
-    # a direct conversion to uint8 takes 5 times as long
-    return torch.cat([view.to(torch.int16).to(torch.uint8) for view in views]).transpose(1, 2)
-
-
-def _channels_inside(x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, H, 3, W): two large products an image are faster than six small ones."""
-    return x.transpose(1, 2).contiguous()
-
-
-def _both_ways(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
-    """rows[b] @ x[b, :, c] @ columns[b].T: (B, S, H), (B, H, 3, W), (B, S, W) -> (B, S, 3, S)."""
-    half = x.flatten(1, 2) @ columns.mT
-    return (rows @ half.view(*x.shape[:2], -1)).unflatten(2, (x.shape[2], -1))
-
-
-def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int) -> Tensor:
-    """Weights (B, out_size, in_size) of the triangle filter that resizes the pixels [start, start +
-    extent) to out_size.
-    """
-    scale = (extent / out_size)[:, None, None]
-    steps = torch.arange(out_size, device=start.device)[:, None]
-    centre = start[:, None, None] + (steps + 0.5) * scale
-    pixel = torch.arange(in_size, device=start.device).to(start.dtype)
-    inside = (pixel >= start[:, None]) & (pixel < (start + extent)[:, None])
-    # the distance of a pixel outside is infinite, so its weight is 0
-    pixel = (pixel + 0.5).expand_as(inside).masked_fill(~inside, math.inf)[:, None]
-    weights = (pixel - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
-    return weights.div_(weights.sum(dim=2, keepdim=True))
-
-
 def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) -> Tensor:
-    """Jitter, gray, blur, solarize, flip and normalise.
+    """Jitter, gray, blur, solarize, flip, rotate and normalise.
 
     crops (B, 3, S, S) uint8; mean, std (3,) of the data set, in [0, 1]. Returns (B, 3, S, S) float
     on the device of the crops. Each operation runs only on the images that were drawn for it: the
     parameters are on the host, so the host never waits for a GPU.
     """
     views = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device)
-    count = 1 if _large_on_cpu(crops) else max(1, AT_ONCE // (3 * crops.shape[-1] ** 2))
+    count = (
+        1 if operations.is_large_on_cpu(crops) else max(1, AT_ONCE // (3 * crops.shape[-1] ** 2))
+    )
     for start in range(0, len(crops), count):
         part = slice(start, start + count)
         x = views[part].copy_(crops[part]).div_(255)
@@ -284,31 +278,43 @@ def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) 
     return views
 
 
-def _large_on_cpu(x):
-    return x.shape[-1] > SMALL and x.device.type == "cpu"
-
-
 def _apply_(x, p: ViewParameters):
     """All operations on x (B, 3, S, S) in place; p: their parameters, as numpy arrays."""
     _jitter_(x, p)
-    _on_chosen_(x, p.gray, grayscale)
-    _on_chosen_(x, p.sigma > 0, gaussian_blur_, gaussian_taps(np.where(p.sigma > 0, p.sigma, 1)))
-    _on_chosen_(x, p.solarize, solarize_)
-    _on_chosen_(x, p.flip, flip)
+    _on_chosen_(x, p.gray, operations.grayscale)
+    _on_chosen_(
+        x,
+        p.sigma > 0,
+        operations.gaussian_blur_,
+        operations.gaussian_taps(np.where(p.sigma > 0, p.sigma, 1)),
+    )
+    _on_chosen_(x, p.solarize, operations.solarize_)
+    _on_chosen_(x, p.flip, operations.flip)
+    _on_chosen_(x, p.flip_v, operations.flip_v)
+    for quarters in (1, 2, 3):
+        _on_chosen_(x, p.quarters == quarters, partial(torch.rot90, k=quarters, dims=(2, 3)))
 
 
 def _jitter_(x, p):
     """Brightness, contrast, saturation and hue of the chosen images, in the order drawn for each.
 
-    There are four rounds. In each, the images are sorted by their next operation, so that each
-    operation is one call.
+    Three ways for three kinds of devices: the operations of a single image, groups of images with
+    the same operation, or few calls.
     """
-    operations = adjust_brightness_, adjust_contrast_, adjust_saturation_, adjust_hue_
     chosen = np.flatnonzero(p.jitter)
-    if _large_on_cpu(x):  # a single image
+    if operations.is_large_on_cpu(x):
         for number in p.order[0] if len(chosen) else ():
-            operations[number](x, p.factors[0, number].item())
-        return
+            operations.JITTERS[number](x, p.factors[0, number].item())
+    elif x.device.type == "cpu":
+        _jitter_by_groups_(x, p, chosen)
+    elif len(chosen):
+        _jitter_by_blends_(x, p, chosen)
+
+
+def _jitter_by_groups_(x, p, chosen):
+    """In each of four rounds the images are sorted by their next operation, so that each operation
+    is one call.
+    """
     jittered, at = x, chosen
     for position in range(4):
         by_operation = np.argsort(p.order[chosen, position], kind="stable")
@@ -317,29 +323,59 @@ def _jitter_(x, p):
         order = p.order[chosen, position]
         strengths = _strengths(p.factors[chosen, order], x)
         ends = np.searchsorted(order, np.arange(5))
-        for operation_, start, end in zip(operations, ends, ends[1:], strict=False):
+        for operation_, start, end in zip(operations.JITTERS, ends, ends[1:], strict=False):
             if start < end:
                 operation_(jittered[start:end], strengths[start:end])
-    _put_(x, chosen, jittered)
+    x.index_copy_(0, _on_device(chosen, x), jittered)
+
+
+def _jitter_by_blends_(x, p, chosen):
+    """The fewest calls: brightness, contrast and saturation are all blends.
+
+    One is clamp(factor x + (1 - factor) y, 0, 1), where y is 0, the mean luma of the image, or the
+    luma of the pixel. The images are sorted by the position of hue, 0 to 3, among the blends: then
+    those of which blend r comes before their hue are a slice, and so are those of which it comes
+    after.
+    """
+    position = np.argmax(p.order[chosen] == operations.HUE, axis=1)
+    by_position = np.argsort(position, kind="stable")
+    chosen, ends = chosen[by_position], np.searchsorted(position[by_position], [1, 2, 3])
+    order = p.order[chosen]
+    kinds = order[order != operations.HUE].reshape(-1, 3)
+    factors = p.factors[chosen[:, None], kinds]
+    of_mean, of_luma = ((1 - factors) * (kinds == kind) for kind in (1, 2))
+    host = np.stack([factors, of_mean, of_luma]).transpose(2, 0, 1)  # (3 rounds, 3, n)
+    blends = torch.from_numpy(host[..., None, None, None]).to(x, non_blocking=True)
+    at = _on_device(chosen, x)
+    jittered = x.index_select(0, at)
+    for blend, start in zip(blends, ends, strict=True):
+        operations.blend_(jittered[start:], blend[:, start:])
+    operations.adjust_hue_(jittered, _strengths(p.factors[chosen, operations.HUE], x))
+    for blend, end in zip(blends, ends, strict=True):
+        operations.blend_(jittered[:end], blend[:, :end])
+    x.index_copy_(0, at, jittered)
 
 
 def _on_chosen_(x, chosen, operation, *strengths):
     """Replace the images of x that are chosen (B,) by what the operation returns for them."""
     rows = np.flatnonzero(chosen)
+    if not len(rows):
+        return
     strengths = [_strengths(values[rows], x) for values in strengths]
     if len(rows) == len(x):
         x.copy_(operation(x, *strengths))  # copies nothing if the operation is in place
-    elif len(rows):
-        _put_(x, rows, operation(select(x, rows), *strengths))
+    else:
+        at = _on_device(rows, x)
+        x.index_copy_(0, at, operation(x.index_select(0, at), *strengths))
 
 
 def select(x: Tensor, rows: np.ndarray) -> Tensor:
     """x[rows], (n, ...) for rows (n,), without waiting for x's device."""
-    return x.index_select(0, torch.from_numpy(rows).to(x.device, non_blocking=True))
+    return x.index_select(0, _on_device(rows, x))
 
 
-def _put_(x, rows, images):
-    x.index_copy_(0, torch.from_numpy(rows).to(x.device, non_blocking=True), images)
+def _on_device(rows, x):
+    return torch.from_numpy(rows).to(x.device, non_blocking=True)
 
 
 def _strengths(values, x):
@@ -351,105 +387,3 @@ def normalize_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x - mean) / std per channel, in place; x (B, 3, S, S) in [0, 1]."""
     mean, std = (values.to(x, non_blocking=True).view(3, 1, 1) for values in (mean, std))
     return x.sub_(mean).mul_(1 / std)
-
-
-# The operations take x (B, 3, S, S) in [0, 1] and strengths (B, 1, 1, 1); if the name ends in _,
-# they change x and return it.
-
-
-def adjust_brightness_(x: Tensor, factor: Tensor) -> Tensor:
-    return x.mul_(factor).clamp_(0, 1)
-
-
-def adjust_contrast_(x: Tensor, factor: Tensor) -> Tensor:
-    # rows first: torch splits a single large sum over threads, so it depends on their number
-    mean = _luma(x.mean(dim=3, keepdim=True).mean(dim=2, keepdim=True))
-    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
-
-
-def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
-    luma = _luma(x).mul_(1 - factor)
-    return x.mul_(factor).add_(luma).clamp_(0, 1)
-
-
-def adjust_hue_(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the hue of HSV by up to a sixth of a turn either way.
-
-    If a sixth of a turn has the length chroma, the angle from red is +-(value - 2 low + green +
-    blue - red), with the sign of green - blue: the same formula for all sextants. A channel is
-    low + clamp(2 chroma - distance, 0, chroma), where distance is the angle to its own primary, the
-    shorter way round: 3 chroma - |3 chroma - |angle||.
-    """
-    red, green, blue = x.split(1, dim=1)
-    value, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
-    chroma = value - low
-    angle = (
-        (green + blue)
-        .sub_(red)
-        .add_(value)
-        .sub_(low, alpha=2)
-        .copysign_(green - blue)
-        .add_(chroma * (6 * turns))
-    )
-    # minus the angle of red, green and blue
-    primaries = torch.tensor([0.0, -2.0, 2.0]).to(x, non_blocking=True).view(3, 1, 1)
-    torch.mul(chroma, primaries, out=x).add_(angle).abs_().sub_(chroma, alpha=3).abs_()
-    return x.clamp_(chroma, 2 * chroma).add_(low - chroma)
-
-
-def grayscale(x: Tensor) -> Tensor:
-    return _luma(x).expand_as(x)
-
-
-def gaussian_taps(sigma: np.ndarray) -> np.ndarray:
-    """Weights (B, 2R + 1) of a blur with sigma (B,): 0 beyond 3 sigma; each row adds up to 1."""
-    radius = math.ceil(3 * SIGMA_RANGE[1])
-    offsets, sigma = np.arange(-radius, radius + 1), sigma[:, None]
-    taps = np.exp(-(offsets**2) / (2 * sigma**2)) * (np.abs(offsets) <= np.ceil(3 * sigma))
-    return taps / taps.sum(axis=1, keepdims=True)
-
-
-def gaussian_blur_(x: Tensor, taps: Tensor) -> Tensor:
-    """Blur each image with its own taps (B, 2R + 1, 1, 1), reflecting at the border."""
-    return (_blur_by_shifts_ if _large_on_cpu(x) else _blur_by_products_)(x, taps.flatten(1))
-
-
-def _blur_by_products_(x, taps):
-    """For each image two products with a banded matrix."""
-    size, radius = x.shape[-1], taps.shape[1] // 2
-    offsets = torch.arange(-radius, radius + 1, device=x.device)
-    source = torch.arange(size, device=x.device)[:, None] + offsets
-    source = source.remainder(max(1, 2 * size - 2))  # reflected, without repeating the edge
-    source = torch.minimum(source, 2 * size - 2 - source)
-    matrices = x.new_zeros(len(x), size, size)
-    matrices.scatter_add_(2, source.expand(len(x), -1, -1), taps[:, None].expand(-1, size, -1))
-    return x.copy_(_both_ways(matrices, _channels_inside(x), matrices).transpose(1, 2))
-
-
-def _blur_by_shifts_(x, taps):
-    """For each image a sum of shifted copies, as many as its sigma needs: faster on a CPU."""
-    for image, weights in zip(x, taps.tolist(), strict=True):
-        first, *others = (weight for weight in weights if weight)
-        blurred = pad(image, (len(others) // 2,) * 4, mode="reflect")
-        for axis in (1, 2):
-            shifted = [blurred.narrow(axis, start, x.shape[-1]) for start in range(1 + len(others))]
-            blurred = shifted[0] * first
-            for weight, copy in zip(others, shifted[1:], strict=True):
-                blurred.add_(copy, alpha=weight)
-        image.copy_(blurred)
-    return x
-
-
-def solarize_(x: Tensor) -> Tensor:
-    bright = torch.ge(x, 128 / 255, out=torch.empty_like(x))
-    return x.sub_(bright).abs_()
-
-
-def flip(x: Tensor) -> Tensor:
-    return x.flip(-1)
-
-
-def _luma(x: Tensor) -> Tensor:
-    """(B, 3, S, S) -> (B, 1, S, S)."""
-    red, green, blue = x.split(1, dim=1)
-    return (red * GRAY[0]).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])

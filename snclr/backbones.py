@@ -167,6 +167,10 @@ class ResNet(tv_resnet.ResNet):
     def projector(self) -> nn.Module:
         return self.fc
 
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Names of the layers from the stem on, as timm's models have it: each block is a layer."""
+        return {"stem": r"^(?:conv1|bn1)\.", "blocks": r"^layer(\d+)\.(\d+)\."}
+
     def set_grad_checkpointing(self) -> None:
         """Keep only the input of each residual block for backward, and recompute the rest."""
         self.grad_checkpointing = True

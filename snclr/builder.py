@@ -88,13 +88,35 @@ class SNCLR(nn.Module):
         self.joins_views = args.micro_batch is None and not has_batch_norm(
             base_encoder, besides=base_encoder.projector
         )
+        # a frozen patch embedding or position embedding stays frozen
+        in_projector = {*map(id, base_encoder.projector.parameters())}
+        self.trained_backbone = [
+            p for p in base_encoder.parameters() if p.requires_grad and id(p) not in in_projector
+        ]
+        self.backbone_is_frozen = False
         self.attention = None
         if args.method == "snclr" and args.weights == "projected":
             self.attention = heads.AttentionProjections(memory_bank.features.shape[1])
 
+    def freeze_backbone(self, frozen: bool) -> None:
+        """Let the backbone's weights and batch norm statistics stay as they are, or change again.
+
+        The momentum encoder's stay as well, as long as its backbone equals the online one. Its
+        batch norms use their running statistics then, as the online encoder's do. DDP must be built
+        after this call: it waits for the gradient of each parameter that had one at its start.
+        """
+        self.backbone_is_frozen = frozen
+        for parameter in self.trained_backbone:
+            parameter.requires_grad_(not frozen)
+
     def train(self, mode: bool = True) -> "SNCLR":
-        """As nn.Module's; but mocov2's momentum encoder always uses its averaged statistics."""
+        """As nn.Module's; but a frozen backbone stays in eval mode, and mocov2's momentum encoder
+        always uses its averaged statistics.
+        """
         super().train(mode)
+        if self.backbone_is_frozen:
+            for encoder in filter(None, (self.base_encoder, self.momentum_encoder)):
+                encoder.eval().projector.train(mode)
         if self.args.method == "mocov2":
             self.momentum_encoder.eval()
         return self

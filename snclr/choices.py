@@ -24,6 +24,7 @@ OPTIMIZERS = {  # name: class, and its arguments besides the parameter groups an
     "sgd": ("torch.optim.SGD", {"momentum": 0.9, "fused": True}),
 }
 LOGGERS = ("wandb", "mlflow")  # names of libraries
+PUBLIC = ("timm:", "hf:")  # --init-from: weights that timm or the Hugging Face hub has
 AMP = ("off", "auto", "bf16", "fp16")
 COMPILE = ("auto", "off", "on", "graphs")
 LOCAL_DATASETS = ("folder", "tree", "list", "shards")  # the user's own files

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from . import __version__
 from .arguments import new_parser
+from .evaluation.features import digest
 from .running import tensor_files
 from .running.errors import RunError, UsageError, one_clear_line
-from .running.safe_files import check_new_path, new_file, writing
+from .running.safe_files import check_new_path, new_file, save_text, writing
 from .shared_options import add_backbone_flags
+from .weights.card import model_card, run_figures, run_settings
 from .weights.layouts import SETTINGS_KEY
 from .weights.libraries import FORMATS, Export
 from .weights.load import DEFAULTS, open_encoder
@@ -39,10 +41,24 @@ def main(argv: list[str]) -> None:
     to_library = FORMATS[args.format]
     export = to_library(encoder, info, as_folder=True) if is_folder else to_library(encoder, info)
     # the metadata names the file without its folder, which differs from reader to reader
-    saved = {"build": export.build(os.path.basename(os.path.abspath(args.out)))}
+    name = os.path.basename(os.path.abspath(args.out))
+    saved = {"build": export.build(name)}
     saved |= {name: info[name] for name in (*DEFAULTS, "encoder", "epoch")}
     difference = write_checked(
         export, saved | {"version": __version__}, args.out, encoder, info["img_size"]
+    )
+    card = card_path(args.out, export.configs is not None)
+    save_text(
+        card,
+        model_card(
+            name,
+            args.format,
+            export.build(name),
+            export.features,
+            info,
+            run_settings(args.file, info["settings"]),
+            run_figures(args.file, info, lambda: digest(encoder)),
+        ),
     )
     for note in info["notes"]:
         print(f"note: {note}")
@@ -52,6 +68,7 @@ def main(argv: list[str]) -> None:
     print(f"build: {export.build(args.out)}")
     if export.hint is not None:
         print(f"hint: {export.hint(args.out)}")
+    print(f"model card: {card}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -85,12 +102,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.set_defaults(patch_size=None, small_stem=None)  # as the file says
     args = parser.parse_args(argv)
     check_new_path(args.out)
+    card = card_path(args.out, is_folder=False)
+    if os.path.lexists(card):
+        raise UsageError(f"the model card {card} exists: choose another --out or remove it")
     if args.out.endswith(SAFETENSORS) and args.format not in ("timm", "torchvision"):
         raise UsageError(
             f"--format {args.format} is more than safetensors can hold in one file: "
             "choose another --out"
         )
     return args
+
+
+def card_path(out: str, is_folder: bool) -> str:
+    """The model card of an export: in its folder, or beside its file and under its name, so that
+    several exports can be in one folder.
+    """
+    return os.path.join(out, "README.md") if is_folder else f"{out}.md"
 
 
 @torch.no_grad()
@@ -140,6 +167,8 @@ def write(export: Export, settings: dict, out: str) -> None:
         metadata = {"format": "pt", "build": settings["build"]}
         metadata[SETTINGS_KEY] = json.dumps(settings, default=str)
         _write_bytes(out, save(tensors, metadata))
+    elif isinstance(export.content, bytes):
+        _write_bytes(out, export.content)
     elif all(isinstance(value, Tensor) for value in export.content.values()):
         # torch stores such metadata with a state dict, and load_state_dict ignores unknown entries
         state = OrderedDict(export.content)

@@ -2,26 +2,28 @@
 
 A request names an epoch and image numbers. The image sets (snclr/datasets/images.py) answer it with
 crops. This file moves them to the device and augments them there, and divides an epoch among the
-ranks.
+ranks. Workers answer small requests, so their memory, and the time to the first batch, do not grow
+with the batch.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from . import augment
 from .augment import Recipe
 from .datasets.images import EncodedImages, ImageSet
 from .running.distributed import rank, world_size
 from .running.errors import RunError
-from .running.workers import WorkerBatches, check_shared_memory, keep_freed_memory
+from .running.workers import LastingWorkers, WorkerBatches, check_shared_memory, keep_freed_memory
 
 EVALUATION_BATCH = 256  # images per rank
+REQUEST = 256  # most images that a worker loads at a time
 SAMPLE_EPOCH = -1  # keys the views of TwoViewLoader.sample
 
 
@@ -29,26 +31,22 @@ class ViewLoader:
     """Loads the views of requested images, in the order of the requests.
 
     A request is (epoch, indices), for all views, or (epoch, indices, view numbers). Worker
-    processes decode and crop encoded images; they stay alive between calls. On a GPU everything
+    processes decode and crop encoded images; they stay alive between calls. They get requests of at
+    most REQUEST images, of which a larger batch is put together on the device. On a GPU everything
     else runs in a stream of its own: the host runs ahead of the GPU, so that a batch is copied and
     augmented while the previous one trains.
     """
 
     def __init__(self, images: ImageSet, recipe: Recipe, device: torch.device, workers: int):
         self.images, self.recipe, self.device = images, recipe, device
-        self.requests = _Requests()
         self.replaced: set[int] = set()  # images that could not be read
         self.loader = None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if device.type == "cpu":
             keep_freed_memory()
         if isinstance(images, EncodedImages):
-            self.loader = WorkerBatches(
-                _RequestedViews(images, recipe),
-                self.requests,
-                workers,
-                persistent=True,
-                pin_memory=device.type == "cuda",
+            self.loader = LastingWorkers(
+                _RequestedViews(images, recipe), workers, pin_memory=device.type == "cuda"
             )
 
     def stop_waiting_if(self, condition: Callable[[], bool]) -> None:
@@ -56,39 +54,67 @@ class ViewLoader:
         if self.loader is not None:
             self.loader.stop_waiting = condition
 
-    def load(self, requests: list[tuple]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    def load(
+        self, requests: Sequence[tuple], ahead: Sequence[tuple] = ()
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """For each request the ids (B,) and the normalised views, (B, 3, S, S) each, on the device.
 
-        Raises RunError if an image cannot be read and may not be replaced.
+        ahead: the requests of the next call, if they are known. The workers go on with them without
+        a gap. Raises RunError if an image cannot be read and may not be replaced.
         """
-        self.requests.list = requests
-        if self.loader is None:
-            batches = (self.images.views(self.recipe, *request) for request in requests)
-        else:
-            batches = iter(self.loader)
+        answers = self._answers(requests, ahead)
         for request in requests:
             with torch.cuda.stream(self.stream):  # does nothing if the stream is None
-                views = next(batches)
-                if isinstance(views, Exception):
-                    raise views
-                self.replaced.update(request[1][request[1] != views.ids.numpy()].tolist())
-                groups = [
-                    augment.apply(
-                        crops.to(self.device, non_blocking=True),
-                        parameters,
-                        self.images.mean,
-                        self.images.std,
-                    )
-                    for crops, parameters in zip(views.crops, views.parameters, strict=True)
-                ]
-                ids = views.ids.to(self.device, non_blocking=True)
+                ids, groups = self._batch(request, answers)
             if self.stream is not None:
                 training = torch.cuda.current_stream(self.device)
                 training.wait_stream(self.stream)
                 # their memory must not be reused before the step has read it
                 for tensor in (ids, *groups):
                     tensor.record_stream(training)
-            yield ids, [view for group in groups for view in group.split(len(ids))]
+            yield ids, [view for group in groups for view in group]
+
+    def _answers(self, requests, ahead):
+        """The answers to all parts of the requests, in order."""
+        if self.loader is None:
+            return (self.images.views(self.recipe, *request) for request in requests)
+        return self.loader.load(
+            *([part for request in of for part in self._parts(request)] for of in (requests, ahead))
+        )
+
+    def _parts(self, request):
+        """A request divided into requests of at most REQUEST images if workers answer it."""
+        epoch, indices, *view_numbers = request
+        count = 1 if self.loader is None else -(-len(indices) // REQUEST)
+        return [(epoch, part, *view_numbers) for part in np.array_split(indices, count)]
+
+    def _batch(self, request, answers):
+        """The ids (B,) of a request, and for each group of V views of one size (V, B, 3, S, S)."""
+        parts, ids, groups, start = self._parts(request), [], [], 0
+        for _, indices, *_ in parts:
+            views = next(answers)
+            if isinstance(views, Exception):
+                raise views
+            self.replaced.update(indices[indices != views.ids.numpy()].tolist())
+            ids.append(views.ids.to(self.device, non_blocking=True))
+            augmented = [
+                augment.apply(
+                    crops.to(self.device, non_blocking=True),
+                    parameters,
+                    self.images.mean,
+                    self.images.std,
+                ).unflatten(0, (-1, len(indices)))
+                for crops, parameters in zip(views.crops, views.parameters, strict=True)
+            ]
+            if len(parts) == 1:
+                return ids[0], augmented
+            groups = groups or [
+                x.new_empty(len(x), len(request[1]), *x.shape[2:]) for x in augmented
+            ]
+            for group, x in zip(groups, augmented, strict=True):
+                group[:, start : start + len(indices)] = x
+            start += len(indices)
+        return torch.cat(ids), groups
 
 
 class Batch(NamedTuple):
@@ -120,17 +146,24 @@ class TwoViewLoader(ViewLoader):
         if isinstance(images, EncodedImages):
             image_bytes = sum(3 * view.size**2 for view in recipe.views)
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            check_shared_memory(global_batch_size // world_size() * image_bytes, workers, ranks)
+            request = min(REQUEST, global_batch_size // world_size())
+            check_shared_memory(request * image_bytes, workers, ranks)
         super().__init__(images, recipe, device, workers)
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = len(images) // global_batch_size
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """This rank's batches first .. steps_per_epoch - 1 of an epoch."""
+    def epoch(self, epoch: int, first: int = 0, *, go_on: bool = False) -> Iterator[Batch]:
+        """This rank's batches first .. steps_per_epoch - 1 of an epoch.
+
+        go_on: the next call is for the next epoch, so the workers may begin it.
+        """
+        ahead = self._requests(epoch + 1, 0) if go_on else []
+        return self._batches(self._requests(epoch, first), ahead)
+
+    def _requests(self, epoch, first):
         order = augment.epoch_order(self.recipe.seed, epoch, len(self.images))
         starts = [step * self.global_batch_size for step in range(first, self.steps_per_epoch)]
-        parts = [share(order[start : start + self.global_batch_size]) for start in starts]
-        return self._batches([(epoch, part) for part in parts])
+        return [(epoch, share(order[start : start + self.global_batch_size])) for start in starts]
 
     def indices(self, step: int) -> np.ndarray:
         """Numbers of the images in the global batch of step `step` (from 1), in rank order."""
@@ -148,27 +181,14 @@ class TwoViewLoader(ViewLoader):
         parts = np.split(own, range(EVALUATION_BATCH, len(own), EVALUATION_BATCH))
         return self._batches([(SAMPLE_EPOCH, part, (0, 1)) for part in parts])
 
-    def _batches(self, requests):
-        for ids, views in self.load(requests):
+    def _batches(self, requests, ahead=()):
+        for ids, views in self.load(requests, ahead):
             yield Batch(ids, views)
 
 
 def share(indices: np.ndarray) -> np.ndarray:
     """This rank's contiguous part of a global batch; its size is a multiple of the world size."""
     return np.split(indices, world_size())[rank()]
-
-
-class _Requests(Sampler):
-    """The requests that the workers answer next: a list that the loader replaces."""
-
-    def __init__(self):
-        self.list = []
-
-    def __iter__(self):
-        return iter(self.list)
-
-    def __len__(self):
-        return len(self.list)
 
 
 class _RequestedViews(Dataset):

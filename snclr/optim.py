@@ -5,12 +5,15 @@ A schedule is a pure function of the step, so that a resumed run has nothing to 
 
 import importlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import torch
+from timm.models import group_parameters
 from torch import nn
 
 from .choices import OPTIMIZERS
+from .running.errors import UsageError
 
 
 def learning_rate(
@@ -59,30 +62,64 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1
 
 
-def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
-) -> list[dict]:
-    """The trainable parameters in two groups, with and without weight decay.
+def layer_scales(encoder: nn.Module, factor: float, prefix: str) -> dict[str, float]:
+    """lr_scale of the encoder's parameters, by prefix + name: factor ** (layers above it).
 
-    A group may also have 'lr_scale', which multiplies its learning rate (set_learning_rate).
+    The layers are timm's: stem, blocks, head. So of n blocks, block i = 0 .. n-1 has factor^(n-i),
+    the stem factor^(n+1) and the projector 1. A norm after the last block belongs to that block.
+    Raises UsageError if the encoder does not name its layers.
     """
-    trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
-    return [
-        {"params": [p for name, p in trainable if decays(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable if not decays(name, p)], "weight_decay": 0.0},
+    if factor == 1:
+        return {}
+    if not hasattr(encoder, "group_matcher"):
+        raise UsageError(
+            f"--lr-scale {factor:g} needs the layers of the backbone, which this one does not name:"
+            " leave it out"
+        )
+    layers = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {prefix + name: factor ** (last - layer) for name, layer in layers.items()}
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    scales: Mapping[str, float] = MappingProxyType({}),
+) -> list[dict]:
+    """The trainable parameters in two groups, with and without weight decay, for each lr_scale.
+
+    scales: lr_scale by name, 1 if a name is missing. A group whose lr_scale is not 1 has this key;
+    it multiplies the learning rate (set_learning_rate). The largest scale comes first.
+    """
+    trainable = [
+        (name, p, scales.get(name, 1.0)) for name, p in named_parameters if p.requires_grad
     ]
+    groups = []
+    for scale in sorted({1.0, *scales.values()}, reverse=True):
+        layer = [(name, p) for name, p, own_scale in trainable if own_scale == scale]
+        for decay in (True, False):
+            params = [p for name, p in layer if decays(name, p) == decay]
+            groups.append({"params": params, "weight_decay": weight_decay if decay else 0.0})
+            if scale != 1:
+                groups[-1]["lr_scale"] = scale
+    return groups
 
 
-def build_optimizer(name: str, module: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    name: str,
+    module: nn.Module,
+    weight_decay: float,
+    scales: Mapping[str, float] = MappingProxyType({}),
+) -> torch.optim.Optimizer:
     """The optimiser `name` (choices.OPTIMIZERS) of the trainable parameters, with learning rate 0.
 
-    Raises ValueError for an unknown name.
+    scales: of layer_scales. Raises ValueError for an unknown name.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimiser {name!r}; known are {', '.join(OPTIMIZERS)}")
     path, arguments = OPTIMIZERS[name]
     package, _, kind = path.rpartition(".")
-    groups = parameter_groups(module.named_parameters(), weight_decay)
+    groups = parameter_groups(module.named_parameters(), weight_decay, scales)
     optimizer = getattr(importlib.import_module(package), kind)(groups, lr=0.0, **arguments)
     if isinstance(optimizer, torch.optim.SGD) and arguments.get("momentum"):
         # if torch's fused kernel skipped the first step, it would leave new buffers uninitialised

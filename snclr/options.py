@@ -10,7 +10,17 @@ import os
 import sys
 
 from .arguments import ROOT, flag, flags, new_parser, number, seed
-from .choices import AMP, CANDIDATES, COMPILE, FORMS, LOGGERS, METHODS, NUM_HEADS, OPTIMIZERS
+from .choices import (
+    AMP,
+    CANDIDATES,
+    COMPILE,
+    FORMS,
+    LOGGERS,
+    METHODS,
+    NUM_HEADS,
+    OPTIMIZERS,
+    PUBLIC,
+)
 from .running.errors import UsageError, one_clear_line
 from .shared_options import (
     add_backbone_flags,
@@ -23,6 +33,7 @@ from .shared_options import (
     resolve_resume,
     resolve_views,
 )
+from .view_options import add_view_flags, check_views, resolve_view_flags
 
 EMBEDDED_RECIPE = os.path.join(ROOT, "configs", "embedded.args")
 
@@ -35,67 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_data_flags(parser)
 
-    g = parser.add_argument_group("views")
-    flag(
-        g,
-        "--crop-min",
-        type=number(float, above_zero=True, most=1),
-        metavar="SHARE",
-        help="smallest area of a random crop, as a share of the image (default: 0.08; 0.2 with "
-        "--method mocov2)",
-        on_resume="fixed",
-    )
-    flag(
-        g,
-        "--blur",
-        action=argparse.BooleanOptionalAction,
-        help="blur some of the views (default: on for images above 32 px)",
-        on_resume="fixed",
-    )
-    flag(
-        g,
-        "--local-views",
-        type=number(int),
-        default=0,
-        metavar="N",
-        help="small crops of each image, in addition to the two global views (multi-crop)",
-        on_resume="fixed",
-    )
-    flag(
-        g,
-        "--local-size",
-        type=number(int, above_zero=True),
-        metavar="PX",
-        help="height and width of a local view (default: 3/7 of --img-size, rounded to a "
-        "multiple of 16)",
-        on_resume="fixed",
-    )
-    flag(
-        g,
-        "--local-crop-max",
-        type=number(float, above_zero=True, most=1),
-        default=0.25,
-        metavar="SHARE",
-        help="largest area of a local view, as a share of the image; the smallest is 0.05",
-        on_resume="fixed",
-    )
-    flag(
-        g,
-        "--key-view",
-        choices=("strong", "weak"),
-        default="strong",
-        help="views of the momentum encoder: the two global views, each the target of the other "
-        "(strong), or one more view of crop and flip only, the target of both (weak)",
-        on_resume="fixed",
-    )
-
+    add_view_flags(parser)
     g = add_backbone_flags(parser, default_arch="vit_small")
     flag(
         g,
         "--init-from",
         metavar="FILE",
         help="start from the backbone weights in FILE, a checkpoint or a state dict of any "
-        "known layout",
+        "known layout, or from public ones: timm:NAME, hf:REPO",
     )
     flag(
         g,
@@ -323,6 +281,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         g,
+        "--freeze-backbone-epochs",
+        type=number(int),
+        default=0,
+        metavar="E",
+        help="train only the heads in the first E epochs, for a backbone of --init-from",
+    )
+    flag(
+        g,
+        "--lr-scale",
+        type=number(float, above_zero=True, most=1),
+        default=1.0,
+        metavar="S",
+        help="learning rate of each layer of the backbone, as a share of that of the next layer",
+        on_resume="fixed",
+    )
+    flag(
+        g,
         "--amp",
         choices=AMP,
         default="off",
@@ -518,12 +493,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.width = None
     if args.warmup_epochs is None:
         args.warmup_epochs = min(40, args.epochs / 5)
-    if args.crop_min is None:
-        args.crop_min = 0.2 if args.method == "mocov2" else 0.08
-    if args.local_size is None:
-        args.local_size = max(16, 16 * round(args.img_size * 3 / 7 / 16))
-    if args.blur is None:
-        args.blur = args.img_size > 32
+    resolve_view_flags(args)
     if args.num_heads is None and args.init_from is None:
         args.num_heads = NUM_HEADS.get(args.arch)  # else that of the weights to start from
     check(args)
@@ -548,7 +518,7 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(
             "--batch-size must be at least 2: batch norm and contrastive loss need other images"
         )
-    for name in ("warmup_epochs", "nn_warmup_epochs"):
+    for name in ("warmup_epochs", "nn_warmup_epochs", "freeze_backbone_epochs"):
         if getattr(args, name) > args.epochs:
             raise UsageError(
                 f"--{name.replace('_', '-')} {getattr(args, name):g} exceeds --epochs {args.epochs}"
@@ -565,8 +535,7 @@ def check(args: argparse.Namespace) -> None:
         )
     check_batch_size(args.batch_size)
     check_backbone(args)
-    if args.local_views:
-        check_local_views(args)
+    check_views(args)
     if args.method == "snclr" and args.topk > args.bank_size:
         raise UsageError(f"--topk {args.topk} exceeds --bank-size {args.bank_size}")
     if args.threshold and (args.weights == "uniform" or args.topk == 1):
@@ -588,21 +557,10 @@ def check(args: argparse.Namespace) -> None:
     for name in args.log:
         if importlib.util.find_spec(name) is None:
             raise UsageError(f"--log {name} needs the library: pip install {name}")
-    if args.init_from is not None and not os.path.isfile(args.init_from):
+    is_local = args.init_from is not None and not args.init_from.startswith(PUBLIC)
+    if is_local and not os.path.isfile(args.init_from):
         raise UsageError(f"--init-from {args.init_from}: there is no such file")
     check_workdir(args.workdir, args.resume, ("metrics.jsonl", "checkpoint_last.pth.tar"))
-
-
-def check_local_views(args: argparse.Namespace) -> None:
-    """Raise UsageError for local views that cannot work."""
-    if args.method == "mocov2":
-        raise UsageError("--method mocov2 compares one view with one other: no --local-views")
-    if args.local_crop_max < 0.05:
-        raise UsageError(f"--local-crop-max must be at least 0.05, found {args.local_crop_max}")
-    if args.arch.startswith("vit") and args.local_size % args.patch_size:
-        raise UsageError(
-            f"--local-size {args.local_size} is not a multiple of --patch-size {args.patch_size}"
-        )
 
 
 if __name__ == "__main__":

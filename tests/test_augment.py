@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerator import DEVICE, Accelerator
 from PIL import ImageFilter
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from snclr import augment, options
+from snclr import augment, operations, options
 from snclr.augment import (
     Recipe,
     View,
@@ -127,6 +128,72 @@ def test_epoch_order_is_shuffled_anew_by_epoch_and_seed():
         assert (one == other).mean() < 0.01
 
 
+# -- the table of views ---------------------------------------------------------------------------
+
+EVERYTHING = View(
+    16, 0.2, 1.0, 0.5, 0.7, (1, 1, 1, 1 / 3), 0.3, 0.5, 0.5, flip_v_p=0.5, rotate_p=0.7
+)
+PROBABILITY_FLAGS = {
+    "--jitter-p": "jitter_p",
+    "--grey-p": "gray_p",
+    "--solarise-p": "solarize_p",
+    "--blur-p": "blur_p",
+    "--flip-h": "flip_p",
+    "--flip-v": "flip_v_p",
+    "--rotate90": "rotate_p",
+}
+
+
+def views_of(*flags):
+    return augment.build_views(options.parse(["--img-size=48", "--local-views=2", *flags]))
+
+
+@pytest.mark.parametrize("method", ["snclr", "mocov2"])
+def test_without_flags_the_global_views_are_those_of_the_method(method):
+    flags = ["--method", method, "--img-size", "48", "--crop-min", "0.1"]
+    of_method = {"snclr": moco_v3_views, "mocov2": moco_v2_views}[method]
+    assert augment.build_views(options.parse(flags)) == of_method(48, 0.1, True)
+
+
+@pytest.mark.parametrize("flag", PROBABILITY_FLAGS)
+def test_a_probability_changes_one_field_of_both_views_or_of_each(flag):
+    first, second, *local = views_of()
+    field = PROBABILITY_FLAGS[flag]
+    one, other = {field: 0.25}, {field: 0.75}
+    both = [view._replace(**one) for view in (first, second, *local)]
+    assert views_of(flag, "0.25") == tuple(both)
+    each = [*both[:1], second._replace(**other), *both[2:]]  # local views follow the first view
+    assert views_of(flag, "0.25", "0.75") == tuple(each)
+
+
+def test_jitter_changes_the_strengths_of_both_views_or_of_each():
+    first, second, *local = views_of()
+    some, others = (0.1, 0.2, 0.3, 0.0), (0.5, 0.6, 0.7, 0.2)
+    both = [view._replace(jitter=some) for view in (first, second, *local)]
+    assert views_of("--jitter", *map(str, some)) == tuple(both)
+    each = [*both[:1], second._replace(jitter=others), *both[2:]]
+    assert views_of("--jitter", *map(str, some + others)) == tuple(each)
+
+
+@pytest.mark.parametrize("p", [0, 1])
+@pytest.mark.parametrize("field", PROBABILITY_FLAGS.values())
+def test_probabilities_0_and_1_are_never_and_always(field, p):
+    recipe = RECIPE._replace(views=(EVERYTHING._replace(**{field: p}),))
+    _, drawn = draw_many(recipe, count=500)
+    name = {"blur_p": "sigma", "rotate_p": "quarters"}.get(field, field.removesuffix("_p"))
+    values = getattr(drawn, name)
+    assert (values != 0).all() if p else not values.any()
+
+
+def test_rotations_and_flips_are_independent_and_of_equal_shares():
+    recipe = RECIPE._replace(views=(EVERYTHING._replace(rotate_p=0.75),))
+    _, p = draw_many(recipe)
+    cases = np.stack([p.flip, p.flip_v, p.quarters])
+    kinds, counts = np.unique(cases, axis=1, return_counts=True)
+    assert kinds.shape == (3, 16)
+    np.testing.assert_allclose(counts / MANY, 1 / 16, atol=0.006)
+
+
 # -- drawing --------------------------------------------------------------------------------------
 
 
@@ -228,9 +295,12 @@ def test_no_two_draws_share_a_column():
     ],
 )
 def test_draws_are_those_of_all_earlier_versions(draws, digest):
-    """A changed draw would change every run, so this digest must not change."""
+    """A changed draw would change every run, so this digest must not change. Draws that were added
+    later are those after the seventh.
+    """
     boxes, p = draw_many(view=1, count=1000, epoch=2)
-    arrays = {"boxes": [boxes], "parameters": [field.numpy() for field in p]}[draws]
+    assert p._fields[:7] == ("jitter", "order", "factors", "gray", "sigma", "solarize", "flip")
+    arrays = {"boxes": [boxes], "parameters": [field.numpy() for field in p[:7]]}[draws]
     bits = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
     assert hashlib.sha256(bits).hexdigest()[:16] == digest
 
@@ -373,7 +443,7 @@ def test_crop_and_resize_equals_torchvision_to_one_level(box, size):
     image = torch.randint(
         0, 256, (3, 37, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    actual = augment.crop_and_resize(image[None], torch.tensor([box]), size)
+    actual = operations.crop_and_resize(image[None], torch.tensor([box]), size)
     expected = F.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
     assert actual.shape == (1, 3, size, size) and actual.dtype == torch.uint8
     assert (actual[0].int() - expected.int()).abs().max() <= 1
@@ -383,19 +453,20 @@ def test_crop_and_resize_equals_torchvision_to_one_level(box, size):
 def test_each_image_gets_its_own_box():
     images = torch.randint(0, 256, (len(BOXES), 3, 37, 50), dtype=torch.uint8)
     boxes = torch.tensor(list(BOXES.values()))
-    together = augment.crop_and_resize(images, boxes, 16)
+    together = operations.crop_and_resize(images, boxes, 16)
     for image, box, crop in zip(images, boxes, together, strict=True):
-        assert torch.equal(augment.crop_and_resize(image[None], box[None], 16)[0], crop)
-    twice = augment.crop_and_resize(images, torch.cat([boxes, boxes.flip(0)]), 16)
+        assert torch.equal(operations.crop_and_resize(image[None], box[None], 16)[0], crop)
+    twice = operations.crop_and_resize(images, torch.cat([boxes, boxes.flip(0)]), 16)
     assert torch.equal(
-        twice, torch.cat([together, augment.crop_and_resize(images, boxes.flip(0), 16)])
+        twice, torch.cat([together, operations.crop_and_resize(images, boxes.flip(0), 16)])
     )
 
 
 def test_a_box_of_the_output_size_is_copied_exactly():
     image = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8)
     assert torch.equal(
-        augment.crop_and_resize(image, torch.tensor([[4, 7, 24, 24]]), 24), image[:, :, 4:28, 7:31]
+        operations.crop_and_resize(image, torch.tensor([[4, 7, 24, 24]]), 24),
+        image[:, :, 4:28, 7:31],
     )
 
 
@@ -410,7 +481,7 @@ THEIRS = {
 }
 STRENGTHS = dict.fromkeys(THEIRS, (0.0, 0.6, 0.8, 1.0, 1.2, 1.4))
 STRENGTHS |= {
-    "adjust_hue_": (-0.1, -0.05, -0.001, 0.0, 0.03, 0.1),
+    "adjust_hue_": (-1 / 3, -0.2, -0.1, -0.05, -0.001, 0.0, 0.03, 0.1, 0.25, 1 / 3),
     "gaussian_blur_": (0.1, 0.3, 0.7, 1.0, 1.5, 2.0),
 }
 
@@ -418,8 +489,8 @@ STRENGTHS |= {
 def ours(name, x, strengths):
     """Our operation of that name, with the strength (B,) of each image."""
     if name == "gaussian_blur_":
-        strengths = torch.from_numpy(augment.gaussian_taps(strengths.numpy())).to(x)
-    return getattr(augment, name)(x.clone(), strengths.view(len(x), -1, 1, 1))
+        strengths = torch.from_numpy(operations.gaussian_taps(strengths.numpy())).to(x)
+    return getattr(operations, name)(x.clone(), strengths.view(len(x), -1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -449,7 +520,7 @@ def test_hue_of_every_kind_of_pixel_equals_torchvisions():
     x = torch.cartesian_prod(levels, levels, levels).T.reshape(
         1, 3, 8, 8
     )  # greys, ties of two channels, pure colours
-    for turns in (-0.1, 0.0, 0.1):
+    for turns in (-1 / 3, -0.1, 0.0, 0.1, 1 / 3):
         torch.testing.assert_close(
             ours("adjust_hue_", x, torch.tensor([turns])), F.adjust_hue(x, turns), atol=1e-5, rtol=0
         )
@@ -462,17 +533,22 @@ def test_hue_leaves_grey_pixels_exactly_as_they_are():
 
 def test_grayscale_solarize_and_flip_equal_torchvisions():
     x = pictures(8)
-    torch.testing.assert_close(augment.grayscale(x), F.rgb_to_grayscale(x, 3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(operations.grayscale(x), F.rgb_to_grayscale(x, 3), atol=1e-6, rtol=0)
     torch.testing.assert_close(
-        augment.solarize_(x.clone()), F.solarize(x, 128 / 255), atol=0, rtol=0
+        operations.solarize_(x.clone()), F.solarize(x, 128 / 255), atol=0, rtol=0
     )
-    assert torch.equal(augment.flip(x), F.hflip(x))
+    assert torch.equal(operations.flip(x), F.hflip(x))
 
 
 def test_solarize_inverts_from_level_128_on():
     levels = torch.tensor([0, 127, 128, 255])
     x = (levels / 255).view(1, 1, 2, 2).expand(1, 3, 2, 2)
-    assert (augment.solarize_(x.clone())[0, 0].flatten() * 255).round().tolist() == [0, 127, 127, 0]
+    assert (operations.solarize_(x.clone())[0, 0].flatten() * 255).round().tolist() == [
+        0,
+        127,
+        127,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7])
@@ -483,11 +559,11 @@ def test_blur_of_a_picture_smaller_than_the_kernel_keeps_flat_areas_and_stays_in
     assert blurred.min() >= 0 and blurred.max() <= 1
 
 
-@pytest.mark.parametrize("form", [augment._blur_by_products_, augment._blur_by_shifts_])
+@pytest.mark.parametrize("form", [operations._blur_by_products_, operations._blur_by_shifts_])
 def test_both_ways_to_blur_equal_torchvisions_at_every_size(form):
     """One is used on GPUs, the other on CPUs for large images."""
     sigmas = torch.linspace(0.1, 2, 9)
-    taps = torch.from_numpy(augment.gaussian_taps(sigmas.numpy())).float()
+    taps = torch.from_numpy(operations.gaussian_taps(sigmas.numpy())).float()
     for size in (7, 64, 65, 100):
         x = pictures(9, size)
         blur = THEIRS["gaussian_blur_"]
@@ -498,6 +574,10 @@ def test_both_ways_to_blur_equal_torchvisions_at_every_size(form):
 
 
 # -- all operations on the device -----------------------------------------------------------------
+
+# operations that change only how a tensor is seen, or only allocate memory
+METADATA = {"view", "_unsafe_view", "expand", "transpose", "permute", "slice", "select", "alias"}
+METADATA |= {"unsqueeze", "squeeze", "split", "split_with_sizes", "detach", "empty", "empty_like"}
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 
@@ -519,6 +599,9 @@ def apply_one_by_one(crops, p):
             x = F.solarize(x, 128 / 255)
         if p.flip[i]:
             x = F.hflip(x)
+        if p.flip_v[i]:
+            x = F.vflip(x)
+        x = F.rotate(x, 90 * p.quarters[i].item())
         views.append(F.normalize(x, MEAN.tolist(), STD.tolist()))
     return torch.stack(views)
 
@@ -532,6 +615,61 @@ def test_apply_equals_torchvision_image_by_image(view, size, count):
     views = augment.apply(crops, parameters, MEAN, STD)
     torch.testing.assert_close(views, apply_one_by_one(crops, parameters), atol=1e-5, rtol=0)
     assert torch.equal(crops, before)
+
+
+@pytest.mark.parametrize("form", [augment._jitter_by_groups_, augment._jitter_by_blends_])
+@pytest.mark.parametrize("count", [1, 2, 150])
+def test_both_ways_to_jitter_equal_torchvisions_image_by_image(form, count):
+    """One is used on CPUs, the other on accelerators."""
+    recipe = RECIPE._replace(views=(EVERYTHING._replace(jitter=(0.8, 0.9, 1, 0.3)),))
+    for start in range(8 if count < 3 else 1):
+        _, drawn = draw_many(recipe, count=count, first=start)
+        crops = pictures(count + 3)[3:].mul(255).round().to(torch.uint8)
+        off = torch.zeros(count, dtype=torch.bool)
+        only_jitter = dict(gray=off, sigma=off.double(), solarize=off, flip=off, flip_v=off)
+        drawn = drawn._replace(**only_jitter, quarters=off.long())
+        x = crops / 255
+        form(
+            x,
+            ViewParameters(*(field.numpy() for field in drawn)),
+            drawn.jitter.nonzero()[:, 0].numpy(),
+        )
+        expected = apply_one_by_one(crops, drawn) * STD.view(3, 1, 1) + MEAN.view(3, 1, 1)
+        torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
+
+
+def test_an_accelerator_gets_few_calls_and_never_waits():
+    """The jitter by groups of images, which a CPU uses, would make it 245."""
+    calls = []
+
+    class Counting(Accelerator):
+        def call(self, function, args, kwargs):
+            calls.append(function.overloadpacket.__name__)
+            return super().call(function, args, kwargs)
+
+    crops = pictures(64).mul(255).round().to(torch.uint8)
+    _, parameters = draw_many(RECIPE, count=64, view=np.repeat([0, 1], 32))
+    with Counting() as accelerator:
+        on_device = crops.to(DEVICE, non_blocking=True)
+        calls.clear()
+        views = augment.apply(on_device, parameters, MEAN, STD)
+    assert accelerator.waits == []
+    count = sum(name not in METADATA for name in calls)
+    assert 50 < count < 140, f"{count} kernels and copies"
+    torch.testing.assert_close(
+        views.local, apply_one_by_one(crops, parameters), atol=3e-5, rtol=0
+    )  # after the division by std
+
+
+@pytest.mark.parametrize("size", [16, 66])
+def test_apply_with_flips_and_rotations_equals_torchvision_image_by_image(size):
+    crops = pictures(40, size).mul(255).round().to(torch.uint8)
+    recipe = RECIPE._replace(views=(EVERYTHING,))
+    _, parameters = draw_many(recipe, count=40)
+    cases = set(zip(parameters.flip_v.tolist(), parameters.quarters.tolist(), strict=True))
+    assert len(cases) == 2 * 4
+    views = augment.apply(crops, parameters, MEAN, STD)
+    torch.testing.assert_close(views, apply_one_by_one(crops, parameters), atol=1e-5, rtol=0)
 
 
 def view_of_picture(picture, box, p, i, size, throughout):
@@ -567,7 +705,7 @@ def test_whole_views_are_those_of_pil_and_torchvision(view, throughout, mean, mo
     count, size = 40, 80
     pixels = pictures(count, 150, seed=9).mul(255).round().to(torch.uint8)
     boxes, p = draw_many(view=view, count=count, height=150, width=150)
-    crops = augment.crop_and_resize(pixels, torch.from_numpy(boxes), size)
+    crops = operations.crop_and_resize(pixels, torch.from_numpy(boxes), size)
     actual = augment.apply(crops, p, torch.zeros(3), torch.ones(3))
     pictured = map(F.to_pil_image, pixels)
     expected = [
@@ -581,9 +719,8 @@ def test_whole_views_are_those_of_pil_and_torchvision(view, throughout, mean, mo
 def test_with_nothing_drawn_apply_only_normalises():
     crops = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     off = torch.zeros(4, dtype=torch.bool)
-    nothing = ViewParameters(
-        off, torch.arange(4).expand(4, 4), torch.zeros(4, 4), off, torch.zeros(4), off, off
-    )
+    order, zeros = torch.arange(4).expand(4, 4), torch.zeros(4, 4)
+    nothing = ViewParameters(off, order, zeros, off, zeros[0], off, off, off, zeros[0])
     expected = F.normalize(crops / 255, MEAN.tolist(), STD.tolist())
     torch.testing.assert_close(augment.apply(crops, nothing, MEAN, STD), expected)
 
@@ -625,7 +762,7 @@ def test_a_view_is_the_same_bit_for_bit_with_any_number_of_threads(size):
     before, actual = torch.get_num_threads(), []
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
-        crops = augment.crop_and_resize(images, boxes, size)[:8]
+        crops = operations.crop_and_resize(images, boxes, size)[:8]
         actual.append(augment.apply(crops, parameters, MEAN, STD))
     torch.set_num_threads(before)
     assert all(torch.equal(actual[0], other) for other in actual[1:])

@@ -109,6 +109,12 @@ def content(folder):
         ("--topk many", "'many'"),
         ("--epochs 1.5", "'1.5'"),
         ("--lr fast", "'fast'"),
+        ("--flip-h 0.5 data", "found 'data'; DATA must be before this flag"),
+        ("--flip-v 1.5", "must be between 0 and 1, found 1.5"),
+        ("--grey-p 0 1 1", "--grey-p needs 1 or 2 numbers"),
+        ("--jitter 0.4 0.4", "--jitter needs 4 or 8 numbers"),
+        ("--jitter 0 0 0 0.3 0 0 0 0.4", "hue in turns, must be at most 0.33, found 0.4"),
+        ("--no-blur --blur-p 0 0.1", "--no-blur contradicts --blur-p"),
         ("--lr -1", "--lr must be above 0, found -1"),
         ("--lr 0", "--lr must be above 0"),
         ("--lr nan", "--lr must be above 0"),
@@ -512,8 +518,8 @@ def test_missing_data_folder_is_named():
 
 
 def test_file_as_data_folder_is_refused(tmp_path):
-    (tmp_path / "images.zip").touch()
-    refused("images.zip")
+    (tmp_path / "images.txt").touch()
+    refused("images.txt")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import safetensors
 import timm
 import torch
 import torchvision
+from PIL import Image
 from test_backbones import build
 from test_ranks import ROOT, SMALL, write_images
 from torch import nn
@@ -27,7 +28,7 @@ from snclr import export
 from snclr.evaluation import features
 from snclr.running import checkpoint
 from snclr.running.errors import RunError, UsageError
-from snclr.weights import libraries
+from snclr.weights import card, libraries
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 ARCHS = {
@@ -120,6 +121,7 @@ def test_transformers_reads_a_vit(checkpoints, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     out = run(checkpoints("vit"), "hf", tmp_path / "hf")
     assert sorted(os.listdir(out)) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
@@ -138,7 +140,7 @@ def test_transformers_reads_a_vit(checkpoints, tmp_path):
         ("narrow", "torchvision", "torchvision has no resnet18 with the encoder's stem and width"),
         ("vit", "torchvision", "torchvision has no vit_tiny"),
         ("resnet", "deit", "--format deit is for ViTs"),
-        ("resnet", "hf", "--format hf is for ViTs"),
+        ("timm", "hf", "--format hf is for ViTs"),
         ("conv", "hf", "plain patch embedding"),
     ],
 )
@@ -187,7 +189,7 @@ def test_the_command_line_exports_and_ends_wrong_usage_in_one_line(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "agree to" in done.stdout and (tmp_path / "out.pth").exists()
     # python -m in this process, which need not import torch again
-    monkeypatch.setattr(sys, "argv", [*flags, "--format", "onnx"])
+    monkeypatch.setattr(sys, "argv", [*flags, "--format", "tensorflow"])
     monkeypatch.delitem(sys.modules, "snclr.export")
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
@@ -347,7 +349,7 @@ def test_timm_finds_mean_std_and_size_of_the_images(random_files, tmp_path, caps
 
 def test_timms_folder_is_one_for_its_hub_and_takes_a_new_classifier(random_files, tmp_path):
     out = run(random_files("vit_small", 12), "timm", tmp_path / "folder")
-    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(out)) == ["README.md", "config.json", "model.safetensors"]
     config = json.loads((out / "config.json").read_text())
     assert config["architecture"] == "vit_small_patch16_224"
     assert config["model_args"] == {"num_heads": 12, "num_classes": 0, "img_size": 32}
@@ -398,6 +400,140 @@ def test_a_convolutional_stem_has_a_line_for_a_file_and_no_folder(random_files, 
     torch.testing.assert_close(
         features_of(built_by(printed)), features_of(encoder), rtol=1e-4, atol=1e-5
     )
+
+
+# -- transformers, ONNX and the model card ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "narrow"])
+def test_transformers_auto_classes_and_its_pipeline_give_equal_features(
+    checkpoints, tmp_path, name, caplog
+):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    out = run(checkpoints(name), "hf", tmp_path / "hf")
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    encoder, info = snclr.load_encoder(str(checkpoints(name)))
+    mean, std = (torch.tensor(info[key])[:, None, None] for key in ("mean", "std"))
+    pixels = (torch.from_numpy(image).permute(2, 0, 1)[None] / 255 - mean) / std
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
+    processed = processor(Image.fromarray(image), return_tensors="pt").pixel_values
+    torch.testing.assert_close(processed, pixels, rtol=1e-5, atol=1e-5)
+    pipeline = transformers.pipeline("image-feature-extraction", model=str(out))
+    pooled = pipeline(Image.fromarray(image), return_tensors=True, pool=True)
+    torch.testing.assert_close(pooled.flatten(1), encoder(pixels), rtol=1e-4, atol=1e-5)
+    assert "MISSING" not in caplog.text and "UNEXPECTED" not in caplog.text
+    again, info = snclr.load_encoder(str(out / "model.safetensors"))
+    assert torch.equal(again(X), encoder(X))
+
+
+@pytest.mark.parametrize("name", ["vit", "narrow", "conv", "timm"])
+def test_onnxruntime_reads_any_backbone_for_any_number_of_images(checkpoints, tmp_path, name):
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    out = run(checkpoints(name), "onnx", tmp_path / "x.onnx")
+    session = onnxruntime.InferenceSession(str(out))
+    encoder, info = snclr.load_encoder(str(checkpoints(name)))
+    for images in (X, X[:1], torch.cat([X, X + 1, X - 1])):
+        (features,) = session.run(None, {"images": images.numpy()})
+        torch.testing.assert_close(
+            torch.from_numpy(features), encoder(images), rtol=1e-4, atol=1e-5
+        )
+    metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(out).metadata_props}
+    assert metadata == {key: info[key] for key in ("mean", "std", "arch")} | {
+        "input_size": [3, 32, 32]
+    }
+
+
+@pytest.mark.parametrize(
+    "format_name, package, command",
+    [
+        ("onnx", "onnx", "pip install onnx onnxruntime"),
+        ("onnx", "onnxruntime", "pip install onnx onnxruntime"),
+        ("hf", "transformers", "pip install transformers"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    checkpoints, tmp_path, monkeypatch, format_name, package, command
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=command):
+        run(checkpoints("vit"), format_name, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def card_code(card):
+    (code,) = re.findall(r"```python\n(.*?)```", card.read_text(), flags=re.DOTALL)
+    return code
+
+
+@pytest.mark.parametrize(
+    "format_name, out, name",
+    [
+        ("timm", "x.safetensors", "vit"),
+        ("timm", "folder", "vit"),
+        ("torchvision", "x.safetensors", "resnet"),
+        ("mocov3", "x.pth", "vit"),
+        ("deit", "x.pth", "vit"),
+        ("hf", "folder", "narrow"),
+        ("onnx", "x.onnx", "resnet"),
+    ],
+)
+def test_the_lines_of_the_model_card_compute_the_encoders_features(
+    checkpoints, tmp_path, monkeypatch, format_name, out, name
+):
+    needed = {"hf": ["transformers"], "onnx": ["onnx", "onnxruntime"]}
+    for package in needed.get(format_name, []):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    if out == "folder" and format_name == "timm" and not HAS_LOCAL_DIR:
+        pytest.skip("this timm has no local-dir")
+    run(checkpoints(name), format_name, tmp_path / out)
+    card = tmp_path / out / "README.md" if out == "folder" else tmp_path / f"{out}.md"
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(card_code(card), names)
+    encoder, info = snclr.load_encoder(str(checkpoints(name)))
+    assert names["mean"].tolist() == pytest.approx(info["mean"])
+    torch.testing.assert_close(
+        torch.as_tensor(names["features"]), encoder(names["images"]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_model_card_has_the_recipe_and_only_figures_of_these_weights(
+    images, tmp_path, monkeypatch
+):
+    flags = SMALL.replace("resnet8 --width 8", "resnet18").split()
+    flags += ["--workdir", str(tmp_path / "run"), "--save-freq", "1"]
+    (tmp_path / "my.args").write_text("--wd 0.25")
+    monkeypatch.setattr(sys, "argv", ["main_snclr.py", f"@{tmp_path}/my.args", str(images)])
+    main_snclr.main([f"@{tmp_path}/my.args", str(images), *flags])
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in lines if "knn_top1" in line]
+    for epoch in (1, 2):
+        file = tmp_path / f"run/checkpoint_000{epoch}.pth.tar"
+        run(file, "mocov3", tmp_path / f"{epoch}.pth")
+        text = (tmp_path / f"{epoch}.pth.md").read_text()
+        (line,) = [line for line in lines if line["epoch"] == epoch]
+        assert f"| kNN top-1 while training | {line['knn_top1']:.2f} % |" in text
+        assert f"| epochs of these weights | {epoch} |" in text
+        assert "| recipe | my.args |" in text and "| wd | 0.25 |" in text
+        assert str(tmp_path) not in text and "linear" not in text
+    # results.json counts only if it is of the same weights
+    digest = features.digest(snclr.load_encoder(str(file))[0])
+    result = {"encoder_digest": digest, "linear_top1": 43.21, "knn_top1": 12, "dataset": "a|b"}
+    for number, shown in enumerate([result, result | {"encoder_digest": "other"}, [1], {}]):
+        (tmp_path / "run/results.json").write_text(json.dumps(shown))
+        run(file, "mocov3", tmp_path / f"{number}_linear.pth")
+        text = (tmp_path / f"{number}_linear.pth.md").read_text()
+        assert ("| linear probe, top-1 | 43.21 %, on a\\|b |" in text) == (number == 0)
+    _, info = snclr.load_encoder(str(file), "momentum")
+    assert card.run_figures(str(file), info, lambda: "another") == {}
+
+
+def test_an_existing_card_is_not_overwritten(checkpoints, tmp_path):
+    (tmp_path / "x.pth.md").write_text("mine")
+    with pytest.raises(UsageError, match=r"the model card .*x\.pth\.md exists: choose another"):
+        run(checkpoints("vit"), "timm", tmp_path / "x.pth")
+    assert (tmp_path / "x.pth.md").read_text() == "mine" and len(os.listdir(tmp_path)) == 1
 
 
 # -- detection -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from test_backbones import build
 from test_linear import interrupted_after
 
 import main_lincls
+from snclr.backbones import ResNet
 from snclr.evaluation import features, finetune
 from snclr.evaluation import state as evaluation_state
 from snclr.running.errors import UsageError
@@ -201,7 +202,7 @@ def test_every_option_of_fine_tuning_reaches_the_optimiser_and_the_crops(
     )
 
 
-def test_rates_fall_from_layer_to_layer():
+def test_rates_fall_from_layer_to_layer(monkeypatch):
     encoder = build("timm:test_vit", img_size=32, timm_kwargs={"depth": 3})
     encoder.set_submodule("head", torch.nn.Identity())  # as open_encoder leaves it
     model = finetune.Classifier(encoder, 5)
@@ -227,7 +228,8 @@ def test_rates_fall_from_layer_to_layer():
     }
     flat = finetune.build_optimizer(model, "sgd", 2.0, 3.0, 0.0, 1.0)
     assert {group["peak"] for group in flat.param_groups} == {2.0, 3.0}
-    with pytest.raises(UsageError, match=r"--layer-decay 0\.5 is for ViTs"):
+    monkeypatch.delattr(ResNet, "group_matcher")
+    with pytest.raises(UsageError, match=r"--layer-decay 0\.5 is for encoders that name their"):
         finetune.build_optimizer(finetune.Classifier(build("resnet8"), 5), "sgd", 1, 1, 0, 0.5)
 
 

@@ -1,6 +1,7 @@
 """Loaders and image sets: two-view batches, unreadable files, whole images, workers."""
 
 import contextlib
+import copy
 import ctypes
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from snclr.datasets import sources
 from snclr.datasets.images import ImageFiles, ResidentImages
 from snclr.loader import TwoViewLoader, whole_images
 from snclr.running.errors import RunError
+from snclr.running.workers import WorkerBatches
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(5, moco_v3_views(size=16, crop_min=0.2, blur=True))
@@ -202,6 +204,80 @@ def test_an_epoch_after_an_abandoned_one_is_unaffected(image_sets, load, workers
     next(loader.epoch(0, first=2))
     batches = [(batch.ids, *batch.views) for batch in loader.epoch(1)]
     assert_same_batches(load(image_sets["files"], epoch=1), batches)
+
+
+# -- requests to the workers -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks, workers, images_per_request", [(1, 0, 3), (2, 2, 3), (1, 2, 1)])
+def test_a_batch_put_together_from_several_requests_is_the_same(
+    image_sets, load, monkeypatch, ranks, workers, images_per_request
+):
+    small = View(8, 0.05, 0.25, jitter_p=0.8, blur_p=0.5)
+    recipe = RECIPE._replace(views=(*RECIPE.views, small))
+    whole = [load(image_sets["files"], recipe=r) for r in (RECIPE, recipe)]
+    monkeypatch.setattr("snclr.loader.REQUEST", images_per_request)
+    for expected, r in zip(whole, (RECIPE, recipe), strict=True):
+        actual = load(image_sets["files"], recipe=r, ranks=ranks, workers=workers)
+        assert len(actual) == len(expected) == 3
+        for batch, same in zip(actual, expected, strict=True):
+            assert [torch.equal(a, b) for a, b in zip(batch, same, strict=True)] == [True] * len(
+                same
+            )
+
+
+def test_no_request_has_more_than_256_images_and_shared_memory_is_checked_for_that(
+    image_sets, monkeypatch
+):
+    needed, asked = [], []
+    files = copy.copy(image_sets["files"])
+    files.paths = np.resize(files.paths, 600)
+    files.views = lambda recipe, epoch, indices: (
+        asked.append(len(indices)) or type(files).views(files, recipe, epoch, indices)
+    )
+    monkeypatch.setattr("snclr.loader.check_shared_memory", lambda *case: needed.append(case))
+    for batch in TwoViewLoader(files, RECIPE, 600, CPU, 0).epoch(0):
+        assert len(batch.ids) == len({*batch.ids.tolist()}) == 600
+    TwoViewLoader(files, RECIPE, 40, CPU, 3)
+    assert asked == [200] * 3
+    assert needed == [(256 * 2 * 3 * 16**2, 0, 1), (40 * 2 * 3 * 16**2, 3, 1)]
+
+
+def test_workers_load_few_images_ahead_of_a_large_batch(image_sets, monkeypatch):
+    monkeypatch.setattr("snclr.loader.REQUEST", 1)
+    loader = TwoViewLoader(image_sets["files"], RECIPE, 15, CPU, workers=2)
+    next(loader.epoch(0))
+    assert len(loader.loader.queue) == 30 - 15 - 2 * 2  # of 15 other images each worker has two
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_begin_the_next_epoch_before_the_last_one_has_ended(
+    image_sets, load, monkeypatch, workers
+):
+    starts = []
+    restart = WorkerBatches.__iter__
+    monkeypatch.setattr(WorkerBatches, "__iter__", lambda w: starts.append(1) or restart(w))
+    loader = TwoViewLoader(image_sets["files"], RECIPE, 8, CPU, workers)
+
+    def read(epoch, **how):
+        batches = loader.epoch(epoch, **how)
+        count = loader.steps_per_epoch - how.get("first", 0)
+        read = [next(batches) for _ in range(count)]  # as training reads: never beyond the last one
+        return [(batch.ids, *batch.views) for batch in read]
+
+    expected = [load(image_sets["files"], epoch=epoch) for epoch in range(4)]
+    starts.clear()
+    assert_same_batches(expected[0][1:], read(0, first=1, go_on=True))
+    assert len(loader.loader.queue) == (0 if workers else 3)  # two workers have all three
+    assert_same_batches(expected[1], read(1, go_on=True))
+    assert len(starts) == 1
+    assert_same_batches(expected[3], read(3, go_on=True))  # not the epoch that was announced
+    assert len([*loader.sample(8)]) == 1
+    assert_same_batches(expected[2], read(2))
+    assert_same_batches(expected[2], read(2, go_on=True))
+    next(loader.epoch(3))  # begun, but not read to its end
+    assert_same_batches(expected[3], read(3))
+    assert len(starts) == 6
 
 
 @pytest.mark.parametrize("kind", ["resident", "files"])

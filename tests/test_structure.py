@@ -26,8 +26,9 @@ GROUND = {
     )
 }
 # python -m snclr.NAME, and what the package itself offers: like the scripts, nothing imports them
-COMMANDS = {"snclr.embed", "snclr.export", "snclr.mean_std", "snclr.report"}
-COMMANDS |= {"snclr.sweep", "snclr.visualize"}
+COMMANDS = {
+    f"snclr.{name}" for name in ("embed", "export", "mean_std", "report", "sweep", "visualize")
+}
 TOP = {"main_snclr", "main_lincls", "snclr.__init__"} | COMMANDS
 # The longest chain of imports down to the ground floor, which is not counted. The model needs 4:
 # builder, backbones, heads, batch_norm. An image is opened in 3 files (images, decoding,
@@ -35,7 +36,8 @@ TOP = {"main_snclr", "main_lincls", "snclr.__init__"} | COMMANDS
 # or checks images with 2 (the loader in between). The flags are 3 files (options, shared_options,
 # arguments). A flag says whether a resumed run may change it, so settings, checkpoint and summary
 # stand on the flags, and so do runs, curves and report. The state of an evaluation is a checkpoint,
-# on which probe and finetune stand.
+# on which probe and finetune stand. What reads and writes weights stands on the layout of
+# transformers, which stands on the backbones.
 LONGEST_CHAIN = 4
 LONGER_CHAINS = {
     "snclr.datasets.": 6,
@@ -44,22 +46,23 @@ LONGER_CHAINS = {
     "snclr.running.checkpoint": 5,
     "snclr.running.guard": 5,
     "snclr.running.summary": 6,
+    "snclr.weights.": 5,
 }
 # lines of a file; longer are lists of flags, models and layouts, and what is best read as a whole
 LONGEST_FILE = 250
 LONGER = {
-    "snclr.augment": 455,
-    "snclr.backbones": 390,
-    "snclr.builder": 385,
+    "snclr.augment": 390,
+    "snclr.backbones": 395,
+    "snclr.builder": 410,
     "snclr.datasets.images": 345,
     "snclr.datasets.sources": 280,
     "snclr.evaluation.options": 360,
     "snclr.objectives": 305,
-    "snclr.options": 625,
+    "snclr.options": 570,
     "snclr.running.checkpoint": 275,
     "snclr.shared_options": 410,
     "snclr.weights.libraries": 380,
-    "snclr.weights.load": 245,
+    "snclr.weights.load": 255,
 }
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .. import augment
+from .. import augment, operations
 from ..augment import Recipe, ViewParameters
 from ..running.errors import RunError
 from .decoding import decode, read_encoded
@@ -175,7 +175,7 @@ class ResidentImages(ImageSet):
         heights, widths = (np.full(len(indices), side) for side in images.shape[2:])
         views = Views(torch.from_numpy(indices), [], [])
         for size, boxes, parameters in _draw(recipe, epoch, indices, view_numbers, heights, widths):
-            views.crops.append(augment.crop_and_resize(images, torch.from_numpy(boxes), size))
+            views.crops.append(operations.crop_and_resize(images, torch.from_numpy(boxes), size))
             views.parameters.append(parameters)
         return views
 
@@ -184,7 +184,7 @@ class ResidentImages(ImageSet):
         if images.shape[2:] == (size, size):
             return images
         box = torch.tensor(_evaluation_box(*images.shape[2:], size))
-        return augment.crop_and_resize(images, box.expand(len(images), 4), size)
+        return operations.crop_and_resize(images, box.expand(len(images), 4), size)
 
 
 class EncodedImages(ImageSet):

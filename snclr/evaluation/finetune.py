@@ -133,7 +133,9 @@ def build_optimizer(
             model.encoder, weight_decay, layer_decay=layer_decay
         )
     else:
-        raise UsageError(f"--layer-decay {layer_decay} is for ViTs and timm's models: leave it out")
+        raise UsageError(
+            f"--layer-decay {layer_decay} is for encoders that name their layers: leave it out"
+        )
     groups = [{**group, "peak": lr * group.pop("lr_scale", 1.0)} for group in groups]
     head = parameter_groups(model.head.named_parameters(), weight_decay)
     groups += [{**group, "peak": head_lr} for group in head]

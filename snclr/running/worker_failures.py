@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 SENDING_FAILED = 64  # plus errno: exit code of a worker that could not send a batch
 MORE_SHARED_MEMORY = (
-    "/dev/shm is full: enlarge it (docker run --shm-size=8g), or choose fewer --workers or a"
-    " smaller --batch-size"
+    "/dev/shm is full: enlarge it (docker run --shm-size=8g), or choose fewer --workers"
 )
 MORE_FILES = "the limit of open files is too low: raise it (ulimit -n 4096)"
 MORE_MEMORY = "out of memory? fewer --workers need less of it"

@@ -13,19 +13,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.queues import Queue
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import RunError, UsageError, kill_children
 from .worker_failures import SENDING_FAILED, describe_failure, not_started
 
-PREFETCH = 2  # batches that a worker loads ahead
+PREFETCH = 2  # requests that a worker has at a time
 LIMIT = 30 * 60  # seconds without a batch after which a rank gives up
 PATIENCE = 10  # the same after a signal that ends the run
 POLL = 2  # seconds between two checks whether to give up
 SHARED_MEMORY = "/dev/shm"
+_END = object()
 
 
 class Stalled(RunError):
@@ -35,6 +38,8 @@ class Stalled(RunError):
 class WorkerBatches:
     """dataset[request] for each of the requests, in order, by worker processes (0: by this one).
 
+    An iteration takes a request when it is needed, and ends when there is none.
+
     persistent: keep the processes for the next iteration. Iterating raises RunError if a worker was
     lost, and Stalled if no batch came for LIMIT seconds, or for PATIENCE seconds while
     `stop_waiting` returns true.
@@ -43,13 +48,12 @@ class WorkerBatches:
     def __init__(
         self,
         dataset: Dataset,
-        requests: Sized,
+        requests: Iterable,
         workers: int,
         *,
         persistent: bool = False,
         pin_memory: bool = False,
     ):
-        self.requests = requests
         self.stop_waiting: Callable[[], bool] = lambda: False
         # since Python 3.14 the default on Linux is to start a new interpreter for each worker,
         # which takes seconds, and then the worker's parent is not the rank
@@ -72,13 +76,13 @@ class WorkerBatches:
                 batches = iter(self.loader)
         except OSError as error:
             raise RunError(not_started(error)) from error
-        for _ in range(len(self.requests)):
-            yield self._next(batches)
+        while (batch := self._next(batches)) is not _END:
+            yield batch
 
     def _next(self, batches):
         try:
             with self._time_limit():
-                return next(batches)
+                return next(batches, _END)
         except (OSError, EOFError, MemoryError, RuntimeError) as error:
             workers = getattr(batches, "_workers", [])
             for worker in workers:
@@ -115,20 +119,69 @@ class WorkerBatches:
             signal.signal(signal.SIGALRM, before)
 
 
-def check_shared_memory(batch_bytes: int, workers: int, ranks: int) -> None:
-    """Raises UsageError if shared memory is too small for the batches that the workers of this
-    machine's ranks load ahead. A batch has batch_bytes.
+class LastingWorkers(WorkerBatches):
+    """The same for requests that come in several calls, with the same processes."""
+
+    def __init__(self, dataset: Dataset, workers: int, *, pin_memory: bool):
+        self.queue = _Queue()
+        super().__init__(dataset, self.queue, workers, persistent=True, pin_memory=pin_memory)
+        self.batches: Iterator = iter(())
+        self.begun: Sequence[tuple] = ()  # requests after those of the last call
+
+    def load(self, requests: Sequence[tuple], ahead: Sequence[tuple]) -> Iterator:
+        """dataset[request] for each of the requests, in order.
+
+        ahead: the requests of the next call if they are known. The processes go on with them while
+        the last answers of this call are used.
+        """
+        if not _equal(requests, self.begun):
+            self.queue.clear()
+            deque(self.batches, maxlen=0)  # wait for what the processes have begun
+            self.queue.extend(requests)
+            self.batches = iter(self)
+        self.queue.extend(ahead)
+        self.begun = ()  # if this call is not read to its end, the next one starts anew
+        for number in range(1, len(requests) + 1):
+            batch = next(self.batches)
+            if number == len(requests):
+                self.begun = ahead
+            yield batch
+
+
+class _Queue(deque):
+    """Requests to answer. An iteration takes the first one each time, also of those added later."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self:
+            raise StopIteration
+        return self.popleft()
+
+
+def _equal(requests, others):
+    """Whether the requests, tuples of numbers and arrays, are the same."""
+    return len(requests) == len(others) and all(
+        len(one) == len(other) and all(map(np.array_equal, one, other))
+        for one, other in zip(requests, others, strict=True)
+    )
+
+
+def check_shared_memory(request_bytes: int, workers: int, ranks: int) -> None:
+    """Raises UsageError if shared memory is too small for the images that the workers of this
+    machine's ranks load ahead. The answer to a request has request_bytes.
     """
     if not workers or not os.path.isdir(SHARED_MEMORY):
         return
     system = os.statvfs(SHARED_MEMORY)
     available = system.f_bavail * system.f_frsize
-    needed = ranks * (workers * PREFETCH + 1) * batch_bytes
+    needed = ranks * (workers * PREFETCH + 1) * request_bytes
     if needed > available:
         raise UsageError(
-            f"{SHARED_MEMORY} has {available / 2**20:.1f} MiB free, and the batches that {workers}"
+            f"{SHARED_MEMORY} has {available / 2**20:.1f} MiB free, and the images that {workers}"
             f" workers per rank load ahead need {needed / 2**20:.1f}: enlarge it (docker run"
-            " --shm-size=8g), or choose fewer --workers or a smaller --batch-size"
+            " --shm-size=8g), or choose fewer --workers"
         )
 
 

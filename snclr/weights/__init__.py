@@ -1,5 +1,6 @@
 """Weights from and for other libraries.
 
-layouts.py reads a file into named tensors, load.py puts them into a backbone, and libraries.py
-describes the files that other libraries read; snclr.export writes those.
+layouts.py reads a file into named tensors, public.py finds public weights by name, and load.py puts
+them into a backbone. libraries.py and hf.py describe the files that other libraries read, card.py
+the model card; snclr.export writes them.
 """

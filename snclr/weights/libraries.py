@@ -4,37 +4,22 @@ info comes from snclr.weights.load.open_encoder. Each function raises UsageError
 no such model.
 """
 
+import io
 import json
 import os
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+import warnings
 
 import timm
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from ..backbones import RESNETS, TIMM, VITS, ConvStem, VisionTransformer, timm_settings
 from ..running.errors import UsageError
+from .exported import Export
+from .hf import to_hf
 from .layouts import read_encoder
-
-
-class Export(NamedTuple):
-    """What a library reads. build, read and hint get the path of the written file or folder.
-
-    content   the state dict, or a dictionary that holds it, as the library expects it in the file
-    build     returns Python code that builds the library's model as `model`
-    read      returns that model, or a function: images (B, 3, S, S) to features (B, C)
-    configs   contents of the JSON files beside the weights, by name; None if one file is written
-    hint      returns one more line that helps the user of the file
-    """
-
-    content: dict
-    build: Callable[[str], str]
-    read: Callable[[str], Callable[[Tensor], Tensor]]
-    configs: dict[str, dict] | None = None
-    hint: Callable[[str], str] | None = None
 
 
 def to_timm(encoder: nn.Module, info: dict, as_folder: bool = False) -> Export:
@@ -193,77 +178,45 @@ def detectron2_name(name: str) -> str:
     return f"res{int(stage[1]) + 1}.{name[stage.end() :]}" if stage else f"stem.{name}"
 
 
-def to_hf(encoder: nn.Module, info: dict) -> Export:
-    """The folder of Hugging Face transformers' ViTModel."""
-    if not isinstance(encoder, VisionTransformer) or info["arch"].startswith("vit_conv"):
-        raise UsageError(
-            f"--format hf is for ViTs with a plain patch embedding, not for {info['arch']}"
-        )
+def to_onnx(encoder: nn.Module, info: dict) -> Export:
+    """An ONNX file with input images (B, 3, S, S), output features (B, C), any B, and the mean,
+    standard deviation and input size of the images in its metadata.
+    """
     try:
-        from transformers import ViTConfig, ViTModel
+        import onnx
+        import onnxruntime
     except ImportError as error:
-        raise UsageError("--format hf needs transformers: pip install transformers") from error
-    width, depth, _, _ = VITS[info["arch"]]
-    config = ViTConfig(
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=info["num_heads"],
-        intermediate_size=4 * width,
-        image_size=info["img_size"],
-        patch_size=info["patch_size"],
-        layer_norm_eps=1e-6,
-        architectures=["ViTModel"],
-    )
-    state = {}
-    for name, tensor in encoder.state_dict().items():
-        for own, theirs in HF_NAMES:
-            name = name.replace(own, theirs)
-        if ".attn.qkv." in name:
-            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                state[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = piece
-        else:
-            state[name] = tensor
+        raise UsageError(
+            "--format onnx needs onnx and onnxruntime: pip install onnx onnxruntime"
+        ) from error
+    size = (3, info["img_size"], info["img_size"])
+    file, batch = io.BytesIO(), {0: "batch"}
+    with warnings.catch_warnings():  # about the tracer, which every version of torch has
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            encoder,
+            (torch.zeros(2, *size),),
+            file,
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_axes={"images": batch, "features": batch},
+            dynamo=False,  # the other exporter needs onnxscript as well
+        )
+    model = onnx.load_from_string(file.getvalue())
+    data = {"input_size": size, "mean": info["mean"], "std": info["std"], "arch": info["arch"]}
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in data.items()})
 
     def read(path):
-        model = ViTModel.from_pretrained(path, add_pooling_layer=False).eval()
-        return lambda x: model(x).last_hidden_state[:, 0]
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
-    configs = {
-        "config.json": json.loads(config.to_json_string(use_diff=False)),
-        "preprocessor_config.json": {
-            "image_processor_type": "ViTImageProcessor",
-            "do_resize": True,
-            "size": {"height": info["img_size"], "width": info["img_size"]},
-            "resample": 2,  # bilinear, in PIL's numbers
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(info["mean"]),
-            "image_std": list(info["std"]),
-        },
-    }
-    code = "model = transformers.ViTModel.from_pretrained({!r}, add_pooling_layer=False)"
     return Export(
-        state,
-        code.format,
+        model.SerializeToString(),
+        "model = onnxruntime.InferenceSession({!r})".format,
         read,
-        configs,
-        hint=lambda path: "features: model(images).last_hidden_state[:, 0]",
+        features='model.run(None, {"images": images.numpy()})[0]',
     )
 
-
-HF_NAMES = (
-    ("norm.", "layernorm."),  # only the last norm: the blocks have norm1 and norm2
-    ("cls_token", "embeddings.cls_token"),
-    ("pos_embed", "embeddings.position_embeddings"),
-    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
-    ("blocks.", "encoder.layer."),
-    (".norm1.", ".layernorm_before."),
-    (".norm2.", ".layernorm_after."),
-    (".attn.proj.", ".attention.output.dense."),
-    (".mlp.fc1.", ".intermediate.dense."),
-    (".mlp.fc2.", ".output.dense."),
-)
 
 FORMATS = {
     "timm": to_timm,
@@ -272,6 +225,7 @@ FORMATS = {
     "hf": to_hf,
     "mocov3": to_mocov3,
     "detectron2": to_detectron2,
+    "onnx": to_onnx,
 }
 
 

@@ -20,6 +20,7 @@ from ..choices import IMAGENET, NUM_HEADS
 from ..options import OF_ENCODER
 from ..running.errors import UsageError, first_few, first_line
 from ..running.tensor_files import not_finite
+from .hf import from_hf_names
 from .layouts import EncoderFile, read_encoder
 
 # attention heads in timm, DeiT and DINO, if NUM_HEADS has another number
@@ -38,8 +39,9 @@ def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Modu
                architecture with random weights
     settings   by the names of DEFAULTS, for files that lack them (None: as in the file). img_size,
                num_heads, mean, std and grey_range replace those of the file
-    info       these settings, 'num_features', 'encoder', 'epoch', and 'notes': lines that say what
-               was loaded and assumed
+    info       these settings, 'num_features', 'encoder', 'epoch', 'settings' (all those with which
+               this project made the weights) and 'notes': lines that say what was loaded and
+               assumed
 
     Raises UsageError if the file and the settings do not fit.
     """
@@ -58,6 +60,7 @@ def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Modu
     if is_trained and file.saved.get("encoder") == "momentum":  # a file with only a backbone
         branch = "momentum"
     info |= {"num_features": encoder.num_features, "encoder": branch, "notes": notes}
+    info["settings"] = file.settings
     return encoder.eval(), info
 
 
@@ -75,7 +78,8 @@ def choose_num_heads(
     if num_heads is not None:
         reason = "as --num-heads asks for"
     elif file.settings.get("num_heads") is not None:
-        num_heads, reason = file.settings["num_heads"], "as the file says"
+        num_heads = file.settings["num_heads"]
+        reason = f"as {file.path} has" if file.is_library else "as the file says"
     else:
         num_heads, source = NUM_HEADS[arch], "MoCo v3 and this project"
         if file.is_library:
@@ -195,7 +199,12 @@ def _convert_names(encoder, tensors, own):
     """The tensors under timm's names, if the weights of a timm: model have other names, and lines
     about it.
     """
-    if not isinstance(encoder, TimmEncoder) or not _missing(tensors, own):
+    if not _missing(tensors, own):
+        return tensors, []
+    renamed = from_hf_names(tensors, list(own))
+    if renamed.keys() != tensors.keys():
+        return renamed, ["names of transformers, converted"]
+    if not isinstance(encoder, TimmEncoder):
         return tensors, []
     converted, notes = encoder.from_authors_names(tensors), []
     if converted.keys() != tensors.keys():

@@ -1,0 +1,116 @@
+"""The model card of an export: what the weights are, what was measured, how they are loaded."""
+
+import json
+import os
+import shlex
+from collections.abc import Callable
+
+from ..running.errors import one_line
+from ..running.safe_files import json_object, read_json_lines, read_text
+
+# settings of a run that a reader of its weights wants to know
+SETTINGS = ("method", "arch", "patch_size", "num_heads", "width", "small_stem", "dataset", "subset")
+SETTINGS += ("init_from", "epochs", "batch_size", "optimizer", "lr", "wd", "warmup_epochs", "seed")
+SETTINGS += ("freeze_backbone_epochs", "lr_scale", "crop_min", "snclr_t", "snclr_m", "bank_size")
+SETTINGS += ("topk", "form", "weights", "positiveness_t")
+PACKAGES = ("onnxruntime", "safetensors.torch", "timm", "torch", "torchvision", "transformers")
+
+
+def model_card(
+    name: str, library: str, build: str, features: str, info: dict, settings: dict, figures: dict
+) -> str:
+    """The text of the card, in Markdown.
+
+    name      of the file or folder
+    library   the --format
+    build     Python code that builds the model; features: the expression for its features
+    info      of snclr.weights.load.open_encoder
+    settings  of the run, as run_settings returns them
+    figures   a line about each measured figure, by its name
+    """
+    size = info["img_size"]
+    training = {
+        key: settings[key]
+        for key in ("recipe", *SETTINGS)
+        if settings.get(key) not in (None, False)
+    }
+    training |= {"epochs of these weights": info["epoch"]} if info["epoch"] is not None else {}
+    imports = [package for package in PACKAGES if f"{package}." in f"{build} {features}"]
+    code = [f"import {package}" for package in sorted({*imports, "torch"})]
+    code += ["", build, f"images = torch.rand(1, 3, {size}, {size})  # pixels between 0 and 1"]
+    code += [f"mean, std = torch.tensor({info['mean']}), torch.tensor({info['std']})"]
+    code += ["images = (images - mean[:, None, None]) / std[:, None, None]"]
+    code += ["with torch.no_grad():", f"    features = {features}  # (1, {info['num_features']})"]
+    lines = ["---", "pipeline_tag: image-feature-extraction"]
+    if library in ("timm", "hf"):
+        lines.append(f"library_name: {library.replace('hf', 'transformers')}")
+    lines += ["tags:", "- self-supervised", "---", "", f"# {name}", ""]
+    lines += [
+        f"Features of images: {info['arch']}, {info['encoder']} encoder, {info['num_features']}"
+    ]
+    lines += [f"numbers an image. Written by `python -m snclr.export --format {library}`.", ""]
+    lines += ["## Load", "", "```python", *code, "```", ""]
+    lines += ["## Images", "", f"{size} x {size} px, RGB, divided by 255, then normalised."]
+    lines += [f"Mean {info['mean']}, standard deviation {info['std']}. Of an image of another"]
+    lines += ["size, take a central square of 7/8 of the shorter side and resize it.", ""]
+    lines += ["## Training", "", *_table(training), ""]
+    lines += ["## Results", "", *(_table(figures) if figures else ["Not measured."]), ""]
+    return "\n".join(lines)
+
+
+def _table(entries):
+    rows = [f"| {key} | {_cell(value)} |" for key, value in entries.items()]
+    return ["| | |", "|---|---|", *rows] if rows else ["Not known: the file does not say it."]
+
+
+def _cell(value):
+    """A value from a file, which may be any text, as one short cell of a table."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return one_line(ValueError(text))[:200].replace("|", "\\|")
+
+
+def run_settings(path: str, settings: dict) -> dict:
+    """The settings of the run that wrote the file at path, with its recipes as 'recipe'.
+
+    settings: those in the file. Paths of data and weights are left out; they say nothing elsewhere.
+    """
+    command = _json(os.path.join(os.path.dirname(path), "args.json")).get("command")
+    words = []
+    if isinstance(command, str):
+        try:
+            words = shlex.split(command)
+        except ValueError:
+            words = []
+    recipes = " ".join(os.path.basename(word) for word in words if word.startswith("@"))
+    start = settings.get("init_from")
+    if isinstance(start, str) and not start.startswith(("timm:", "hf:")):
+        settings = settings | {"init_from": os.path.basename(start)}
+    return settings | {"recipe": recipes or None}
+
+
+def run_figures(path: str, info: dict, digest: Callable[[], str]) -> dict[str, str]:
+    """What was measured of exactly these weights, from files beside the one at path, by name.
+
+    metrics.jsonl has the kNN of each evaluated epoch. results.json names the weights that it
+    evaluated by their digest.
+    """
+    figures, folder = {}, os.path.dirname(path)
+    if os.path.isfile(metrics := os.path.join(folder, "metrics.jsonl")):
+        for line in read_json_lines(metrics):
+            key = (line.get("epoch"), line.get("encoder"))
+            if key == (info["epoch"], info["encoder"]) and _is_number(line.get("knn_top1")):
+                figures["kNN top-1 while training"] = f"{line['knn_top1']:.2f} %"
+    results = _json(os.path.join(folder, "results.json"))
+    if results.get("encoder_digest") == digest():
+        for key, name in (("knn_top1", "kNN top-1"), ("linear_top1", "linear probe, top-1")):
+            if _is_number(results.get(key)):
+                figures[name] = f"{results[key]:.2f} %, on {results.get('dataset')}"
+    return figures
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _json(path):
+    return json_object(read_text(path)) if os.path.isfile(path) else {}

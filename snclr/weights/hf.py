@@ -1,0 +1,145 @@
+"""Hugging Face transformers' ViTModel and ResNetModel: their folders and their names of tensors."""
+
+import json
+import re
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones import RESNETS, VITS, VisionTransformer
+from ..running.errors import UsageError
+from .exported import Export
+
+VIT_NAMES = (
+    ("norm.", "layernorm."),  # only the last norm: the blocks have norm1 and norm2
+    ("cls_token", "embeddings.cls_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("blocks.", "encoder.layer."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+)
+LAYERS = {"conv": "convolution", "bn": "normalization"}
+# of models with a classifier on top
+PREFIXES = ("", "vit.", "resnet.")
+
+
+def to_hf(encoder: nn.Module, info: dict) -> Export:
+    """The folder of Hugging Face transformers' ViTModel or ResNetModel, for its Auto classes.
+
+    A ViT's pooler is the identity, so that pooler_output is the class token in transformers that
+    read its activation from the configuration; older ones apply tanh to it.
+    """
+    is_vit = isinstance(encoder, VisionTransformer) and not info["arch"].startswith("vit_conv")
+    has_stem = info["arch"] in RESNETS and RESNETS[info["arch"]][3] == "imagenet"
+    if not is_vit and (info["small_stem"] or not has_stem):
+        raise UsageError(
+            "--format hf is for ViTs with a plain patch embedding and ResNets with a 7x7 stem, not "
+            f"for {info['arch']}" + (" with the small stem" if info["small_stem"] else "")
+        )
+    try:
+        from transformers import AutoModel, ResNetConfig, ViTConfig
+    except ImportError as error:
+        raise UsageError("--format hf needs transformers: pip install transformers") from error
+    state = to_hf_names(encoder.state_dict())
+    if is_vit:
+        width, depth, _, _ = VITS[info["arch"]]
+        state |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
+        config = ViTConfig(
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=info["num_heads"],
+            intermediate_size=4 * width,
+            image_size=info["img_size"],
+            patch_size=info["patch_size"],
+            layer_norm_eps=1e-6,
+            pooler_act="linear",
+            architectures=["ViTModel"],
+        )
+        features = "model(images).last_hidden_state[:, 0]"
+    else:
+        block, depths, width, _ = RESNETS[info["arch"]]
+        width = info["width"] or width
+        config = ResNetConfig(
+            embedding_size=width,
+            hidden_sizes=[width * 2**stage * block.expansion for stage in range(len(depths))],
+            depths=list(depths),
+            layer_type="basic" if block.expansion == 1 else "bottleneck",
+            architectures=["ResNetModel"],
+        )
+        features = "model(images).pooler_output.flatten(1)"
+
+    def read(path):
+        model = AutoModel.from_pretrained(path).eval()
+        if is_vit:
+            return lambda x: model(x).last_hidden_state[:, 0]
+        return lambda x: model(x).pooler_output.flatten(1)
+
+    configs = {
+        "config.json": json.loads(config.to_json_string(use_diff=False)),
+        "preprocessor_config.json": {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": info["img_size"], "width": info["img_size"]},
+            "resample": 2,  # bilinear, in PIL's numbers
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(info["mean"]),
+            "image_std": list(info["std"]),
+        },
+    }
+    return Export(
+        state,
+        "model = transformers.AutoModel.from_pretrained({!r})".format,
+        read,
+        configs,
+        hint=lambda path: f"features: {features}",
+        features=features,
+    )
+
+
+def hf_names(name: str) -> list[str]:
+    """transformers' names of a tensor of timm's ViT or torchvision's ResNet: three for queries,
+    keys and values in one matrix, which transformers has in this order; else one.
+    """
+    if stem := re.match(r"(conv|bn)1\.", name):
+        return [f"embedder.embedder.{LAYERS[stem[1]]}.{name[stem.end() :]}"]
+    if block := re.match(r"layer(\d)\.(\d+)", name):
+        name = name.replace(".downsample.0.", ".shortcut.convolution.")
+        name = name.replace(".downsample.1.", ".shortcut.normalization.")
+        name = re.sub(
+            r"\.(conv|bn)(\d)\.", lambda m: f".layer.{int(m[2]) - 1}.{LAYERS[m[1]]}.", name
+        )
+        return [f"encoder.stages.{int(block[1]) - 1}.layers.{block[2]}{name[block.end() :]}"]
+    for own, theirs in VIT_NAMES:
+        name = name.replace(own, theirs)
+    parts = ("query", "key", "value") if ".attn.qkv." in name else ("",)
+    return [name.replace(".attn.qkv.", f".attention.attention.{part}.") for part in parts]
+
+
+def to_hf_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a ViT or a ResNet under transformers' names."""
+    return {
+        new_name: part
+        for name, tensor in tensors.items()
+        for new_name, part in zip(
+            hf_names(name), tensor.chunk(3) if ".attn.qkv." in name else (tensor,), strict=True
+        )
+    }
+
+
+def from_hf_names(tensors: dict[str, Tensor], own_names: list[str]) -> dict[str, Tensor]:
+    """The tensors with those of own_names that transformers has under other names."""
+    renamed, used = {}, set()
+    for name in own_names:
+        for prefix in PREFIXES:
+            theirs = [prefix + part for part in hf_names(name)]
+            if name not in tensors and all(part in tensors for part in theirs):
+                parts = [tensors[part] for part in theirs]
+                renamed[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+                used |= {*theirs}
+    return {name: tensor for name, tensor in tensors.items() if name not in used} | renamed
