@@ -128,6 +128,34 @@ def test_runs_share_the_gpus_of_the_allocation(monkeypatch, names, gpus):
     assert sweep.visible_gpus() == gpus
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_lines_of_working_runs_change_in_place_on_a_terminal(monkeypatch, capsys, is_terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(os, "get_terminal_size", lambda: os.terminal_size((22, 9)))
+    jobs = [sweep.Job(name, name, "", [], []) for name in ("a", "b", "c")]
+    display, printed = sweep.Display(), []
+    for states in (
+        [("runs", ""), ("runs", "epoch 1  9 images/s"), ("waits", "")],
+        [("failed", "no file"), ("runs", "epoch 1  8 images/s"), ("waits", "")],
+        [("failed", "no file"), ("runs", "epoch 2  8 images/s"), ("runs", "")],
+    ):
+        for job, state in zip(jobs, states, strict=True):
+            job.state, job.message = state
+        display.update(jobs)
+        printed.append(capsys.readouterr().out)
+    if is_terminal:
+        up, cut = "\x1b[A\x1b[2K", "b  runs  epoch {}  {} im\n"
+        assert printed[0] == "a  runs\n" + cut.format(1, 9)
+        assert printed[1] == up * 2 + "a  failed  no file\n" + cut.format(1, 8)
+        assert printed[2] == up + cut.format(2, 8) + "c  runs\n"
+    else:
+        assert printed == [
+            "a  runs\nb  runs  epoch 1  9 images/s\n",
+            "a  failed  no file\n",
+            "b  runs  epoch 2  8 images/s\nc  runs\n",
+        ]
+
+
 # -- a sweep ---------------------------------------------------------------------------------------
 
 
