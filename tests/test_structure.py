@@ -60,7 +60,7 @@ LONGER = {
     "snclr.objectives": 305,
     "snclr.options": 570,
     "snclr.running.checkpoint": 275,
-    "snclr.shared_options": 420,
+    "snclr.shared_options": 410,
     "snclr.weights.libraries": 380,
     "snclr.weights.load": 255,
 }

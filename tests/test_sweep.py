@@ -128,13 +128,41 @@ def test_runs_share_the_gpus_of_the_allocation(monkeypatch, names, gpus):
     assert sweep.visible_gpus() == gpus
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_lines_of_working_runs_change_in_place_on_a_terminal(monkeypatch, capsys, is_terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(os, "get_terminal_size", lambda: os.terminal_size((22, 9)))
+    jobs = [sweep.Job(name, name, "", [], []) for name in ("a", "b", "c")]
+    display, printed = sweep.Display(), []
+    for states in (
+        [("runs", ""), ("runs", "epoch 1  9 images/s"), ("waits", "")],
+        [("failed", "no file"), ("runs", "epoch 1  8 images/s"), ("waits", "")],
+        [("failed", "no file"), ("runs", "epoch 2  8 images/s"), ("runs", "")],
+    ):
+        for job, state in zip(jobs, states, strict=True):
+            job.state, job.message = state
+        display.update(jobs)
+        printed.append(capsys.readouterr().out)
+    if is_terminal:
+        up, cut = "\x1b[A\x1b[2K", "b  runs  epoch {}  {} im\n"
+        assert printed[0] == "a  runs\n" + cut.format(1, 9)
+        assert printed[1] == up * 2 + "a  failed  no file\n" + cut.format(1, 8)
+        assert printed[2] == up + cut.format(2, 8) + "c  runs\n"
+    else:
+        assert printed == [
+            "a  runs\nb  runs  epoch 1  9 images/s\n",
+            "a  failed  no file\n",
+            "b  runs  epoch 2  8 images/s\nc  runs\n",
+        ]
+
+
 # -- a sweep ---------------------------------------------------------------------------------------
 
 
 def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, images, capsys):
     """Kill the sweep in the first run; stop it by --minutes; then let it end, and start again."""
     workdir = tmp_path / "sweep"
-    (tmp_path / "good.args").write_text(f"{SMALL} --epochs 30 --eval-freq 15")
+    (tmp_path / "good.args").write_text(f"{SMALL} --epochs 12 --eval-freq 6")
     (tmp_path / "bad.args").write_text(f"{SMALL} --init-from {tmp_path}/good.args")
     recipes = [str(tmp_path / "good.args"), str(tmp_path / "bad.args")]
     words = [*recipes, "--side-by-side", "2", "--workdir", str(workdir), "--", str(images)]
@@ -162,11 +190,11 @@ def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, images
         sweep.main(words)
     lines = capsys.readouterr().out.splitlines()
     assert any(re.match(r"bad-seed0  failed  main_snclr.py: error: .*good.args", x) for x in lines)
-    assert any(re.match(r"good-seed0  finished  epoch 30  kNN [\d.]+ %", x) for x in lines)
+    assert any(re.match(r"good-seed0  finished  epoch 12  kNN [\d.]+ %", x) for x in lines)
     console = (workdir / "good-seed0/console.txt").read_text()
     assert "resumed from" in console and "after step 0" not in console
     steps = [json.loads(x)["step"] for x in log.read_text().splitlines() if '"loss"' in x]
-    assert steps == list(range(1, 151)) and seen < len(steps)
+    assert steps == list(range(1, 61)) and seen < len(steps)
     (row,) = [x for x in (workdir / "sweep.md").read_text().splitlines() if "good" in x]
     knn = json.loads((workdir / "sweep.json").read_text())["runs"]["good-seed0"]["kNN top-1 %"]
     assert f" {knn:.1f} " in row and (workdir / "report.html").exists()
@@ -175,9 +203,9 @@ def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, images
     written = log.stat().st_mtime_ns
     sweep.main([recipes[0], *words[2:]])
     assert log.stat().st_mtime_ns == written
-    assert "good-seed0  finished  epoch 30" in capsys.readouterr().out
+    assert "good-seed0  finished  epoch 12" in capsys.readouterr().out
     # other settings: the run is no longer finished
-    jobs = planned(workdir, recipes[0], "--", str(images), "--epochs", "31")
+    jobs = planned(workdir, recipes[0], "--", str(images), "--epochs", "13")
     marker = json.loads((workdir / "good-seed0/finished.json").read_text())
     assert marker["settings"] != jobs[0].settings
 
