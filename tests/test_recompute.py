@@ -1,13 +1,16 @@
 import copy
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from snclr import builder, options
+from snclr.loader import Batch
 from snclr.running.compilation import compiled
 from snclr.running.errors import UsageError
+from snclr.running.guard import Guard
 
 B = 8
 FLAGS = "--img-size 32 --patch-size 16 --width 8 --snclr-dim 8 --snclr-mlp-dim 16 --blur"
@@ -153,6 +156,8 @@ def test_a_backbone_is_compiled_once_in_a_run(monkeypatch):
     with torch.no_grad():  # an evaluation, or a picture
         model.eval().base_encoder.embed(torch.zeros(5, 3, 32, 32))
     model.train()
+    batch = Batch(torch.arange(B), list(torch.randn(2, B, 3, 32, 32)))
+    Guard.try_forward(SimpleNamespace(), 1, model, batch, 0.9, "off")  # before a checkpoint
     step_of(model)
     assert len(graphs) == 3
 

@@ -103,7 +103,9 @@ class Guard:
         Changes nothing in the model.
         """
         before = {name: x.clone() for name, x in model.state_dict().items()}
-        with autocast(amp, batch.ids.device):
+        # compiled backbones would be compiled once more, for a pass without gradients
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, autocast(amp, batch.ids.device):
             loss, _ = model(batch.views, batch.ids, momentum)
         model.load_state_dict(before)
         if not all_gather(loss[None]).isfinite().all():
