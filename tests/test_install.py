@@ -22,6 +22,8 @@ USE = """
 import os, runpy, sys
 import snclr
 
+sys.modules["umap"] = None  # optional, and it compiles for a minute
+
 def run(module, line):  # python -m module line
     sys.argv[1:] = line.split()
     runpy.run_module(module, run_name="__main__")
