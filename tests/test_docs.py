@@ -63,7 +63,7 @@ def test_lines_are_at_most_100_columns():
     """Rows of tables, images and formulas are exempt: they cannot be broken."""
     too_long = [
         f"{path.name}:{number}"
-        for path in [*PAGES, *ROOT.glob("configs/**/*.args")]
+        for path in [*PAGES, *ROOT.glob("configs/**/*.*")]
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if len(line) > 100 and not line.startswith(("|", "![", "$$"))
     ]
@@ -84,6 +84,8 @@ def test_every_recipe_has_its_line():
     text = (ROOT / "docs/RECIPES.md").read_text()
     recipes = [path.stem for path in ROOT.glob("configs/**/*.args")]
     assert [name for name in recipes if f"`{name}`" not in text] == []
+    sweeps = [f"`sweeps/{path.name}`" for path in ROOT.glob("configs/sweeps/*")]
+    assert len(sweeps) > 5 and [name for name in sweeps if name not in text] == []
     assert [
         name for name in re.findall(r"^\| `(\w[\w.]*)`", text, re.MULTILINE) if name not in recipes
     ] == []

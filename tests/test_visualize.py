@@ -347,6 +347,7 @@ def test_a_map_of_collapsed_features_is_drawn():
     }
 
 
+@pytest.mark.slow  # numba compiles for many seconds
 def test_map_by_umap_where_it_is_installed():
     pytest.importorskip("umap", reason="UMAP needs umap-learn")
     assert list(encoders.projections(torch.ones(20, 5), seed=1)) == ["PCA"]  # at full collapse
