@@ -2,8 +2,8 @@
 """Draws the figures of these pages.
 
 python docs/figures.py                      method.png: one training step as boxes and arrows
-python docs/figures.py runs/ablations/*     ablations.png: kNN of runs in folders NAME-seedN;
-                                            prints their table
+python docs/figures.py runs/ablations/*-seed*    ablations.png: kNN of runs in folders NAME-seedN;
+                                                 prints their table
 """
 
 import itertools
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from snclr.pictures import runs as records
 from snclr.pictures.canvas import BLUE, FAINT, GREY, INK, MARGIN, ORANGE, font, page
-from snclr.pictures.report import COLUMNS
+from snclr.pictures.compare import MAIN, comparison, markdown
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCALE = 2  # drawn larger and reduced, for smooth lines
@@ -168,27 +168,10 @@ def draw_ablations(runs: dict[str, list[records.Run]]) -> Image.Image:
     return image
 
 
-def table(runs: dict[str, list[records.Run]]) -> str:
-    """kNN, purity and entropy in Markdown: mean and sample standard deviation over the seeds."""
-    wanted = ("knn_top1", "neighbour_purity", "positiveness_entropy")
-    columns = [c for c in COLUMNS if c[1] in wanted and c[2] != "first"]
-    lines = [
-        "| ablation | seeds | " + " | ".join(name for name, *_ in columns) + " |",
-        "|---" * (2 + len(columns)) + "|",
-    ]
-    for name, members in runs.items():
-        cells = [
-            records.mean_and_deviation([records.value(run, *column[1:]) for run in members])
-            for column in columns
-        ]
-        lines.append(f"| `{name}` | {len(members)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         runs = load_by_name(sys.argv[1:])
-        print(table(runs))
+        print(markdown(*comparison(runs, MAIN)))
         draw_ablations(runs).save(os.path.join(HERE, "ablations.png"), optimize=True)
     else:
         draw_method().save(os.path.join(HERE, "method.png"), optimize=True)

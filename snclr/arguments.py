@@ -31,10 +31,10 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         check_environment()
         # intermixed: otherwise argparse refuses FILE --flag DATA
-        return super().parse_intermixed_args(_read_recipes(args, []), namespace)
+        return super().parse_intermixed_args(read_recipes(args, []), namespace)
 
 
-def _read_recipes(words: list[str], opened: list[str]) -> list[str]:
+def read_recipes(words: list[str], opened: list[str]) -> list[str]:
     """Replace each @FILE of a command line by the flags in that recipe. Raises UsageError.
 
     opened: the recipes read so far. Their number is limited, since a recipe can name itself.
@@ -55,7 +55,7 @@ def _read_recipes(words: list[str], opened: list[str]) -> list[str]:
             inner = [part for line in lines for part in shlex.split(line, comments=True)]
         except ValueError as error:  # an open quote; a UsageError is a ValueError, too
             raise UsageError(f"recipe {path} cannot be read: {error}") from error
-        flags += _read_recipes(inner, opened)
+        flags += read_recipes(inner, opened)
     return flags
 
 

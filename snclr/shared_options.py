@@ -55,6 +55,24 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     flag(
         g,
+        "--val-fraction",
+        type=number(float, above_zero=True, most=0.99),
+        metavar="SHARE",
+        help="validate on this share of each class's training images, which are taken out of "
+        "training; the validation images of DATA are not read",
+        on_resume="fixed",
+    )
+    flag(
+        g,
+        "--val-seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="random seed of --val-fraction",
+        on_resume="fixed",
+    )
+    flag(
+        g,
         "--labels",
         metavar="FILE",
         help="text file with the label of each training image, one a line; none: ignore all labels",
@@ -170,10 +188,13 @@ def resolve_data(args: argparse.Namespace) -> None:
     elif args.dataset.startswith("hf:"):
         args.data, args.dataset = args.data or args.dataset, "hf"
     if args.workers is None:
-        # sched_getaffinity (only Linux) counts the cores that this process may use
-        has_affinity = hasattr(os, "sched_getaffinity")
-        num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-        args.workers = max(1, min(8, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        args.workers = max(1, min(8, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def num_cores() -> int:
+    """The number of cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # only Linux
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def resolve_views(args: argparse.Namespace) -> None:
@@ -228,6 +249,11 @@ def check_data(args: argparse.Namespace) -> None:
             )
         if not os.path.exists(path):
             raise UsageError(f"{name} {path} does not exist")
+    if args.val_fraction and (args.val or args.val_labels or args.labels == "none"):
+        raise UsageError(
+            "--val-fraction validates on labelled training images: leave out --val, --val-labels "
+            "and --labels none"
+        )
     if args.val_labels and not args.labels:
         raise UsageError("--val-labels needs --labels, the labels of the training images, as well")
 

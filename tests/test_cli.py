@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import main_snclr
-from snclr import arguments, embed, export, options, report, shared_options, visualize
+from snclr import arguments, embed, export, options, report, shared_options, sweep, visualize
 from snclr.evaluation import options as lincls_options
 from snclr.running.errors import Interrupted, RunError, UsageError, one_clear_line
 from snclr.weights import load
@@ -248,6 +248,7 @@ PROGRAMS = {
     embed.parse: ["snclr/embed.py", *DATA_FLAGS_ARE_READ_IN],
     export.main: ["snclr/export.py"],
     report.main: ["snclr/report.py"],
+    sweep.parse: ["snclr/sweep.py"],
     shared_options.parse_data: ["snclr/mean_std.py", *DATA_FLAGS_ARE_READ_IN],
 }
 
@@ -517,8 +518,8 @@ def test_missing_data_folder_is_named():
 
 
 def test_file_as_data_folder_is_refused(tmp_path):
-    (tmp_path / "images.zip").touch()
-    refused("images.zip")
+    (tmp_path / "images.mp4").touch()
+    refused("images.mp4")
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_opening_a_torchvision_set_takes_only_eps_from_pil(tmp_path, monkeypatch
     Image.init()
     monkeypatch.setattr(Image, "ID", [*Image.ID])
     monkeypatch.setattr(torchvision_sets, "_open_parts", lambda *arguments: None)
-    torchvision_sets.open_torchvision(Namespace(dataset="cifar10"))
+    torchvision_sets.open_torchvision(Namespace(dataset="cifar10", val_fraction=None))
     picture().save(tmp_path / "x.webp", lossless=True)
     with Image.open(tmp_path / "x.webp") as opened:
         assert opened.size == picture().size

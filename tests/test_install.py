@@ -35,6 +35,7 @@ FILE = "run/checkpoint_last.pth.tar"
 assert snclr.load_encoder(FILE)[1]["arch"] == "vit_tiny"
 run("snclr.export", FILE + " --format timm --out timm.pth")
 run("snclr.visualize", FILE + " --pool 8 --count 2 --workers 0 --out pictures")
+run("snclr.embed", FILE + " --dataset embedded --subset 8 --workers 0 --out features.npz")
 run("snclr.report", "run --out report.html")
 run("snclr.mean_std", "--dataset embedded --subset 8 --workers 0")
 """
@@ -113,7 +114,10 @@ def test_an_installation_works_in_any_folder(wheel, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "elsewhere/run/args.json").read_text())["git"] == "c0ffee"
     files = {path.name for path in (tmp_path / "elsewhere").rglob("*")}
-    assert files >= {"timm.pth", "neighbours.png", "report.html"} and "--std" in done.stdout
+    assert (
+        files >= {"timm.pth", "neighbours.png", "features.npz", "report.html"}
+        and "--std" in done.stdout
+    )
 
 
 def test_torch_hub_reads_a_file_and_an_address(pretrain, tmp_path, monkeypatch):

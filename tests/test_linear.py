@@ -12,8 +12,8 @@ from torch import nn
 import main_lincls
 from snclr import augment
 from snclr.datasets import sources
+from snclr.datasets.split import class_share
 from snclr.evaluation import cache, confusion, features, knn, linear
-from snclr.evaluation import labels as select
 from snclr.evaluation import options as lincls_options
 from snclr.evaluation import state as evaluation_state
 from snclr.evaluation.task import Task
@@ -100,7 +100,7 @@ def test_the_result_of_a_head_does_not_depend_on_the_other_heads():
 def test_a_share_of_each_class_is_keyed_and_nested():
     labels = torch.tensor([0] * 40 + [1] * 7 + [2] * 2)
     keys = torch.rand(49, generator=torch.Generator().manual_seed(0))
-    share_of = functools.partial(select.class_share, labels, ["a", "b", "c"])
+    share_of = functools.partial(class_share, labels, ["a", "b", "c"])
     held = share_of(0.1, keys, both_sides=True)
     assert [int(held[labels == c].sum()) for c in range(3)] == [4, 1, 1]
     assert keys[:40][held[:40]].max() < keys[:40][~held[:40]].min()
@@ -563,6 +563,7 @@ def test_every_setting_that_features_depend_on_changes_their_key(images, pretrai
     assert ignored == lincls_options.NOT_IN_FEATURES
     assert settings - ignored >= {
         *("data", "dataset", "labels", "subset", "subset_seed", "label_fraction", "label_list"),
+        *("val_fraction", "val_seed"),
         *(
             "select",
             "heldout",

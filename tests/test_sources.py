@@ -17,9 +17,12 @@ from sample_images import picture, rgb, save_folder
 from test_ranks import SMALL, start_ranks, write_images
 
 import main_snclr
-from snclr import choices, mean_std, shared_options
+from snclr import augment, choices, mean_std, options, shared_options
+from snclr.choices import IMAGENET
 from snclr.datasets import embedded, shards, sources
 from snclr.datasets.images import ImageFiles, ResidentImages
+from snclr.datasets.split import hold_out
+from snclr.evaluation import options as lincls_options
 from snclr.running.errors import RunError, UsageError
 
 
@@ -713,6 +716,57 @@ def test_subsets_are_keyed_nested_and_keep_images_with_their_labels(tmp_path):
     assert chosen["0.25"] < chosen["20"] < chosen["30"]
     other, _, _ = open_data(tmp_path, "--subset", "20", "--subset-seed", 1)
     assert not torch.equal(other.images, open_data(tmp_path, "--subset", "20")[0].images)
+
+
+def test_a_share_of_each_class_is_held_out_for_validation(tmp_path):
+    """The same images in pretraining and evaluation; the validation images of DATA are not read."""
+    save_folder(tmp_path, [(12, 10)] * 40)
+    full, _, _ = open_data(tmp_path)
+    (tmp_path / "val/cat").mkdir(parents=True)
+    (tmp_path / "val/cat/1.png").write_bytes(b"not read")
+    (tmp_path / "x.pth").touch()
+    flags = [str(tmp_path), "--val-fraction", "0.2", "--val-seed", "3", "--subset", "20"]
+    lincls_args = lincls_options.parse([*flags, "--pretrained", str(tmp_path / "x.pth")])
+    lincls_args.mean = lincls_args.std = [0.5] * 3  # those of the checkpoint
+    splits = [sources.open_data(args)[:2] for args in (options.parse(flags), lincls_args)]
+    keys = augment.keyed_uniforms(1, 3, np.arange(40))[:, 0]
+    held = set()
+    for label in range(len(full.classes)):
+        members = [i for i in range(40) if full.labels[i] == label]
+        held |= {*sorted(members, key=lambda i: keys[i])[: round(0.2 * len(members))]}
+    expected = full.select(np.array(sorted(held)))
+    for train, val in splits:
+        assert torch.equal(val.images, expected.images) and len(train) == 20
+        assert torch.equal(val.labels, expected.labels)
+        assert not any(torch.equal(a, b) for a in train.images for b in val.images)
+        assert torch.equal(train.images, splits[0][0].images)
+    whole, _, _ = open_data(*flags[:3])
+    assert len(whole) == 40 - len(held)
+    other = open_data(*flags[:3], "--val-seed", 4)[1]
+    assert not torch.equal(other.images, expected.images)
+
+
+def test_held_out_images_have_labels():
+    labels = torch.tensor([0, -1, 1, 0, -1, 1, 0, 1])
+    images = ResidentImages(torch.zeros(8, 3, 1, 1), labels, ["a", "b"], IMAGENET)
+    held = hold_out(images, 0.4, seed=0)
+    assert sorted(labels[held].tolist()) == [0, 1]
+    images.labels[3] = images.labels[6] = -1
+    with pytest.raises(
+        UsageError, match="needs two training images, one to be held out; only one has a"
+    ):
+        hold_out(images, 0.4, seed=0)
+
+
+@pytest.mark.parametrize("flags", [["--val", "."], ["--labels", "none"]])
+def test_val_fraction_needs_the_labels_of_the_training_images(tmp_path, flags):
+    save_folder(tmp_path, [(12, 10)] * 4)
+    path = tmp_path / "train" if "none" in flags else tmp_path
+    kind = ["--dataset", "tree"]
+    assert "--val-fraction validates on labelled training images" in refused(
+        path, *kind, "--val-fraction", 0.5, *flags
+    )
+    assert "needs training images with labels" in refused(path, *kind, "--val-fraction", 0.5)
 
 
 def test_a_subset_of_files_and_shards_reads_the_chosen_ones(tmp_path):

@@ -49,6 +49,8 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
         {*names} - {None}, key=lambda name: (int(name), "") if name.isdecimal() else (-1, name)
     )
     train.labels = _numbers(names, train.classes)
+    if args.val_fraction:
+        return train, None, notes  # sources.open_data takes them out of the training images
     val, val_names = None, None
     if val_path:
         val, val_names, val_notes = _open_part(val_path, args.val_labels, args, "val")

@@ -11,11 +11,14 @@ from ..running.errors import UsageError
 from . import embedded
 from .files import open_files
 from .images import ImageSet, ResidentImages
+from .split import hold_out
 from .torchvision_sets import TORCHVISION, open_torchvision
 
 
 def open_data(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
     """Training set, validation set (None if there is none), and notes for the user.
+
+    With --val-fraction the validation set is a part of the training images, whatever --subset is.
 
     args: the data flags (snclr/options.py). Raises UsageError if there are no readable images.
     """
@@ -31,6 +34,11 @@ def open_data(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
         train, val, notes = open_files(args)
     if args.labels == "none":
         train.labels, val = None, None
+    if args.val_fraction:
+        if train.labels is None:
+            raise UsageError("--val-fraction needs training images with labels, found none")
+        is_held = hold_out(train, args.val_fraction, args.val_seed).numpy()
+        train, val = (train.select(np.flatnonzero(part)) for part in (~is_held, is_held))
     if args.subset is not None:
         train = train.select(_subset(len(train), args.subset, args.subset_seed))
     for images in filter(None, (train, val)):

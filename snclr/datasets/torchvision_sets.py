@@ -52,13 +52,17 @@ class TorchvisionImages(EncodedImages):
             raise unreadable(name, error) from error
 
 
-def open_torchvision(args: Namespace) -> tuple[ImageSet, ImageSet]:
-    """Training and test set of --dataset. Raises UsageError if its files are not in DATA."""
+def open_torchvision(args: Namespace) -> tuple[ImageSet, ImageSet | None]:
+    """Training and test set of --dataset; with --val-fraction no test set is read.
+
+    Raises UsageError if the files are not in DATA.
+    """
     Image.init()
     if "EPS" in Image.ID:  # torchvision tries all formats, and for this one PIL runs Ghostscript
         Image.ID.remove("EPS")
     name, train_parts, test_part = TORCHVISION[args.dataset]
-    return _open_parts(name, train_parts, args), _open_parts(name, [test_part], args)
+    train = _open_parts(name, train_parts, args)
+    return train, None if args.val_fraction else _open_parts(name, [test_part], args)
 
 
 def _open_parts(name, parts, args) -> ImageSet:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..datasets.images import ImageSet
+from ..datasets.split import hold_out
 from ..loader import ViewLoader
 from ..running import distributed
 from . import features, state
 from .cache import cached_features
-from .labels import hold_out
 from .linear import NORMS, LinearGrid, kinds_of
 from .options import STATE_FILE
 from .task import Task, crop_loader, rank_batches, report_epoch, steps_per_epoch

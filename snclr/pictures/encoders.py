@@ -84,8 +84,9 @@ def retrieval_picture(
             ]
             row += neighbour_tiles(queries, query, pool, neighbours, size)
         same = [tile.frame == BLUE for row in rows for tile in row[-topk:] if tile.frame != GREY]
-        share = f"; {100 * np.mean(same):.0f} % of the neighbours have the image's class"
-        lines.append(name + share if same else name)
+        if same:  # some have labels
+            name += f"; {100 * np.mean(same):.0f} % of the neighbours have the image's class"
+        lines.append(name)
         head = f"nearest by {name[0]}" if len(features) > 1 else "nearest"
         heads += ["image", head, *[""] * (topk - 1)]
     return sheet(rows, title, "\n".join(lines), frame_key(rows), heads)

@@ -8,28 +8,16 @@ from collections.abc import Iterable, Sequence
 
 from ..running.errors import UsageError
 from ..running.safe_files import read_bytes, save_text
+from .compare import comparison
 from .curves import curve, key
-from .runs import ABOUT, FEW, Run, differences, group, load, mean_and_deviation, value
+from .runs import ABOUT, FEW, Run, differences, group, load
 
-# title, metric, and kind of value (runs.value)
-COLUMNS = (
-    ("kNN top-1 %", "knn_top1", "last"),
-    ("untrained %", "knn_top1", "untrained"),
-    ("start (from --init-from) %", "knn_top1", "start"),
-    ("raw pixels %", "raw_pixels_knn_top1", "first"),
-    ("linear probe %", "linear_top1", "results"),
-    ("loss / chance", "loss_ratio", "mean"),
-    ("purity", "neighbour_purity", "mean"),
-    ("weights' entropy", "positiveness_entropy", "mean"),
-    ("feature std", "feature_std", "mean"),
-    ("effective rank", "effective_rank", "last"),
-    ("images/s", "images_per_s", "median"),
-)
 CURVES = (
     ("kNN top-1 in percent", "knn_top1"),
     ("loss", "loss"),
     ("loss over the loss at chance", "loss_ratio"),
     ("neighbours with the image's label (purity)", "neighbour_purity"),
+    ("the same, by their weights", "weighted_purity"),
     ("feature std: 1 is spread out, 0 collapse", "feature_std"),
     ("entropy of the positiveness: 1 is uniform", "positiveness_entropy"),
     ("effective rank", "effective_rank"),
@@ -45,7 +33,8 @@ EVALUATED = (
     "label_fraction",
 )
 LEGEND = """kNN and rank: last evaluation; loss, purity, entropy and std: mean of the log lines of
-the last epoch; speed: median; ± sample standard deviation over seeds."""
+the last epoch; speed: median; ± sample standard deviation over seeds. Against another: mean
+difference over the common seeds; ± its standard error."""
 BANDS = """A line is the mean of runs that differ only in their seed; its band reaches from the
 lowest to the highest. Point at a line to see only this one."""
 PNG, MAX_BYTES = b"\x89PNG\r\n\x1a\n", 2**25  # first bytes of a picture, and its largest size
@@ -89,15 +78,9 @@ def page(runs: Sequence[Run]) -> str:
     names = [[run.settings.get(x, "?") for x in ("method", "arch", "dataset")] for run in runs]
     titles = [f"{method} {arch}, {dataset}" for method, arch, dataset in names]
     title = html.escape("; ".join(dict.fromkeys(titles)))
-    columns = [c for c in COLUMNS if any(value(run, *c[1:]) is not None for run in runs)]
-    rows = [
-        [name, len(members)]
-        + [mean_and_deviation([value(run, *c[1:]) for run in members]) for c in columns]
-        for name, members in groups.items()
-    ]
     parts = [
         f"<h1>{title}</h1>",
-        _table(["", "runs", *(column[0] for column in columns)], rows),
+        _table(*comparison(groups)),
         f"<p>{LEGEND}</p>",
     ]
     names = differences([members[0] for members in groups.values()])

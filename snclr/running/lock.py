@@ -6,7 +6,7 @@ import socket
 import stat
 
 from .errors import UsageError
-from .safe_files import writing
+from .safe_files import open_regular, writing
 
 # locked files stay open until the process ends, because closing one would release its lock
 locked_files = []
@@ -43,3 +43,13 @@ def hold(workdir: str, name: str) -> None:
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+
+
+def is_held(workdir: str, name: str) -> bool:
+    """Whether another process holds the lock workdir/NAME.lock."""
+    try:
+        with open_regular(os.path.join(workdir, f"{name}.lock"), follow=False) as file:
+            os.lockf(file.fileno(), os.F_TEST, 0)
+    except (UsageError, OSError) as error:
+        return isinstance(error, BlockingIOError | PermissionError)
+    return False
