@@ -5,7 +5,10 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$ROOT/tools/environment.sh"
 cd "$ROOT"
-find_python requirements.txt requirements/*.txt tests/requirements.txt
+# not wandb, which timm imports at each start of a program, nor MLflow and UMAP, which are large:
+# their tests run where they are installed
+find_python requirements.txt requirements/{datasets,hf,mat,onnx,parquet,torchcodec}.txt \
+  tests/requirements.txt
 # by itself pytest leaves out those of the pages; a file at a time goes to each of two processes
 [ $# -gt 0 ] || set -- -m "not slow" -n 2 --dist loadfile
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
