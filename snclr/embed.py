@@ -18,6 +18,7 @@ from .evaluation.embedding import TOKENS, WRITERS, check_tokens, embedder, encod
 from .evaluation.features import digest, key_of
 from .running import distributed, process_group
 from .running.errors import UsageError, one_clear_line
+from .running.packages import check_posix
 from .running.precision import resolve_amp
 from .running.safe_files import check_new_path
 from .shared_options import add_backbone_flags, add_data_flags, check_data, resolve_data
@@ -70,6 +71,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 @process_group.failures_named()
 def main(argv: list[str]) -> None:
+    check_posix()
     args = parse(argv)
     device = process_group.start()
     amp, is_rank_zero = resolve_amp(args.amp, device), distributed.rank() == 0

@@ -31,6 +31,7 @@ from .pictures.encoders import (
 from .pictures.steps import denormalize
 from .running import process_group
 from .running.errors import RunError, UsageError, one_clear_line
+from .running.packages import check_posix
 from .running.safe_files import new_file, writing
 from .shared_options import add_backbone_flags, add_data_flags, check_data, resolve_data
 from .weights import load
@@ -80,6 +81,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
+    check_posix()
     args = parse(argv)
     device = process_group.own_device()
     torch.manual_seed(args.seed)  # decides the weights of an untrained encoder

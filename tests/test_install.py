@@ -49,13 +49,16 @@ import os, runpy, signal, sys
 sys.modules["fcntl"] = None
 for name in ("O_NONBLOCK", "O_NOFOLLOW"):
     delattr(os, name)
-for name in ("SIGUSR1", "SIGCHLD"):
+for name in ("SIGUSR1", "SIGCHLD", "SIGHUP"):
     delattr(signal, name)
 import snclr
-_, file, script = sys.argv
-print(*snclr.load_encoder(file)[1]["notes"])
-sys.argv[1:] = []
-runpy.run_path(script, run_name="__main__")
+print(*snclr.load_encoder(sys.argv.pop())[1]["notes"])
+for line in ("main_snclr", "snclr.sweep --workdir run NAME=", "snclr.embed", "snclr.visualize"):
+    module, *sys.argv[1:] = line.split()
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as end:
+        print("exit code", end.code)
 """
 
 
@@ -137,13 +140,17 @@ def test_torch_hub_reads_a_file_and_an_address(pretrain, tmp_path, monkeypatch):
 
 def test_without_posix_weights_are_read_and_training_is_refused(pretrain):
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_POSIX, pretrain("vit_tiny"), ROOT / "main_snclr.py"],
+        [sys.executable, "-c", WITHOUT_POSIX, pretrain("vit_tiny")],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert "attention heads" in done.stdout, done.stderr[-3000:]
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "training and evaluation need POSIX: Linux, macOS" in done.stderr.splitlines()[-1]
+    assert done.stdout.count("exit code 2\n") == 4 and "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if ": error: " in line]
+    programs = ["main_snclr.py", "snclr.sweep", "snclr.embed", "snclr.visualize"]
+    assert [line.split(": ")[0] for line in lines] == programs
+    assert all("this command needs POSIX: Linux, macOS" in line for line in lines)
 
 
 @pytest.mark.docs

@@ -118,8 +118,8 @@ def test_a_logger_that_fails_ends_no_run_and_is_named_once(
         def close(self):
             pass
 
-    monkeypatch.setitem(loggers.KINDS, "wandb", Failing)
-    monkeypatch.setitem(loggers.KINDS, "mlflow", Working)
+    monkeypatch.setitem(loggers.OPEN, "wandb", Failing)
+    monkeypatch.setitem(loggers.OPEN, "mlflow", Working)
     monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: name)
     flags = f"{NO_EVALUATION} --log wandb mlflow --stop-after-steps 2 --workdir {tmp_path}"
     main_snclr.main([str(images), *flags.split()])

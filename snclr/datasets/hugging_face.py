@@ -1,7 +1,6 @@
 """Data sets of Hugging Face's library `datasets`, by name or in a local folder: --dataset hf."""
 
 import functools
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,49 +10,43 @@ from ..running.errors import UsageError, first_few, first_line
 from .decoding import read_encoded, unreadable
 from .images import FileImages
 
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
-
 VALIDATION = ("validation", "val", "valid", "test")  # the first of these that there is
 
 
 class HuggingFaceImages(FileImages):
-    """The images in a column of a table, which is memory-mapped.
+    """The images in a column of a datasets.Dataset, which is memory-mapped.
 
     rows (n,): the row of each image
     """
 
     per_image = ("labels", "rows", "size")
 
-    def __init__(self, table: "Dataset", column: str):
+    def __init__(self, table, column: str):
         super().__init__(None, [], IMAGENET)
-        import datasets
         from pyarrow import compute
 
-        self.table = table.select_columns([column]).cast_column(
-            column, datasets.Image(decode=False)
-        )
+        # in this format a row is read without decoding its image
+        self.table = table.select_columns([column]).with_format("arrow")
         self.column, self.rows = column, np.arange(len(table))
-        lengths = compute.binary_length(self._field("bytes"))
+        lengths = compute.binary_length(self._fields()["bytes"])
         self.size = lengths.fill_null(0).to_numpy().astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _field(self, name):
-        from pyarrow import compute
-
-        return compute.struct_field(self.table.data.column(self.column), name)  # copies no images
+    def _fields(self):
+        column = self.table.data.column(self.column)  # of structures; flatten copies no images
+        return dict(zip((field.name for field in column.type), column.flatten(), strict=True))
 
     @property
     def paths(self) -> np.ndarray:
         """The path that the table gives for each image, or else its row."""
-        paths = self._field("path").to_pylist()
+        paths = self._fields()["path"].to_pylist()
         return np.array([paths[row] or str(row) for row in self.rows])
 
     def encoded(self, index: int) -> tuple[str, np.ndarray]:
         row = int(self.rows[index])
-        image, name = self.table[row][self.column], f"in row {row} of the table"
+        image, name = self.table[row][self.column][0].as_py(), f"in row {row} of the table"
         if image is None:
             raise unreadable(name, "there is none")
         if image["bytes"] is None:
@@ -62,7 +55,7 @@ class HuggingFaceImages(FileImages):
 
 
 @functools.cache
-def _load(source: str) -> "DatasetDict":
+def _load(source):
     try:
         import datasets  # optional
     except ImportError as error:
@@ -102,11 +95,10 @@ def open_split(source: str, split: str) -> tuple[FileImages, list[str | None] | 
     labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     labels += [name for name in ("label", "labels") if name in features]
     notes = [f"{source}: split {name}, images of column {columns[0]}"]
-    images, names = HuggingFaceImages(tables[name], columns[0]), None
+    names = []
     if labels:
         notes[0] += f", labels of column {labels[0]}"
         to_name = getattr(features[labels[0]], "int2str", str)
         values = tables[name][labels[0]]
         names = [to_name(value) if value not in (None, -1) else None for value in values]
-        names = names if any(names) else None
-    return images, names, notes
+    return HuggingFaceImages(tables[name], columns[0]), names if any(names) else None, notes

@@ -1,12 +1,17 @@
 """One run in a workdir at a time, by a lock of the kernel, which ends when its process ends."""
 
-import fcntl
 import os
 import socket
 import stat
 
 from .errors import UsageError
+from .packages import check_posix
 from .safe_files import open_regular, writing
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    fcntl = None  # not POSIX
 
 # locked files stay open until the process ends, because closing one would release its lock
 locked_files = []
@@ -14,11 +19,12 @@ locked_files = []
 
 def hold(workdir: str, name: str) -> None:
     """Lock workdir/NAME.lock until this process ends, and write its number and host into the file.
-    Raises UsageError if another process holds the lock.
+    Raises UsageError if another process holds the lock, and on a system that is not POSIX.
 
     A file left by a process that has ended is not locked. POSIX locks work over NFS, and worker
     processes do not inherit them.
     """
+    check_posix()
     path = os.path.join(workdir, f"{name}.lock")
     with writing(path):
         os.makedirs(workdir, exist_ok=True)

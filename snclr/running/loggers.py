@@ -6,7 +6,9 @@ WANDB_MODE, WANDB_PROJECT, MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME.
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 from .errors import first_line
 from .safe_files import json_object, read_text, save_json
@@ -14,55 +16,47 @@ from .safe_files import json_object, read_text, save_json
 IDS = "logger_ids.json"  # in the workdir: the id of the run in each library
 
 
-class WandB:
-    """A run of Weights & Biases."""
+class Logger(NamedTuple):
+    """A run of a library, which `id` continues."""
 
-    def __init__(self, workdir: str, config: dict, run_id: str | None):
-        import wandb
-
-        self.id = run_id or secrets.token_hex(4)
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "snclr"),
-            name=os.path.basename(os.path.abspath(workdir)),
-            dir=workdir,
-            id=self.id,
-            resume="allow",
-            config=config,
-        )
-        # wandb's own counter would refuse the steps that a resumed run repeats
-        self.run.define_metric("*", step_metric="step")
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.run.log({"step": step, **values})
-
-    def close(self) -> None:
-        self.run.finish()
+    id: str
+    log: Callable[[dict[str, float], int], object]  # values by name, step
+    close: Callable[[], object]
 
 
-class MLflow:
+def open_wandb(workdir: str, config: dict, run_id: str | None) -> Logger:
+    """A run of Weights & Biases, whose files are in the workdir."""
+    import wandb
+
+    run_id = run_id or secrets.token_hex(4)
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "snclr"),
+        name=os.path.basename(os.path.abspath(workdir)),
+        dir=workdir,
+        id=run_id,
+        resume="allow",
+        config=config,
+    )
+    # wandb's own counter would refuse the steps that a resumed run repeats
+    run.define_metric("*", step_metric="step")
+    return Logger(run_id, lambda values, step: run.log({"step": step, **values}), run.finish)
+
+
+def open_mlflow(workdir: str, config: dict, run_id: str | None) -> Logger:
     """A run of MLflow; without MLFLOW_TRACKING_URI its files are in the workdir."""
+    import mlflow
 
-    def __init__(self, workdir: str, config: dict, run_id: str | None):
-        import mlflow
-
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-            mlflow.set_tracking_uri(f"file:{os.path.abspath(workdir)}/mlruns")
-        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "snclr"))
-        name = os.path.basename(os.path.abspath(workdir))
-        self.id = mlflow.start_run(run_id, run_name=name).info.run_id
-        if run_id is None:  # the parameters of a run cannot change
-            mlflow.log_params(config)
-        self.library = mlflow
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.library.log_metrics(values, step=step)
-
-    def close(self) -> None:
-        self.library.end_run()
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        mlflow.set_tracking_uri(f"file:{os.path.abspath(workdir)}/mlruns")
+    mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "snclr"))
+    run = mlflow.start_run(run_id, run_name=os.path.basename(os.path.abspath(workdir)))
+    if run_id is None:  # the parameters of a run cannot change
+        mlflow.log_params(config)
+    return Logger(run.info.run_id, mlflow.log_metrics, mlflow.end_run)
 
 
-KINDS = {"wandb": WandB, "mlflow": MLflow}
+OPEN = {"wandb": open_wandb, "mlflow": open_mlflow}
 
 
 class Loggers:
@@ -76,26 +70,27 @@ class Loggers:
         path = os.path.join(workdir, IDS)
         ids = json_object(read_text(path)) if names and os.path.isfile(path) else {}
         for name in names:
-            self._try(name, lambda name: self._start(name, workdir, config, ids.get(name)))
+            with self._dropped_if_it_fails(name):
+                self.runs[name] = OPEN[name](workdir, config, ids.get(name))
         if self.runs:
             save_json(path, ids | {name: run.id for name, run in self.runs.items()})
 
-    def _start(self, name, workdir, config, run_id):
-        self.runs[name] = KINDS[name](workdir, config, run_id)
-
-    def _try(self, name, function):
+    @contextmanager
+    def _dropped_if_it_fails(self, name) -> Iterator[None]:
         try:
-            function(name)
+            yield
         except Exception as error:  # of the network, the disk or the library; the run goes on
             self.runs.pop(name, None)
             self.say(f"note: nothing more is logged to {name}: {first_line(error)}")
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Add values by name at a step."""
-        for name in [*self.runs]:
-            self._try(name, lambda name: self.runs[name].log(values, step))
+        for name, run in [*self.runs.items()]:
+            with self._dropped_if_it_fails(name):
+                run.log(values, step)
 
     def close(self) -> None:
         """End the runs."""
-        for name in [*self.runs]:
-            self._try(name, lambda name: self.runs[name].close())
+        for name, run in [*self.runs.items()]:
+            with self._dropped_if_it_fails(name):
+                run.close()

@@ -5,18 +5,23 @@ from importlib import metadata
 from .errors import UsageError, first_line
 
 
+def check_posix() -> None:
+    """Raise UsageError on a system that is not POSIX: it lacks the locks and signals in use."""
+    try:
+        import fcntl  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "this command needs POSIX: Linux, macOS, or WSL on Windows; loading and exporting"
+            " weights does not"
+        ) from error
+
+
 def check_packages() -> None:
     """Raise UsageError on a system that is not POSIX, and if torch, torchvision or timm cannot be
     imported, as builds that do not belong together: pip does not see it, since it only compares
     version numbers.
     """
-    try:
-        import fcntl  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            "training and evaluation need POSIX: Linux, macOS, or WSL on Windows; loading and"
-            " exporting weights does not"
-        ) from error
+    check_posix()
     try:
         import timm  # noqa: F401
         import torch  # noqa: F401

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from .distributed import LaggedMaximum, shared_store, world_size
 from .errors import Interrupted, first_line
 
-SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
-if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-    SIGNALS.append(signal.SIGHUP)
+NAMES = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has two
+if signal.getsignal(SIGNALS[-1]) == signal.SIG_IGN:  # nohup ignores SIGHUP
+    SIGNALS.pop()
 
 
 @contextlib.contextmanager

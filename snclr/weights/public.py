@@ -41,18 +41,17 @@ def read_start(source: str, img_size: int) -> tuple[EncoderFile, nn.Module | Non
     with _downloading(source):
         config = json.loads(read_text(huggingface_hub.hf_hub_download(repo, "config.json")))
         if "architecture" in config:
-            name = f"hf-hub:{repo}"
-            return _of_timm(source, name, timm.get_pretrained_cfg(config["architecture"]), img_size)
-        if config.get("model_type") in ("vit", "resnet"):
-            try:
-                path = huggingface_hub.hf_hub_download(repo, "model.safetensors")
-            except huggingface_hub.utils.EntryNotFoundError:
-                path = huggingface_hub.hf_hub_download(repo, "pytorch_model.bin")
-    if config.get("model_type") not in ("vit", "resnet"):
-        raise UsageError(
-            f"--init-from {source} is a {config.get('model_type')!r}: of transformers' models only "
-            "'vit' and 'resnet' are known here; many others are timm's, as timm:NAME"
-        )
+            known = timm.get_pretrained_cfg(config["architecture"])
+            return _of_timm(source, f"hf-hub:{repo}", known, img_size)
+        if config.get("model_type") not in ("vit", "resnet"):
+            raise UsageError(
+                f"--init-from {source} is a {config.get('model_type')!r}: of transformers' models "
+                "only 'vit' and 'resnet' are known here; many others are timm's, as timm:NAME"
+            )
+        try:
+            path = huggingface_hub.hf_hub_download(repo, "model.safetensors")
+        except huggingface_hub.utils.EntryNotFoundError:
+            path = huggingface_hub.hf_hub_download(repo, "pytorch_model.bin")
     file = read_encoder(path)
     saved = {"args": {"num_heads": config.get("num_attention_heads"), **file.settings}}
     return file._replace(path=source, is_library=True, saved=file.saved | saved), None
@@ -63,9 +62,8 @@ def _of_timm(source, name, config, img_size):
     model = timm.create_model(name, pretrained=True, num_classes=0, **sized).eval()
     heads = {getattr(module, "num_heads", None) for module in model.modules()} - {None}
     settings = {"num_heads": heads.pop()} if len(heads) == 1 else {}
-    layout = "weights of timm"
-    file = EncoderFile(source, model.state_dict(), layout, True, [], {"args": settings})
-    return file, model
+    saved = {"args": settings}
+    return EncoderFile(source, model.state_dict(), "weights of timm", True, [], saved), model
 
 
 def _check_name(name):
