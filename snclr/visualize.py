@@ -7,6 +7,7 @@ photo.jpg, the images nearest to the photo. The same flags and seed give the sam
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 
@@ -65,6 +66,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     g.add_argument(
         "--pool", type=positive, default=5000, metavar="N", help="training images that are searched"
     )
+    g.add_argument(
+        "--umap", action="store_true", help="add UMAP to the map (pip install umap-learn)"
+    )
     g.add_argument("--seed", type=seed, default=0, metavar="N", help="seed that chooses the images")
     g.add_argument(
         "--out", metavar="DIR", help="folder of the pictures (default: pictures beside FILE)"
@@ -77,6 +81,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     check_data(args)
     if args.image is not None and not os.path.isfile(args.image):
         raise UsageError(f"--image {args.image}: there is no such file")
+    if args.umap and importlib.util.find_spec("umap") is None:
+        raise UsageError("--umap needs umap-learn: pip install umap-learn")
     return args
 
 
@@ -164,7 +170,7 @@ def _draw(
     maps = {
         f"{method} of {name}": points
         for name, of_pool in features.items()
-        for method, points in projections(of_pool, args.seed).items()
+        for method, points in projections(of_pool, args.seed, args.umap).items()
     }
     labels = None if train.labels is None else train.labels[pool].numpy()
     pictures["map"] = map_picture(maps, labels, train.classes)

@@ -54,7 +54,12 @@ def start(images, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "flags",
-    ["", "-a vit_tiny --stop-grad-conv1", "--method mocov2", "--method nnclr"],
+    [
+        "",
+        pytest.param("-a vit_tiny --stop-grad-conv1", marks=pytest.mark.slow),
+        "--method mocov2",
+        "--method nnclr",
+    ],
 )
 def test_a_frozen_backbone_keeps_every_bit_and_is_trained_afterwards(
     images, start, tmp_path, flags
@@ -238,30 +243,40 @@ def test_without_network_there_is_one_clear_line(monkeypatch, tmp_path, source):
     assert source in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("library", ["timm", "hf"])
-def test_weights_of_the_hugging_face_hub_come_from_its_cache(monkeypatch, tmp_path, library, start):
-    if library == "hf":
-        pytest.importorskip("transformers", reason="transformers is not installed")
+@pytest.fixture
+def cached(monkeypatch, tmp_path):
+    """The folder in which the hub's library has the files of hf:snclr/vit."""
     repository = tmp_path / "models--snclr--vit"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs/main").write_text("0" * 40)
     (repository / "snapshots").mkdir()
-    folder = repository / "snapshots" / ("0" * 40)
-    export.main([str(start("vit_tiny")), "--format", library, "--out", str(folder)])
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE"):
-        value = True if name == "HF_HUB_OFFLINE" else str(tmp_path)
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    return repository / "snapshots" / ("0" * 40)
+
+
+def test_other_models_of_the_hub_are_refused(cached):
+    cached.mkdir()
+    (cached / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
+    with pytest.raises(UsageError, match="'dinov2': of transformers' models only"):
+        public.read_start("hf:snclr/vit", 32)
+    (cached / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(UsageError, match="cannot be downloaded or read"):  # without its weights
+        public.read_start("hf:snclr/vit", 32)
+
+
+@pytest.mark.parametrize("library", ["timm", pytest.param("hf", marks=pytest.mark.slow)])
+def test_weights_of_the_hugging_face_hub_come_from_its_cache(cached, library, start):
+    if library == "hf":
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    export.main([str(start("vit_tiny")), "--format", library, "--out", str(cached)])
     encoder, notes = opened("hf:snclr/vit", "vit_tiny", 32)
     expected, _ = snclr.load_encoder(str(start("vit_tiny")))
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(encoder.embed(x), expected(x), rtol=1e-4, atol=1e-5)
     assert "3 attention heads, as hf:snclr/vit has" in notes
     if library == "hf":
-        tensors = safetensors.torch.load_file(folder / "model.safetensors")
-        (folder / "model.safetensors").unlink()
-        torch.save(tensors, folder / "pytorch_model.bin")  # as in older repositories
+        tensors = safetensors.torch.load_file(cached / "model.safetensors")
+        (cached / "model.safetensors").unlink()
+        torch.save(tensors, cached / "pytorch_model.bin")  # as in older repositories
         assert torch.equal(opened("hf:snclr/vit", "vit_tiny", 32)[0].embed(x), encoder.embed(x))
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"model_type": "dinov2"}))
-        with pytest.raises(UsageError, match="'dinov2': of transformers' models only"):
-            public.read_start("hf:snclr/vit", 32)

@@ -348,20 +348,23 @@ def test_a_map_of_collapsed_features_is_drawn():
 
 
 @pytest.mark.slow  # numba compiles for many seconds
-def test_map_by_umap_where_it_is_installed():
+def test_map_by_umap():
     pytest.importorskip("umap", reason="UMAP needs umap-learn")
-    assert list(encoders.projections(torch.ones(20, 5), seed=1)) == ["PCA"]  # at full collapse
+    collapsed = encoders.projections(torch.ones(20, 5), seed=1, with_umap=True)
+    assert list(collapsed) == ["PCA"]
     for features in (torch.randn(40, 5), torch.randn(3, 5)):
-        first, second = (encoders.projections(features, seed=1)["UMAP"] for _ in range(2))
+        maps = [encoders.projections(features, seed=1, with_umap=True) for _ in range(2)]
+        first, second = (points["UMAP"] for points in maps)
         assert first.shape == (len(features), 2) and np.array_equal(first, second)
         assert np.isfinite(first).all()
 
 
-@pytest.fixture(autouse=True)
-def without_umap(request, monkeypatch):
-    """Other tests do without UMAP, whose first call takes many seconds to compile."""
-    if "umap" not in request.node.name:
-        monkeypatch.setitem(sys.modules, "umap", None)
+def test_umap_runs_only_on_request_and_its_package_is_named(monkeypatch):
+    assert not visualize.parse(["x", "--dataset", "embedded"]).umap
+    assert "UMAP" not in encoders.projections(torch.randn(9, 5), seed=1)
+    monkeypatch.setattr(visualize.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="--umap needs umap-learn: pip install umap-learn"):
+        visualize.parse(["x", "--dataset", "embedded", "--umap"])
 
 
 def test_map_by_tsne_where_scikit_learn_is_installed():

@@ -35,19 +35,17 @@ def shards_below(folder: str) -> list[str]:
     """All .tar files below a folder in the order of their names, or else its .zip files. Raises
     UsageError if there is none.
     """
-    files = {".tar": [], ".zip": []}
-    compressed = []
+    paths = []
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         subfolders.sort()
-        for suffix, paths in files.items():
-            paths += [os.path.join(parent, name) for name in sorted(names) if name.endswith(suffix)]
-        compressed += [name for name in names if re.search(r"\.(tgz|tar\.\w+)$", name)]
-    shards = files[".tar"] or files[".zip"]
+        paths += [os.path.join(parent, name) for name in sorted(names)]
+    shards = [path for path in paths if path.endswith(".tar")]
+    shards = shards or [path for path in paths if path.endswith(".zip")]
     if not shards:
-        message = f"no .tar file in {folder}"
-        if compressed:
-            message += f"; {compressed[0]} is compressed: unpack it to .tar"
-        raise UsageError(message)
+        packed = [path for path in paths if re.search(r"\.(tgz|tar\.\w+)$", path)]
+        name = os.path.basename(packed[0]) if packed else None
+        hint = f"; {name} is compressed: unpack it to .tar" if packed else ""
+        raise UsageError(f"no .tar file in {folder}{hint}")
     return shards
 
 
