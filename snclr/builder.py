@@ -207,7 +207,10 @@ class SNCLR(nn.Module):
         positions = rank() * batch + np.arange(batch)
         # other keys with negative numbers: -1 in augment.epoch_order
         shares = keyed_uniforms(k, self.args.seed, step, positions, -2 - number)
-        return mix_with_keys(neighbours, key, torch.from_numpy(shares))
+        shares = torch.from_numpy(shares)
+        if key.is_cuda:
+            shares = shares.pin_memory()  # the host would wait for a copy from pageable memory
+        return mix_with_keys(neighbours, key, shares.to(key.device, non_blocking=True))
 
     def _weights(self, source, rows, neighbours):
         """Positiveness (B, K) of the neighbours, with the sum 1 / gamma.
