@@ -148,8 +148,8 @@ def add_term(patch=setattr):
     """Add a further term, 'size', to the loss, as a fork would in one line."""
     show = SNCLR._show
 
-    def _show(self, projection, *arguments):
-        shown = show(self, projection, *arguments)
+    def _show(self, projection, *arguments, **names):
+        shown = show(self, projection, *arguments, **names)
         shown.terms["size"] = 0.1 * projection.square().mean()
         return shown
 

@@ -19,6 +19,7 @@ from sample_images import levels_apart, picture, rgb, save_folder
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+import snclr.loader
 from snclr import augment, choices, shared_options
 from snclr.augment import Recipe, View, moco_v3_views
 from snclr.datasets import sources
@@ -226,21 +227,21 @@ def test_a_batch_put_together_from_several_requests_is_the_same(
             )
 
 
-def test_no_request_has_more_than_256_images_and_shared_memory_is_checked_for_that(
-    image_sets, monkeypatch
-):
+def test_requests_are_bounded_and_shared_memory_is_checked_for_that(image_sets, monkeypatch):
+    assert snclr.loader.REQUEST == 256
+    monkeypatch.setattr("snclr.loader.REQUEST", 8)
     needed, asked = [], []
     files = copy.copy(image_sets["files"])
-    files.paths = np.resize(files.paths, 600)
+    files.paths = np.resize(files.paths, 18)
     files.views = lambda recipe, epoch, indices: (
         asked.append(len(indices)) or type(files).views(files, recipe, epoch, indices)
     )
     monkeypatch.setattr("snclr.loader.check_shared_memory", lambda *case: needed.append(case))
-    for batch in TwoViewLoader(files, RECIPE, 600, CPU, 0).epoch(0):
-        assert len(batch.ids) == len({*batch.ids.tolist()}) == 600
-    TwoViewLoader(files, RECIPE, 40, CPU, 3)
-    assert asked == [200] * 3
-    assert needed == [(256 * 2 * 3 * 16**2, 0, 1), (40 * 2 * 3 * 16**2, 3, 1)]
+    for batch in TwoViewLoader(files, RECIPE, 18, CPU, 0).epoch(0):
+        assert len(batch.ids) == len({*batch.ids.tolist()}) == 18
+    TwoViewLoader(files, RECIPE, 5, CPU, 3)
+    assert asked == [6] * 3
+    assert needed == [(8 * 2 * 3 * 16**2, 0, 1), (5 * 2 * 3 * 16**2, 3, 1)]
 
 
 def test_workers_load_few_images_ahead_of_a_large_batch(image_sets, monkeypatch):

@@ -92,12 +92,12 @@ def run(tmp_path_factory, images):
                 f"float64:{images} {VIT} {short}/vit",
                 f"float64:{images} {VIT} --micro-batch 3 {short}/micro",
                 f"float64:{images} {TIMM} {short}/timm",
-                f"float64:{images} {SMALL} --method mocov2 {short}/mocov2",
-                f"float64:{images} {SMALL} --local-views 2 {short}/local",
-                f"float64:{images} {SMALL} --weights projected --wd 0 {short}/projected",
+                f"float64:{images} {NO_EVALUATION} --method mocov2 {short}/mocov2",
+                f"float64:{images} {NO_EVALUATION} --local-views 2 {short}/local",
+                f"float64:{images} {NO_EVALUATION} --weights projected --wd 0 {short}/projected",
                 f"float64:{images} {NO_EVALUATION} --freeze-backbone-epochs 1 --lr-scale 0.5 "
                 f"--stop-after-steps 7 --workdir {out}/frozen",
-                f"float64:{images} {SMALL} {LEVERS} {short}/levers",
+                f"float64:{images} {NO_EVALUATION} {LEVERS} {short}/levers",
                 f"{long}/whole",
                 f"{long}/parts --stop-after-steps 7",
                 f"term:float64:{images} {NO_EVALUATION} {short}/term",  # last: it changes the class

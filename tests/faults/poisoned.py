@@ -8,10 +8,11 @@ import os
 import sys
 
 import main_snclr
-from snclr import objectives
+from snclr import streamed
 from snclr.running.errors import one_clear_line
+from snclr.running.guard import Guard
 
-calls, original = [], objectives._LogSumExp.forward
+calls, original = [], streamed._LogSumExp.forward
 
 
 def poisoned(ctx, *arguments):
@@ -22,6 +23,7 @@ def poisoned(ctx, *arguments):
     return original(ctx, *arguments) * (math.nan if is_poisoned else 1)
 
 
-objectives._LogSumExp.forward = poisoned
+streamed._LogSumExp.forward = poisoned
+Guard.try_forward = lambda *_: None  # it computes the loss once more, after an epoch
 with one_clear_line("poisoned.py"):
     main_snclr.main(sys.argv[3:])
