@@ -124,7 +124,7 @@ def flag(
 
 
 def flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """The flags of a parser, which have what `flag` was told as attributes; without --help."""
+    """The flags of a parser, with the facts that `flag` got as attributes; without --help."""
     return [action for action in parser._actions if hasattr(action, "on_resume")]
 
 

@@ -25,6 +25,7 @@ from .objectives import (
     snclr_loss,
 )
 from .running.compilation import begin_step, compiled
+from .running.devices import send
 from .running.distributed import all_gather, rank, world_size
 from .running.errors import UsageError, first_line
 from .running.metrics import StepView
@@ -207,10 +208,7 @@ class SNCLR(nn.Module):
         positions = rank() * batch + np.arange(batch)
         # other keys with negative numbers: -1 in augment.epoch_order
         shares = keyed_uniforms(k, self.args.seed, step, positions, -2 - number)
-        shares = torch.from_numpy(shares)
-        if key.is_cuda:
-            shares = shares.pin_memory()  # the host would wait for a copy from pageable memory
-        return mix_with_keys(neighbours, key, shares.to(key.device, non_blocking=True))
+        return mix_with_keys(neighbours, key, send(torch.from_numpy(shares), key.device))
 
     def _weights(self, source, rows, neighbours):
         """Positiveness (B, K) of the neighbours, with the sum 1 / gamma.

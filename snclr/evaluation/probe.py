@@ -14,6 +14,7 @@ from ..datasets.images import ImageSet
 from ..datasets.split import hold_out
 from ..loader import ViewLoader
 from ..running import distributed
+from ..running.devices import send
 from . import features, state
 from .cache import cached_features
 from .linear import NORMS, LinearGrid, kinds_of
@@ -155,9 +156,7 @@ def epoch_features(
         return
     for part in parts:
         ids, x = torch.from_numpy(part), cached[epoch % len(cached), part]
-        if task.device.type == "cuda":
-            x = x.pin_memory()  # the host would wait for a copy from pageable memory
-        yield ids.to(task.device, non_blocking=True), x.to(task.device, non_blocking=True)
+        yield send(ids, task.device), send(x, task.device)
 
 
 def accuracies(heads: LinearGrid, x: Tensor, labels: Tensor) -> Tensor:

@@ -12,6 +12,15 @@ def on_host(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x, from the host's memory, on the device. The host does not wait for the copy, as it would if
+    a GPU copied from pageable memory.
+    """
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def uses_bfloat16_bank(amp: str, device: torch.device) -> bool:
     """Whether the large products with the bank are computed in bfloat16: only on a CPU, and with
     --amp bf16. A GPU rounds each product before a search can subtract its offset

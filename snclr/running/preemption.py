@@ -89,7 +89,7 @@ class Interruptions:
         """End the run before the next step, if there was a signal; returns whether it ends.
 
         Several ranks cannot save together then: some may be within the step. So this rank leaves at
-        once, and those that lose contact with it do the same (interrupt_if_told).
+        once, and those that lose contact with it do the same (interrupt_like_other_ranks).
         last_checkpoint: what is reported about it.
         """
         if self.signal and world_size() > 1:
@@ -115,7 +115,7 @@ class Interruptions:
         self.unsaved = True
 
 
-def interrupt_if_told() -> None:
+def interrupt_like_other_ranks() -> None:
     """Raise Interrupted if a rank has left because of a signal, in Interruptions.end_here."""
     with contextlib.suppress(RuntimeError):
         if shared_store().check(["signal"]):

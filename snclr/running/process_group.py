@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from .distributed import rank, shared_store, world_size
 from .errors import RunError, first_line
-from .preemption import interrupt_if_told
+from .preemption import interrupt_like_other_ranks
 
 # seconds in which every living rank notices that another one is lost
 GRACE = 5
@@ -93,7 +93,7 @@ def failures_named() -> Iterator[None]:
         known = any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
         if world_size() == 1 or isinstance(error, RunError) or not known:
             raise
-        interrupt_if_told()
+        interrupt_like_other_ranks()
         raise RunError(f"{_silent_ranks()}: {_sentence(error)}") from error
 
 
