@@ -75,14 +75,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); 
 def page(runs: Sequence[Run]) -> str:
     """The HTML text of the report."""
     groups = group(runs)
-    names = [[run.settings.get(x, "?") for x in ("method", "arch", "dataset")] for run in runs]
-    titles = [f"{method} {arch}, {dataset}" for method, arch, dataset in names]
-    title = html.escape("; ".join(dict.fromkeys(titles)))
-    parts = [
-        f"<h1>{title}</h1>",
-        _table(*comparison(groups)),
-        f"<p>{LEGEND}</p>",
-    ]
+    about = [[run.settings.get(x, "?") for x in ("method", "arch", "dataset")] for run in runs]
+    title = html.escape("; ".join(dict.fromkeys("{} {}, {}".format(*x) for x in about)))
+    parts = [f"<h1>{title}</h1>", _table(*comparison(groups)), f"<p>{LEGEND}</p>"]
     names = differences([members[0] for members in groups.values()])
     if len(names) > FEW:
         rows = [

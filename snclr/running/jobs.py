@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from .errors import UsageError
 from .lock import is_held
+from .preemption import SIGNALS
 from .safe_files import json_object, open_to_append, read_bytes, read_text, save_json, writing
 
 WAITS, RUNS, DONE, FAILED = "waits", "runs", "finished", "failed"
@@ -42,7 +43,7 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], seconds: float) -> str:
     nothing did. A stopped job gets a SIGTERM, saves and ends; its state is then WAITS.
     """
     received: list[int] = []
-    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for each in SIGNALS:
         signal.signal(each, lambda number, frame: received.append(number))
     free, reason, height, deadline = list(gpus), "", 0, time.monotonic() + seconds
     for job in jobs:
