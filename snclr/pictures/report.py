@@ -131,12 +131,12 @@ def write_into(workdir: str) -> str:
 
 
 def _table(heads: Iterable, rows: Iterable[Iterable]) -> str:
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in heads)
-    body = ""
-    for row in rows:
-        cells = ("" if cell is None else html.escape(str(cell)) for cell in row)
-        body += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    def line(tag, cells):
+        texts = ("" if cell is None else html.escape(str(cell)) for cell in cells)
+        return f"<tr>{''.join(f'<{tag}>{text}</{tag}>' for text in texts)}</tr>"
+
+    lines = [line("th", heads), *(line("td", row) for row in rows)]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def _image(path: str) -> str:
