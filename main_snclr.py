@@ -148,6 +148,8 @@ def main(argv: list[str]) -> None:
         hardware = {"world_size": distributed.world_size(), "amp_used": amp, "device": name}
         save_settings(workdir, args, hardware)
     log = Log(workdir, step=step, enabled=is_rank_zero, args=args)
+    interruptions = Interruptions(args.save_every_minutes, args.timeout_minutes)
+    loader.stop_waiting_if(lambda: interruptions.signal > 0)
     run = Run(
         args=args,
         workdir=workdir,
@@ -165,10 +167,9 @@ def main(argv: list[str]) -> None:
         optimizer=optimizer,
         scaler=scaler,
         guard=Guard(model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled()),
-        interruptions=Interruptions(args.save_every_minutes, args.timeout_minutes),
+        interruptions=interruptions,
         log=log,
     )
-    loader.stop_waiting_if(lambda: run.interruptions.signal > 0)
     log.say(
         f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), "
         f"batch {args.batch_size}"

@@ -119,12 +119,18 @@ class WorkerBatches:
             signal.signal(signal.SIGALRM, before)
 
 
-class LastingWorkers(WorkerBatches):
-    """The same for requests that come in several calls, with the same processes."""
+class LastingWorkers:
+    """WorkerBatches for requests that come in several calls, with the same processes.
+
+    No object refers back to this one: the processes end with its last reference. If only the
+    garbage collector ended them, torch would wait 5 s for each.
+    """
 
     def __init__(self, dataset: Dataset, workers: int, *, pin_memory: bool):
         self.queue = _Queue()
-        super().__init__(dataset, self.queue, workers, persistent=True, pin_memory=pin_memory)
+        self.workers = WorkerBatches(
+            dataset, self.queue, workers, persistent=True, pin_memory=pin_memory
+        )
         self.batches: Iterator = iter(())
         self.begun: Sequence[tuple] = ()  # requests after those of the last call
 
@@ -138,7 +144,7 @@ class LastingWorkers(WorkerBatches):
             self.queue.clear()
             deque(self.batches, maxlen=0)  # wait for what the processes have begun
             self.queue.extend(requests)
-            self.batches = iter(self)
+            self.batches = iter(self.workers)
         self.queue.extend(ahead)
         self.begun = ()  # if this call is not read to its end, the next one starts anew
         for number in range(1, len(requests) + 1):
