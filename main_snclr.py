@@ -49,7 +49,6 @@ from snclr.running.preemption import Interruptions, end_at_once, handlers_given_
 from snclr.running.settings import save_settings
 from snclr.running.workers import Stalled
 from snclr.weights import public
-from snclr.weights.layouts import EncoderFile
 from snclr.weights.load import choose_num_heads, load_backbone
 
 
@@ -112,7 +111,9 @@ def main(argv: list[str]) -> None:
     model = build_model(args, bfloat16=uses_bfloat16_bank(amp, device))
     workdir, checkpoint_path, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
     if args.init_from and not checkpoint_path:
-        start_notes += load_initial_weights(model, initial) + head_notes
+        start_notes += load_backbone(model.base_encoder, initial) + head_notes
+        if model.momentum_encoder is not None:
+            model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
         if timm_model is not None:
             images = torch.randn(2, 3, args.img_size, args.img_size)
             public.check_features(args.init_from, timm_model, model.base_encoder, images)
@@ -121,8 +122,8 @@ def main(argv: list[str]) -> None:
         start_notes += [f"--init-from {args.init_from} is ignored: {checkpoint_path} is resumed"]
     # in float32 on a CPU channels-last is not faster, and torch 2.15 crashes in the backward of
     # narrow convolutions
-    channels_last = device.type == "cuda" or amp != "off"
-    layout = torch.channels_last if channels_last else torch.preserve_format
+    plain = device.type == "cpu" and amp == "off"
+    layout = torch.preserve_format if plain else torch.channels_last
     model = synchronise_batch_norm(model.to(device, memory_format=layout), device)
     scales = optim.layer_scales(model.base_encoder, args.lr_scale, prefix="base_encoder.")
     optimizer = optim.build_optimizer(args.optimizer, model, args.wd, scales)
@@ -249,34 +250,31 @@ def default_workdir(args: argparse.Namespace) -> str:
     return os.path.join("runs", f"{args.method}-{arch}-{args.dataset}-{start}")
 
 
-def load_initial_weights(model: SNCLR, file: EncoderFile) -> list[str]:
-    """Load the backbone of both encoders from a file; returns lines that say what was loaded."""
-    notes = load_backbone(model.base_encoder, file)
-    if model.momentum_encoder is not None:
-        model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
-    return notes
-
-
 def setting_notes(args: argparse.Namespace, num_images: int) -> list[str]:
     """Lines about settings that work, but may not do what the user expects."""
-    lines = []
-    if args.method != "mocov3" and args.bank_size > num_images:
-        lines.append(
+    has_plain_patches = args.arch in ("vit_tiny", "vit_small", "vit_base")
+    resnet_flags = args.width or args.small_stem
+    notes = (
+        (
+            args.method != "mocov3" and args.bank_size > num_images,
             f"the bank ({args.bank_size} rows) is larger than the data set ({num_images} images): "
-            "it holds several copies of each image"
-        )
-    if args.method != "snclr":
-        lines.append(
+            "it holds several copies of each image",
+        ),
+        (
+            args.method != "snclr",
             f"--method {args.method} does not use soft neighbours: --topk, --form, --candidates, "
-            "--mix-neighbours and the flags of their weights have no effect"
-        )
-    if not args.arch.startswith("resnet") and (args.width or args.small_stem):
-        lines.append(f"--width and --small-stem are for ResNets: no effect on {args.arch}")
-    if args.arch not in ("vit_tiny", "vit_small", "vit_base") and args.stop_grad_conv1:
-        lines.append(
-            f"--stop-grad-conv1 is for ViTs with a plain patch embedding: no effect on {args.arch}"
-        )
-    return lines
+            "--mix-neighbours and the flags of their weights have no effect",
+        ),
+        (
+            resnet_flags and not args.arch.startswith("resnet"),
+            f"--width and --small-stem are for ResNets: no effect on {args.arch}",
+        ),
+        (
+            args.stop_grad_conv1 and not has_plain_patches,
+            f"--stop-grad-conv1 is for ViTs with a plain patch embedding: no effect on {args.arch}",
+        ),
+    )
+    return [note for applies, note in notes if applies]
 
 
 def train_epoch(run: Run, step: int) -> int:
@@ -394,11 +392,13 @@ def save(run: Run, step: int) -> None:
     checkpoint.UNSOUND is written, so that the last sound checkpoint stays. If a save fails, the run
     continues with a note; at its last save it raises RunError.
     """
-    args, message = run.args, "saved"
+    args, is_last = run.args, step >= run.last_step
     epoch, inside = divmod(step, run.loader.steps_per_epoch)
     reason = run.guard.what_is_unsound(step, run.model, run.optimizer)
+    outcome = "saved" if reason is None else f"saved as {checkpoint.UNSOUND}"
     if distributed.rank() == 0:
         is_numbered = args.save_freq and not inside and epoch % args.save_freq == 0
+        names = [f"{epoch:04d}", "last"] if is_numbered else ["last"]
         state = checkpoint.pack(
             run.model,
             run.optimizer,
@@ -412,40 +412,38 @@ def save(run: Run, step: int) -> None:
         encoder = checkpoint.pack_encoder(run.encoder, args.eval_encoder, args=args, epoch=epoch)
         try:
             if reason is None:
-                write_files(run, state, encoder, number=f"{epoch:04d}" if is_numbered else None)
+                write_files(run, state, encoder, names)
             else:
                 tensor_files.save(os.path.join(run.workdir, checkpoint.UNSOUND), state)
         except RunError as error:
             if not os.path.lexists(run.workdir):
                 raise RunError(f"{run.workdir} was deleted or renamed during the run") from error
-            if step >= run.last_step or run.interruptions.ending:
+            if is_last or run.interruptions.ending:
                 raise
             run.log.say(f"note: {error}; the run goes on and tries again at the next save")
-            message = "not saved, the checkpoint before is whole"
+            outcome = "not saved, the checkpoint before is whole"
     if reason is not None:
-        outcome = f"saved as {checkpoint.UNSOUND}" if message == "saved" else message
-        message = f"{reason}: {outcome}; {run.guard.last_sound_checkpoint}"
-        if step >= run.last_step:
-            raise RunError(message)
-        run.log.say(f"note: {message}")
-    elif message == "saved":
+        outcome = f"{reason}: {outcome}; {run.guard.last_sound_checkpoint}"
+        if is_last:
+            raise RunError(outcome)
+        run.log.say(f"note: {outcome}")
+    elif outcome == "saved":
         run.guard.saved_step = step
-    run.interruptions.saved(message)
+    run.interruptions.saved(outcome)
 
 
-def write_files(run: Run, state: dict, encoder: dict, number: str | None) -> None:
-    """Write the encoder and the checkpoint, as the last ones and under a number if there is one.
+def write_files(run: Run, state: dict, encoder: dict, names: list[str]) -> None:
+    """Write the encoder and the checkpoint under each name: a number, 'last'.
 
     checkpoint_last is written at the end. So after a crash in between, the run resumes from the
     previous checkpoint, and writes all files again.
     """
     run.log.flush(durable=True)
-    if number is not None:
-        tensor_files.save(os.path.join(run.workdir, f"encoder_{number}.pth.tar"), encoder)
-    tensor_files.save(os.path.join(run.workdir, "encoder_last.pth.tar"), encoder)
-    if number is not None:
-        tensor_files.save(os.path.join(run.workdir, f"checkpoint_{number}.pth.tar"), state)
-    tensor_files.save(os.path.join(run.workdir, checkpoint.LAST), state, run.args.keep)
+    for name in names:
+        tensor_files.save(os.path.join(run.workdir, f"encoder_{name}.pth.tar"), encoder)
+    for name in names:
+        keep = run.args.keep if name == "last" else 1
+        tensor_files.save(os.path.join(run.workdir, f"checkpoint_{name}.pth.tar"), state, keep)
 
 
 def is_evaluation_due(run: Run, step: int) -> bool:
@@ -461,69 +459,37 @@ def evaluate(run: Run, step: int) -> None:
     At the start of a run this is the untrained encoder, or that of --init-from. For small images
     the raw pixels are evaluated as well. Training should exceed both.
     """
-    args, device, train = run.args, run.loader.device, run.loader.images
-    epoch = step // run.loader.steps_per_epoch
-    result = {}
+    args, train, val = run.args, run.loader.images, run.val
+    loader_args = dict(size=args.img_size, device=run.loader.device, workers=args.workers)
+    epoch, name = step // run.loader.steps_per_epoch, args.eval_encoder
+    result, parts, title = {}, [], f"{name} encoder"
     with run.interruptions.nothing_unsaved():
-        if step == 0 and run.val is not None and args.img_size <= 64:
-            result["raw_pixels_knn_top1"] = knn.accuracy(
-                lambda x: x.flatten(1),
-                train,
-                run.val,
-                size=args.img_size,
-                device=device,
-                workers=args.workers,
-            )["knn_top1"]
-            run.log.say(
-                f"epoch 0/{args.epochs}  kNN top-1 {result['raw_pixels_knn_top1']:.2f} % "
-                "(raw pixels)"
-            )
-        if step == 0 and not args.init_from:
+        if step == 0 and val is not None and args.img_size <= 64:
+            pixels = knn.accuracy(lambda x: x.flatten(1), train, val, **loader_args)["knn_top1"]
+            result["raw_pixels_knn_top1"] = pixels
+            run.log.say(f"epoch 0/{args.epochs}  kNN top-1 {pixels:.2f} % (raw pixels)")
+        encoder, amp = run.encoder.eval(), run.amp
+        if step == 0 and args.init_from:
+            title = name = f"start (from {args.init_from})"
+        elif step == 0:
             # the running statistics of its batch norms are not those of any images yet
-            encoder = knn.calibrated_copy(
-                run.model.base_encoder,
-                train,
-                size=args.img_size,
-                device=device,
-                workers=args.workers,
-            )
-            result |= evaluate_features(run, encoder.embed, epoch, "untrained encoder")
-        else:
-            name = args.eval_encoder if step else f"start (from {args.init_from})"
-            run.encoder.eval()
-            with autocast(run.amp, device):
-                title = f"{name} encoder" if step else name
-                result |= evaluate_features(run, run.encoder.embed, epoch, title)
-            run.encoder.train()
-            result["encoder"] = name
-    run.log.line({"epoch": epoch, "step": step, **result})
-
-
-def evaluate_features(run: Run, embed, epoch: int, title: str) -> dict:
-    """kNN accuracy in percent, if there are validation images, and the signals without labels.
-
-    embed: normalised images (B, 3, S, S) to features (B, F). Prints a line that ends in the title.
-    """
-    args, result, parts = run.args, {}, []
-    signals = label_free.signals(embed, run.loader)
+            encoder = knn.calibrated_copy(run.model.base_encoder, train, **loader_args)
+            title, name, amp = "untrained encoder", None, "off"
+        with autocast(amp, run.loader.device):
+            signals = label_free.signals(encoder.embed, run.loader)
+            if signals is not None and val is not None:
+                result |= knn.accuracy(encoder.embed, train, val, **loader_args)
+                parts.append(f"kNN top-1 {result['knn_top1']:.2f} %")
     if signals is None:
         run.log.say(f"note: epoch {epoch} is not evaluated: the features are not finite ({title})")
-        return {}
-    if run.val is not None:
-        result |= knn.accuracy(
-            embed,
-            run.loader.images,
-            run.val,
-            size=args.img_size,
-            device=run.loader.device,
-            workers=args.workers,
-        )
-        parts.append(f"kNN top-1 {result['knn_top1']:.2f} %")
-    result |= signals
-    parts.append(f"effective rank {result['effective_rank']:.1f}")
-    parts.append(f"view agreement {result['view_agreement']:.3f}")
-    run.log.say(f"epoch {epoch}/{args.epochs}  {'  '.join(parts)} ({title})")
-    return result
+    else:
+        result |= signals
+        parts.append(f"effective rank {result['effective_rank']:.1f}")
+        parts.append(f"view agreement {result['view_agreement']:.3f}")
+        run.log.say(f"epoch {epoch}/{args.epochs}  {'  '.join(parts)} ({title})")
+    if name is not None:
+        result["encoder"] = name
+    run.log.line({"epoch": epoch, "step": step, **result})
 
 
 if __name__ == "__main__":

@@ -107,12 +107,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         )
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                if name.endswith("qkv"):  # queries, keys and values are three layers in one matrix
-                    bound = math.sqrt(6 / (module.weight.shape[0] // 3 + module.weight.shape[1]))
-                    nn.init.uniform_(module.weight, -bound, bound)
-                else:
-                    nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                timm_vit.init_weights_vit_moco(module, name)
         nn.init.normal_(self.cls_token, std=1e-6)
         if embed_layer is PatchEmbed:
             patches = self.patch_embed.proj

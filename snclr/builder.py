@@ -85,7 +85,7 @@ class SNCLR(nn.Module):
         self.predictor = predictor
         self.memory_bank = memory_bank
         # compiling this function, not the encoder, keeps the names of the state dict
-        self.embed = compiled(_embed, args.compile)
+        self.embed = compiled(lambda encoder, x: encoder.embed(x), args.compile)
         self.joins_views = args.micro_batch is None and not has_batch_norm(
             base_encoder, besides=base_encoder.projector
         )
@@ -334,29 +334,23 @@ class SNCLR(nn.Module):
         row_candidates=None,
     ):
         """What a step shows (StepView); without rows it has no neighbours."""
-        bank, none = self.memory_bank, projection.new_zeros(len(projection), 0)
+        bank = self.memory_bank
         if rows is None:
-            scores = weights = none
-            rows = neighbour_ids = none.long()
-            counts = none.long()[0]
-        else:
-            neighbour_ids = torch.where(rows >= 0, bank.ids[rows.clamp(min=0)], -1)
+            scores = weights = projection.new_zeros(len(projection), 0)
+            rows, counts = scores.long(), scores.new_zeros(0).long()
+        ids = rows if bank is None else bank.ids[rows.clamp(min=0)]
         return StepView(
             projection=projection.detach(),
             scores=scores,
-            neighbour_ids=neighbour_ids,
+            neighbour_ids=torch.where(rows >= 0, ids, -1),
             weights=weights.detach(),
             counts=counts,
-            num_candidates=num_candidates + torch.zeros((), dtype=torch.long, device=none.device),
+            num_candidates=num_candidates + torch.zeros((), dtype=torch.long, device=rows.device),
             bank_fill=None if bank is None else bank.filled / len(bank),
             terms={},
             rows=rows,
             row_candidates=row_candidates,
         )
-
-
-def _embed(encoder: nn.Module, x: Tensor) -> Tensor:
-    return encoder.embed(x)
 
 
 def check_local_size(encoder: nn.Module, args: Namespace) -> None:

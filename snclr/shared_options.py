@@ -278,7 +278,10 @@ def parse_data(argv: list[str]) -> argparse.Namespace:
 def add_backbone_flags(
     parser: argparse.ArgumentParser, default_arch: str | None
 ) -> argparse._ArgumentGroup:
-    """Add the flags that describe a backbone (snclr/backbones.py); returns their group."""
+    """Add the flags that describe a backbone (snclr/backbones.py); returns their group.
+
+    default_arch None: by default a file says what the backbone is, so the other defaults are None.
+    """
     g = parser.add_argument_group("model")
     flag(
         g,
@@ -303,7 +306,7 @@ def add_backbone_flags(
         g,
         "--patch-size",
         type=number(int, above_zero=True),
-        default=16,
+        default=None if default_arch is None else 16,
         metavar="PX",
         help="side of a ViT's patch",
         describes_encoder=True,
@@ -330,7 +333,7 @@ def add_backbone_flags(
         g,
         "--small-stem",
         action=argparse.BooleanOptionalAction,
-        default=False,
+        default=None if default_arch is None else False,
         help="ResNet stem for images of about 32 px: 3x3 convolution of stride 1, no pooling",
         on_resume="fixed",
         describes_encoder=True,

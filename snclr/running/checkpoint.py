@@ -7,6 +7,7 @@ module.momentum_encoder.*, module.predictor.*, and module.memory_bank.*), 'optim
 checkpoint_last.pth.tar is the newest; older ones are checkpoint_last-1.pth.tar, -2 and so on.
 """
 
+import glob
 import os
 from argparse import Namespace
 
@@ -60,15 +61,10 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
     Damaged checkpoints of later steps are renamed to NAME.damaged, with a line about each. Raises
     UsageError if all checkpoints are damaged.
     """
-    names = os.listdir(workdir) if os.path.isdir(workdir) else []
-    names = [
-        name
-        for name in names
-        if name.startswith("checkpoint_") and name.endswith(".pth.tar") and name != UNSOUND
-    ]
-    names.sort(key=lambda name: (name != LAST, name))
+    paths = glob.glob(os.path.join(glob.escape(workdir), "checkpoint_*.pth.tar"))
+    paths = {path for path in paths if os.path.basename(path) != UNSOUND}
     damaged = []
-    for path in sorted((os.path.join(workdir, name) for name in names), key=_step, reverse=True):
+    for path in sorted(paths, key=lambda x: (-_step(x), os.path.basename(x) != LAST, x)):
         try:
             tensor_files.verify(path)
         except UsageError as error:

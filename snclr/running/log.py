@@ -28,7 +28,6 @@ from .safe_files import (
 
 # TensorBoard group of each metric of a training or evaluation line; all others: loss
 GROUPS = {
-    "loss": ("loss", "loss_ratio"),
     "optim": ("lr", "momentum", "grad_norm"),
     "bank": ("bank_fill", "distinct_rows", "largest_count"),
     "neighbours": (
@@ -55,7 +54,7 @@ class Log:
 
     def __init__(self, workdir: str, *, step: int, enabled: bool, args: Namespace | None = None):
         self.enabled = enabled
-        self.bar = None
+        self.bar = tqdm(disable=True)
         self.num_notes = 0  # how many lines of console.lost are in metrics.jsonl
         if not enabled:
             return
@@ -168,21 +167,23 @@ class Log:
 
     def progress(self, total: int, done: int, label: str) -> None:
         """Start a progress bar on a terminal; elsewhere only the lines of `say` appear."""
-        if self.enabled and sys.stderr.isatty():
-            self.bar = tqdm(
-                total=total, initial=done, desc=label, unit="step", leave=False, dynamic_ncols=True
-            )
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            desc=label,
+            unit="step",
+            leave=False,
+            dynamic_ncols=True,
+            disable=not (self.enabled and sys.stderr.isatty()),
+        )
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
 
     def end_progress(self) -> None:
         """Remove the progress bar."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.bar.close()
 
     def close(self) -> None:
         """Flush and close the files."""

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -174,8 +175,7 @@ def check_shared_memory(request_bytes: int, workers: int, ranks: int) -> None:
     """
     if not workers or not os.path.isdir(SHARED_MEMORY):
         return
-    system = os.statvfs(SHARED_MEMORY)
-    available = system.f_bavail * system.f_frsize
+    available = shutil.disk_usage(SHARED_MEMORY).free
     needed = ranks * (workers * PREFETCH + 1) * request_bytes
     if needed > available:
         raise UsageError(
