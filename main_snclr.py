@@ -36,18 +36,24 @@ from snclr.evaluation import knn, label_free
 from snclr.evaluation.features import digest
 from snclr.loader import TwoViewLoader
 from snclr.pictures import report, steps
-from snclr.running import checkpoint, distributed, process_group, summary, tensor_files
-from snclr.running.bad_images import record_bad_images
-from snclr.running.batch_norm import synchronise_batch_norm
-from snclr.running.devices import uses_bfloat16_bank
+from snclr.running import (
+    bad_images,
+    batch_norm,
+    checkpoint,
+    devices,
+    distributed,
+    lock,
+    preemption,
+    process_group,
+    settings,
+    summary,
+    tensor_files,
+    workers,
+)
 from snclr.running.guard import Guard
-from snclr.running.lock import hold
 from snclr.running.log import Log
 from snclr.running.metrics import Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
-from snclr.running.preemption import Interruptions, end_at_once, handlers_given_back, interrupt
-from snclr.running.settings import save_settings
-from snclr.running.workers import Stalled
 from snclr.weights import public
 from snclr.weights.load import choose_num_heads, load_backbone
 
@@ -67,7 +73,7 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # disabled unless amp is 'fp16'
     guard: Guard
-    interruptions: Interruptions
+    interruptions: preemption.Interruptions
     log: Log
 
     @property
@@ -83,14 +89,14 @@ class Run(NamedTuple):
         return self.model.base_encoder
 
 
-@handlers_given_back()
+@preemption.handlers_given_back()
 @process_group.failures_named()
 def main(argv: list[str]) -> None:
     args = options.parse(argv)
 
     # -- devices and data --------------------------------------------------------------------------
     device = process_group.start(args.timeout_minutes)
-    end_at_once()
+    preemption.end_at_once()
     train, val, data_notes = sources.open_data(args)
     if args.batch_size > len(train):
         raise UsageError(
@@ -108,7 +114,7 @@ def main(argv: list[str]) -> None:
     if args.init_from:  # the number of heads must be that of the weights; no tensor shows it
         initial, timm_model = public.read_start(args.init_from, args.img_size)
         args.num_heads, head_notes = choose_num_heads(initial, args.arch, args.num_heads)
-    model = build_model(args, bfloat16=uses_bfloat16_bank(amp, device))
+    model = build_model(args, bfloat16=devices.uses_bfloat16_bank(amp, device))
     workdir, checkpoint_path, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
     if args.init_from and not checkpoint_path:
         start_notes += load_backbone(model.base_encoder, initial) + head_notes
@@ -124,7 +130,7 @@ def main(argv: list[str]) -> None:
     # narrow convolutions
     plain = device.type == "cpu" and amp == "off"
     layout = torch.preserve_format if plain else torch.channels_last
-    model = synchronise_batch_norm(model.to(device, memory_format=layout), device)
+    model = batch_norm.synchronise_batch_norm(model.to(device, memory_format=layout), device)
     scales = optim.layer_scales(model.base_encoder, args.lr_scale, prefix="base_encoder.")
     optimizer = optim.build_optimizer(args.optimizer, model, args.wd, scales)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
@@ -147,7 +153,7 @@ def main(argv: list[str]) -> None:
     if is_rank_zero:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         hardware = {"world_size": distributed.world_size(), "amp_used": amp, "device": name}
-        save_settings(workdir, args, hardware)
+        settings.save_settings(workdir, args, hardware)
     log = Log(workdir, step=step, enabled=is_rank_zero, args=args)
     run = Run(
         args=args,
@@ -166,7 +172,7 @@ def main(argv: list[str]) -> None:
         optimizer=optimizer,
         scaler=scaler,
         guard=Guard(model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled()),
-        interruptions=Interruptions(args.save_every_minutes, args.timeout_minutes),
+        interruptions=preemption.Interruptions(args.save_every_minutes, args.timeout_minutes),
         log=log,
     )
     loader.stop_waiting_if(lambda: run.interruptions.signal > 0)
@@ -178,14 +184,12 @@ def main(argv: list[str]) -> None:
         f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, "
         f"in {workdir}"
     )
-    if args.compile == "graphs" and device.type != "cuda":
-        start_notes += ["--compile graphs: only a GPU has graphs; the backbones are compiled"]
-    for note in data_notes + start_notes + setting_notes(args, len(train)):
+    for note in data_notes + start_notes + setting_notes(args, len(train), device):
         log.say(f"note: {note}")
     if checkpoint_path:
         run.guard.saved_step = step
-        position = f"{checkpoint_path} after step {step} of {run.total_steps}"
-        log.say("; ".join([f"resumed from {position}", *changes]))
+        resumed = f"resumed from {checkpoint_path} after step {step} of {run.total_steps}"
+        log.say("; ".join([resumed, *changes]))
 
     # -- epochs ------------------------------------------------------------------------------------
     evaluated_step = distributed.on_rank_zero(log.last_evaluation)
@@ -209,15 +213,20 @@ def main(argv: list[str]) -> None:
         result = "the same" if len(digests) == 1 else "NOT the same"
         log.say(f"weights and bank of the ranks: {result}, {', '.join(digests)}")
     if is_rank_zero and not run.interruptions.ending:
-        path = os.path.join(workdir, checkpoint.LAST)
-        done, own_images = step == run.total_steps, args.dataset != "embedded"
-        log.say(summary.final_lines(workdir, path, done, own_images))
+        log.say(
+            summary.final_lines(
+                workdir,
+                os.path.join(workdir, checkpoint.LAST),
+                done=step == run.total_steps,
+                own_images=args.dataset != "embedded",
+            )
+        )
         log.say(report.write_into(workdir))
     run.interruptions.maximum.finish()
     log.close()
     process_group.stop()
     if run.interruptions.ending:
-        interrupt(run.interruptions.ending, run.interruptions.outcome)
+        preemption.interrupt(run.interruptions.ending, run.interruptions.outcome)
 
 
 def open_workdir(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
@@ -230,7 +239,7 @@ def open_workdir(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
     workdir = args.workdir
     if workdir is None:
         workdir = os.path.dirname(os.path.abspath(path)) if path else default_workdir(args)
-    hold(workdir, "main_snclr")
+    lock.hold(workdir, "main_snclr")
     if args.resume != "auto":
         return workdir, path, []
     newest, notes = checkpoint.newest(workdir)
@@ -250,7 +259,7 @@ def default_workdir(args: argparse.Namespace) -> str:
     return os.path.join("runs", f"{args.method}-{arch}-{args.dataset}-{start}")
 
 
-def setting_notes(args: argparse.Namespace, num_images: int) -> list[str]:
+def setting_notes(args: argparse.Namespace, num_images: int, device: torch.device) -> list[str]:
     """Lines about settings that work, but may not do what the user expects."""
     has_plain_patches = args.arch in ("vit_tiny", "vit_small", "vit_base")
     resnet_flags = args.width or args.small_stem
@@ -273,6 +282,10 @@ def setting_notes(args: argparse.Namespace, num_images: int) -> list[str]:
             args.stop_grad_conv1 and not has_plain_patches,
             f"--stop-grad-conv1 is for ViTs with a plain patch embedding: no effect on {args.arch}",
         ),
+        (
+            args.compile == "graphs" and device.type != "cuda",
+            "--compile graphs: only a GPU has graphs; the backbones are compiled",
+        ),
     )
     return [note for applies, note in notes if applies]
 
@@ -293,14 +306,14 @@ def train_epoch(run: Run, step: int) -> int:
     batch, batches = None, loader.epoch(epoch, inside, go_on=go_on)
     log.progress(loader.steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
     waits = Waits(loader.device)
-    interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0
+    logged_step, logged_at, slowest = step, time.perf_counter(), 0.0
 
     while step < end:
         step_start = time.perf_counter()
         try:
             with waits:
                 batch = next(batches)
-        except Stalled:
+        except workers.Stalled:
             if run.interruptions.end_here(run.guard.last_sound_checkpoint):
                 run.guard.check()
                 break
@@ -331,7 +344,6 @@ def train_epoch(run: Run, step: int) -> int:
         run.optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
         step += 1
-        interval_steps += 1
         log.advance()
         if run.interruptions.due():
             end = step
@@ -354,10 +366,10 @@ def train_epoch(run: Run, step: int) -> int:
                 temperature=args.snclr_t,
                 normalised=args.normalise_positives,
             )
-            for note in (run.guard.check(), run.guard.collapse(metrics["feature_std"])):
-                if note is not None:
-                    log.say(f"note: {note}")
-            seconds = time.perf_counter() - interval_start
+            notes = run.guard.check(), run.guard.collapse(metrics["feature_std"])
+            for note in filter(None, notes):
+                log.say(f"note: {note}")
+            seconds = time.perf_counter() - logged_at
             metrics = {
                 "epoch": epoch + 1,
                 "step": step,
@@ -365,22 +377,22 @@ def train_epoch(run: Run, step: int) -> int:
                 "lr": lr,
                 "momentum": momentum,
                 "grad_norm": grad_norm.item(),
-                "images_per_s": interval_steps * args.batch_size / seconds,
+                "images_per_s": (step - logged_step) * args.batch_size / seconds,
                 "data_wait": waits.seconds() / seconds,
                 "slowest_step_s": slowest,
             }
             log.line(metrics)
             log.say(summary.describe(metrics, args.epochs, run.total_steps))
-            interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0
+            logged_step, logged_at, slowest = step, time.perf_counter(), 0.0
 
     log.end_progress()
     if batch is not None:
         run.guard.try_forward(step, run.model, batch, args.snclr_m, run.amp)
     epoch, inside = divmod(step, loader.steps_per_epoch)
     is_shown = args.viz_freq and (epoch % args.viz_freq == 0 or epoch == args.epochs)
-    if is_shown and not inside and log.enabled:
+    if is_shown and not inside:
         log.pictures(step, lambda: steps.of_step(batch, shown, loader.images, args, step))
-    if note := record_bad_images(loader.images, loader.replaced, run.workdir):
+    if note := bad_images.record_bad_images(loader.images, loader.replaced, run.workdir):
         log.say(f"note: {note}")
     return step
 

@@ -76,8 +76,9 @@ def main(argv: list[str]) -> None:
     device = process_group.start()
     amp, is_rank_zero = resolve_amp(args.amp, device), distributed.rank() == 0
     log = print if is_rank_zero else lambda line: None
-    settings = {name: getattr(args, name) for name in load.DEFAULTS}
-    encoder, info = load.open_encoder(args.file, args.encoder, **settings)
+    encoder, info = load.open_encoder(
+        args.file, args.encoder, **{name: getattr(args, name) for name in load.DEFAULTS}
+    )
     check_tokens(encoder, args.tokens, args.layers)
     args.mean, args.std, args.grey_range = info["mean"], info["std"], info["grey_range"]
     train, val, notes = sources.open_data(args)

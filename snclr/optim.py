@@ -180,10 +180,15 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         trust_coefficient: float = 0.001,
     ):
-        defaults = dict(
-            lr=lr, weight_decay=weight_decay, momentum=momentum, trust_coefficient=trust_coefficient
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                weight_decay=weight_decay,
+                momentum=momentum,
+                trust_coefficient=trust_coefficient,
+            ),
         )
-        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -17,8 +17,9 @@ def compiled(function: Callable, choice: str) -> Callable:
         return function
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "snclr", "inductor"))
-    mode = "reduce-overhead" if choice == "graphs" else None
-    return torch.compile(function, dynamic=False, mode=mode)
+    return torch.compile(
+        function, dynamic=False, mode="reduce-overhead" if choice == "graphs" else None
+    )
 
 
 def begin_step(choice: str) -> None:

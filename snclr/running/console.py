@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-lost: list[str] = []  # a line for each stream that was lost
+lost: list[str] = []  # a line for each stream that was lost, until the log has it
 
 
 class Console:

@@ -158,10 +158,11 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return module
-    device_ids = [device] if device.type == "cuda" else None
     # torch 2.14 warns that broadcast_buffers will get another name, but that one differs in meaning
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return nn.parallel.DistributedDataParallel(
-            module, device_ids=device_ids, broadcast_buffers=False
+            module,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
         )

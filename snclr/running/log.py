@@ -55,7 +55,6 @@ class Log:
     def __init__(self, workdir: str, *, step: int, enabled: bool, args: Namespace | None = None):
         self.enabled = enabled
         self.bar = tqdm(disable=True)
-        self.num_notes = 0  # how many lines of console.lost are in metrics.jsonl
         if not enabled:
             return
         self.path, self.pending = os.path.join(workdir, "metrics.jsonl"), b""
@@ -75,9 +74,9 @@ class Log:
         if not self.enabled:
             return
         rounded = {name: _rounded(value) for name, value in metrics.items()}
-        if self.num_notes < len(console.lost):
-            rounded["note"] = "; ".join(console.lost[self.num_notes :])
-            self.num_notes = len(console.lost)
+        if console.lost:
+            rounded["note"] = "; ".join(console.lost)
+            console.lost.clear()
         self.pending += json.dumps(rounded).encode() + b"\n"
         self.flush()
         values = {
@@ -129,8 +128,10 @@ class Log:
 
     def last_evaluation(self) -> int | None:
         """The step of the last evaluation in metrics.jsonl."""
-        lines = read_json_lines(self.path)
-        return max((line["step"] for line in lines if "loss" not in line), default=None)
+        return max(
+            (line["step"] for line in read_json_lines(self.path) if "loss" not in line),
+            default=None,
+        )
 
     def pictures(self, step: int, draw: Callable[[], tuple[dict, dict[str, Tensor]]]) -> None:
         """Add PIL images and values (n,), by name, to TensorBoard; save the images also as
