@@ -25,8 +25,8 @@ def compiled(function: Callable, choice: str) -> Callable:
 def begin_step(choice: str) -> None:
     """Tell torch's CUDA graphs that a step begins: what they returned before may be overwritten.
 
-    Without this, torch guesses where a step begins. Where the momentum encoder is called first, it
-    would take the second of two calls in a step for the next step.
+    Without this, torch guesses where a step begins. If a step calls the momentum encoder first,
+    torch would take its second call for the next step.
     """
     if choice == "graphs":
         torch.compiler.cudagraph_mark_step_begin()

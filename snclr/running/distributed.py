@@ -33,7 +33,7 @@ def local_rank_zero() -> bool:
 
 
 def shared_store() -> dist.Store:
-    """The key-value store in which the ranks met; it is in the launcher of rank 0's machine."""
+    """The key-value store by which the ranks met; it runs in the launcher on rank 0's machine."""
     return dist.distributed_c10d._get_default_store()
 
 

@@ -30,7 +30,7 @@ class Interrupted(BaseException):
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error with only printable characters: file names and flags may hold any."""
+    """The message of an error, with ? for characters that cannot be printed, as in file names."""
     message = str(error).encode(errors="replace").decode()
     return "".join(c if c.isprintable() else "?" for c in message)
 

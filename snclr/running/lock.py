@@ -1,4 +1,4 @@
-"""One run in a workdir at a time, by a lock of the kernel, which ends when its process ends."""
+"""Lets one run at a time use a workdir. The kernel releases the lock when the process ends."""
 
 import os
 import socket

@@ -22,7 +22,7 @@ if signal.getsignal(SIGNALS[-1]) == signal.SIG_IGN:  # nohup ignores SIGHUP
 
 @contextlib.contextmanager
 def handlers_given_back() -> Iterator[None]:
-    """Restore the earlier signal handlers after the block, for a caller that continues.
+    """Restore the earlier signal handlers after the block, for a program that goes on after it.
 
     The block must include failures_named: otherwise the launcher's SIGTERM would end the process
     before it reports which rank was lost.

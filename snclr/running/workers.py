@@ -121,7 +121,7 @@ class WorkerBatches:
 
 
 class LastingWorkers(WorkerBatches):
-    """The same for requests that come in several calls, with the same processes."""
+    """The same for requests that come in several calls; the processes stay alive in between."""
 
     def __init__(self, dataset: Dataset, workers: int, *, pin_memory: bool):
         self.queue = _Queue()
@@ -150,7 +150,7 @@ class LastingWorkers(WorkerBatches):
 
 
 class _Queue(deque):
-    """Requests to answer. An iteration takes the first one each time, also of those added later."""
+    """Requests to answer. Iterating removes the first one each time, also one that came later."""
 
     def __iter__(self):
         return self
@@ -221,8 +221,8 @@ def _end_with_the_rank():
 def keep_freed_memory() -> None:
     """Make glibc keep freed blocks of up to 32 MB (256 MB at most) for the next allocation.
 
-    By default glibc returns them to the system. Then the page faults of new blocks take a third of
-    the time of a large view. With another C library this function does nothing.
+    By default glibc returns them to the system. The page faults of new blocks then take a third of
+    the time that a large view needs. With another C library this function does nothing.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values from malloc.h
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
