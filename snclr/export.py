@@ -19,7 +19,7 @@ from .arguments import new_parser
 from .evaluation.features import digest
 from .running import tensor_files
 from .running.errors import RunError, UsageError, one_clear_line
-from .running.safe_files import check_new_path, new_file, save_text, writing
+from .running.safe_files import check_new_path, save_bytes, save_text, writing
 from .shared_options import add_backbone_flags
 from .weights.card import model_card, run_figures, run_settings
 from .weights.layouts import SETTINGS_KEY
@@ -152,7 +152,7 @@ def write(export: Export, settings: dict, out: str) -> None:
     if export.configs:
         os.makedirs(out, exist_ok=True)
         for name, config in export.configs.items():
-            _write_bytes(os.path.join(out, name), json.dumps(config, indent=2).encode() + b"\n")
+            save_bytes(os.path.join(out, name), json.dumps(config, indent=2).encode() + b"\n")
         out = os.path.join(out, "model.safetensors")
     if out.endswith(SAFETENSORS):
         from safetensors.torch import save  # optional
@@ -160,9 +160,9 @@ def write(export: Export, settings: dict, out: str) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in export.content.items()}
         metadata = {"format": "pt", "build": settings["build"]}
         metadata[SETTINGS_KEY] = json.dumps(settings, default=str)
-        _write_bytes(out, save(tensors, metadata))
+        save_bytes(out, save(tensors, metadata))
     elif isinstance(export.content, bytes):
-        _write_bytes(out, export.content)
+        save_bytes(out, export.content)
     elif all(isinstance(value, Tensor) for value in export.content.values()):
         # torch stores such metadata with a state dict, and load_state_dict ignores unknown entries
         state = OrderedDict(export.content)
@@ -170,11 +170,6 @@ def write(export: Export, settings: dict, out: str) -> None:
         tensor_files.save(out, state)
     else:
         tensor_files.save(out, {**export.content, SETTINGS_KEY: settings})
-
-
-def _write_bytes(path: str, content: bytes) -> None:
-    with writing(path), new_file(path) as file:
-        file.write(content)
 
 
 if __name__ == "__main__":

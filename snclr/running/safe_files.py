@@ -81,11 +81,16 @@ def open_to_append(path: str) -> BinaryIO:
     return open(path, "ab", buffering=0, opener=regular_no_link)
 
 
+def save_bytes(path: str, content: bytes) -> None:
+    """Write a file, whole or not at all. Raises RunError."""
+    with writing(path), new_file(path) as file:
+        file.write(content)
+
+
 def save_text(path: str, text: str) -> None:
     """Write a text file, whole or not at all. Raises RunError."""
-    with writing(path), new_file(path) as file:
-        # a file name in the text can contain bytes that are not UTF-8
-        file.write(text.encode(errors="replace"))
+    # a file name in the text can contain bytes that are not UTF-8
+    save_bytes(path, text.encode(errors="replace"))
 
 
 def save_json(path: str, content: dict) -> None:
