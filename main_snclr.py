@@ -84,9 +84,8 @@ class Run(NamedTuple):
     @property
     def encoder(self) -> nn.Module:
         """The encoder that is evaluated, and saved as a separate file."""
-        if self.args.eval_encoder == "momentum":
-            return self.model.momentum_encoder
-        return self.model.base_encoder
+        is_momentum = self.args.eval_encoder == "momentum"
+        return self.model.momentum_encoder if is_momentum else self.model.base_encoder
 
 
 @preemption.handlers_given_back()

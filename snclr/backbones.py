@@ -322,9 +322,7 @@ def has_batch_norm(module: nn.Module, besides: nn.Module | None = None) -> bool:
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
 
 
-def sincos_position_embedding(
-    rows: int, columns: int, width: int, temperature: float = 10000.0
-) -> Tensor:
+def sincos_position_embedding(rows: int, columns: int, width: int) -> Tensor:
     """Fixed 2-D position embedding (1, 1 + rows * columns, width); zeros for the class token.
 
     A quarter of the width each: sine and cosine of the column, sine and cosine of the row, with
@@ -334,7 +332,7 @@ def sincos_position_embedding(
         raise ValueError(
             f"a 2-D sin-cos position embedding needs a width divisible by 4, found {width}"
         )
-    frequencies = temperature ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, column = torch.meshgrid(
         torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij"
     )

@@ -59,7 +59,7 @@ def check_new_path(out: str) -> None:
         raise UsageError(f"--out {out}: its folder does not exist or is not writable")
 
 
-def regular(path: str, flags: int) -> int:
+def _regular(path: str, flags: int) -> int:
     """An opener for `open` that raises OSError if `path` is not a regular file."""
     # without O_NONBLOCK, opening a fifo waits for its other end
     descriptor = os.open(path, flags | NONBLOCK, 0o666)
@@ -69,16 +69,16 @@ def regular(path: str, flags: int) -> int:
     return descriptor
 
 
-def regular_no_link(path: str, flags: int) -> int:
+def _regular_no_link(path: str, flags: int) -> int:
     """The same; a link raises OSError as well."""
-    return regular(path, flags | NOFOLLOW)
+    return _regular(path, flags | NOFOLLOW)
 
 
 def open_to_append(path: str) -> BinaryIO:
     """Open a file, or create it, to write at its end without a buffer. Raises OSError, also if
     `path` is a link or not a regular file.
     """
-    return open(path, "ab", buffering=0, opener=regular_no_link)
+    return open(path, "ab", buffering=0, opener=_regular_no_link)
 
 
 def save_bytes(path: str, content: bytes) -> None:
@@ -104,22 +104,22 @@ def open_regular(path: str, *, follow: bool = True) -> BinaryIO:
     follow: whether path may be a link.
     """
     try:
-        return open(path, "rb", opener=regular if follow else regular_no_link)
+        return open(path, "rb", opener=_regular if follow else _regular_no_link)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UsageError(f"cannot read {path}: {reason}") from error
 
 
-def open_text(path: str, *, errors: str = "replace", limit: int = 2**32) -> TextIO:
+def open_text(path: str, *, errors: str = "replace") -> TextIO:
     """Open a UTF-8 file for reading lines. Raises UsageError as open_regular does, and if it has
-    more than `limit` bytes.
+    more than 4 GiB.
 
     errors: how to handle bytes that are not UTF-8, as in `open`.
     """
     file = open_regular(path)
-    if os.fstat(file.fileno()).st_size > limit:
+    if os.fstat(file.fileno()).st_size > 2**32:
         file.close()
-        raise UsageError(f"cannot read {path}: it has more than {limit} bytes")
+        raise UsageError(f"cannot read {path}: it has more than 4 GiB")
     return io.TextIOWrapper(file, encoding="utf-8", errors=errors)
 
 

@@ -52,11 +52,11 @@ def _advice(numbers):
     return MORE_MEMORY
 
 
-def _descriptors_left(wanted: int = 10) -> bool:
-    """Whether this process can open more files, as it must to receive a batch."""
+def _descriptors_left() -> bool:
+    """Whether this process can open ten more files, as it must to receive a batch."""
     with contextlib.ExitStack() as opened:
         try:
-            for _ in range(wanted):
+            for _ in range(10):
                 opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
         except OSError:
             return False
