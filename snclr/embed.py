@@ -57,7 +57,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     g.add_argument("--amp", choices=AMP, default="off", help="precision of the encoder")
     add_backbone_flags(parser, default_arch=None)
     args = parser.parse_args(argv)
-    args.workdir = None  # without a run's folder for the index of shards on read-only disks
     resolve_data(args)
     check_data(args)
     args.format = args.out.rpartition(".")[2]

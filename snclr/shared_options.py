@@ -27,6 +27,8 @@ from .running.errors import UsageError
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose the images (snclr/datasets/sources.py)."""
+    # the index of shards on a read-only disk is kept there; not every command has the flag
+    parser.set_defaults(workdir=None)
     g = parser.add_argument_group("data")
     flag(
         g,
@@ -264,7 +266,6 @@ def parse_data(argv: list[str]) -> argparse.Namespace:
         "snclr.mean_std", "Measures the mean and standard deviation of the channels."
     )
     add_data_flags(parser)
-    parser.set_defaults(workdir=None)
     args = parser.parse_args(argv)
     resolve_data(args)
     resolve_views(args)

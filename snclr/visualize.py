@@ -76,7 +76,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add_backbone_flags(parser, default_arch=None)
     args = parser.parse_args(argv)
-    args.workdir = None  # without a run's folder for the index of shards on read-only disks
     resolve_data(args)
     check_data(args)
     if args.image is not None and not os.path.isfile(args.image):
