@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -155,7 +156,7 @@ class LastingWorkers:
 
 
 class _Queue(deque):
-    """Requests to answer. An iteration takes the first one each time, also of those added later."""
+    """Requests to answer. Iterating removes the first one each time, also one that came later."""
 
     def __iter__(self):
         return self
@@ -180,8 +181,7 @@ def check_shared_memory(request_bytes: int, workers: int, ranks: int) -> None:
     """
     if not workers or not os.path.isdir(SHARED_MEMORY):
         return
-    system = os.statvfs(SHARED_MEMORY)
-    available = system.f_bavail * system.f_frsize
+    available = shutil.disk_usage(SHARED_MEMORY).free
     needed = ranks * (workers * PREFETCH + 1) * request_bytes
     if needed > available:
         raise UsageError(
@@ -227,8 +227,8 @@ def _end_with_the_rank():
 def keep_freed_memory() -> None:
     """Make glibc keep freed blocks of up to 32 MB (256 MB at most) for the next allocation.
 
-    By default glibc returns them to the system. Then the page faults of new blocks take a third of
-    the time of a large view. With another C library this function does nothing.
+    By default glibc returns them to the system. The page faults of new blocks then take a third of
+    the time that a large view needs. With another C library this function does nothing.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values from malloc.h
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
