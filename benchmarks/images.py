@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from benchmarks import measure
-from snclr import augment, shared_options
+from snclr import augment, operations, shared_options
 from snclr.datasets import decoding, sources
 from snclr.datasets.images import ImageFiles
 from snclr.loader import ViewLoader
@@ -91,7 +91,7 @@ def main():
             if resident is None
         },
         "  second half: all the rest": lambda: (
-            augment.apply(*half, images.mean, images.std) for half in halves
+            operations.apply(*half, images.mean, images.std) for half in halves
         ),
     }
     if args.workers:  # these run in this process, so they cannot be compared with workers

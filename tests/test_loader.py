@@ -20,7 +20,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 import snclr.loader
-from snclr import augment, choices, shared_options
+from snclr import augment, choices, operations, shared_options
 from snclr.augment import Recipe, View, moco_v3_views
 from snclr.datasets import sources
 from snclr.datasets.images import ImageFiles, ResidentImages
@@ -115,7 +115,7 @@ def test_a_batch_has_two_different_views_of_each_image_normalised_by_the_sets_mo
         )
         assert not torch.equal(view1, view2)
         _, (crops,), (parameters,) = images.views(RECIPE, 4, ids.numpy())
-        expected = augment.apply(crops, parameters, *map(torch.tensor, choices.IMAGENET))
+        expected = operations.apply(crops, parameters, *map(torch.tensor, choices.IMAGENET))
         assert torch.equal(torch.cat([view1, view2]), expected)
 
 
@@ -151,10 +151,10 @@ def test_with_a_stream_of_its_own_each_batch_is_made_in_it_and_kept_for_the_step
         yield
         calls.append("out")
 
-    apply = augment.apply
+    apply = operations.apply
     training = SimpleNamespace(wait_stream=lambda _: calls.append("wait"))
     monkeypatch.setattr(
-        augment, "apply", lambda *arguments: calls.append("made") or apply(*arguments)
+        operations, "apply", lambda *arguments: calls.append("made") or apply(*arguments)
     )
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: training)

@@ -51,13 +51,14 @@ LONGER_CHAINS = {
 # lines of a file; longer are lists of flags, models and layouts, and what is best read as a whole
 LONGEST_FILE = 250
 LONGER = {
-    "snclr.augment": 390,
+    "snclr.augment": 260,
     "snclr.backbones": 395,
     "snclr.builder": 410,
-    "snclr.datasets.images": 345,
+    "snclr.datasets.images": 325,
     "snclr.datasets.sources": 280,
     "snclr.evaluation.options": 360,
     "snclr.objectives": 305,
+    "snclr.operations": 280,
     "snclr.options": 570,
     "snclr.running.checkpoint": 275,
     "snclr.shared_options": 410,
