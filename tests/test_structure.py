@@ -40,7 +40,6 @@ TOP = {"main_snclr", "main_lincls", "snclr.__init__"} | COMMANDS
 # transformers, which stands on the backbones.
 LONGEST_CHAIN = 4
 LONGER_CHAINS = {
-    "snclr.datasets.": 6,
     "snclr.evaluation.": 7,
     "snclr.pictures.": 6,
     "snclr.running.checkpoint": 5,
@@ -54,7 +53,7 @@ LONGER = {
     "snclr.augment": 260,
     "snclr.backbones": 395,
     "snclr.builder": 410,
-    "snclr.datasets.images": 325,
+    "snclr.datasets.images": 285,
     "snclr.datasets.sources": 280,
     "snclr.evaluation.options": 360,
     "snclr.objectives": 305,

@@ -20,7 +20,6 @@ from .. import augment
 from ..augment import Recipe, ViewParameters
 from ..running.errors import RunError
 from .crops import crop_and_resize, crop_one, evaluation_box, select
-from .decoding import decode, read_encoded
 
 # bytes of decoded pixels up to which a set of equal-sized images is held in memory
 RESIDENT_LIMIT = 2**30
@@ -262,47 +261,6 @@ class EncodedImages(ImageSet):
                 yield from part
         finally:
             threads.shutdown(cancel_futures=True)
-
-
-class FileImages(EncodedImages):
-    """Images in files, or in parts of files. A subclass defines `encoded`.
-
-    grey_range: see decoding.decode
-    """
-
-    grey_range: tuple[float, float] | None = None
-
-    def encoded(self, index: int) -> tuple[str, np.ndarray]:
-        """The name of an image, for messages, and its bytes (n,) uint8. Raises RunError."""
-        raise NotImplementedError
-
-    def image(self, index: int) -> Tensor:
-        name, encoded = self.encoded(index)
-        return decode(encoded, name, self.grey_range)
-
-
-class ImageFiles(FileImages):
-    """Images in one file each."""
-
-    per_image = ("labels", "paths")
-
-    def __init__(
-        self, paths: list[str], labels: np.ndarray | None, classes: list[str], mean_std: tuple
-    ):
-        super().__init__(labels, classes, mean_std)
-        # an array is one block of memory; every worker would copy a list page by page
-        self.paths = np.array(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @property
-    def names(self) -> np.ndarray:
-        return np.array([os.path.basename(path) for path in self.paths])
-
-    def encoded(self, index: int) -> tuple[str, np.ndarray]:
-        path = str(self.paths[index])
-        return path, read_encoded(path, path)
 
 
 def _draw(recipe, epoch, indices, view_numbers, heights, widths):
