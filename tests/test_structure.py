@@ -41,11 +41,6 @@ TOP = {"main_snclr", "main_lincls", "snclr.__init__"} | COMMANDS
 LONGEST_CHAIN = 4
 LONGER_CHAINS = {
     "snclr.evaluation.": 7,
-    "snclr.pictures.": 6,
-    "snclr.running.checkpoint": 5,
-    "snclr.running.guard": 5,
-    "snclr.running.summary": 6,
-    "snclr.weights.": 5,
 }
 # lines of a file; longer are lists of flags, models and layouts, and what is best read as a whole
 LONGEST_FILE = 250
@@ -61,7 +56,7 @@ LONGER = {
     "snclr.options": 570,
     "snclr.running.checkpoint": 275,
     "snclr.shared_options": 410,
-    "snclr.weights.libraries": 380,
+    "snclr.weights.libraries": 315,
     "snclr.weights.load": 255,
 }
 

@@ -236,7 +236,9 @@ def checkpoint_bytes(seeds, random):
 def checkpoint_content(seeds, random):
     path = seeds.write("content.pth.tar", seeds.saved(bend_value(random, seeds.state)))
     model, optimizer, scaler = seeds.fresh()
-    checkpoint.resume(path, model, optimizer, scaler, args=seeds.args, images=10)
+    checkpoint.resume(
+        path, model, optimizer, scaler, args=seeds.args, on_resume=options.ON_RESUME, images=10
+    )
     loss, _ = model(list(torch.randn(2, 4, 3, 32, 32)), torch.arange(4), 0.9)
     loss.backward()
     optimizer.step()  # an accepted checkpoint can be trained
