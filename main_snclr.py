@@ -143,6 +143,7 @@ def main(argv: list[str]) -> None:
             optimizer,
             scaler,
             args=args,
+            on_resume=options.ON_RESUME,
             images=len(train),
             fingerprint=fingerprint,
         )

@@ -21,11 +21,22 @@ from .running import tensor_files
 from .running.errors import RunError, UsageError, one_clear_line
 from .running.safe_files import check_new_path, save_bytes, save_text, writing
 from .shared_options import add_backbone_flags
+from .weights import libraries
 from .weights.card import model_card, run_figures, run_settings
+from .weights.exported import Export
+from .weights.hf import to_hf
 from .weights.layouts import SETTINGS_KEY
-from .weights.libraries import FORMATS, Export
 from .weights.load import DEFAULTS, open_encoder
 
+FORMATS = {
+    "timm": libraries.to_timm,
+    "torchvision": libraries.to_torchvision,
+    "deit": libraries.to_deit,
+    "hf": to_hf,
+    "mocov3": libraries.to_mocov3,
+    "detectron2": libraries.to_detectron2,
+    "onnx": libraries.to_onnx,
+}
 # largest relative difference of features; float32 rounding stays far below
 TOLERANCE = 1e-5
 SAFETENSORS = ".safetensors"

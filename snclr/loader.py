@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from . import augment
+from . import augment, operations
 from .augment import Recipe
 from .datasets.images import EncodedImages, ImageSet
 from .running.distributed import rank, world_size
@@ -98,7 +98,7 @@ class ViewLoader:
             self.replaced.update(indices[indices != views.ids.numpy()].tolist())
             ids.append(views.ids.to(self.device, non_blocking=True))
             augmented = [
-                augment.apply(
+                operations.apply(
                     crops.to(self.device, non_blocking=True),
                     parameters,
                     self.images.mean,
@@ -243,4 +243,4 @@ def whole_images(
         if isinstance(batch, RunError):
             raise RunError(str(batch))
         x = batch.to(device, non_blocking=True).to(torch.get_default_dtype()).div_(255)
-        yield augment.normalize_(x, images.mean, images.std)
+        yield operations.normalize_(x, images.mean, images.std)

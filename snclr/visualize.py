@@ -20,7 +20,9 @@ from timm.models.vision_transformer import VisionTransformer
 from . import augment
 from .arguments import new_parser, number, seed
 from .datasets import sources
-from .datasets.images import ImageFiles, ImageSet
+from .datasets.files import FileImages
+from .datasets.folders import Paths
+from .datasets.images import ImageSet
 from .evaluation import knn
 from .pictures.encoders import (
     Encoder,
@@ -156,7 +158,7 @@ def _draw(
 
     pictures = {"neighbours": retrieval(queries, chosen, f"Nearest of {len(pool)} training images")}
     if args.image is not None:
-        photo = ImageFiles([args.image], None, [], (args.mean, args.std))
+        photo = FileImages(Paths([args.image]), None, [], (args.mean, args.std))
         photo.grey_range = args.grey_range
         title = f"Nearest to {os.path.basename(args.image)}"
         pictures["retrieval"] = retrieval(photo, np.array([0]), title)

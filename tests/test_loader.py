@@ -21,10 +21,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 import snclr.loader
-from snclr import augment, choices, shared_options
+from snclr import augment, choices, operations, shared_options
 from snclr.augment import Recipe, View, moco_v3_views
 from snclr.datasets import sources
-from snclr.datasets.images import ImageFiles, ResidentImages
+from snclr.datasets.files import FileImages
+from snclr.datasets.folders import Paths
+from snclr.datasets.images import ResidentImages
 from snclr.loader import TwoViewLoader, whole_images
 from snclr.running.errors import RunError
 from snclr.running.workers import WorkerBatches, keep_freed_memory
@@ -49,7 +51,7 @@ def image_sets(tmp_path_factory):
     sets = {}
     for name, sizes in {"resident": EQUAL, "files": MIXED}.items():
         sets[name] = open_folder(save_folder(tmp_path_factory.mktemp(name), sizes))
-    assert isinstance(sets["resident"], ResidentImages) and isinstance(sets["files"], ImageFiles)
+    assert isinstance(sets["resident"], ResidentImages) and isinstance(sets["files"], FileImages)
     return sets
 
 
@@ -116,7 +118,7 @@ def test_a_batch_has_two_different_views_of_each_image_normalised_by_the_sets_mo
         )
         assert not torch.equal(view1, view2)
         _, (crops,), (parameters,) = images.views(RECIPE, 4, ids.numpy())
-        expected = augment.apply(crops, parameters, *map(torch.tensor, choices.IMAGENET))
+        expected = operations.apply(crops, parameters, *map(torch.tensor, choices.IMAGENET))
         assert torch.equal(torch.cat([view1, view2]), expected)
 
 
@@ -152,10 +154,10 @@ def test_with_a_stream_of_its_own_each_batch_is_made_in_it_and_kept_for_the_step
         yield
         calls.append("out")
 
-    apply = augment.apply
+    apply = operations.apply
     training = SimpleNamespace(wait_stream=lambda _: calls.append("wait"))
     monkeypatch.setattr(
-        augment, "apply", lambda *arguments: calls.append("made") or apply(*arguments)
+        operations, "apply", lambda *arguments: calls.append("made") or apply(*arguments)
     )
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: training)
@@ -329,7 +331,7 @@ def test_views_are_torchvisions_crops_of_the_drawn_boxes(image_sets, kind):
 def test_resident_images_and_files_give_the_same_crops_to_one_level(tmp_path):
     resident = open_folder(save_folder(tmp_path, EQUAL))
     paths = sorted(str(path) for path in tmp_path.rglob("*.png"))
-    files = ImageFiles(paths, resident.labels.numpy(), resident.classes, MOMENTS)
+    files = FileImages(Paths(paths), resident.labels.numpy(), resident.classes, MOMENTS)
     ours, theirs = (images.views(RECIPE, 0, np.arange(30)) for images in (resident, files))
     assert levels_apart(ours.crops[0], theirs.crops[0]) <= 1
     assert all(
@@ -339,7 +341,7 @@ def test_resident_images_and_files_give_the_same_crops_to_one_level(tmp_path):
 
 
 def test_photographs_give_the_same_two_views_for_any_number_of_ranks(photographs, load):
-    images = ImageFiles([str(path) for path in photographs], None, [], choices.IMAGENET)
+    images = FileImages(Paths([str(path) for path in photographs]))
     recipe = Recipe(5, moco_v3_views(size=64, crop_min=0.2, blur=True))
     assert_same_batches(load(images, recipe=recipe), load(images, recipe=recipe, ranks=2))
     (_, view1, view2), *_ = load(images, recipe=recipe)
@@ -392,16 +394,15 @@ def assert_stopped_with_one_clear_line(run):
 def test_an_unreadable_file_stops_the_epoch_with_its_name(tmp_path, image_sets, kind, workers):
     damage(tmp_path / "broken.png", kind)
     paths = [*image_sets["files"].paths[:5], str(tmp_path / "broken.png")]
-    loader = TwoViewLoader(ImageFiles(paths, None, [], MOMENTS), RECIPE, 3, CPU, workers)
+    loader = TwoViewLoader(FileImages(Paths(paths), None, [], MOMENTS), RECIPE, 3, CPU, workers)
     assert_stopped_with_one_clear_line(lambda: list(loader.epoch(0)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_file_stops_the_evaluation_with_its_name(tmp_path, image_sets, workers):
     damage(tmp_path / "broken.png", "text")
-    images = ImageFiles(
-        [*image_sets["files"].paths[:5], str(tmp_path / "broken.png")], None, [], MOMENTS
-    )
+    paths = [*image_sets["files"].paths[:5], str(tmp_path / "broken.png")]
+    images = FileImages(Paths(paths), None, [], MOMENTS)
     batches = whole_images(images, np.arange(6), size=16, device=CPU, workers=workers)
     assert_stopped_with_one_clear_line(lambda: list(batches))
 
@@ -432,13 +433,13 @@ def test_workers_end_with_the_last_reference_to_their_loader(tmp_path, image_set
 
 
 def as_sets(images):
-    """The same (3, H, W) images as ResidentImages, and as ImageFiles, written as PNGs."""
+    """The same (3, H, W) images as ResidentImages, and as FileImages, written as PNGs."""
 
     def files(folder):
         paths = [str(folder / f"{number}.png") for number in range(len(images))]
         for path, image in zip(paths, images, strict=True):
             F.to_pil_image(image).save(path)
-        return ImageFiles(paths, None, [], MOMENTS)
+        return FileImages(Paths(paths), None, [], MOMENTS)
 
     return {
         "resident": lambda folder: ResidentImages(torch.stack(images), None, [], MOMENTS),

@@ -145,17 +145,18 @@ def resume(
     scaler: GradScaler,
     *,
     args: Namespace,
+    on_resume: dict[str, str],
     images: int,
     fingerprint: str | None = None,
 ) -> tuple[int, list[str]]:
     """Load a checkpoint into a run with the same settings; returns the number of completed steps
     and the changed settings.
 
-    Raises UsageError with every changed setting that must not change, or with the keys and shapes
-    that differ.
+    on_resume: the rule of each setting, see arguments.flag. Raises UsageError with every changed
+    setting that must not change, or with the keys and shapes that differ.
     """
     state = load(path)
-    refused, changes = settings.changes(state["args"], args)
+    refused, changes = settings.changes(state["args"], args, on_resume)
     if state["images"] != images:
         refused.append(f"training images {state['images']} -> {images}")
     elif (
