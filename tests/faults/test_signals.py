@@ -127,7 +127,11 @@ def test_a_signal_to_one_rank_during_an_evaluation_ends_both(images, tmp_path):
         tmp_path,
     ]
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, timeout=attack.PATIENCE
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=attack.PATIENCE,
     )
     output = done.stdout + done.stderr
     assert done.returncode == 75 and "Traceback" not in output, output
