@@ -76,7 +76,7 @@ def start(tmp_path):
         )
         if not wait:
             return process
-        process.out, process.err = process.communicate(timeout=200)
+        process.out, process.err = process.communicate(timeout=600)
         return process
 
     return call
@@ -309,7 +309,7 @@ def test_two_machines_give_the_losses_of_one_process(start, images, tmp_path, si
         start(images, *TRAIN, "--workdir", "run", wait=False, NODE_RANK=str(n), **environment)
         for n in (1, 0)
     ]
-    outputs = [node.communicate(timeout=200) for node in nodes]
+    outputs = [node.communicate(timeout=600) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert losses(tmp_path / "run") == pytest.approx(single_process, rel=1e-4)
     assert json.loads((tmp_path / "run/args.json").read_text())["world_size"] == 2

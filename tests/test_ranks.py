@@ -248,7 +248,7 @@ def test_the_launcher_starts_several_processes(tmp_path, images):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x cpu" in done.stdout and done.stdout.count("step 2/10") == 1  # only rank 0 prints

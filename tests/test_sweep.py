@@ -210,7 +210,7 @@ def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, images
     assert marker["settings"] != jobs[0].settings
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=600):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..running.errors import UsageError
+from ..running.errors import UsageError, first_line
 from ..running.safe_files import new_file, open_regular
 from .archives import (
     SPLITS,
@@ -25,6 +25,11 @@ from .archives import (
     zip_members,
 )
 from .reading import inflate, read_encoded
+
+
+# what tarfile, zipfile and numpy raise for a damaged file, or for sizes that no file has
+UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, struct.error)
+UNREADABLE += (NotImplementedError, OverflowError, MemoryError)
 
 
 class Index(NamedTuple):
@@ -145,9 +150,9 @@ def _scan(files, extensions) -> Index:
                         images.append((shard, member, sample))
                     else:
                         ignored += 1
-        except (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
+        except UNREADABLE as error:
             raise UsageError(
-                f"shard {path} cannot be read: {error}; it must be a whole, uncompressed tar file, "
+                f"shard {path} cannot be read: {first_line(error)}; it must be a whole, uncompressed tar file, "
                 "or a zip file without a password"
             ) from error
     if not images:

@@ -114,14 +114,11 @@ def ranks_of(process):
     return pids
 
 
-def rank_pid(process, rank):
-    """The process id of a rank."""
-    wanted = f"RANK={rank}".encode()
-    return next(
-        pid
-        for pid in ranks_of(process)
-        if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    )
+def is_rank(pid, rank):
+    """Whether a process is the rank of this number."""
+    with contextlib.suppress(OSError):
+        return f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return False
 
 
 def lives(pid):

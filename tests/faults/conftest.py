@@ -6,9 +6,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import attack
 import numpy as np
 import pytest
-from forked import Programs
+from forked import Programs, may_mount
 from PIL import Image
-from surroundings import MAY_MOUNT
 from test_ranks import write_images
 
 # 5 steps an epoch on `photographs`
@@ -80,4 +79,4 @@ def one_line(case, code, *words):
     return output
 
 
-needs_root = pytest.mark.skipif(not MAY_MOUNT, reason="only root may mount")
+needs_root = pytest.mark.skipif(not may_mount(), reason="only root may mount")

@@ -7,6 +7,7 @@ client.
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import runpy
@@ -137,6 +138,13 @@ class Programs:
     def close(self) -> None:
         self.server.kill()
         self.server.wait()
+
+
+@functools.cache
+def may_mount() -> bool:
+    """Whether this process may mount; root in a container may lack the capability."""
+    command = "unshare --mount mount -t tmpfs none /tmp"
+    return subprocess.run(["sh", "-c", command], capture_output=True).returncode == 0
 
 
 def _path_or_text(flag):

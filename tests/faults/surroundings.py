@@ -14,7 +14,6 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ sys.path[:0] = [str(folder) for folder in list(Path(__file__).resolve().parents)
 import attack
 import numpy as np
 from conftest import SMALL, jpeg
-from forked import Programs
+from forked import Programs, may_mount
 
 LIMIT = 20  # seconds, with the start
 CODES = (0, 1, 2, 75, 129, 130, 143, 138)
@@ -40,10 +39,6 @@ NUMBERS = [
     "--patch-size", "--snclr-m", "--num-heads",
 ]
 # fmt: on
-# root in a container may lack the capability
-MAY_MOUNT = not subprocess.run(
-    ["sh", "-c", "unshare --mount mount -t tmpfs none /tmp"], capture_output=True
-).returncode
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_JOB_ID")
 
 
@@ -151,7 +146,7 @@ def limit(case):
 
 def shared_memory(case):
     """A small /dev/shm."""
-    if MAY_MOUNT:
+    if may_mount():
         case.how["shared_memory"] = int(case.random.integers(1, 60)) * 4096
     return f"shared memory {case.how.get('shared_memory')}"
 
