@@ -75,7 +75,7 @@ class Log:
             return
         rounded = {name: _rounded(value) for name, value in metrics.items()}
         if console.lost:
-            rounded["note"] = "; ".join(console.lost)
+            rounded["note"] = "; ".join(console.lost.values())
             console.lost.clear()
         self.pending += json.dumps(rounded).encode() + b"\n"
         self.flush()
