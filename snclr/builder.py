@@ -340,14 +340,14 @@ class SNCLR(nn.Module):
             rows = neighbour_ids = none.long()
             counts = none.long()[0]
         else:
-            neighbour_ids = torch.where(rows >= 0, bank.ids[rows.clamp(min=0)], -1)
+            neighbour_ids = bank.ids[rows.clamp(min=0)].masked_fill(rows < 0, -1)
         return StepView(
             projection=projection.detach(),
             scores=scores,
             neighbour_ids=neighbour_ids,
             weights=weights.detach(),
             counts=counts,
-            num_candidates=num_candidates + torch.zeros((), dtype=torch.long, device=none.device),
+            num_candidates=num_candidates,
             bank_fill=None if bank is None else bank.filled / len(bank),
             terms={},
             rows=rows,
