@@ -339,10 +339,10 @@ class SNCLR(nn.Module):
         return StepView(
             projection=projection.detach(),
             scores=scores,
-            neighbour_ids=torch.where(rows >= 0, ids, -1),
+            neighbour_ids=ids.masked_fill(rows < 0, -1),
             weights=weights.detach(),
             counts=counts,
-            num_candidates=num_candidates + torch.zeros((), dtype=torch.long, device=rows.device),
+            num_candidates=num_candidates,
             bank_fill=None if bank is None else bank.filled / len(bank),
             terms={},
             rows=rows,

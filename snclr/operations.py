@@ -201,7 +201,7 @@ def blend_(x: Tensor, blend: Tensor) -> None:
         luma = _luma(x)
         mean = luma.mean(dim=(2, 3), keepdim=True)
         luma.mul_(blend[2]).addcmul_(mean, blend[1])
-        x.mul_(blend[0]).add_(luma).clamp_(0, 1)
+        torch.addcmul(luma, x, blend[0], out=x).clamp_(0, 1)
 
 
 JITTERS = adjust_brightness_, adjust_contrast_, adjust_saturation_, adjust_hue_

@@ -50,10 +50,10 @@ def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int)
     scale = (extent / out_size)[:, None, None]
     steps = torch.arange(out_size, device=start.device)[:, None]
     centre = start[:, None, None] + (steps + 0.5) * scale
-    pixel = torch.arange(in_size, device=start.device).to(start.dtype)
-    inside = (pixel >= start[:, None]) & (pixel < (start + extent)[:, None])
+    pixel = torch.arange(in_size, dtype=start.dtype, device=start.device)
+    outside = (pixel < start[:, None]) | (pixel >= (start + extent)[:, None])
     # the distance of a pixel outside is infinite, so its weight is 0
-    pixel = (pixel + 0.5).expand_as(inside).masked_fill(~inside, math.inf)[:, None]
+    pixel = (pixel + 0.5).expand_as(outside).masked_fill(outside, math.inf)[:, None]
     weights = (pixel - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
