@@ -7,7 +7,6 @@ shape of its heads (snclr/heads.py). Parameter names are those of timm's VisionT
 Models named `timm:NAME` keep timm's names.
 """
 
-import difflib
 import math
 import sys
 from functools import partial
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from . import heads
 from .choices import ARCHS, NUM_HEADS, check_num_heads
-from .running.errors import UsageError, first_line
+from .running.errors import UsageError, close_names, first_line
 from .running.recompute import recomputed
 
 
@@ -272,10 +271,7 @@ def build_timm(
         if key.startswith(("pretrained", "checkpoint", "cache")):
             raise UsageError(f"timm's {key} would read other files or the network: use --init-from")
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
-        raise UsageError(
-            f"timm has no model {name}" + (f"; close names are {', '.join(close)}" if close else "")
-        )
+        raise UsageError(f"timm has no model {name}{close_names(name, timm.list_models())}")
     config = timm.get_pretrained_cfg(name)
     if not isinstance(config.classifier, str):
         raise UsageError(
