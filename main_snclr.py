@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
     if args.init_from and not checkpoint_path:
         start_notes += load_initial_weights(model, initial) + head_notes
         if timm_model is not None:
-            images = torch.randn(2, 3, args.img_size, args.img_size)
+            images = torch.randn(2, args.channels, args.img_size, args.img_size)
             public.check_features(args.init_from, timm_model, model.base_encoder, images)
             start_notes += public.other_images(timm_model, args.mean, args.std)
     elif args.init_from:
@@ -502,7 +502,7 @@ def evaluate(run: Run, step: int) -> None:
 def evaluate_features(run: Run, embed, epoch: int, title: str) -> dict:
     """kNN accuracy in percent, if there are validation images, and the signals without labels.
 
-    embed: normalised images (B, 3, S, S) to features (B, F). Prints a line that ends in the title.
+    embed: normalised images (B, C, S, S) to features (B, F). Prints a line that ends in the title.
     """
     args, result, parts = run.args, {}, []
     signals = label_free.signals(embed, run.loader)

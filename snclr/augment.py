@@ -262,14 +262,12 @@ def _draw_crops(u, settings, heights, widths):
 def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) -> Tensor:
     """Jitter, gray, blur, solarize, flip, rotate and normalise.
 
-    crops (B, 3, S, S) uint8; mean, std (3,) of the data set, in [0, 1]. Returns (B, 3, S, S) float
+    crops (B, C, S, S) uint8; mean, std (C,) of the data set, in [0, 1]. Returns (B, C, S, S) float
     on the device of the crops. Each operation runs only on the images that were drawn for it: the
     parameters are on the host, so the host never waits for a GPU.
     """
     views = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device)
-    count = (
-        1 if operations.is_large_on_cpu(crops) else max(1, AT_ONCE // (3 * crops.shape[-1] ** 2))
-    )
+    count = 1 if operations.is_large_on_cpu(crops) else max(1, AT_ONCE // crops.shape[1:].numel())
     for start in range(0, len(crops), count):
         part = slice(start, start + count)
         x = views[part].copy_(crops[part]).div_(255)
@@ -279,7 +277,7 @@ def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) 
 
 
 def _apply_(x, p: ViewParameters):
-    """All operations on x (B, 3, S, S) in place; p: their parameters, as numpy arrays."""
+    """All operations on x (B, C, S, S) in place; p: their parameters, as numpy arrays."""
     _jitter_(x, p)
     _on_chosen_(x, p.gray, operations.grayscale)
     _on_chosen_(
@@ -384,6 +382,6 @@ def _strengths(values, x):
 
 
 def normalize_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(x - mean) / std per channel, in place; x (B, 3, S, S) in [0, 1]."""
-    mean, std = (values.to(x, non_blocking=True).view(3, 1, 1) for values in (mean, std))
+    """(x - mean) / std per channel, in place; x (B, C, S, S) in [0, 1]."""
+    mean, std = (values.to(x, non_blocking=True).view(-1, 1, 1) for values in (mean, std))
     return x.sub_(mean).mul_(1 / std)

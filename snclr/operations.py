@@ -1,7 +1,7 @@
 """The operations of the augmentation on tensors, on any device.
 
-They take x (B, 3, S, S) in [0, 1] and strengths (B, 1, 1, 1). If the name ends in _, they change x
-and return it.
+They take x (B, C, S, S) in [0, 1] and strengths (B, 1, 1, 1). If the name ends in _, they change x
+and return it. Of another C than 3, saturation may only be 1 and hue 0: those of RGB images.
 """
 
 import math
@@ -24,8 +24,8 @@ def is_large_on_cpu(x: Tensor) -> bool:
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Cut V boxes (top, left, height, width) out of each image and resize them.
 
-    images (B, 3, H, W) uint8; boxes (V * B, 4): the first box of every image, then the second, ...
-    Returns (V * B, 3, size, size) uint8. Bilinear with antialiasing, as torchvision's resize: two
+    images (B, C, H, W) uint8; boxes (V * B, 4): the first box of every image, then the second, ...
+    Returns (V * B, C, size, size) uint8. Bilinear with antialiasing, as torchvision's resize: two
     matrix products a box.
     """
     top, left, height, width = boxes.to(
@@ -40,12 +40,12 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _channels_inside(x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, H, 3, W): two large products an image are faster than six small ones."""
+    """(B, C, H, W) -> (B, H, C, W): two large products an image are faster than 2 C small ones."""
     return x.transpose(1, 2).contiguous()
 
 
 def _both_ways(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
-    """rows[b] @ x[b, :, c] @ columns[b].T: (B, S, H), (B, H, 3, W), (B, S, W) -> (B, S, 3, S)."""
+    """rows[b] @ x[b, :, c] @ columns[b].T: (B, S, H), (B, H, C, W), (B, S, W) -> (B, S, C, S)."""
     half = x.flatten(1, 2) @ columns.mT
     return (rows @ half.view(*x.shape[:2], -1)).unflatten(2, (x.shape[2], -1))
 
@@ -89,6 +89,8 @@ def adjust_hue_(x: Tensor, turns: Tensor) -> Tensor:
     shorter way round: 3 chroma - |3 chroma - |angle||. This is right for angles of up to 7 chroma,
     which is what limits the turn.
     """
+    if x.shape[1] != 3:
+        return x
     red, green, blue = x.split(1, dim=1)
     value, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
     chroma = value - low
@@ -176,6 +178,8 @@ def flip_v(x: Tensor) -> Tensor:
 
 
 def _luma(x: Tensor) -> Tensor:
-    """(B, 3, S, S) -> (B, 1, S, S)."""
+    """(B, C, S, S) -> (B, 1, S, S): of another C than 3 the mean of the channels."""
+    if x.shape[1] != 3:
+        return x.mean(dim=1, keepdim=True)
     red, green, blue = x.split(1, dim=1)
     return (red * GRAY[0]).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])

@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     settings = {name: getattr(args, name) for name in load.DEFAULTS}
     first = _open_encoder(args, args.file, args.encoder, "A", settings)
     args.mean, args.std = first.info["mean"], first.info["std"]
-    args.grey_range = first.info["grey_range"]
+    args.grey_range, args.channels = first.info["grey_range"], first.info["channels"]
     train, val, _ = sources.open_data(args)
     encoders = [_ready(first, args.encoder, train, loader_args)]
     if args.against is not None:
@@ -159,7 +159,7 @@ def _draw(
     pictures = {"neighbours": retrieval(queries, chosen, f"Nearest of {len(pool)} training images")}
     if args.image is not None:
         photo = ImageFiles([args.image], None, [], (args.mean, args.std))
-        photo.grey_range = args.grey_range
+        photo.grey_range, photo.channels = args.grey_range, args.channels
         title = f"Nearest to {os.path.basename(args.image)}"
         pictures["retrieval"] = retrieval(photo, np.array([0]), title)
     if importlib.util.find_spec("umap"):

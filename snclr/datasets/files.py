@@ -93,7 +93,8 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
             classes = [*index.classes.tolist(), None]  # label -1 takes the last one
             names = [classes[label] for label in index.label]
     else:
-        paths, ignored = _images_below(path)
+        extensions = _extensions(args)
+        paths, ignored = _images_below(path, extensions)
         expected = "image files in it or its subfolders"
         if args.dataset == "folder":
             paths = [file for file in paths if os.path.dirname(file) != path]
@@ -101,12 +102,13 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
             expected = f"{path}/<class>/<image>"
         if not paths:
             raise UsageError(
-                f"no image in {path}; expected {expected} with one of {' '.join(EXTENSIONS)}"
+                f"no image in {path}; expected {expected} with one of {' '.join(extensions)}"
             )
         images = ImageFiles(paths, None, [], IMAGENET)
     if labels not in (None, "none"):
         names = _read_labels(labels, path, len(images))
     images.skip_bad, images.grey_range = args.on_bad_image == "skip", args.grey_range
+    images.channels = args.channels
     if ignored:
         notes.append(f"{ignored} files in {path} are not images and are ignored")
     if args.grey_range is None and (note := little_used_range(_samples(images))):
@@ -127,7 +129,12 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
 
 def _index(path, args) -> shards.Index:
     with local_rank_zero_first():  # it writes the index that the other ranks read
-        return shards.open_index(path, EXTENSIONS, fallback=args.workdir)
+        return shards.open_index(path, _extensions(args), fallback=args.workdir)
+
+
+def _extensions(args):
+    """Endings of the names of images. Beside RGB images, arrays are often other data."""
+    return EXTENSIONS if args.channels == 3 else (*EXTENSIONS, ".npy")
 
 
 def _samples(images: FileImages) -> Iterator[tuple[str, np.ndarray]]:
@@ -137,7 +144,7 @@ def _samples(images: FileImages) -> Iterator[tuple[str, np.ndarray]]:
             yield images.encoded(index)
 
 
-def _images_below(root):
+def _images_below(root, extensions):
     """Sorted paths of all images in a tree, and the number of other files.
 
     Hidden files are in neither. A folder is read once, even if several links lead to it, or a link
@@ -151,7 +158,7 @@ def _images_below(root):
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         files = sorted(name for name in files if not name.startswith("."))
-        images = [os.path.join(folder, name) for name in files if name.lower().endswith(EXTENSIONS)]
+        images = [os.path.join(folder, name) for name in files if name.lower().endswith(extensions)]
         paths += images
         others += len(files) - len(images)
     return paths, others

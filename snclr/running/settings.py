@@ -24,8 +24,8 @@ def changes(saved: dict, args: Namespace) -> tuple[list[str], list[str]]:
     """Settings that differ from the saved ones, as 'NAME OLD -> NEW': those that must not differ,
     and others to report in the log.
     """
-    # files of earlier versions have no number of heads, which was always the architecture's default
-    saved = {"num_heads": NUM_HEADS.get(args.arch), **saved}
+    # earlier versions did not save these, and had only the architecture's number of heads, and RGB
+    saved = {"num_heads": NUM_HEADS.get(args.arch), "channels": 3, **saved}
     kinds = {"fixed": [], "reported": [], "free": []}  # see arguments.flag
     for name, now in vars(args).items():
         if name in saved and differ(saved[name], now):

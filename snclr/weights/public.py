@@ -79,7 +79,7 @@ def _of_timm(source, name, config, img_size):
 
 @torch.no_grad()
 def check_features(source: str, model: nn.Module, encoder: nn.Module, images: Tensor) -> None:
-    """Raise UsageError if the encoder computes other features of images (B, 3, S, S) than timm's
+    """Raise UsageError if the encoder computes other features of images (B, C, S, S) than timm's
     model of the same weights: names and shapes of tensors do not show every difference.
     """
     expected = model.forward_head(model.forward_features(images), pre_logits=True)
