@@ -99,7 +99,9 @@ def decode(
                 pages = itertools.islice(ImageSequence.Iterator(picture), channels + 1)
                 pixels = np.dstack([_page(page, encoded, grey_range) for page in pages])
                 if pixels.shape[2] != channels:
-                    raise ValueError(f"its pages have {pixels.shape[2]} channels, not {channels}")
+                    raise ValueError(
+                        f"its pages have {pixels.shape[2]} channels, --channels is {channels}"
+                    )
             return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
     except UnidentifiedImageError as error:
         raise unreadable(name, "it is not an image of a known format") from error
@@ -111,7 +113,7 @@ def _channels_first(array, channels):
     """An array of an .npy file as (channels, H, W)."""
     array = array[None] if array.ndim == 2 else array
     if array.ndim != 3 or channels not in array.shape[::2]:
-        raise ValueError(f"its array is {array.shape}; it must have {channels} channels")
+        raise ValueError(f"its array is {array.shape}, --channels is {channels}")
     return array if len(array) == channels else np.moveaxis(array, 2, 0)
 
 
