@@ -108,12 +108,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         )
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                if name.endswith("qkv"):  # queries, keys and values are three layers in one matrix
-                    bound = math.sqrt(6 / (module.weight.shape[0] // 3 + module.weight.shape[1]))
-                    nn.init.uniform_(module.weight, -bound, bound)
-                else:
-                    nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                timm_vit.init_weights_vit_moco(module, name)
         nn.init.normal_(self.cls_token, std=1e-6)
         if embed_layer is PatchEmbed:
             patches = self.patch_embed.proj
@@ -337,9 +332,7 @@ def has_batch_norm(module: nn.Module, besides: nn.Module | None = None) -> bool:
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
 
 
-def sincos_position_embedding(
-    rows: int, columns: int, width: int, temperature: float = 10000.0
-) -> Tensor:
+def sincos_position_embedding(rows: int, columns: int, width: int) -> Tensor:
     """Fixed 2-D position embedding (1, 1 + rows * columns, width); zeros for the class token.
 
     A quarter of the width each: sine and cosine of the column, sine and cosine of the row, with
@@ -349,7 +342,7 @@ def sincos_position_embedding(
         raise ValueError(
             f"a 2-D sin-cos position embedding needs a width divisible by 4, found {width}"
         )
-    frequencies = temperature ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, column = torch.meshgrid(
         torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij"
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from . import augment
+from . import augment, operations
 from .augment import Recipe
 from .datasets.images import EncodedImages, ImageSet
 from .running.distributed import rank, world_size
@@ -52,7 +52,7 @@ class ViewLoader:
     def stop_waiting_if(self, condition: Callable[[], bool]) -> None:
         """Raise Stalled if no batch comes for a few seconds and the condition holds."""
         if self.loader is not None:
-            self.loader.stop_waiting = condition
+            self.loader.workers.stop_waiting = condition
 
     def load(
         self, requests: Sequence[tuple], ahead: Sequence[tuple] = ()
@@ -93,12 +93,12 @@ class ViewLoader:
         parts, ids, groups, start = self._parts(request), [], [], 0
         for _, indices, *_ in parts:
             views = next(answers)
-            if isinstance(views, Exception):
-                raise views
+            if isinstance(views, RunError):
+                raise RunError(str(views))  # `views` itself would hold this frame, and the workers
             self.replaced.update(indices[indices != views.ids.numpy()].tolist())
             ids.append(views.ids.to(self.device, non_blocking=True))
             augmented = [
-                augment.apply(
+                operations.apply(
                     crops.to(self.device, non_blocking=True),
                     parameters,
                     self.images.mean,
@@ -240,7 +240,7 @@ def whole_images(
     else:
         batches = (images.whole(part, size) for part in chunks)
     for batch in batches:
-        if isinstance(batch, Exception):
-            raise batch
+        if isinstance(batch, RunError):
+            raise RunError(str(batch))
         x = batch.to(device, non_blocking=True).to(torch.get_default_dtype()).div_(255)
-        yield augment.normalize_(x, images.mean, images.std)
+        yield operations.normalize_(x, images.mean, images.std)

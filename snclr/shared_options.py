@@ -27,6 +27,8 @@ from .running.errors import UsageError
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose the images (snclr/datasets/sources.py)."""
+    # the index of shards on a read-only disk is kept there; not every command has the flag
+    parser.set_defaults(workdir=None)
     g = parser.add_argument_group("data")
     flag(
         g,
@@ -286,7 +288,6 @@ def parse_data(argv: list[str]) -> argparse.Namespace:
         "snclr.mean_std", "Measures the mean and standard deviation of the channels."
     )
     add_data_flags(parser)
-    parser.set_defaults(workdir=None)
     args = parser.parse_args(argv)
     resolve_data(args)
     resolve_views(args)
@@ -300,7 +301,10 @@ def parse_data(argv: list[str]) -> argparse.Namespace:
 def add_backbone_flags(
     parser: argparse.ArgumentParser, default_arch: str | None
 ) -> argparse._ArgumentGroup:
-    """Add the flags that describe a backbone (snclr/backbones.py); returns their group."""
+    """Add the flags that describe a backbone (snclr/backbones.py); returns their group.
+
+    default_arch None: by default a file says what the backbone is, so the other defaults are None.
+    """
     g = parser.add_argument_group("model")
     flag(
         g,
@@ -325,7 +329,7 @@ def add_backbone_flags(
         g,
         "--patch-size",
         type=number(int, above_zero=True),
-        default=16,
+        default=None if default_arch is None else 16,
         metavar="PX",
         help="side of a ViT's patch",
         describes_encoder=True,
@@ -352,7 +356,7 @@ def add_backbone_flags(
         g,
         "--small-stem",
         action=argparse.BooleanOptionalAction,
-        default=False,
+        default=None if default_arch is None else False,
         help="ResNet stem for images of about 32 px: 3x3 convolution of stride 1, no pooling",
         on_resume="fixed",
         describes_encoder=True,

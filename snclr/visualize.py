@@ -7,6 +7,7 @@ photo.jpg, the images nearest to the photo. The same flags and seed give the sam
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import sys
@@ -19,7 +20,9 @@ from timm.models.vision_transformer import VisionTransformer
 from . import augment
 from .arguments import new_parser, number, seed
 from .datasets import sources
-from .datasets.images import ImageFiles, ImageSet
+from .datasets.files import FileImages
+from .datasets.folders import Paths
+from .datasets.images import ImageSet
 from .evaluation import knn
 from .pictures.encoders import (
     Encoder,
@@ -71,9 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--out", metavar="DIR", help="folder of the pictures (default: pictures beside FILE)"
     )
     add_backbone_flags(parser, default_arch=None)
-    parser.set_defaults(patch_size=None, small_stem=None)  # as FILE says
     args = parser.parse_args(argv)
-    args.workdir = None  # without a run's folder for the index of shards on read-only disks
     resolve_data(args)
     check_data(args)
     if args.image is not None and not os.path.isfile(args.image):
@@ -89,17 +90,22 @@ def main(argv: list[str]) -> None:
     loader_args = {"device": device, "workers": args.workers}
     # the flags on architecture, size and normalisation concern only the first encoder
     settings = {name: getattr(args, name) for name in load.DEFAULTS}
-    first = _open_encoder(args, args.file, args.encoder, "A", settings)
-    args.mean, args.std = first.info["mean"], first.info["std"]
-    args.grey_range, args.channels = first.info["grey_range"], first.info["channels"]
+    encoders = [_open_encoder(args.file, args.encoder, settings)]
+    if args.against == "untrained":
+        encoders.append(_open_encoder(args.file, "untrained", {}))
+    elif args.against is not None:
+        encoders.append(_open_encoder(args.against, args.encoder, {}))
+    info = encoders[0].info
+    args.mean, args.std, args.grey_range = info["mean"], info["std"], info["grey_range"]
+    args.channels = info["channels"]
     train, val, _ = sources.open_data(args)
-    encoders = [_ready(first, args.encoder, train, loader_args)]
-    if args.against is not None:
-        path, branch = args.against, args.encoder
-        if path == "untrained":
-            path, branch = args.file, "untrained"
-        second = _open_encoder(args, path, branch, "B", {})
-        encoders.append(_ready(second, branch, train, loader_args))
+    for position, (module, info, name) in enumerate(encoders):
+        module = module.to(device)
+        if info["encoder"] == "untrained":
+            # its batch norms get the statistics of the training images
+            module = knn.calibrated_copy(module, train, size=info["img_size"], **loader_args)
+        name = f"{'AB'[position]}: {name}" if len(encoders) > 1 else name
+        encoders[position] = Encoder(module, info, name)
     pictures = _draw(args, encoders, train, val, loader_args)
     out = args.out or os.path.join(os.path.dirname(os.path.abspath(args.file)), "pictures")
     with writing(out):
@@ -111,22 +117,12 @@ def main(argv: list[str]) -> None:
             print(path)
 
 
-def _open_encoder(
-    args: argparse.Namespace, path: str, branch: str, letter: str, settings: dict
-) -> Encoder:
-    """The encoder of a file. letter: A or B, for its name if there are two."""
+def _open_encoder(path: str, branch: str, settings: dict) -> Encoder:
+    """The encoder of a file, and its name in the pictures."""
     module, info = load.open_encoder(path, branch, **settings)
     epoch = f", epoch {info['epoch']}" if info["epoch"] else ""
     name = f"{info['arch']} ({branch}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
-    return Encoder(module, info, f"{letter}: {name}" if args.against is not None else name)
-
-
-def _ready(encoder: Encoder, branch: str, train: ImageSet, loader_args: dict) -> Encoder:
-    """The encoder on its device; batch norms of an untrained one get the statistics of train."""
-    module, size = encoder.module.to(loader_args["device"]), encoder.info["img_size"]
-    if branch == "untrained":
-        module = knn.calibrated_copy(module, train, size=size, **loader_args)
-    return encoder._replace(module=module)
+    return Encoder(module, info, name)
 
 
 def _draw(
@@ -158,7 +154,7 @@ def _draw(
 
     pictures = {"neighbours": retrieval(queries, chosen, f"Nearest of {len(pool)} training images")}
     if args.image is not None:
-        photo = ImageFiles([args.image], None, [], (args.mean, args.std))
+        photo = FileImages(Paths([args.image]), None, [], (args.mean, args.std))
         photo.grey_range, photo.channels = args.grey_range, args.channels
         title = f"Nearest to {os.path.basename(args.image)}"
         pictures["retrieval"] = retrieval(photo, np.array([0]), title)
@@ -189,12 +185,10 @@ def _choose(images: ImageSet, count: int, seed: int) -> np.ndarray:
     for index in augment.epoch_order(seed, 0, len(images)):
         if len(chosen) == count:
             break
-        try:
+        with contextlib.suppress(RunError):
             if images.skip_bad:
                 images.image(index)
             chosen.append(index)
-        except RunError:
-            continue
     return np.array(chosen)
 
 

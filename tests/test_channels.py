@@ -23,7 +23,7 @@ from test_sources import open_data, refused
 import main_lincls
 import main_snclr
 import snclr
-from snclr import augment, embed, export, visualize
+from snclr import augment, embed, export, operations, options, visualize
 from snclr.datasets.decoding import decode
 from snclr.datasets.images import EncodedImages, ResidentImages
 from snclr.mean_std import mean_std
@@ -48,7 +48,9 @@ def npy(array):
 
 def tiff(*pages):
     buffer = io.BytesIO()
-    first, *others = map(Image.fromarray, pages)
+    first, *others = (
+        page if isinstance(page, Image.Image) else Image.fromarray(page) for page in pages
+    )
     first.save(buffer, "tiff", save_all=True, append_images=others)
     return buffer.getvalue()
 
@@ -111,6 +113,10 @@ def test_one_channel_is_grey():
         picture.save(buffer, kind)
         expected = np.array(Image.open(buffer).convert("L"))
         assert torch.equal(decoded(buffer.getvalue(), 1), torch.from_numpy(expected)[None])
+    pages = [Image.fromarray(colours[..., 0]).convert(mode) for mode in ("1", "P", "RGB")]
+    expected = [np.array(page.convert("L"))[None] for page in pages[:2]]
+    expected.append(np.array(pages[2]).transpose(2, 0, 1))
+    assert torch.equal(decoded(tiff(*pages)), torch.from_numpy(np.concatenate(expected)))
     with pytest.raises(RunError, match="its pages have 3 channels, --channels is 5"):
         decoded(buffer.getvalue())
 
@@ -182,9 +188,9 @@ def test_views_equal_a_slow_twin_and_an_accelerators(size, count, channels):
     expected = [applied_slowly(crop, p, i, mean, std) for i, crop in enumerate(crops)]
     expected = torch.from_numpy(np.stack(expected)).float()
     args = torch.from_numpy(crops), p, torch.from_numpy(mean), torch.from_numpy(std)
-    torch.testing.assert_close(augment.apply(*args), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(operations.apply(*args), expected, atol=1e-5, rtol=0)
     with Accelerator() as accelerator:
-        views = augment.apply(args[0].to(DEVICE, non_blocking=True), *args[1:])
+        views = operations.apply(args[0].to(DEVICE, non_blocking=True), *args[1:])
     assert accelerator.waits == []
     torch.testing.assert_close(views.local, expected, atol=1e-5, rtol=0)
 
@@ -281,8 +287,8 @@ def test_what_makes_no_sense_is_refused_in_one_line(folder, tmp_path):
     assert "DATA must be before this flag" in refused("--mean", ".5", folder)
     for flags in ("--grey-p 0 0.1", "--jitter 0.4 0.4 0.1 0", "--jitter 1 1 0 0 1 1 0 0.1"):
         with pytest.raises(UsageError, match="only images of red, green and blue have saturation"):
-            main_snclr.options.parse([str(folder), "--channels", "5", *flags.split()])
-    args = main_snclr.options.parse([str(folder), "--channels", "5", "--method", "mocov2"])
+            options.parse([str(folder), "--channels", "5", *flags.split()])
+    args = options.parse([str(folder), "--channels", "5", "--method", "mocov2"])
     views = augment.build_views(args)
     assert {view.jitter for view in views} == {(0.4, 0.4, 0, 0)}
     assert {view.gray_p for view in views} == {0} and {view.jitter_p for view in views} == {0.8}
@@ -399,13 +405,13 @@ def test_files_for_other_channels_are_refused_in_one_line(trained, folder, tmp_p
 
 
 def test_runs_resume_with_their_channels_only(trained, capsys):
-    args = main_snclr.options.parse(["--stop-after-steps", "1"])
+    args = options.parse(["--stop-after-steps", "1"])
     saved = vars(args) | {"channels": C}
-    assert settings.changes(saved, args)[0] == ["channels 5 -> 3"]
+    assert settings.changes(saved, args, options.ON_RESUME)[0] == ["channels 5 -> 3"]
     del saved["channels"]  # as in files of earlier versions
-    assert settings.changes(saved, args) == ([], [])
+    assert settings.changes(saved, args, options.ON_RESUME) == ([], [])
     args.channels = C
-    assert settings.changes(saved, args)[0] == ["channels 3 -> 5"]
+    assert settings.changes(saved, args, options.ON_RESUME)[0] == ["channels 3 -> 5"]
 
 
 def test_pictures_show_three_channels_or_grey():

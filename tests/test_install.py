@@ -47,7 +47,7 @@ run("snclr.mean_std", "--dataset embedded --subset 8 --workers 0")
 WITHOUT_POSIX = """
 import os, runpy, signal, sys
 sys.modules["fcntl"] = None
-for name in ("O_NONBLOCK", "O_NOFOLLOW"):
+for name in ("O_NONBLOCK", "O_NOFOLLOW", "lockf"):
     delattr(os, name)
 for name in ("SIGUSR1", "SIGCHLD", "SIGHUP"):
     delattr(signal, name)

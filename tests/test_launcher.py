@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_ranks import SMALL, free_ports
+from test_ranks import SMALL, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [*SMALL.split(), "--stop-after-steps", "2", "--eval-freq", "0"]
@@ -299,11 +299,10 @@ def single_process(images, tmp_path_factory):
 
 
 def test_two_machines_give_the_losses_of_one_process(start, images, tmp_path, single_process):
-    (port,) = free_ports(1)
     environment = {
         "NNODES": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": free_port(),
         "NPROC_PER_NODE": "1",
     }
     nodes = [

@@ -14,7 +14,7 @@ from test_backbones import build
 from test_ranks import CLOCK, SMALL, read_lines
 
 import main_snclr
-from snclr import augment, visualize
+from snclr import operations, visualize
 from snclr.datasets.images import ResidentImages
 from snclr.loader import Batch
 from snclr.memory_bank import MemoryBank
@@ -101,7 +101,7 @@ def test_views_are_shown_in_their_own_colours():
     pixels = torch.randint(
         256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
-    x = augment.normalize_(pixels.float() / 255, torch.tensor(MEAN), torch.tensor(STD))
+    x = operations.normalize_(pixels.float() / 255, torch.tensor(MEAN), torch.tensor(STD))
     shown = steps.denormalize(x, torch.tensor(MEAN), torch.tensor(STD))
     assert np.array_equal(shown, pixels.permute(0, 2, 3, 1).numpy())
     picture = steps.view_picture(Batch(torch.arange(2), [x, x.flip(3)]), plain_images(), "a title")

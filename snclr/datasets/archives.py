@@ -8,14 +8,10 @@ import re
 import struct
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
-
 from ..running.errors import UsageError
-from .decoding import LARGEST, unreadable
 
 SPLITS = ("train", "val", "test")  # split numbers in an index
 SPLIT_NAME = re.compile(r"(?:^|[^a-z])(train|val|test)(?:ing|id|idation)?(?:[^a-z]|$)")
@@ -121,19 +117,3 @@ def name_classes(samples: list[str], stems: list[str]) -> bool:
         for sample, stem in zip(samples, stems, strict=True)
     )
     return len(set(stems)) > 1 and (repeated or not numbered)
-
-
-def inflate(content: np.ndarray, size: int, name: str) -> np.ndarray:
-    """The `size` bytes (size,) uint8 of a compressed member of a zip file. Raises RunError, which
-    includes `name`, if they are damaged.
-    """
-    if size > LARGEST:
-        raise unreadable(name, f"{size} bytes are more than {LARGEST}")
-    try:
-        # never more than one byte too many, whatever the file claims
-        image = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
-    except zlib.error as error:
-        raise unreadable(name, error) from error
-    if len(image) != size:
-        raise unreadable(name, "it does not have its size")
-    return np.frombuffer(bytearray(image), np.uint8)

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import io
 import itertools
-import os
 import warnings
 from collections.abc import Callable
 
@@ -13,11 +12,9 @@ import torch
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
-from ..running.errors import RunError, UsageError, first_line
-from ..running.safe_files import open_regular
 from .high_bit_depth import FORMATS, read_array, read_pixels, to_8_bits
+from .reading import unreadable
 
-LARGEST = 2**29  # bytes of an encoded image
 MODES = {1: "L", 3: "RGB"}  # number of channels: PIL's mode with them
 
 
@@ -46,24 +43,6 @@ warnings.filterwarnings(
     "ignore", message=".*capabilities of TorchVision are deprecated", category=DeprecationWarning
 )
 decode_jpeg = next(iter(jpeg_decoders().values()))
-
-
-def read_encoded(path: str, name: str, offset: int = 0, size: int | None = None) -> np.ndarray:
-    """The `size` bytes (size,) uint8 from `offset` in a regular file; by default all from there.
-
-    Raises RunError, which includes `name`, if they cannot be read or are more than LARGEST.
-    """
-    try:
-        with open_regular(path) as file:
-            available = os.fstat(file.fileno()).st_size - offset
-            size = available if size is None else size
-            if size > min(available, LARGEST):
-                raise unreadable(name, f"{size} bytes are more than {min(available, LARGEST)}")
-            file.seek(offset)
-            return np.fromfile(file, np.uint8, count=size)
-    except (UsageError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
-        raise unreadable(name, reason) from error
 
 
 def decode(
@@ -97,7 +76,10 @@ def decode(
                 pixels = np.array(_page(picture, encoded, grey_range).convert(MODES[channels]))
             else:
                 pages = itertools.islice(ImageSequence.Iterator(picture), channels + 1)
-                pixels = np.dstack([_page(page, encoded, grey_range) for page in pages])
+                pages = [_page(page, encoded, grey_range) for page in pages]
+                pixels = np.dstack(
+                    [page.convert("L") if page.mode in ("1", "P") else page for page in pages]
+                )
                 if pixels.shape[2] != channels:
                     raise ValueError(
                         f"its pages have {pixels.shape[2]} channels, --channels is {channels}"
@@ -131,8 +113,3 @@ def to_rgb(picture: Image.Image) -> Tensor:
     """(3, H, W) uint8, turned upright by EXIF; also from grey, palette, CMYK and alpha."""
     upright = ImageOps.exif_transpose(picture)
     return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
-
-
-def unreadable(name: str, reason: object) -> RunError:
-    """The error for an image that cannot be read."""
-    return RunError(f"cannot read image {name}: {first_line(reason)}; remove or replace the file")

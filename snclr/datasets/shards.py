@@ -18,15 +18,13 @@ from ..running.safe_files import new_file, open_regular
 from .archives import (
     SPLITS,
     folders_of,
-    inflate,
     name_classes,
     shards_below,
     split_numbers,
     tar_members,
     zip_members,
 )
-from .decoding import read_encoded
-from .images import FileImages
+from .reading import inflate, read_encoded
 
 
 class Index(NamedTuple):
@@ -55,30 +53,26 @@ class Index(NamedTuple):
     ignored: np.ndarray
 
 
-class ShardImages(FileImages):
-    """Images inside tar or zip files."""
+class Shards:
+    """The images of an index, for FileImages."""
 
-    per_image = ("labels", "shard", "offset", "size", "packed", "member")
+    names = None
 
-    def __init__(
-        self, index: Index, labels: np.ndarray | None, classes: list[str], mean_std: tuple
-    ):
-        super().__init__(labels, classes, mean_std)
-        self.files, self.shard, self.member = index.files, index.shard, index.member
-        self.offset, self.size, self.packed = index.offset, index.size, index.packed
+    def __init__(self, index: Index):
+        self.index, self.size = index, index.size
 
     def __len__(self) -> int:
-        return len(self.offset)
+        return len(self.size)
 
     @property
     def paths(self) -> np.ndarray:
         """FILE/MEMBER of each image."""
-        pairs = zip(self.files[self.shard], self.member, strict=True)
+        pairs = zip(self.index.files[self.index.shard], self.index.member, strict=True)
         return np.array([f"{path}/{member.decode(errors='replace')}" for path, member in pairs])
 
-    def encoded(self, index: int) -> tuple[str, np.ndarray]:
-        path = str(self.files[self.shard[index]])
-        offset, size, packed = (int(x[index]) for x in (self.offset, self.size, self.packed))
+    def read(self, number: int) -> tuple[str, np.ndarray]:
+        path = str(self.index.files[self.index.shard[number]])
+        offset, size, packed = (int(x[number]) for x in self.index[2:5])
         name = f"of {size} bytes at offset {offset} in {path}"
         content = read_encoded(path, name, offset, packed or size)
         return name, inflate(content, size, name) if packed else content

@@ -68,9 +68,8 @@ def view_picture(batch: Batch, images: ImageSet, title: str, weak: bool = False)
         [Tile(image) for image in denormalize(view[:QUERIES], images.mean, images.std)]
         for view in batch.views[:2] + batch.views[-1:] * weak
     ]
-    text = "Above: view 1, below: view 2 of the same image, as the network sees them."
-    if weak:
-        text = "From above: view 1, view 2 and the weak view of the same image."
+    names = "view 1, view 2 and the weak view" if weak else "view 1 and view 2"
+    text = f"From above: {names} of the same image, as the network sees them."
     return sheet(rows, title, text, side=128)
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-lost: list[str] = []  # a line for each stream that was lost
+lost: list[str] = []  # a line for each stream that was lost, until the log has it
 
 
 class Console:
@@ -20,21 +20,18 @@ class Console:
         self.stream, self.name, self.failed = stream, name, False
 
     def write(self, text: str) -> int:
-        with self._failures_recorded():
-            self.stream.write(text)
+        self._try(self.stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        with self._failures_recorded():
-            self.stream.flush()
+        self._try(self.stream.flush)
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
-    @contextlib.contextmanager
-    def _failures_recorded(self):
+    def _try(self, function, *args):
         try:
-            yield
+            function(*args)
         except (OSError, ValueError) as error:  # ValueError: the stream is closed
             if not self.failed:
                 reason = getattr(error, "strerror", None) or str(error)

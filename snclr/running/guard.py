@@ -145,13 +145,11 @@ class Guard:
 
     def collapse(self, feature_std: float) -> str | None:
         """A line for the log, once, if feature_std was low for PATIENCE logged steps in a row."""
-        self.num_collapsed = (
-            self.num_collapsed + 1 if feature_std < COLLAPSED else min(self.num_collapsed, 0)
-        )
-        if self.num_collapsed < PATIENCE:
-            return None
-        self.num_collapsed = -(2**63)  # not again
-        return (
-            f"collapse: feature_std is below {COLLAPSED} for {PATIENCE} logged steps: "
-            "all images look alike; lower --lr"
-        )
+        if self.num_collapsed < PATIENCE:  # else it was reported
+            self.num_collapsed = self.num_collapsed + 1 if feature_std < COLLAPSED else 0
+            if self.num_collapsed == PATIENCE:
+                return (
+                    f"collapse: feature_std is below {COLLAPSED} for {PATIENCE} logged steps: "
+                    "all images look alike; lower --lr"
+                )
+        return None

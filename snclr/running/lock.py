@@ -1,4 +1,4 @@
-"""One run in a workdir at a time, by a lock of the kernel, which ends when its process ends."""
+"""Lets one run at a time use a workdir. The kernel releases the lock when the process ends."""
 
 import os
 import socket
@@ -7,11 +7,6 @@ import stat
 from .errors import UsageError
 from .packages import check_posix
 from .safe_files import open_regular, writing
-
-try:
-    import fcntl
-except ModuleNotFoundError:
-    fcntl = None  # not POSIX
 
 # locked files stay open until the process ends, because closing one would release its lock
 locked_files = []
@@ -36,7 +31,7 @@ def hold(workdir: str, name: str) -> None:
         raise UsageError(f"{path} is not a regular file: remove it, or choose another --workdir")
     file = open(descriptor, "r+")  # noqa: SIM115 - open as long as the process lives
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.lockf(descriptor, os.F_TLOCK, 0)
     except OSError as error:
         if not isinstance(error, BlockingIOError | PermissionError):
             return  # the file system has no locks: run without one

@@ -18,7 +18,6 @@ from torch import nn
 from ..backbones import RESNETS, TIMM, VITS, ConvStem, VisionTransformer, in_chans, timm_settings
 from ..running.errors import UsageError
 from .exported import Export
-from .hf import to_hf
 from .layouts import read_encoder
 
 
@@ -219,17 +218,6 @@ def to_onnx(encoder: nn.Module, info: dict) -> Export:
         read,
         features='model.run(None, {"images": images.numpy()})[0]',
     )
-
-
-FORMATS = {
-    "timm": to_timm,
-    "torchvision": to_torchvision,
-    "deit": to_deit,
-    "hf": to_hf,
-    "mocov3": to_mocov3,
-    "detectron2": to_detectron2,
-    "onnx": to_onnx,
-}
 
 
 def _check_rgb(info, library):

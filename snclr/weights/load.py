@@ -20,7 +20,7 @@ from ..choices import IMAGENET, NUM_HEADS
 from ..options import OF_ENCODER
 from ..running.errors import UsageError, first_few, first_line
 from ..running.tensor_files import not_finite
-from .hf import from_hf_names
+from .hf_names import from_hf_names
 from .layouts import EncoderFile, read_encoder
 
 # attention heads in timm, DeiT and DINO, if NUM_HEADS has another number
