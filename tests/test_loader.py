@@ -418,7 +418,8 @@ def test_workers_end_with_the_last_reference_to_their_loader(tmp_path, image_set
     others = {*multiprocessing.active_children()}
     gc.disable()
     try:
-        loader = TwoViewLoader(ImageFiles(paths, None, [], MOMENTS), RECIPE, 3, CPU, workers=1)
+        images = FileImages(Paths(paths), None, [], MOMENTS)
+        loader = TwoViewLoader(images, RECIPE, 3, CPU, workers=1)
         with contextlib.suppress(RunError):
             for _ in loader.epoch(0):
                 workers = {*multiprocessing.active_children()} - others
