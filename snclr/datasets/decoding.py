@@ -86,7 +86,8 @@ def decode(
                     )
             return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
     except UnidentifiedImageError as error:
-        raise unreadable(name, "it is not an image of a known format") from error
+        hint = "" if channels in MODES else ", or a page has more than 4 channels: write it as .npy"
+        raise unreadable(name, f"it is not an image of a known format{hint}") from error
     except Exception as error:  # damaged bytes can raise any exception in a decoder
         raise unreadable(name, error) from error
 
