@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from benchmarks import measure
-from snclr import augment, shared_options
+from snclr import augment, operations, shared_options
 from snclr.datasets import decoding, sources
-from snclr.datasets.images import ImageFiles
+from snclr.datasets.files import FileImages
 from snclr.loader import ViewLoader
 from snclr.running import process_group
 
@@ -52,7 +52,7 @@ def main():
     args = parser.parse_args()
     device = process_group.own_device()
     images, *_ = sources.open_data(shared_options.parse_data([args.data, "--dataset", "folder"]))
-    resident = None if isinstance(images, ImageFiles) else images.images
+    resident = None if isinstance(images, FileImages) else images.images
     size, blur = (224, True) if resident is None else (resident.shape[-1], False)
     recipe = augment.Recipe(0, augment.moco_v3_views(size, crop_min=0.2, blur=blur))
     chosen = np.arange(len(images))[:: max(1, len(images) // args.images)][: args.images]
@@ -91,7 +91,7 @@ def main():
             if resident is None
         },
         "  second half: all the rest": lambda: (
-            augment.apply(*half, images.mean, images.std) for half in halves
+            operations.apply(*half, images.mean, images.std) for half in halves
         ),
     }
     if args.workers:  # these run in this process, so they cannot be compared with workers

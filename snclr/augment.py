@@ -1,29 +1,27 @@
-"""Augmentation in two halves: random numbers are drawn (numpy), then applied (torch, any device).
+"""The augmentation of a view: the table of views, and the random numbers (numpy) that are drawn.
 
-A view is one line of a table (`View`): its size, crop range, probabilities and strengths. What is
-drawn depends only on (seed, epoch, image index, view number): a hash of these takes the place of a
-random generator, so any number of ranks and workers draws the same.
+operations.py applies what was drawn. A view is one line of a table (`View`): its size, crop range,
+probabilities and strengths. What is drawn depends only on (seed, epoch, image index, view number):
+a hash of these takes the place of a random generator, so any number of ranks and workers draws the
+same.
 
-A new operation needs a name in DRAWS, a field in ViewParameters, the line in `draw` that fills it,
-a function in operations.py, and the line in `_apply_` that calls it. The draws of all other
+A new operation needs a name in DRAWS, a field in ViewParameters, and the line in `draw` that fills
+it; in operations.py a function, and the line in `_apply_` that calls it. The draws of all other
 operations stay as they are, bit for bit.
 """
 
 import itertools
 from argparse import Namespace
 from collections.abc import Iterable
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import operations
-
 CROP_TRIES = 10
 LOCAL_CROP_MIN = 0.05  # DINO's (Caron et al. 2021)
-AT_ONCE = 2**26  # pixel values to augment at a time, which bounds the memory
+SIGMA_RANGE = (0.1, 2.0)  # blur, in output pixels
 
 # -- the table of views ---------------------------------------------------------------------------
 
@@ -213,7 +211,7 @@ def draw(
     u = {name: uniforms[:, column] for name, column in DRAWS.items()}
     settings = View(*(np.array(column)[view] for column in zip(*recipe.views, strict=True)))
 
-    low, high = operations.SIGMA_RANGE
+    low, high = SIGMA_RANGE
     parameters = ViewParameters(
         jitter=u["jitter"] < settings.jitter_p,
         order=_PERMUTATIONS[(u["order"] * len(_PERMUTATIONS)).astype(np.int64)],
@@ -254,136 +252,3 @@ def _draw_crops(u, settings, heights, widths):
     top = np.where(any_fits, np.floor(u["top"] * (heights - h + 1)), (heights - h) // 2)
     left = np.where(any_fits, np.floor(u["left"] * (widths - w + 1)), (widths - w) // 2)
     return np.stack([top, left, h, w], axis=1).astype(np.int64)
-
-
-# -- applying -------------------------------------------------------------------------------------
-
-
-def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) -> Tensor:
-    """Jitter, gray, blur, solarize, flip, rotate and normalise.
-
-    crops (B, 3, S, S) uint8; mean, std (3,) of the data set, in [0, 1]. Returns (B, 3, S, S) float
-    on the device of the crops. Each operation runs only on the images that were drawn for it: the
-    parameters are on the host, so the host never waits for a GPU.
-    """
-    views = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device)
-    count = (
-        1 if operations.is_large_on_cpu(crops) else max(1, AT_ONCE // (3 * crops.shape[-1] ** 2))
-    )
-    for start in range(0, len(crops), count):
-        part = slice(start, start + count)
-        x = views[part].copy_(crops[part]).div_(255)
-        _apply_(x, ViewParameters(*(field[part].numpy() for field in parameters)))
-        normalize_(x, mean, std)
-    return views
-
-
-def _apply_(x, p: ViewParameters):
-    """All operations on x (B, 3, S, S) in place; p: their parameters, as numpy arrays."""
-    _jitter_(x, p)
-    _on_chosen_(x, p.gray, operations.grayscale)
-    _on_chosen_(
-        x,
-        p.sigma > 0,
-        operations.gaussian_blur_,
-        operations.gaussian_taps(np.where(p.sigma > 0, p.sigma, 1)),
-    )
-    _on_chosen_(x, p.solarize, operations.solarize_)
-    _on_chosen_(x, p.flip, operations.flip)
-    _on_chosen_(x, p.flip_v, operations.flip_v)
-    for quarters in (1, 2, 3):
-        _on_chosen_(x, p.quarters == quarters, partial(torch.rot90, k=quarters, dims=(2, 3)))
-
-
-def _jitter_(x, p):
-    """Brightness, contrast, saturation and hue of the chosen images, in the order drawn for each.
-
-    Three ways for three kinds of devices: the operations of a single image, groups of images with
-    the same operation, or few calls.
-    """
-    chosen = np.flatnonzero(p.jitter)
-    if operations.is_large_on_cpu(x):
-        for number in p.order[0] if len(chosen) else ():
-            operations.JITTERS[number](x, p.factors[0, number].item())
-    elif x.device.type == "cpu":
-        _jitter_by_groups_(x, p, chosen)
-    elif len(chosen):
-        _jitter_by_blends_(x, p, chosen)
-
-
-def _jitter_by_groups_(x, p, chosen):
-    """In each of four rounds the images are sorted by their next operation, so that each operation
-    is one call.
-    """
-    jittered, at = x, chosen
-    for position in range(4):
-        by_operation = np.argsort(p.order[chosen, position], kind="stable")
-        jittered, chosen = select(jittered, at[by_operation]), chosen[by_operation]
-        at = np.arange(len(chosen))
-        order = p.order[chosen, position]
-        strengths = _strengths(p.factors[chosen, order], x)
-        ends = np.searchsorted(order, np.arange(5))
-        for operation_, start, end in zip(operations.JITTERS, ends, ends[1:], strict=False):
-            if start < end:
-                operation_(jittered[start:end], strengths[start:end])
-    x.index_copy_(0, _on_device(chosen, x), jittered)
-
-
-def _jitter_by_blends_(x, p, chosen):
-    """The fewest calls: brightness, contrast and saturation are all blends.
-
-    One is clamp(factor x + (1 - factor) y, 0, 1), where y is 0, the mean luma of the image, or the
-    luma of the pixel. The images are sorted by the position of hue, 0 to 3, among the blends: then
-    those of which blend r comes before their hue are a slice, and so are those of which it comes
-    after.
-    """
-    position = np.argmax(p.order[chosen] == operations.HUE, axis=1)
-    by_position = np.argsort(position, kind="stable")
-    chosen, ends = chosen[by_position], np.searchsorted(position[by_position], [1, 2, 3])
-    order = p.order[chosen]
-    kinds = order[order != operations.HUE].reshape(-1, 3)
-    factors = p.factors[chosen[:, None], kinds]
-    of_mean, of_luma = ((1 - factors) * (kinds == kind) for kind in (1, 2))
-    host = np.stack([factors, of_mean, of_luma]).transpose(2, 0, 1)  # (3 rounds, 3, n)
-    blends = torch.from_numpy(host[..., None, None, None]).to(x, non_blocking=True)
-    at = _on_device(chosen, x)
-    jittered = x.index_select(0, at)
-    for blend, start in zip(blends, ends, strict=True):
-        operations.blend_(jittered[start:], blend[:, start:])
-    operations.adjust_hue_(jittered, _strengths(p.factors[chosen, operations.HUE], x))
-    for blend, end in zip(blends, ends, strict=True):
-        operations.blend_(jittered[:end], blend[:, :end])
-    x.index_copy_(0, at, jittered)
-
-
-def _on_chosen_(x, chosen, operation, *strengths):
-    """Replace the images of x that are chosen (B,) by what the operation returns for them."""
-    rows = np.flatnonzero(chosen)
-    if not len(rows):
-        return
-    strengths = [_strengths(values[rows], x) for values in strengths]
-    if len(rows) == len(x):
-        x.copy_(operation(x, *strengths))  # copies nothing if the operation is in place
-    else:
-        at = _on_device(rows, x)
-        x.index_copy_(0, at, operation(x.index_select(0, at), *strengths))
-
-
-def select(x: Tensor, rows: np.ndarray) -> Tensor:
-    """x[rows], (n, ...) for rows (n,), without waiting for x's device."""
-    return x.index_select(0, _on_device(rows, x))
-
-
-def _on_device(rows, x):
-    return torch.from_numpy(rows).to(x.device, non_blocking=True)
-
-
-def _strengths(values, x):
-    values = values.reshape(*values.shape, *[1] * (4 - values.ndim))
-    return torch.from_numpy(values).to(x, non_blocking=True)
-
-
-def normalize_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(x - mean) / std per channel, in place; x (B, 3, S, S) in [0, 1]."""
-    mean, std = (values.to(x, non_blocking=True).view(3, 1, 1) for values in (mean, std))
-    return x.sub_(mean).mul_(1 / std)

@@ -1,68 +1,157 @@
-"""The operations of the augmentation on tensors, on any device.
+"""Applies what augment.py has drawn to tensors on any device (torch).
 
-They take x (B, 3, S, S) in [0, 1] and strengths (B, 1, 1, 1). If the name ends in _, they change x
-and return it.
+An operation takes x (B, C, S, S) in [0, 1] and strengths (B, 1, 1, 1). If its name ends in _, it
+changes x and returns it. If C is not 3, saturation must be 1 and hue 0: those of RGB images.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .augment import SIGMA_RANGE, ViewParameters
+from .datasets.crops import both_ways, channels_inside, select
+
+AT_ONCE = 2**26  # pixel values to augment at a time, which bounds the memory
 GRAY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision's
-SIGMA_RANGE = (0.1, 2.0)  # blur, in output pixels
 SMALL = 64  # px; on a CPU larger views are augmented one by one, to stay in its cache
+
+
+# -- all operations --------------------------------------------------------------------------------
+
+
+def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) -> Tensor:
+    """Jitter, gray, blur, solarize, flip, rotate and normalise.
+
+    crops (B, C, S, S) uint8; mean, std (C,) of the data set, in [0, 1]. Returns (B, C, S, S) float
+    on the device of the crops. Each operation runs only on the images that were drawn for it: the
+    parameters are on the host, so the host never waits for a GPU.
+    """
+    views = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device)
+    count = 1 if is_large_on_cpu(crops) else max(1, AT_ONCE // crops.shape[1:].numel())
+    for start in range(0, len(crops), count):
+        part = slice(start, start + count)
+        x = views[part].copy_(crops[part]).div_(255)
+        _apply_(x, ViewParameters(*(field[part].numpy() for field in parameters)))
+        normalize_(x, mean, std)
+    return views
+
+
+def _apply_(x, p: ViewParameters):
+    """All operations on x (B, C, S, S) in place; p: their parameters, as numpy arrays."""
+    _jitter_(x, p)
+    _on_chosen_(x, p.gray, grayscale)
+    _on_chosen_(
+        x,
+        p.sigma > 0,
+        gaussian_blur_,
+        gaussian_taps(np.where(p.sigma > 0, p.sigma, 1)),
+    )
+    _on_chosen_(x, p.solarize, solarize_)
+    _on_chosen_(x, p.flip, flip)
+    _on_chosen_(x, p.flip_v, flip_v)
+    for quarters in (1, 2, 3):
+        _on_chosen_(x, p.quarters == quarters, partial(torch.rot90, k=quarters, dims=(2, 3)))
+
+
+def _jitter_(x, p):
+    """Brightness, contrast, saturation and hue of the chosen images, in the order drawn for each.
+
+    Three ways for three kinds of devices: the operations of a single image, groups of images with
+    the same operation, or few calls.
+    """
+    chosen = np.flatnonzero(p.jitter)
+    if is_large_on_cpu(x):
+        for number in p.order[0] if len(chosen) else ():
+            JITTERS[number](x, p.factors[0, number].item())
+    elif x.device.type == "cpu":
+        _jitter_by_groups_(x, p, chosen)
+    elif len(chosen):
+        _jitter_by_blends_(x, p, chosen)
+
+
+def _jitter_by_groups_(x, p, chosen):
+    """In each of four rounds the images are sorted by their next operation, so that each operation
+    is one call.
+    """
+    jittered, at = x, chosen
+    for position in range(4):
+        by_operation = np.argsort(p.order[chosen, position], kind="stable")
+        jittered, chosen = select(jittered, at[by_operation]), chosen[by_operation]
+        at = np.arange(len(chosen))
+        order = p.order[chosen, position]
+        strengths = _strengths(p.factors[chosen, order], x)
+        ends = np.searchsorted(order, np.arange(5))
+        for operation_, start, end in zip(JITTERS, ends, ends[1:], strict=False):
+            if start < end:
+                operation_(jittered[start:end], strengths[start:end])
+    x.index_copy_(0, _on_device(chosen, x), jittered)
+
+
+def _jitter_by_blends_(x, p, chosen):
+    """The fewest calls: brightness, contrast and saturation are all blends.
+
+    One is clamp(factor x + (1 - factor) y, 0, 1), where y is 0, the mean luma of the image, or the
+    luma of the pixel. The images are sorted by the position of hue, 0 to 3, among the blends: then
+    those of which blend r comes before their hue are a slice, and so are those of which it comes
+    after.
+    """
+    position = np.argmax(p.order[chosen] == HUE, axis=1)
+    by_position = np.argsort(position, kind="stable")
+    chosen, ends = chosen[by_position], np.searchsorted(position[by_position], [1, 2, 3])
+    order = p.order[chosen]
+    kinds = order[order != HUE].reshape(-1, 3)
+    factors = p.factors[chosen[:, None], kinds]
+    of_mean, of_luma = ((1 - factors) * (kinds == kind) for kind in (1, 2))
+    host = np.stack([factors, of_mean, of_luma]).transpose(2, 0, 1)  # (3 rounds, 3, n)
+    blends = torch.from_numpy(host[..., None, None, None]).to(x, non_blocking=True)
+    at = _on_device(chosen, x)
+    jittered = x.index_select(0, at)
+    for blend, start in zip(blends, ends, strict=True):
+        blend_(jittered[start:], blend[:, start:])
+    adjust_hue_(jittered, _strengths(p.factors[chosen, HUE], x))
+    for blend, end in zip(blends, ends, strict=True):
+        blend_(jittered[:end], blend[:, :end])
+    x.index_copy_(0, at, jittered)
+
+
+def _on_chosen_(x, chosen, operation, *strengths):
+    """Replace the images of x that are chosen (B,) by what the operation returns for them."""
+    rows = np.flatnonzero(chosen)
+    if not len(rows):
+        return
+    strengths = [_strengths(values[rows], x) for values in strengths]
+    if len(rows) == len(x):
+        x.copy_(operation(x, *strengths))  # copies nothing if the operation is in place
+    else:
+        at = _on_device(rows, x)
+        x.index_copy_(0, at, operation(x.index_select(0, at), *strengths))
+
+
+def _on_device(rows, x):
+    return torch.from_numpy(rows).to(x.device, non_blocking=True)
+
+
+def _strengths(values, x):
+    values = values.reshape(*values.shape, *[1] * (4 - values.ndim))
+    return torch.from_numpy(values).to(x, non_blocking=True)
+
+
+def normalize_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x - mean) / std per channel, in place; x (B, C, S, S) in [0, 1]."""
+    mean, std = (values.to(x, non_blocking=True).view(-1, 1, 1) for values in (mean, std))
+    return x.sub_(mean).mul_(1 / std)
+
+
+# -- each operation ------------------------------------------------------------------------------
 
 
 def is_large_on_cpu(x: Tensor) -> bool:
     """Whether views are augmented one by one."""
     return x.shape[-1] > SMALL and x.device.type == "cpu"
-
-
-def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut V boxes (top, left, height, width) out of each image and resize them.
-
-    images (B, 3, H, W) uint8; boxes (V * B, 4): the first box of every image, then the second, ...
-    Returns (V * B, 3, size, size) uint8. Bilinear with antialiasing, as torchvision's resize: two
-    matrix products a box.
-    """
-    top, left, height, width = boxes.to(
-        images.device, torch.get_default_dtype(), non_blocking=True
-    ).unbind(1)
-    rows = _resize_matrices(top, height, images.shape[2], size).split(len(images))
-    columns = _resize_matrices(left, width, images.shape[3], size).split(len(images))
-    images = _channels_inside(images).to(rows[0].dtype)
-    views = (_both_ways(r, images, c).round_() for r, c in zip(rows, columns, strict=True))
-    # a direct conversion to uint8 takes 5 times as long
-    return torch.cat([view.to(torch.int16).to(torch.uint8) for view in views]).transpose(1, 2)
-
-
-def _channels_inside(x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, H, 3, W): two large products an image are faster than six small ones."""
-    return x.transpose(1, 2).contiguous()
-
-
-def _both_ways(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
-    """rows[b] @ x[b, :, c] @ columns[b].T: (B, S, H), (B, H, 3, W), (B, S, W) -> (B, S, 3, S)."""
-    half = x.flatten(1, 2) @ columns.mT
-    return (rows @ half.view(*x.shape[:2], -1)).unflatten(2, (x.shape[2], -1))
-
-
-def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int) -> Tensor:
-    """Weights (B, out_size, in_size) of the triangle filter that resizes the pixels [start, start +
-    extent) to out_size.
-    """
-    scale = (extent / out_size)[:, None, None]
-    steps = torch.arange(out_size, device=start.device)[:, None]
-    centre = start[:, None, None] + (steps + 0.5) * scale
-    pixel = torch.arange(in_size, device=start.device).to(start.dtype)
-    inside = (pixel >= start[:, None]) & (pixel < (start + extent)[:, None])
-    # the distance of a pixel outside is infinite, so its weight is 0
-    pixel = (pixel + 0.5).expand_as(inside).masked_fill(~inside, math.inf)[:, None]
-    weights = (pixel - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
-    return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
 def adjust_brightness_(x: Tensor, factor: Tensor) -> Tensor:
@@ -89,6 +178,8 @@ def adjust_hue_(x: Tensor, turns: Tensor) -> Tensor:
     shorter way round: 3 chroma - |3 chroma - |angle||. This is right for angles of up to 7 chroma,
     which is what limits the turn.
     """
+    if x.shape[1] != 3:
+        return x
     red, green, blue = x.split(1, dim=1)
     value, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
     chroma = value - low
@@ -112,7 +203,7 @@ def blend_(x: Tensor, blend: Tensor) -> None:
         luma = _luma(x)
         mean = luma.mean(dim=(2, 3), keepdim=True)
         luma.mul_(blend[2]).addcmul_(mean, blend[1])
-        x.mul_(blend[0]).add_(luma).clamp_(0, 1)
+        torch.addcmul(luma, x, blend[0], out=x).clamp_(0, 1)
 
 
 JITTERS = adjust_brightness_, adjust_contrast_, adjust_saturation_, adjust_hue_
@@ -145,7 +236,7 @@ def _blur_by_products_(x, taps):
     source = torch.minimum(source, 2 * size - 2 - source)
     matrices = x.new_zeros(len(x), size, size)
     matrices.scatter_add_(2, source.expand(len(x), -1, -1), taps[:, None].expand(-1, size, -1))
-    return x.copy_(_both_ways(matrices, _channels_inside(x), matrices).transpose(1, 2))
+    return x.copy_(both_ways(matrices, channels_inside(x), matrices).transpose(1, 2))
 
 
 def _blur_by_shifts_(x, taps):
@@ -176,6 +267,8 @@ def flip_v(x: Tensor) -> Tensor:
 
 
 def _luma(x: Tensor) -> Tensor:
-    """(B, 3, S, S) -> (B, 1, S, S)."""
+    """(B, C, S, S) -> (B, 1, S, S): of another C than 3 the mean of the channels."""
+    if x.shape[1] != 3:
+        return x.mean(dim=1, keepdim=True)
     red, green, blue = x.split(1, dim=1)
     return (red * GRAY[0]).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])

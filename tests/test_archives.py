@@ -2,6 +2,8 @@
 
 import io
 import os
+import struct
+import tarfile
 import zipfile
 
 import numpy as np
@@ -38,7 +40,7 @@ def test_a_zip_file_is_read_in_place_and_its_folders_are_the_classes(tmp_path, m
     names = ["top/b/0.bmp", "top/a/1.bmp", "top/a/deep/2.bmp", "top/readme.txt", "top/a/.3.bmp"]
     path = save_zip(tmp_path / "photos.zip", names, method)
     images, val, notes = open_data(path)
-    assert isinstance(images, shards.ShardImages) and val is None
+    assert isinstance(images.files, shards.Shards) and val is None
     assert images.classes == ["a", "b"] and images.labels.tolist() == [1, 0, 0]
     assert same_images(images, [0, 1, 2])
     assert f"2 files in {path} are not images and are ignored" in notes
@@ -153,9 +155,33 @@ def without_headers(path):
     change(path, b"PK\x03\x04", b"PK\x03\x05")
 
 
+def of_a_later_version(path):
+    change(path, b"PK\x01\x02\x14\x03\x14\x00", b"PK\x01\x02\x14\x03\xff\x00")
+
+
+def of_an_impossible_size(path):
+    content = save_zip(path, ["0.bmp"], STORED).read_bytes()
+    start = content.rindex(b"PK\x01\x02")
+    entry, end = bytearray(content[start:-22]), bytearray(content[-22:])
+    entry[24:28] = b"\xff" * 4  # the size is in a further field
+    entry[30:32] = struct.pack("<H", 12)
+    entry += struct.pack("<HHQ", 1, 8, 2**63)
+    end[12:16] = struct.pack("<I", struct.unpack("<I", end[12:16])[0] + 12)
+    path.write_bytes(content[:start] + entry + end)
+
+
+def without_a_name(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x", b"")
+    change(path, b"\x01\x00\x00\x00x", b"\x00\x00\x00\x00x")
+
+
 @pytest.mark.parametrize(
     "damage, reason",
     [
+        (of_a_later_version, "zip file version 25.5"),
+        (of_an_impossible_size, "0.bmp has an impossible size"),
+        (without_a_name, "no image in the 1 zip files"),
         (encrypted, "0.bmp is encrypted"),
         (other_method, "0.bmp is compressed by another method than deflate"),
         (leading_out, "a/../../0.bmp leads out of it"),
@@ -170,6 +196,15 @@ def test_zip_files_that_cannot_be_read_are_refused_in_one_line(tmp_path, damage,
     assert reason in refused(path)
 
 
+@pytest.mark.parametrize("size", [2**40, 2**62, 2**80])
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
+def test_a_tar_file_with_impossible_sizes_is_refused_in_one_line(tmp_path, size, kind):
+    member = tarfile.TarInfo("0.bmp")
+    member.size, member.type = size, kind
+    (tmp_path / "x.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    assert "x.tar cannot be read" in refused(tmp_path / "x.tar")
+
+
 def test_a_bomb_and_damaged_bytes_are_unreadable_images(tmp_path, monkeypatch):
     monkeypatch.setattr("snclr.datasets.images.RESIDENT_LIMIT", 0)
     path = tmp_path / "x.zip"
@@ -180,14 +215,15 @@ def test_a_bomb_and_damaged_bytes_are_unreadable_images(tmp_path, monkeypatch):
     small = len(encoded(0, "bmp"))
     with pytest.raises(RunError, match="cannot read image of 4194304 bytes at offset"):
         images.image(1)  # no BMP
-    images.size[1] = small  # the member unfolds to more than it claims
+    sizes = images.files.size
+    sizes[1] = small  # the member unfolds to more than it claims
     with pytest.raises(RunError, match="it does not have its size"):
         images.encoded(1)
-    images.size[1] = 2**40
+    sizes[1] = 2**40
     with pytest.raises(RunError, match="1099511627776 bytes are more than"):
         images.encoded(1)
     with open(path, "r+b") as file:
-        file.seek(images.offset[0])
+        file.seek(images.files.index.offset[0])
         file.write(b"\xff" * 8)
     with pytest.raises(RunError, match=f"cannot read image of {small} bytes .*invalid block type"):
         images.encoded(0)

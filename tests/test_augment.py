@@ -21,6 +21,7 @@ from snclr.augment import (
     moco_v2_views,
     moco_v3_views,
 )
+from snclr.datasets.crops import crop_and_resize
 
 RECIPE = Recipe(3, moco_v3_views(size=16, crop_min=0.2, blur=True))
 
@@ -443,7 +444,7 @@ def test_crop_and_resize_equals_torchvision_to_one_level(box, size):
     image = torch.randint(
         0, 256, (3, 37, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    actual = operations.crop_and_resize(image[None], torch.tensor([box]), size)
+    actual = crop_and_resize(image[None], torch.tensor([box]), size)
     expected = F.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
     assert actual.shape == (1, 3, size, size) and actual.dtype == torch.uint8
     assert (actual[0].int() - expected.int()).abs().max() <= 1
@@ -453,19 +454,17 @@ def test_crop_and_resize_equals_torchvision_to_one_level(box, size):
 def test_each_image_gets_its_own_box():
     images = torch.randint(0, 256, (len(BOXES), 3, 37, 50), dtype=torch.uint8)
     boxes = torch.tensor(list(BOXES.values()))
-    together = operations.crop_and_resize(images, boxes, 16)
+    together = crop_and_resize(images, boxes, 16)
     for image, box, crop in zip(images, boxes, together, strict=True):
-        assert torch.equal(operations.crop_and_resize(image[None], box[None], 16)[0], crop)
-    twice = operations.crop_and_resize(images, torch.cat([boxes, boxes.flip(0)]), 16)
-    assert torch.equal(
-        twice, torch.cat([together, operations.crop_and_resize(images, boxes.flip(0), 16)])
-    )
+        assert torch.equal(crop_and_resize(image[None], box[None], 16)[0], crop)
+    twice = crop_and_resize(images, torch.cat([boxes, boxes.flip(0)]), 16)
+    assert torch.equal(twice, torch.cat([together, crop_and_resize(images, boxes.flip(0), 16)]))
 
 
 def test_a_box_of_the_output_size_is_copied_exactly():
     image = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8)
     assert torch.equal(
-        operations.crop_and_resize(image, torch.tensor([[4, 7, 24, 24]]), 24),
+        crop_and_resize(image, torch.tensor([[4, 7, 24, 24]]), 24),
         image[:, :, 4:28, 7:31],
     )
 
@@ -612,12 +611,12 @@ def test_apply_equals_torchvision_image_by_image(view, size, count):
     crops = pictures(max(count, 3), size, seed=view)[-count:].mul(255).round().to(torch.uint8)
     _, parameters = draw_many(view=view, count=count)
     before = crops.clone()
-    views = augment.apply(crops, parameters, MEAN, STD)
+    views = operations.apply(crops, parameters, MEAN, STD)
     torch.testing.assert_close(views, apply_one_by_one(crops, parameters), atol=1e-5, rtol=0)
     assert torch.equal(crops, before)
 
 
-@pytest.mark.parametrize("form", [augment._jitter_by_groups_, augment._jitter_by_blends_])
+@pytest.mark.parametrize("form", [operations._jitter_by_groups_, operations._jitter_by_blends_])
 @pytest.mark.parametrize("count", [1, 2, 150])
 def test_both_ways_to_jitter_equal_torchvisions_image_by_image(form, count):
     """One is used on CPUs, the other on accelerators."""
@@ -652,7 +651,7 @@ def test_an_accelerator_gets_few_calls_and_never_waits():
     with Counting() as accelerator:
         on_device = crops.to(DEVICE, non_blocking=True)
         calls.clear()
-        views = augment.apply(on_device, parameters, MEAN, STD)
+        views = operations.apply(on_device, parameters, MEAN, STD)
     assert accelerator.waits == []
     count = sum(name not in METADATA for name in calls)
     assert 50 < count < 140, f"{count} kernels and copies"
@@ -668,7 +667,7 @@ def test_apply_with_flips_and_rotations_equals_torchvision_image_by_image(size):
     _, parameters = draw_many(recipe, count=40)
     cases = set(zip(parameters.flip_v.tolist(), parameters.quarters.tolist(), strict=True))
     assert len(cases) == 2 * 4
-    views = augment.apply(crops, parameters, MEAN, STD)
+    views = operations.apply(crops, parameters, MEAN, STD)
     torch.testing.assert_close(views, apply_one_by_one(crops, parameters), atol=1e-5, rtol=0)
 
 
@@ -705,8 +704,8 @@ def test_whole_views_are_those_of_pil_and_torchvision(view, throughout, mean, mo
     count, size = 40, 80
     pixels = pictures(count, 150, seed=9).mul(255).round().to(torch.uint8)
     boxes, p = draw_many(view=view, count=count, height=150, width=150)
-    crops = operations.crop_and_resize(pixels, torch.from_numpy(boxes), size)
-    actual = augment.apply(crops, p, torch.zeros(3), torch.ones(3))
+    crops = crop_and_resize(pixels, torch.from_numpy(boxes), size)
+    actual = operations.apply(crops, p, torch.zeros(3), torch.ones(3))
     pictured = map(F.to_pil_image, pixels)
     expected = [
         view_of_picture(picture, boxes[i].tolist(), p, i, size, throughout)
@@ -722,7 +721,7 @@ def test_with_nothing_drawn_apply_only_normalises():
     order, zeros = torch.arange(4).expand(4, 4), torch.zeros(4, 4)
     nothing = ViewParameters(off, order, zeros, off, zeros[0], off, off, off, zeros[0])
     expected = F.normalize(crops / 255, MEAN.tolist(), STD.tolist())
-    torch.testing.assert_close(augment.apply(crops, nothing, MEAN, STD), expected)
+    torch.testing.assert_close(operations.apply(crops, nothing, MEAN, STD), expected)
 
 
 @pytest.fixture
@@ -741,12 +740,12 @@ def test_a_view_is_the_same_bit_for_bit_in_any_batch(threads, size, part):
     """
     crops = pictures(6, size).mul(255).round().to(torch.uint8)
     _, parameters = draw_many(view=0, count=6)
-    whole = augment.apply(crops, parameters, MEAN, STD)
+    whole = operations.apply(crops, parameters, MEAN, STD)
     parts = []
     for start in range(0, 6, part):
         share = slice(start, start + part)
         parts.append(
-            augment.apply(
+            operations.apply(
                 crops[share], ViewParameters(*(field[share] for field in parameters)), MEAN, STD
             )
         )
@@ -762,8 +761,8 @@ def test_a_view_is_the_same_bit_for_bit_with_any_number_of_threads(size):
     before, actual = torch.get_num_threads(), []
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
-        crops = operations.crop_and_resize(images, boxes, size)[:8]
-        actual.append(augment.apply(crops, parameters, MEAN, STD))
+        crops = crop_and_resize(images, boxes, size)[:8]
+        actual.append(operations.apply(crops, parameters, MEAN, STD))
     torch.set_num_threads(before)
     assert all(torch.equal(actual[0], other) for other in actual[1:])
 
@@ -771,7 +770,7 @@ def test_a_view_is_the_same_bit_for_bit_with_any_number_of_threads(size):
 def test_a_large_batch_in_parts_is_the_same(monkeypatch):
     crops = pictures(7, 16).mul(255).round().to(torch.uint8)
     _, parameters = draw_many(view=1, count=7)
-    whole = augment.apply(crops, parameters, MEAN, STD)
-    monkeypatch.setattr(augment, "AT_ONCE", 2 * 3 * 16**2)
-    parts = augment.apply(crops, parameters, MEAN, STD)
+    whole = operations.apply(crops, parameters, MEAN, STD)
+    monkeypatch.setattr(operations, "AT_ONCE", 2 * 3 * 16**2)
+    parts = operations.apply(crops, parameters, MEAN, STD)
     assert torch.equal(parts, whole)

@@ -45,9 +45,8 @@ class Run:
         return checkpoint.pack(self.model, self.optimizer, self.scaler, **numbers)
 
     def resume(self, path):
-        return checkpoint.resume(
-            str(path), self.model, self.optimizer, self.scaler, args=self.args, images=self.images
-        )
+        settings = dict(args=self.args, on_resume=options.ON_RESUME, images=self.images)
+        return checkpoint.resume(str(path), self.model, self.optimizer, self.scaler, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -491,7 +490,7 @@ def test_optimiser_state_of_another_kind_is_refused(key, value, state, path, run
 
 def test_other_images_under_the_same_numbers_are_refused(state, path, run):
     tensor_files.save(str(path), {**state, "fingerprint": "of these"})
-    settings = dict(args=run.args, images=run.images)
+    settings = dict(args=run.args, on_resume=options.ON_RESUME, images=run.images)
     message = refused(
         checkpoint.resume,
         str(path),

@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_pil_image
 
-from snclr.datasets.images import ImageFiles, ResidentImages
+from snclr.datasets.files import FileImages
+from snclr.datasets.folders import Paths
+from snclr.datasets.images import ResidentImages
 from snclr.evaluation import features as frozen
 from snclr.evaluation import knn
 
@@ -68,7 +70,7 @@ def on_ranks(monkeypatch):
     def on_ranks(num_ranks, function):
         here, barrier, slots = (
             threading.local(),
-            threading.Barrier(num_ranks, timeout=20),
+            threading.Barrier(num_ranks, timeout=300),
             [None] * num_ranks,
         )
 
@@ -248,7 +250,7 @@ def test_accuracy_is_the_same_on_any_number_of_ranks(on_ranks, tmp_path, num_ran
         paths = [str(tmp_path / f"{number}.png") for number in range(num_val)]
         for path, image in zip(paths, val.images, strict=True):
             to_pil_image(image).save(path)
-        val = ImageFiles(paths, val.labels.numpy(), val.classes, MOMENTS)
+        val = FileImages(Paths(paths), val.labels.numpy(), val.classes, MOMENTS)
     expected = 100 * np.mean([*[True] * (num_val - 2), classes[-2] == 0, classes[-1] == 0])
     results = on_ranks(num_ranks, lambda rank: accuracy(mean_colour, TRAIN, val, k=5))
     assert results == pytest.approx([expected] * num_ranks)

@@ -13,7 +13,7 @@ from test_memory_bank import crowded
 from torch.nn.functional import cosine_similarity, normalize
 
 import main_snclr
-from snclr import augment, options
+from snclr import augment, operations, options
 from snclr.datasets import sources
 from snclr.loader import TwoViewLoader
 from snclr.memory_bank import MemoryBank
@@ -95,7 +95,7 @@ def test_augmentation_is_that_of_a_cpu(size):
     crops = torch.randint(256, (64, 3, size, size), dtype=torch.uint8)
     mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
     actual, expected = (
-        augment.apply(crops.to(device), parameters, mean, std).cpu() for device in (GPU, CPU)
+        operations.apply(crops.to(device), parameters, mean, std).cpu() for device in (GPU, CPU)
     )
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 

@@ -20,7 +20,8 @@ import main_snclr
 from snclr import augment, choices, mean_std, options, shared_options
 from snclr.choices import IMAGENET
 from snclr.datasets import embedded, shards, sources
-from snclr.datasets.images import ImageFiles, ResidentImages
+from snclr.datasets.files import FileImages
+from snclr.datasets.images import ResidentImages
 from snclr.datasets.split import hold_out
 from snclr.evaluation import options as lincls_options
 from snclr.running.errors import RunError, UsageError
@@ -78,7 +79,7 @@ def test_equal_small_images_become_resident_and_keep_number_and_label(tmp_path):
 @pytest.mark.parametrize("sizes", [[(12, 10)] * 4 + [(12, 11)], [(10, 12), (12, 10)]])
 def test_images_of_mixed_sizes_stay_files(tmp_path, sizes):
     images, _, _ = open_data(save_folder(tmp_path, sizes))
-    assert isinstance(images, ImageFiles) and len(images) == len(sizes)
+    assert isinstance(images, FileImages) and len(images) == len(sizes)
 
 
 def test_a_start_that_ends_early_exits_with_its_own_code(tmp_path):
@@ -105,7 +106,7 @@ def test_a_start_that_ends_early_exits_with_its_own_code(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "limit, kind", [(5 * 12 * 10 * 3, ResidentImages), (5 * 12 * 10 * 3 - 1, ImageFiles)]
+    "limit, kind", [(5 * 12 * 10 * 3, ResidentImages), (5 * 12 * 10 * 3 - 1, FileImages)]
 )
 def test_equal_images_beyond_the_limit_stay_files(tmp_path, monkeypatch, limit, kind):
     monkeypatch.setattr("snclr.datasets.images.RESIDENT_LIMIT", limit)
@@ -399,7 +400,7 @@ def test_webdataset_shards_give_images_and_labels_and_count_the_rest(tmp_path):
     save_webdataset(tmp_path / "train", [10, 9, 10, 9, 9])
     save_webdataset(tmp_path / "val", [9, 10, 9], first=5)
     train, val, notes = open_data(tmp_path)
-    assert isinstance(train, shards.ShardImages) and train.classes == val.classes == ["9", "10"]
+    assert isinstance(train.files, shards.Shards) and train.classes == val.classes == ["9", "10"]
     assert train.labels.tolist() == [1, 0, 1, 0, 0] and val.labels.tolist() == [0, 1, 0]
     for index, image in enumerate(content(train)):
         assert torch.equal(image, rgb(picture(10, 9 + index, seed=index)))
@@ -525,7 +526,8 @@ def test_shards_that_cannot_be_read_are_refused_in_one_line(tmp_path, damage):
 def test_a_damaged_image_in_a_shard_is_named_by_shard_and_offset(tmp_path):
     save_webdataset(tmp_path, [0, 1, 0, 1])
     images, _, _ = open_data(tmp_path)
-    path, offset = str(images.files[1]), int(images.offset[3])
+    index = images.files.index
+    path, offset = str(index.files[1]), int(index.offset[3])
     with open(path, "r+b") as file:
         file.seek(offset)
         file.write(bytes(60))
@@ -727,7 +729,8 @@ def test_a_share_of_each_class_is_held_out_for_validation(tmp_path):
     (tmp_path / "x.pth").touch()
     flags = [str(tmp_path), "--val-fraction", "0.2", "--val-seed", "3", "--subset", "20"]
     lincls_args = lincls_options.parse([*flags, "--pretrained", str(tmp_path / "x.pth")])
-    lincls_args.mean = lincls_args.std = [0.5] * 3  # those of the checkpoint
+    # those of the checkpoint
+    lincls_args.mean, lincls_args.std, lincls_args.channels = [0.5] * 3, [0.5] * 3, 3
     splits = [sources.open_data(args)[:2] for args in (options.parse(flags), lincls_args)]
     keys = augment.keyed_uniforms(1, 3, np.arange(40))[:, 0]
     held = set()

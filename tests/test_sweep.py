@@ -283,7 +283,7 @@ def test_a_killed_sweep_goes_on(tmp_path, images, monkeypatch, capsys):
     assert re.search(message, output) and "bad-seed0  failed  exit code 1\n" in output
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=600):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -8,14 +8,10 @@ import re
 import struct
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
-
 from ..running.errors import UsageError
-from .decoding import LARGEST, unreadable
 
 SPLITS = ("train", "val", "test")  # split numbers in an index
 SPLIT_NAME = re.compile(r"(?:^|[^a-z])(train|val|test)(?:ing|id|idation)?(?:[^a-z]|$)")
@@ -91,8 +87,8 @@ def zip_members(file: BinaryIO, path: str) -> Iterator[Member]:
     """Each file in a zip file. Raises ValueError for what an image cannot be read from in place."""
     stem = os.path.basename(path).removesuffix(".zip")
     for info in zipfile.ZipFile(file).infolist():
-        if info.is_dir():
-            continue
+        if info.filename.endswith("/"):
+            continue  # a folder
         if info.flag_bits & 1:
             raise ValueError(f"{info.filename} is encrypted")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -104,6 +100,8 @@ def zip_members(file: BinaryIO, path: str) -> Iterator[Member]:
         signature, lengths = struct.unpack("<4s22x4s", file.read(30))
         if signature != b"PK\3\4":
             raise ValueError(f"{info.filename} has no header")
+        if max(info.file_size, info.compress_size) >= 2**63:
+            raise ValueError(f"{info.filename} has an impossible size")
         offset = info.header_offset + 30 + sum(struct.unpack("<2H", lengths))
         packed = info.compress_size if info.compress_type == zipfile.ZIP_DEFLATED else 0
         yield Member(info.filename, offset, info.file_size, packed, stem)
@@ -121,19 +119,3 @@ def name_classes(samples: list[str], stems: list[str]) -> bool:
         for sample, stem in zip(samples, stems, strict=True)
     )
     return len(set(stems)) > 1 and (repeated or not numbered)
-
-
-def inflate(content: np.ndarray, size: int, name: str) -> np.ndarray:
-    """The `size` bytes (size,) uint8 of a compressed member of a zip file. Raises RunError, which
-    includes `name`, if they are damaged.
-    """
-    if size > LARGEST:
-        raise unreadable(name, f"{size} bytes are more than {LARGEST}")
-    try:
-        # never more than one byte too many, whatever the file claims
-        image = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
-    except zlib.error as error:
-        raise unreadable(name, error) from error
-    if len(image) != size:
-        raise unreadable(name, "it does not have its size")
-    return np.frombuffer(bytearray(image), np.uint8)

@@ -6,21 +6,70 @@ Classes are read by name, and numbered in the same way for training and validati
 import contextlib
 import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..choices import IMAGENET
 from ..running.distributed import local_rank_zero_first
 from ..running.errors import RunError, UsageError, first_few
 from ..running.safe_files import open_text
 from . import hugging_face, shards
+from .decoding import decode
+from .folders import EXTENSIONS, Paths, extensions, images_below, read_list
 from .high_bit_depth import little_used_range
-from .images import FileImages, ImageFiles, ImageSet, ResidentImages
+from .images import EncodedImages, ImageSet, ResidentImages
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
 SAMPLED = 8  # number of images of a set whose grey values are checked at the start
+
+
+class FileImages(EncodedImages):
+    """Images in files, or in parts of files.
+
+    files       reads them: files.read(number) returns the name of an image, for messages, and its
+                bytes (n,) uint8, or raises RunError. It has their paths, and names or sizes in
+                bytes (size), an array each
+    numbers     (n,) of the images in `files`
+    grey_range  see decoding.decode
+    """
+
+    per_image = ("labels", "numbers")
+    grey_range: tuple[float, float] | None = None
+
+    def __init__(
+        self,
+        files: Paths | shards.Shards | hugging_face.Table,
+        labels: np.ndarray | None = None,
+        classes: Sequence[str] = (),
+        mean_std: tuple = IMAGENET,
+    ):
+        super().__init__(labels, list(classes), mean_std)
+        self.files, self.numbers = files, np.arange(len(files))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def names(self) -> np.ndarray | None:
+        return None if self.files.names is None else self.files.names[self.numbers]
+
+    @property
+    def size(self) -> np.ndarray:
+        return self.files.size[self.numbers]
+
+    @property
+    def paths(self) -> np.ndarray:
+        return self.files.paths[self.numbers]
+
+    def encoded(self, index: int) -> tuple[str, np.ndarray]:
+        """The name of an image, for messages, and its bytes (n,) uint8. Raises RunError."""
+        return self.files.read(int(self.numbers[index]))
+
+    def image(self, index: int) -> Tensor:
+        name, encoded = self.encoded(index)
+        return decode(encoded, name, self.grey_range, self.channels)
 
 
 def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
@@ -78,9 +127,9 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
     """
     names, ignored, notes = None, 0, []
     if args.dataset == "list":
-        images = ImageFiles(_read_list(path), None, [], IMAGENET)
+        files = Paths(read_list(path))
     elif args.dataset == "hf":
-        images, names, notes = hugging_face.open_split(path, split)
+        files, names, notes = hugging_face.open_split(path, split)
     elif args.dataset == "shards":
         whole = _index(path, args)
         if (index := shards.of_split(whole, split)) is not whole:
@@ -88,12 +137,12 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
                 f"{path} has {len(whole.size)} images; those for {split}, {len(index.size)}, are "
                 "recognised by the names of its files or folders"
             )
-        images, ignored = shards.ShardImages(index, None, [], IMAGENET), int(index.ignored)
+        files, ignored = shards.Shards(index), int(index.ignored)
         if len(index.classes):
             classes = [*index.classes.tolist(), None]  # label -1 takes the last one
             names = [classes[label] for label in index.label]
     else:
-        paths, ignored = _images_below(path)
+        paths, ignored = images_below(path, args.channels)
         expected = "image files in it or its subfolders"
         if args.dataset == "folder":
             paths = [file for file in paths if os.path.dirname(file) != path]
@@ -101,12 +150,15 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
             expected = f"{path}/<class>/<image>"
         if not paths:
             raise UsageError(
-                f"no image in {path}; expected {expected} with one of {' '.join(EXTENSIONS)}"
+                f"no image in {path}; expected {expected} with one of "
+                f"{' '.join(EXTENSIONS)}, or with --channels of .npy"
             )
-        images = ImageFiles(paths, None, [], IMAGENET)
+        files = Paths(paths)
+    images = FileImages(files)
     if labels not in (None, "none"):
         names = _read_labels(labels, path, len(images))
     images.skip_bad, images.grey_range = args.on_bad_image == "skip", args.grey_range
+    images.channels = args.channels
     if ignored:
         notes.append(f"{ignored} files in {path} are not images and are ignored")
     if args.grey_range is None and (note := little_used_range(_samples(images))):
@@ -127,7 +179,7 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
 
 def _index(path, args) -> shards.Index:
     with local_rank_zero_first():  # it writes the index that the other ranks read
-        return shards.open_index(path, EXTENSIONS, fallback=args.workdir)
+        return shards.open_index(path, extensions(args.channels), fallback=args.workdir)
 
 
 def _samples(images: FileImages) -> Iterator[tuple[str, np.ndarray]]:
@@ -135,47 +187,6 @@ def _samples(images: FileImages) -> Iterator[tuple[str, np.ndarray]]:
     for index in np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(int)):
         with contextlib.suppress(RunError):  # an unreadable image is reported when it is used
             yield images.encoded(index)
-
-
-def _images_below(root):
-    """Sorted paths of all images in a tree, and the number of other files.
-
-    Hidden files are in neither. A folder is read once, even if several links lead to it, or a link
-    inside it leads back to it.
-    """
-    paths, others, seen = [], 0, set()
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_unreadable_folder):
-        if (real := os.path.realpath(folder)) in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files = sorted(name for name in files if not name.startswith("."))
-        images = [os.path.join(folder, name) for name in files if name.lower().endswith(EXTENSIONS)]
-        paths += images
-        others += len(files) - len(images)
-    return paths, others
-
-
-def _unreadable_folder(error):
-    raise UsageError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-
-
-def _read_list(path):
-    """Paths in a text file, one per line, relative to the file's folder."""
-    folder = os.path.dirname(path)
-    with open_text(path, errors="surrogateescape") as file:
-        paths = [os.path.join(folder, line.rstrip("\n")) for line in file if line.strip()]
-    if not paths:
-        raise UsageError(f"{path} lists no image: expected one path per line")
-    # only about a hundred are checked, because a million files on a network disk take minutes
-    for number in range(0, len(paths), -(-len(paths) // 100)):
-        if not os.path.isfile(paths[number]):
-            raise UsageError(
-                f"{path} names {paths[number]}, which does not exist; "
-                "relative paths start at the list's folder"
-            )
-    return paths
 
 
 def _read_labels(path, source, count):

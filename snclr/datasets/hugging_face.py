@@ -4,35 +4,29 @@ import functools
 
 import numpy as np
 
-from ..choices import IMAGENET
 from ..running.distributed import local_rank_zero_first
 from ..running.errors import UsageError, first_few, first_line
-from .decoding import read_encoded, unreadable
-from .images import FileImages
+from .reading import read_encoded, unreadable
 
 VALIDATION = ("validation", "val", "valid", "test")  # the first of these that there is
 
 
-class HuggingFaceImages(FileImages):
-    """The images in a column of a datasets.Dataset, which is memory-mapped.
+class Table:
+    """The images in a column of a datasets.Dataset, which is memory-mapped, for FileImages."""
 
-    rows (n,): the row of each image
-    """
-
-    per_image = ("labels", "rows", "size")
+    names = None
 
     def __init__(self, table, column: str):
-        super().__init__(None, [], IMAGENET)
         from pyarrow import compute
 
         # in this format a row is read without decoding its image
         self.table = table.select_columns([column]).with_format("arrow")
-        self.column, self.rows = column, np.arange(len(table))
+        self.column = column
         lengths = compute.binary_length(self._fields()["bytes"])
         self.size = lengths.fill_null(0).to_numpy().astype(np.int64)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.table)
 
     def _fields(self):
         column = self.table.data.column(self.column)  # of structures; flatten copies no images
@@ -42,12 +36,11 @@ class HuggingFaceImages(FileImages):
     def paths(self) -> np.ndarray:
         """The path that the table gives for each image, or else its row."""
         paths = self._fields()["path"].to_pylist()
-        return np.array([paths[row] or str(row) for row in self.rows])
+        return np.array([path or str(row) for row, path in enumerate(paths)])
 
-    def encoded(self, index: int) -> tuple[str, np.ndarray]:
-        row = int(self.rows[index])
-        image, name = self.table[row][self.column][0].as_py(), f"in row {row} of the table"
-        if image is None:
+    def read(self, number: int) -> tuple[str, np.ndarray]:
+        image, name = self.table[number][self.column][0].as_py(), f"in row {number} of the table"
+        if image is None or (image["bytes"] is None and image["path"] is None):
             raise unreadable(name, "there is none")
         if image["bytes"] is None:
             return image["path"], read_encoded(image["path"], image["path"])
@@ -74,7 +67,7 @@ def validation_split(source: str) -> str | None:
     return next((name for name in VALIDATION if name in _load(source)), None)
 
 
-def open_split(source: str, split: str) -> tuple[FileImages, list[str | None] | None, list[str]]:
+def open_split(source: str, split: str) -> tuple[Table, list[str | None] | None, list[str]]:
     """Images for 'train' or 'val'; the class name of each, or None if there are no labels; notes.
 
     The columns are the first of images, and the first of class labels, else one named 'label'.
@@ -100,5 +93,8 @@ def open_split(source: str, split: str) -> tuple[FileImages, list[str | None] | 
         notes[0] += f", labels of column {labels[0]}"
         to_name = getattr(features[labels[0]], "int2str", str)
         values = tables[name][labels[0]]
-        names = [to_name(value) if value not in (None, -1) else None for value in values]
-    return HuggingFaceImages(tables[name], columns[0]), names if any(names) else None, notes
+        try:
+            names = [to_name(value) if value not in (None, -1) else None for value in values]
+        except ValueError as error:  # of datasets, for a number without a name
+            raise UsageError(f"{source}: column {labels[0]}: {first_line(error)}") from error
+    return Table(tables[name], columns[0]), names if any(names) else None, notes

@@ -15,12 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from .. import augment, operations
+from .. import augment
 from ..augment import Recipe, ViewParameters
 from ..running.errors import RunError
-from .decoding import decode, read_encoded
+from .crops import crop_and_resize, crop_one, evaluation_box, select
 
 # bytes of decoded pixels up to which a set of equal-sized images is held in memory
 RESIDENT_LIMIT = 2**30
@@ -32,7 +31,7 @@ class Views(NamedTuple):
     Views of one size form a group (augment.by_size); crops and parameters have an entry per group.
 
     ids         (B,)
-    crops       (V * B, 3, S, S) uint8, V views of size S, the first view of all images first
+    crops       (V * B, C, S, S) uint8, V views of size S, the first view of all images first
     parameters  what was drawn for these V * B views
     """
 
@@ -46,7 +45,7 @@ class ImageSet:
 
     labels      (n,) int64, -1 for an image without a label; None if no image has one
     classes     names of the labels
-    mean, std   (3,) of the channels, in [0, 1]
+    mean, std   (C,) of the channels, in [0, 1]
     names       (n,) names of the files; None if the images are not in files of their own
     paths       (n,) where each image is; None if the images have no such names
     per_image   names of the attributes with one entry per image
@@ -92,7 +91,7 @@ class ImageSet:
         return self
 
     def image(self, index: int) -> Tensor:
-        """One image, (3, H, W) uint8. Raises RunError, with its name, if it cannot be read."""
+        """One image, (C, H, W) uint8. Raises RunError, with its name, if it cannot be read."""
         raise NotImplementedError
 
     def readable(self, index: int, seed: int) -> tuple[int, Tensor]:
@@ -123,7 +122,7 @@ class ImageSet:
         raise NotImplementedError
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
-        """Images for evaluation, (B, 3, size, size) uint8.
+        """Images for evaluation, (B, C, size, size) uint8.
 
         Images of that size do not change. Of others, a central square of 7/8 of the shorter side is
         resized, as in the usual 'resize to 256, centre crop 224'.
@@ -132,7 +131,7 @@ class ImageSet:
 
 
 class ResidentImages(ImageSet):
-    """Images (n, 3, H, W) uint8 in memory.
+    """Images (n, C, H, W) uint8 in memory.
 
     errors (n,): why an image could not be read, None for a readable one; None if all are readable.
     """
@@ -171,24 +170,26 @@ class ResidentImages(ImageSet):
     ) -> Views:
         if self.errors is not None:
             indices = np.array([self.readable(int(index), recipe.seed)[0] for index in indices])
-        images = augment.select(self.images, indices)
+        images = select(self.images, indices)
         heights, widths = (np.full(len(indices), side) for side in images.shape[2:])
         views = Views(torch.from_numpy(indices), [], [])
         for size, boxes, parameters in _draw(recipe, epoch, indices, view_numbers, heights, widths):
-            views.crops.append(operations.crop_and_resize(images, torch.from_numpy(boxes), size))
+            views.crops.append(crop_and_resize(images, torch.from_numpy(boxes), size))
             views.parameters.append(parameters)
         return views
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
-        images = augment.select(self.images, indices)
+        images = select(self.images, indices)
         if images.shape[2:] == (size, size):
             return images
-        box = torch.tensor(_evaluation_box(*images.shape[2:], size))
-        return operations.crop_and_resize(images, box.expand(len(images), 4), size)
+        box = torch.tensor(evaluation_box(*images.shape[2:], size))
+        return crop_and_resize(images, box.expand(len(images), 4), size)
 
 
 class EncodedImages(ImageSet):
-    """Images that are decoded each time they are used. A subclass defines `image`."""
+    """Images of C channels that are decoded each time they are used. A subclass defines `image`."""
+
+    channels: int = 3
 
     def views(
         self,
@@ -204,16 +205,17 @@ class EncodedImages(ImageSet):
         views = Views(torch.from_numpy(indices), [], [])
         for size, boxes, parameters in _draw(recipe, epoch, indices, view_numbers, heights, widths):
             originals = images * (len(boxes) // len(images))
-            crops = [_crop(*pair, size) for pair in zip(originals, boxes, strict=True)]
+            crops = [crop_one(*pair, size) for pair in zip(originals, boxes, strict=True)]
             views.crops.append(torch.cat(crops))
             views.parameters.append(parameters)
         return views
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
-        crops = [torch.empty(0, 3, size, size, dtype=torch.uint8)]  # there may be no indices
+        shape = self.channels, size, size
+        crops = [torch.empty(0, *shape, dtype=torch.uint8)]  # there may be no indices
         for index in indices:
-            image, _ = self._image_or_grey(index, (3, size, size))
-            crops.append(_crop(image, _evaluation_box(*image.shape[1:], size), size))
+            image, _ = self._image_or_grey(index, shape)
+            crops.append(crop_one(image, evaluation_box(*image.shape[1:], size), size))
         return torch.cat(crops)
 
     def _image_or_grey(self, index, shape):
@@ -264,47 +266,6 @@ class EncodedImages(ImageSet):
             threads.shutdown(cancel_futures=True)
 
 
-class FileImages(EncodedImages):
-    """Images in files, or in parts of files. A subclass defines `encoded`.
-
-    grey_range: see decoding.decode
-    """
-
-    grey_range: tuple[float, float] | None = None
-
-    def encoded(self, index: int) -> tuple[str, np.ndarray]:
-        """The name of an image, for messages, and its bytes (n,) uint8. Raises RunError."""
-        raise NotImplementedError
-
-    def image(self, index: int) -> Tensor:
-        name, encoded = self.encoded(index)
-        return decode(encoded, name, self.grey_range)
-
-
-class ImageFiles(FileImages):
-    """Images in one file each."""
-
-    per_image = ("labels", "paths")
-
-    def __init__(
-        self, paths: list[str], labels: np.ndarray | None, classes: list[str], mean_std: tuple
-    ):
-        super().__init__(labels, classes, mean_std)
-        # an array is one block of memory; every worker would copy a list page by page
-        self.paths = np.array(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @property
-    def names(self) -> np.ndarray:
-        return np.array([os.path.basename(path) for path in self.paths])
-
-    def encoded(self, index: int) -> tuple[str, np.ndarray]:
-        path = str(self.paths[index])
-        return path, read_encoded(path, path)
-
-
 def _draw(recipe, epoch, indices, view_numbers, heights, widths):
     """The size, boxes and parameters of each group of views of one size, the first view first."""
     if view_numbers is None:
@@ -321,20 +282,3 @@ def _draw(recipe, epoch, indices, view_numbers, heights, widths):
                 np.tile(widths, len(numbers)),
             ),
         )
-
-
-def _crop(image, box, size):
-    """A box of a (3, H, W) uint8 image, resized with antialias: (1, 3, size, size) uint8."""
-    top, left, height, width = (int(side) for side in box)
-    crop = image[None, :, top : top + height, left : left + width]
-    if height == width == size:
-        return crop.contiguous()
-    return interpolate(crop, (size, size), mode="bilinear", antialias=True).contiguous()
-
-
-def _evaluation_box(height, width, size):
-    """(top, left, height, width) of the part that is evaluated."""
-    if height == width == size:
-        return 0, 0, size, size
-    side = round(min(height, width) * 7 / 8)
-    return (height - side) // 2, (width - side) // 2, side, side

@@ -13,20 +13,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..running.errors import UsageError
+from ..running.errors import UsageError, first_line
 from ..running.safe_files import new_file, open_regular
 from .archives import (
     SPLITS,
     folders_of,
-    inflate,
     name_classes,
     shards_below,
     split_numbers,
     tar_members,
     zip_members,
 )
-from .decoding import read_encoded
-from .images import FileImages
+from .reading import inflate, read_encoded
+
+# what tarfile, zipfile and numpy raise for a damaged file, or for sizes that no file has
+UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, struct.error)
+UNREADABLE += (NotImplementedError, OverflowError, MemoryError)
 
 
 class Index(NamedTuple):
@@ -55,30 +57,26 @@ class Index(NamedTuple):
     ignored: np.ndarray
 
 
-class ShardImages(FileImages):
-    """Images inside tar or zip files."""
+class Shards:
+    """The images of an index, for FileImages."""
 
-    per_image = ("labels", "shard", "offset", "size", "packed", "member")
+    names = None
 
-    def __init__(
-        self, index: Index, labels: np.ndarray | None, classes: list[str], mean_std: tuple
-    ):
-        super().__init__(labels, classes, mean_std)
-        self.files, self.shard, self.member = index.files, index.shard, index.member
-        self.offset, self.size, self.packed = index.offset, index.size, index.packed
+    def __init__(self, index: Index):
+        self.index, self.size = index, index.size
 
     def __len__(self) -> int:
-        return len(self.offset)
+        return len(self.size)
 
     @property
     def paths(self) -> np.ndarray:
         """FILE/MEMBER of each image."""
-        pairs = zip(self.files[self.shard], self.member, strict=True)
+        pairs = zip(self.index.files[self.index.shard], self.index.member, strict=True)
         return np.array([f"{path}/{member.decode(errors='replace')}" for path, member in pairs])
 
-    def encoded(self, index: int) -> tuple[str, np.ndarray]:
-        path = str(self.files[self.shard[index]])
-        offset, size, packed = (int(x[index]) for x in (self.offset, self.size, self.packed))
+    def read(self, number: int) -> tuple[str, np.ndarray]:
+        path = str(self.index.files[self.index.shard[number]])
+        offset, size, packed = (int(x[number]) for x in self.index[2:5])
         name = f"of {size} bytes at offset {offset} in {path}"
         content = read_encoded(path, name, offset, packed or size)
         return name, inflate(content, size, name) if packed else content
@@ -89,8 +87,8 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
     names, or if there are none of its .zip files.
 
     The first call saves it beside the shards, or in the folder `fallback` if those are read-only.
-    It is made again if names, sizes or times of the shards have changed. Raises UsageError if there
-    is no shard or one cannot be read.
+    It is made again if extensions, or names, sizes or times of the shards have changed. Raises
+    UsageError if there is no shard or one cannot be read.
     """
     files = [source] if os.path.isfile(source) else shards_below(source)
     for path in files:
@@ -98,7 +96,8 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
     stats = [os.stat(path) for path in files]
     names = [os.path.relpath(path, source) for path in files]
     key = json.dumps(
-        [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
+        [extensions]
+        + [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
     )
     is_folder = os.path.isdir(source)
     index_paths = [os.path.join(source, "snclr_index.npz") if is_folder else f"{source}.index.npz"]
@@ -151,10 +150,10 @@ def _scan(files, extensions) -> Index:
                         images.append((shard, member, sample))
                     else:
                         ignored += 1
-        except (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
+        except UNREADABLE as error:
             raise UsageError(
-                f"shard {path} cannot be read: {error}; it must be a whole, uncompressed tar file, "
-                "or a zip file without a password"
+                f"shard {path} cannot be read: {first_line(error)}; it must be a whole, uncompressed "
+                "tar file, or a zip file without a password"
             ) from error
     if not images:
         kind = files[0][-3:]

@@ -12,8 +12,9 @@ from torch.utils.data import ConcatDataset
 from ..choices import IMAGENET
 from ..running.distributed import local_rank_zero_first
 from ..running.errors import UsageError, first_line
-from .decoding import to_rgb, unreadable
+from .decoding import to_rgb
 from .images import EncodedImages, ImageSet, ResidentImages
+from .reading import unreadable
 
 # torchvision's class; the arguments of the parts that form the training set; those of the test set
 TORCHVISION = {

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 
+from ..options import ON_RESUME
 from ..running.errors import UsageError
 from ..running.safe_files import read_bytes, save_text
 from .compare import comparison
@@ -37,6 +38,8 @@ the last epoch; speed: median; ± sample standard deviation over seeds. Against 
 difference over the common seeds; ± its standard error."""
 BANDS = """A line is the mean of runs that differ only in their seed; its band reaches from the
 lowest to the highest. Point at a line to see only this one."""
+# runs that differ only in these settings are in one group
+IGNORED = {"seed"} | {name for name, rule in ON_RESUME.items() if rule == "free"}
 PNG, MAX_BYTES = b"\x89PNG\r\n\x1a\n", 2**25  # first bytes of a picture, and its largest size
 HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -74,11 +77,11 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); 
 
 def page(runs: Sequence[Run]) -> str:
     """The HTML text of the report."""
-    groups = group(runs)
+    groups = group(runs, IGNORED)
     about = [[run.settings.get(x, "?") for x in ("method", "arch", "dataset")] for run in runs]
     title = html.escape("; ".join(dict.fromkeys("{} {}, {}".format(*x) for x in about)))
     parts = [f"<h1>{title}</h1>", _table(*comparison(groups)), f"<p>{LEGEND}</p>"]
-    names = differences([members[0] for members in groups.values()])
+    names = differences([members[0] for members in groups.values()], IGNORED)
     if len(names) > FEW:
         rows = [
             [name, *(members[0].settings.get(setting) for setting in names)]

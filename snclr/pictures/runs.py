@@ -8,10 +8,9 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from ..options import ON_RESUME
 from ..running.errors import UsageError
 from ..running.safe_files import json_object, read_bytes, read_json_lines
 
@@ -108,14 +107,16 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
     return f"{mean:.{digits}f}{spread}"
 
 
-def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Groups of runs that differ only in their seeds, by names made of the other differences."""
+def group(runs: Iterable[Run], ignored: Collection[str]) -> dict[str, list[Run]]:
+    """Groups of runs that differ only in settings that are ignored, and in ABOUT, by names made of
+    the other differences.
+    """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        settings = json.dumps(_relevant_settings(run), sort_keys=True, default=str)
-        groups.setdefault(settings, []).append(run)
+        key = json.dumps(_relevant_settings(run, ignored), sort_keys=True, default=str)
+        groups.setdefault(key, []).append(run)
     first = [members[0].settings for members in groups.values()]
-    differing = differences([members[0] for members in groups.values()])
+    differing = differences([members[0] for members in groups.values()], ignored)
     usual = {
         name: statistics.mode(str(settings.get(name)) for settings in first) for name in differing
     }
@@ -135,16 +136,13 @@ def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return named
 
 
-def differences(runs: Sequence[Run]) -> list[str]:
-    """Names of the settings that differ between runs, without the seed and those that change no
-    result (on_resume "free" in snclr/options.py).
-    """
-    settings = [_relevant_settings(run) for run in runs]
+def differences(runs: Sequence[Run], ignored: Collection[str]) -> list[str]:
+    """Names of the settings that differ between runs, without those that are ignored, and ABOUT."""
+    settings = [_relevant_settings(run, ignored) for run in runs]
     names = dict.fromkeys(name for one in settings for name in one)
     return [name for name in names if any(x.get(name) != settings[0].get(name) for x in settings)]
 
 
-def _relevant_settings(run: Run) -> dict:
+def _relevant_settings(run: Run, ignored: Collection[str]) -> dict:
     """The settings of a run by which it is grouped."""
-    left_out = {name for name, rule in ON_RESUME.items() if rule == "free"} | {*ABOUT, "seed"}
-    return {name: x for name, x in run.settings.items() if name not in left_out}
+    return {name: x for name, x in run.settings.items() if name not in (*ABOUT, *ignored)}

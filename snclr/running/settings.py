@@ -6,7 +6,6 @@ import sys
 from argparse import Namespace
 
 from ..choices import NUM_HEADS
-from ..options import ON_RESUME
 from .provenance import versions_and_commit
 from .safe_files import save_json
 
@@ -20,16 +19,18 @@ def save_settings(workdir: str, args: Namespace, more: dict) -> None:
     save_json(os.path.join(workdir, "args.json"), {**vars(args), **more, **start})
 
 
-def changes(saved: dict, args: Namespace) -> tuple[list[str], list[str]]:
+def changes(saved: dict, args: Namespace, on_resume: dict[str, str]) -> tuple[list[str], list[str]]:
     """Settings that differ from the saved ones, as 'NAME OLD -> NEW': those that must not differ,
     and others to report in the log.
+
+    on_resume: the rule of each setting, see arguments.flag.
     """
-    # files of earlier versions have no number of heads, which was always the architecture's default
-    saved = {"num_heads": NUM_HEADS.get(args.arch), **saved}
-    kinds = {"fixed": [], "reported": [], "free": []}  # see arguments.flag
+    # earlier versions did not save these, and had only the architecture's number of heads, and RGB
+    saved = {"num_heads": NUM_HEADS.get(args.arch), "channels": 3, **saved}
+    kinds = {"fixed": [], "reported": [], "free": []}
     for name, now in vars(args).items():
         if name in saved and differ(saved[name], now):
-            kinds[ON_RESUME.get(name, "reported")].append(f"{name} {saved[name]!r} -> {now!r}")
+            kinds[on_resume.get(name, "reported")].append(f"{name} {saved[name]!r} -> {now!r}")
     return kinds["fixed"], kinds["reported"]
 
 

@@ -92,7 +92,8 @@ def verify(path: str) -> None:
             ) from error
     if damaged:
         raise UsageError(
-            f"checkpoint {path} is damaged (wrong checksum in {damaged}); take another one"
+            f"checkpoint {path} is damaged (wrong checksum in {first_line(damaged)});"
+            " take another one"
         )
 
 

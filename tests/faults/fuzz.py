@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from snclr import builder, optim, options
-from snclr.datasets import decoding, files, shards, sources
+from snclr.datasets import decoding, files, folders, shards, sources
 from snclr.evaluation import linear
 from snclr.evaluation import options as lincls_options
 from snclr.evaluation import state as probe_state
@@ -236,7 +236,9 @@ def checkpoint_bytes(seeds, random):
 def checkpoint_content(seeds, random):
     path = seeds.write("content.pth.tar", seeds.saved(bend_value(random, seeds.state)))
     model, optimizer, scaler = seeds.fresh()
-    checkpoint.resume(path, model, optimizer, scaler, args=seeds.args, images=10)
+    checkpoint.resume(
+        path, model, optimizer, scaler, args=seeds.args, on_resume=options.ON_RESUME, images=10
+    )
     loss, _ = model(list(torch.randn(2, 4, 3, 32, 32)), torch.arange(4), 0.9)
     loss.backward()
     optimizer.step()  # an accepted checkpoint can be trained
@@ -274,11 +276,11 @@ def shard(seeds, random):
     folder.mkdir()
     seeds.write("shards/a.tar", bend(random, seeds.tar) if random.random() < 0.7 else seeds.tar)
     if random.random() < 0.5:  # its index, too
-        shards.open_index(str(folder), files.EXTENSIONS, None)
+        shards.open_index(str(folder), folders.EXTENSIONS, None)
         path = folder / "snclr_index.npz"
         path.write_bytes(bend(random, path.read_bytes()))
-    index = shards.open_index(str(folder), files.EXTENSIONS, None)
-    images = shards.ShardImages(index, None, [], sources.IMAGENET)
+    index = shards.open_index(str(folder), folders.EXTENSIONS, None)
+    images = files.FileImages(shards.Shards(index))
     for number in range(min(4, len(images))):
         images.image(number)
 

@@ -21,7 +21,9 @@ import main_lincls
 import main_snclr
 from snclr import augment, options
 from snclr.datasets import sources
-from snclr.datasets.images import EncodedImages, ImageFiles, ResidentImages
+from snclr.datasets.files import FileImages
+from snclr.datasets.folders import Paths
+from snclr.datasets.images import EncodedImages, ResidentImages
 from snclr.loader import ViewLoader
 from snclr.running import lock, tensor_files
 from snclr.running.errors import RunError, UsageError, one_clear_line
@@ -90,7 +92,7 @@ def test_every_kind_of_bad_file_is_one_clear_line(kind, tmp_path):
     path = tmp_path / "x.jpg"
     path.write_bytes(BAD[kind])
     with pytest.raises(RunError, match=r"cannot read image .*x\.jpg") as caught:
-        ImageFiles([str(path)], None, [], sources.IMAGENET).image(0)
+        FileImages(Paths([str(path)])).image(0)
     assert "\n" not in str(caught.value)
 
 
@@ -99,7 +101,7 @@ def test_a_pipe_or_a_folder_named_like_an_image_is_one_line_of_error(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     for name in ("pipe.jpg", "folder.jpg"):
         with pytest.raises(RunError, match=f"cannot read image .*{name}: it is not a regular file"):
-            ImageFiles([str(tmp_path / name)], None, [], sources.IMAGENET).image(0)
+            FileImages(Paths([str(tmp_path / name)])).image(0)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
@@ -108,7 +110,7 @@ def test_file_without_permission_is_one_clear_line(tmp_path):
     path.write_bytes(jpeg(64, 64))
     path.chmod(0)
     with pytest.raises(RunError, match="Permission denied"):
-        ImageFiles([str(path)], None, [], sources.IMAGENET).image(0)
+        FileImages(Paths([str(path)])).image(0)
 
 
 @pytest.fixture
@@ -124,7 +126,7 @@ def spoilt(images, tmp_path):
 
 
 def test_substitutes_are_drawn_alike_by_every_number_of_ranks_and_workers(spoilt):
-    files = ImageFiles(sorted(map(str, spoilt.glob("train/*/*.png"))), None, [], sources.IMAGENET)
+    files = FileImages(Paths(sorted(map(str, spoilt.glob("train/*/*.png")))))
     files.skip_bad = True
     device, order = torch.device("cpu"), augment.epoch_order(0, 0, 40)[:16]
     one = [files.views(RECIPE, 0, order)]
@@ -146,7 +148,7 @@ def test_substitutes_are_drawn_alike_by_every_number_of_ranks_and_workers(spoilt
 
 
 def test_a_run_skips_and_lists_unreadable_images_and_resumes_exactly(spoilt, tmp_path, capsys):
-    flags = ["--on-bad-image", "skip", "-j", "2"]
+    flags = ["--on-bad-image", "skip", "-j", "2", "--eval-freq", "2"]
     train(spoilt, tmp_path / "whole", *flags)
     out = capsys.readouterr().out
     is_reported = [
@@ -172,7 +174,7 @@ def test_by_default_a_bad_image_ends_the_run_naming_it(spoilt, tmp_path):
 def test_the_search_for_a_substitute_ends_if_no_image_can_be_read(tmp_path):
     for number in range(30):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
-    files = ImageFiles(sorted(map(str, tmp_path.iterdir())), None, [], sources.IMAGENET)
+    files = FileImages(Paths(sorted(map(str, tmp_path.iterdir()))))
     files.skip_bad = True
     with pytest.raises(RunError, match="cannot read image"):
         files.views(RECIPE, 0, np.arange(4))
@@ -185,7 +187,7 @@ def test_a_small_set_is_held_in_memory_although_some_of_it_cannot_be_read(
     args = options.parse([str(spoilt), *attack.FLAGS, "--on-bad-image", "skip"])
     train_set, val, _ = sources.open_data(args)
     assert isinstance(train_set, ResidentImages) and isinstance(val, ResidentImages)
-    files = ImageFiles(sorted(map(str, spoilt.glob("train/*/*.png"))), None, [], sources.IMAGENET)
+    files = FileImages(Paths(sorted(map(str, spoilt.glob("train/*/*.png")))))
     files.skip_bad, order = True, np.arange(40)
     views = train_set.views(RECIPE, 0, order)
     assert torch.equal(views.ids, files.views(RECIPE, 0, order).ids)  # the same substitutes
@@ -248,9 +250,10 @@ def test_a_probe_skips_and_lists_what_cannot_be_read_as_well(spoilt, tmp_path, c
 def test_undecodable_names_and_an_unwritable_list_end_no_run(spoilt, tmp_path, capsys):
     os.rename(spoilt / "train/a/00.png", os.fsencode(spoilt / "train/a") + b"/\xff\n.png")
     (tmp_path / "run/bad_images.txt").mkdir(parents=True)
-    train(spoilt, tmp_path / "run", "--on-bad-image", "skip")
+    flags = ["--on-bad-image", "skip", "-j", "0", "--epochs", "1"]
+    train(spoilt, tmp_path / "run", *flags)
     assert "cannot be read and are replaced, see cannot write" in capsys.readouterr().out
-    train(spoilt, tmp_path / "again", "--on-bad-image", "skip")
+    train(spoilt, tmp_path / "again", *flags)
     assert "train/a/??.png: it is not an image" in (tmp_path / "again/bad_images.txt").read_text()
 
 
@@ -308,7 +311,8 @@ def test_on_a_full_disk_the_old_checkpoint_is_kept_and_the_run_tries_again(
     images, small_disk, tmp_path, monkeypatch, capsys
 ):
     """Full from the second save to the fourth; the run must end with the same files as without."""
-    train(images, tmp_path / "alone", "--epochs", "6")
+    flags = ["--epochs", "6", "-j", "0"]
+    train(images, tmp_path / "alone", *flags)
     saves, original, ballast, seen = [], main_snclr.write_files, small_disk / "ballast", []
 
     def write_files(run, state, *rest, **number):
@@ -327,7 +331,7 @@ def test_on_a_full_disk_the_old_checkpoint_is_kept_and_the_run_tries_again(
             )
 
     monkeypatch.setattr(main_snclr, "write_files", write_files)
-    train(images, small_disk / "run", "--epochs", "6")
+    train(images, small_disk / "run", *flags)
     assert saves == [5, 10, 15, 20, 25, 30] and seen == [5, 5, 5, 5, 25, 30]
     out = capsys.readouterr().out
     assert out.count("TensorBoard's events are not written: No space left on device") == 1
@@ -346,7 +350,7 @@ def test_a_disk_that_is_full_at_the_start_is_one_clear_line(images, small_disk, 
         small_disk / "ballast", os.path.getsize(small_disk / "ballast") // 4096 * 4096 - room * 4096
     )
     with pytest.raises(RunError, match=r"cannot write .*: No space left on device"):
-        train(images, small_disk / "run", "--stop-after-steps", "5", "--eval-freq", "0")
+        train(images, small_disk / "run", "--stop-after-steps", "5", "--eval-freq", "0", "-j", "0")
 
 
 def test_a_last_save_that_fails_is_an_error(images, tmp_path, monkeypatch):
@@ -421,7 +425,7 @@ def test_the_second_run_is_refused_before_it_touches_anything(images, tmp_path):
         [sys.executable, "-c", HOLD.replace("'x'", "'main_snclr'"), tmp_path],
         stdout=subprocess.PIPE,
     )
-    lock.locked_files.clear()  # this process's own run is over
+    open(tmp_path / "main_snclr.lock").close()  # releases the lock of this process's own run
     holder.stdout.readline()
     with pytest.raises(UsageError, match="in use by pid"):
         train(images, tmp_path, "--resume", "auto")

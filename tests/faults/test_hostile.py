@@ -15,7 +15,7 @@ import main_lincls
 import main_snclr
 import snclr
 from snclr import export
-from snclr.datasets import files, shards
+from snclr.datasets import folders, shards
 from snclr.evaluation.options import STATE_FILE
 from snclr.running.errors import UsageError
 
@@ -114,13 +114,13 @@ def test_neither_the_state_of_a_probe_nor_a_feature_cache_nor_an_index_runs_code
     assert cache.stat().st_size % 4 == 0 and not zipfile.is_zipfile(cache)
     (tmp_path / "shards").mkdir()
     fuzz.Seeds(tmp_path).write("shards/a.tar", fuzz.Seeds(tmp_path).tar)
-    good = shards.open_index(str(tmp_path / "shards"), files.EXTENSIONS, None)
+    good = shards.open_index(str(tmp_path / "shards"), folders.EXTENSIONS, None)
     np.savez(
         tmp_path / "shards/snclr_index.npz",
         key=np.array([Malicious(target)], dtype=object),
         allow_pickle=True,
     )
-    again = shards.open_index(str(tmp_path / "shards"), files.EXTENSIONS, None)
+    again = shards.open_index(str(tmp_path / "shards"), folders.EXTENSIONS, None)
     assert (
         all(np.array_equal(a, b) for a, b in zip(good, again, strict=True)) and not target.exists()
     )
@@ -178,7 +178,7 @@ def test_an_index_that_points_to_other_files_is_rebuilt(tmp_path):
     (tmp_path / "shards").mkdir()
     seeds = fuzz.Seeds(tmp_path)
     seeds.write("shards/a.tar", seeds.tar)
-    good = shards.open_index(str(tmp_path / "shards"), files.EXTENSIONS, None)
+    good = shards.open_index(str(tmp_path / "shards"), folders.EXTENSIONS, None)
     path = tmp_path / "shards/snclr_index.npz"
     with np.load(path) as file:
         kept = dict(file)
@@ -191,11 +191,12 @@ def test_an_index_that_points_to_other_files_is_rebuilt(tmp_path):
         ("size", -2),
     ):
         np.savez(path, **{**kept, name: np.full_like(kept[name], value)})
-        again = shards.open_index(str(tmp_path / "shards"), files.EXTENSIONS, None)
+        again = shards.open_index(str(tmp_path / "shards"), folders.EXTENSIONS, None)
         assert all(np.array_equal(a, b) for a, b in zip(good, again, strict=True)), name
 
 
-def test_a_selection_of_mutated_inputs(tmp_path):
+def test_a_selection_of_mutated_inputs(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "LIMIT", 300)  # seconds: a machine may be slow and busy
     ends, wrong = fuzz.run(440, seed=12345, folder=tmp_path)
     assert wrong == [] and sum(ends.values()) == 440
     assert all(
