@@ -63,7 +63,8 @@ def parse(argv: list[str]) -> Namespace:
 
 def plan(args: Namespace, flags: Sequence[str], cores: int) -> list[Job]:
     """The runs, recipe by recipe, with checked flags. cores: of each run. Raises UsageError."""
-    jobs, base = {}, [f"@{args.base}"] if args.base else []
+    jobs, workers = {}, f"--workers={min(8, cores)}"
+    base = [f"@{args.base}"] if args.base else []
     for word in flags:
         if word.split("=")[0] in ("--seed", "--workdir", "--resume"):
             raise UsageError(f"{word} cannot be a flag of all runs: the sweep sets it for each run")
@@ -72,12 +73,11 @@ def plan(args: Namespace, flags: Sequence[str], cores: int) -> list[Job]:
         name = f"{stem if equals else Path(recipe).stem}-seed{run_seed}"
         if name in jobs:
             raise UsageError(f"{name} would run twice: give each RECIPE and seed once")
+        workdir = os.path.join(args.workdir, name)
         try:
             own = shlex.split(words) if equals else [f"@{recipe}"]
             settings = [*base, *own, *flags, "--seed", str(run_seed)]
-            workdir = os.path.join(args.workdir, name)
-            all_flags = [f"--workers={min(8, cores)}", *settings]
-            all_flags += ["--workdir", workdir, "--resume", "auto"]
+            all_flags = [workers, *settings, f"--workdir={workdir}", "--resume=auto"]
             options.parse(all_flags)
         except ValueError as error:  # an open quote; a UsageError is a ValueError, too
             raise UsageError(f"{name}: {error}") from error
@@ -101,7 +101,8 @@ def summarise(jobs: Sequence[Job], workdir: str) -> str:
     for name, run in finished.items():
         groups.setdefault(name.rpartition("-seed")[0], []).append(run)
         content[name] |= {title: runs.value(run, *column) for title, *column in compare.MAIN}
-    table = compare.markdown(*compare.comparison(groups, compare.MAIN))
+    heads, rows = compare.comparison(groups, compare.MAIN)
+    table = compare.markdown(heads, rows) if groups else "no run is finished\n"
     save_json(os.path.join(workdir, "sweep.json"), {"runs": content})
     save_text(os.path.join(workdir, "sweep.md"), table)
     save_text(os.path.join(workdir, "report.html"), report.page(list(finished.values())))
