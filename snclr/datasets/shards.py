@@ -26,7 +26,6 @@ from .archives import (
 )
 from .reading import inflate, read_encoded
 
-
 # what tarfile, zipfile and numpy raise for a damaged file, or for sizes that no file has
 UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, struct.error)
 UNREADABLE += (NotImplementedError, OverflowError, MemoryError)
@@ -152,8 +151,8 @@ def _scan(files, extensions) -> Index:
                         ignored += 1
         except UNREADABLE as error:
             raise UsageError(
-                f"shard {path} cannot be read: {first_line(error)}; it must be a whole, uncompressed tar file, "
-                "or a zip file without a password"
+                f"shard {path} cannot be read: {first_line(error)}; it must be a whole, "
+                "uncompressed tar file, or a zip file without a password"
             ) from error
     if not images:
         kind = files[0][-3:]
