@@ -152,8 +152,8 @@ def _scan(files, extensions) -> Index:
                         ignored += 1
         except UNREADABLE as error:
             raise UsageError(
-                f"shard {path} cannot be read: {first_line(error)}; it must be a whole, uncompressed "
-                "tar file, or a zip file without a password"
+                f"shard {path} cannot be read: {first_line(error)}; it must be a whole, "
+                "uncompressed tar file, or a zip file without a password"
             ) from error
     if not images:
         kind = files[0][-3:]
