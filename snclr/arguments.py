@@ -37,14 +37,18 @@ class _Parser(argparse.ArgumentParser):
 def read_recipes(words: list[str], opened: list[str]) -> list[str]:
     """Replace each @FILE of a command line by the flags in that recipe. Raises UsageError.
 
-    opened: the recipes read so far. Their number is limited, since a recipe can name itself.
+    A recipe that is not in the current folder is looked for among those of this project. opened:
+    the recipes read so far. Their number is limited, since a recipe can name itself.
     """
     flags = []
     for word in words:
         if not word.startswith("@"):
             flags.append(word)
             continue
-        path = _find_recipe(word[1:])
+        path = word[1:]
+        own = os.path.join(ROOT, path)
+        if not os.path.exists(path) and os.path.isfile(own):
+            path = own  # a recipe of this project
         opened.append(path)
         if len(opened) > 100:
             raise UsageError(f"recipe {path} cannot be read: more than 100 recipes name each other")
@@ -57,12 +61,6 @@ def read_recipes(words: list[str], opened: list[str]) -> list[str]:
             raise UsageError(f"recipe {path} cannot be read: {error}") from error
         flags += read_recipes(inner, opened)
     return flags
-
-
-def _find_recipe(path: str) -> str:
-    """A recipe that is not in the current folder is looked for among those of this project."""
-    own = os.path.join(ROOT, path)
-    return own if not os.path.exists(path) and os.path.isfile(own) else path
 
 
 def check_environment() -> None:
