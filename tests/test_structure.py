@@ -55,7 +55,7 @@ LONGER = {
     "snclr.operations": 280,
     "snclr.options": 570,
     "snclr.running.checkpoint": 275,
-    "snclr.shared_options": 430,
+    "snclr.shared_options": 435,
     "snclr.weights.libraries": 315,
     "snclr.weights.load": 265,
 }
