@@ -37,6 +37,7 @@ FORMATS = {
     "detectron2": libraries.to_detectron2,
     "onnx": libraries.to_onnx,
 }
+RGB_ONLY = ("torchvision", "mocov3", "detectron2")
 # largest relative difference of features; float32 rounding stays far below
 TOLERANCE = 1e-5
 SAFETENSORS = ".safetensors"
@@ -48,6 +49,11 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     settings = {name: getattr(args, name, None) for name in DEFAULTS}
     encoder, info = open_encoder(args.file, args.encoder, **settings)
+    if info["channels"] != 3 and args.format in RGB_ONLY:
+        raise UsageError(
+            f"{args.format} has only models of RGB images, not of {info['channels']} channels: "
+            "choose another --format, such as timm, hf or onnx"
+        )
     is_folder = args.format == "timm" and not args.out.endswith(FILE_SUFFIXES)
     to_library = FORMATS[args.format]
     export = to_library(encoder, info, as_folder=True) if is_folder else to_library(encoder, info)

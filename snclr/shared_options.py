@@ -219,14 +219,12 @@ def resolve_views(args: argparse.Namespace) -> None:
     if args.img_size is None:
         args.img_size = IMG_SIZES.get(args.dataset, 224)
     args.channels = args.channels or 3
-    unknown = ([0.5] * args.channels,) * 2
-    mean, std = MEAN_STD.get(args.dataset, IMAGENET) if args.channels == 3 else unknown
+    mean, std = MEAN_STD.get(args.dataset, IMAGENET)
+    if args.channels != 3:
+        mean = std = [0.5] * args.channels
     args.mean, args.std = args.mean or list(mean), args.std or list(std)
     if not len(args.mean) == len(args.std) == args.channels:
-        raise UsageError(
-            f"--mean and --std need {args.channels} numbers each, one for each channel, found "
-            f"{len(args.mean)} and {len(args.std)}"
-        )
+        raise UsageError(f"--mean and --std need {args.channels} numbers each, one a channel")
 
 
 def check_data(args: argparse.Namespace) -> None:

@@ -55,9 +55,9 @@ LONGER = {
     "snclr.operations": 280,
     "snclr.options": 570,
     "snclr.running.checkpoint": 275,
-    "snclr.shared_options": 410,
+    "snclr.shared_options": 435,
     "snclr.weights.libraries": 315,
-    "snclr.weights.load": 255,
+    "snclr.weights.load": 265,
 }
 
 

@@ -88,7 +88,6 @@ def to_deit(encoder: nn.Module, info: dict) -> Export:
 
 def to_torchvision(encoder: nn.Module, info: dict) -> Export:
     """The state dict of torchvision's ResNet without its classifier."""
-    _check_rgb(info, "torchvision")
     name = _plain_resnet(info, "torchvision")
 
     def build(path):
@@ -105,7 +104,6 @@ def to_torchvision(encoder: nn.Module, info: dict) -> Export:
 
 def to_mocov3(encoder: nn.Module, info: dict) -> Export:
     """MoCo v3's checkpoints: its names under 'state_dict', of one encoder and without its head."""
-    _check_rgb(info, "MoCo v3")
     arch, prefix = info["arch"], "module.base_encoder."
     if arch in VITS and info["num_heads"] != VITS[arch][2]:
         raise UsageError(
@@ -144,7 +142,6 @@ def to_detectron2(encoder: nn.Module, info: dict) -> Export:
     detectron2 reads its own names under 'model', mmdetection torchvision's names under
     'state_dict'. The file holds the tensors once.
     """
-    _check_rgb(info, "detectron2")
     arch, state = _plain_resnet(info, "detectron2"), encoder.state_dict()
     names = {name: detectron2_name(name) for name in state}
     content = {
@@ -218,14 +215,6 @@ def to_onnx(encoder: nn.Module, info: dict) -> Export:
         read,
         features='model.run(None, {"images": images.numpy()})[0]',
     )
-
-
-def _check_rgb(info, library):
-    if info["channels"] != 3:
-        raise UsageError(
-            f"{library} has only models of RGB images, not of {info['channels']} channels: choose "
-            "--format timm, hf or onnx"
-        )
 
 
 # -- timm's models ---------------------------------------------------------------------------------

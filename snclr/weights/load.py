@@ -57,6 +57,8 @@ def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Modu
         notes = load_backbone(encoder, file) + notes
     else:
         notes = [f"the architecture of {path} with random weights", *notes]
+    if not len(info["mean"]) == len(info["std"]) == info["channels"]:
+        raise UsageError(f"{path}: --mean and --std need {info['channels']} numbers each")
     encoder.set_submodule(projector_name(encoder), nn.Identity())
     if is_trained and file.saved.get("encoder") == "momentum":  # a file with only a backbone
         branch = "momentum"
@@ -100,11 +102,6 @@ def _merge(file, chosen):
         raise UsageError(f"{file.path} does not say its architecture: give --arch")
     if arch not in (None, chosen.get("arch", arch)):
         raise UsageError(f"{file.path} holds {arch}, not --arch {chosen['arch']}: leave --arch out")
-    if saved.get("channels") not in (None, chosen.get("channels", saved.get("channels"))):
-        raise UsageError(
-            f"{file.path} is for images with {saved['channels']} channels, not "
-            f"{chosen['channels']}: leave --channels out"
-        )
     return info | chosen
 
 
@@ -115,11 +112,6 @@ def _build(path, info):
     """
     try:
         info["mean"], info["std"] = ([float(x) for x in info[name]] for name in ("mean", "std"))
-        if not len(info["mean"]) == len(info["std"]) == info["channels"]:
-            raise ValueError(
-                f"{info['channels']} channels, but {len(info['mean'])} numbers as --mean and "
-                f"{len(info['std'])} as --std"
-            )
         if info["grey_range"] is not None:
             low, high = map(float, info["grey_range"])
             if not low < high:
