@@ -190,17 +190,17 @@ def become(job: dict) -> None:
     if job["shared_memory"] is not None:
         _small_shared_memory(job["shared_memory"])
     if job["blocked_by"]:
-        from snclr.datasets import images
+        from snclr.datasets import files
         from snclr.running import workers
 
-        decode = images.decode
+        decode = files.decode
 
         def when_free(*args):
             while os.path.exists(job["blocked_by"]):
                 time.sleep(0.1)
             return decode(*args)
 
-        images.decode = when_free
+        files.decode = when_free
         workers.PATIENCE = 2
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

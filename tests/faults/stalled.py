@@ -8,11 +8,11 @@ import sys
 import time
 
 import main_snclr
-from snclr.datasets import images
+from snclr.datasets import files
 from snclr.running import workers
 from snclr.running.errors import one_clear_line
 
-decode, rank, calls = images.decode, os.getpid(), []
+decode, rank, calls = files.decode, os.getpid(), []
 
 
 def decode_some(*args):
@@ -23,7 +23,7 @@ def decode_some(*args):
     return decode(*args)
 
 
-images.decode = decode_some
+files.decode = decode_some
 workers.PATIENCE, workers.POLL = 1, 0.2
 with one_clear_line("stalled.py"):
     main_snclr.main(sys.argv[2:])

@@ -32,7 +32,8 @@ RECIPE = augment.Recipe(0, augment.moco_v3_views(32, 0.2, False))
 
 
 def train(images, workdir, *flags):
-    main_snclr.main([str(images), *attack.FLAGS, "--workdir", str(workdir), *flags])
+    """A small run; it has no workers unless flags ask for some."""
+    main_snclr.main([str(images), *attack.FLAGS, "-j", "0", "--workdir", str(workdir), *flags])
 
 
 @pytest.fixture(autouse=True)
@@ -250,7 +251,7 @@ def test_a_probe_skips_and_lists_what_cannot_be_read_as_well(spoilt, tmp_path, c
 def test_undecodable_names_and_an_unwritable_list_end_no_run(spoilt, tmp_path, capsys):
     os.rename(spoilt / "train/a/00.png", os.fsencode(spoilt / "train/a") + b"/\xff\n.png")
     (tmp_path / "run/bad_images.txt").mkdir(parents=True)
-    flags = ["--on-bad-image", "skip", "-j", "0", "--epochs", "1"]
+    flags = ["--on-bad-image", "skip", "--epochs", "1"]
     train(spoilt, tmp_path / "run", *flags)
     assert "cannot be read and are replaced, see cannot write" in capsys.readouterr().out
     train(spoilt, tmp_path / "again", *flags)
@@ -311,8 +312,7 @@ def test_on_a_full_disk_the_old_checkpoint_is_kept_and_the_run_tries_again(
     images, small_disk, tmp_path, monkeypatch, capsys
 ):
     """Full from the second save to the fourth; the run must end with the same files as without."""
-    flags = ["--epochs", "6", "-j", "0"]
-    train(images, tmp_path / "alone", *flags)
+    train(images, tmp_path / "alone", "--epochs", "6")
     saves, original, ballast, seen = [], main_snclr.write_files, small_disk / "ballast", []
 
     def write_files(run, state, *rest, **number):
@@ -331,7 +331,7 @@ def test_on_a_full_disk_the_old_checkpoint_is_kept_and_the_run_tries_again(
             )
 
     monkeypatch.setattr(main_snclr, "write_files", write_files)
-    train(images, small_disk / "run", *flags)
+    train(images, small_disk / "run", "--epochs", "6")
     assert saves == [5, 10, 15, 20, 25, 30] and seen == [5, 5, 5, 5, 25, 30]
     out = capsys.readouterr().out
     assert out.count("TensorBoard's events are not written: No space left on device") == 1
@@ -350,7 +350,7 @@ def test_a_disk_that_is_full_at_the_start_is_one_clear_line(images, small_disk, 
         small_disk / "ballast", os.path.getsize(small_disk / "ballast") // 4096 * 4096 - room * 4096
     )
     with pytest.raises(RunError, match=r"cannot write .*: No space left on device"):
-        train(images, small_disk / "run", "--stop-after-steps", "5", "--eval-freq", "0", "-j", "0")
+        train(images, small_disk / "run", "--stop-after-steps", "5", "--eval-freq", "0")
 
 
 def test_a_last_save_that_fails_is_an_error(images, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ it.
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -46,8 +47,8 @@ def test_too_few_open_files_end_the_run_in_one_line(train, files):
 def test_what_batches_need_is_compared_with_what_is_free(monkeypatch, tmp_path):
     free = 2**30
     monkeypatch.setattr(workers, "SHARED_MEMORY", str(tmp_path))
-    system = SimpleNamespace(f_bavail=free // 4096, f_frsize=4096)  # what is free now may change
-    monkeypatch.setattr(os, "statvfs", lambda path: system)
+    # what is free now may change
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     workers.check_shared_memory(free // 5 - 1, 2, 1)
     workers.check_shared_memory(free, 0, 1)
     with pytest.raises(UsageError, match="2 workers per rank"):
