@@ -14,6 +14,8 @@ import datetime
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from snclr import options
@@ -34,7 +36,7 @@ from snclr.datasets import sources
 from snclr.datasets.images import ImageSet
 from snclr.evaluation import knn, label_free
 from snclr.evaluation.features import digest
-from snclr.loader import TwoViewLoader
+from snclr.loader import TwoViewLoader, whole_images
 from snclr.pictures import report, steps
 from snclr.running import checkpoint, distributed, process_group, summary, tensor_files
 from snclr.running.bad_images import record_bad_images
@@ -63,6 +65,7 @@ class Run(NamedTuple):
     model: SNCLR
     network: nn.Module  # the model, on several ranks within DistributedDataParallel
     loader: TwoViewLoader
+    load: Callable[..., Iterator[torch.Tensor]]  # whole images for evaluation, by their indices
     fingerprint: str  # of the training images
     val: ImageSet | None
     optimizer: torch.optim.Optimizer
@@ -161,6 +164,7 @@ def main(argv: list[str]) -> None:
         model=model,
         network=distributed.replicate(model, device),
         loader=loader,
+        load=partial(whole_images, size=args.img_size, device=device, workers=args.workers),
         fingerprint=fingerprint,
         val=val,
         optimizer=optimizer,
@@ -383,7 +387,7 @@ def train_epoch(run: Run, step: int) -> int:
     is_shown = args.viz_freq and (epoch % args.viz_freq == 0 or epoch == args.epochs)
     if is_shown and not inside and log.enabled:
         log.pictures(step, lambda: steps.of_step(batch, shown, loader.images, args, step))
-    if note := record_bad_images(loader.images, loader.replaced, run.workdir):
+    if note := record_bad_images(loader.images.image, loader.replaced, run.workdir):
         log.say(f"note: {note}")
     return step
 
@@ -471,9 +475,8 @@ def evaluate(run: Run, step: int) -> None:
                 lambda x: x.flatten(1),
                 train,
                 run.val,
-                size=args.img_size,
-                device=device,
-                workers=args.workers,
+                run.load,
+                device,
             )["knn_top1"]
             run.log.say(
                 f"epoch 0/{args.epochs}  kNN top-1 {result['raw_pixels_knn_top1']:.2f} % "
@@ -481,13 +484,7 @@ def evaluate(run: Run, step: int) -> None:
             )
         if step == 0 and not args.init_from:
             # the running statistics of its batch norms are not those of any images yet
-            encoder = knn.calibrated_copy(
-                run.model.base_encoder,
-                train,
-                size=args.img_size,
-                device=device,
-                workers=args.workers,
-            )
+            encoder = knn.calibrated_copy(run.model.base_encoder, train, run.load)
             result |= evaluate_features(run, encoder.embed, epoch, "untrained encoder")
         else:
             name = args.eval_encoder if step else f"start (from {args.init_from})"
@@ -511,14 +508,8 @@ def evaluate_features(run: Run, embed, epoch: int, title: str) -> dict:
         run.log.say(f"note: epoch {epoch} is not evaluated: the features are not finite ({title})")
         return {}
     if run.val is not None:
-        result |= knn.accuracy(
-            embed,
-            run.loader.images,
-            run.val,
-            size=args.img_size,
-            device=run.loader.device,
-            workers=args.workers,
-        )
+        train, device = run.loader.images, run.loader.device
+        result |= knn.accuracy(embed, train, run.val, run.load, device)
         parts.append(f"kNN top-1 {result['knn_top1']:.2f} %")
     result |= signals
     parts.append(f"effective rank {result['effective_rank']:.1f}")

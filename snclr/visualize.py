@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import os
 import sys
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from .datasets.files import FileImages
 from .datasets.folders import Paths
 from .datasets.images import ImageSet
 from .evaluation import knn
+from .loader import whole_images
 from .pictures.encoders import (
     Encoder,
     attention_maps,
@@ -132,7 +134,7 @@ def _ready(encoder: Encoder, branch: str, train: ImageSet, loader_args: dict) ->
     """The encoder on its device; batch norms of an untrained one get the statistics of train."""
     module, size = encoder.module.to(loader_args["device"]), encoder.info["img_size"]
     if branch == "untrained":
-        module = knn.calibrated_copy(module, train, size=size, **loader_args)
+        module = knn.calibrated_copy(module, train, partial(whole_images, size=size, **loader_args))
     return encoder._replace(module=module)
 
 
