@@ -14,7 +14,6 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -38,20 +37,25 @@ from snclr.evaluation import knn, label_free
 from snclr.evaluation.features import digest
 from snclr.loader import TwoViewLoader, whole_images
 from snclr.pictures import report, steps
-from snclr.running import checkpoint, distributed, process_group, summary, tensor_files
-from snclr.running.bad_images import record_bad_images
-from snclr.running.batch_norm import synchronise_batch_norm
-from snclr.running.devices import uses_bfloat16_bank
+from snclr.running import (
+    bad_images,
+    batch_norm,
+    checkpoint,
+    devices,
+    distributed,
+    lock,
+    preemption,
+    process_group,
+    settings,
+    summary,
+    tensor_files,
+    workers,
+)
 from snclr.running.guard import Guard
-from snclr.running.lock import hold
 from snclr.running.log import Log
 from snclr.running.metrics import Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
-from snclr.running.preemption import Interruptions, end_at_once, handlers_given_back, interrupt
-from snclr.running.settings import save_settings
-from snclr.running.workers import Stalled
 from snclr.weights import public
-from snclr.weights.layouts import EncoderFile
 from snclr.weights.load import choose_num_heads, load_backbone
 
 
@@ -65,13 +69,12 @@ class Run(NamedTuple):
     model: SNCLR
     network: nn.Module  # the model, on several ranks within DistributedDataParallel
     loader: TwoViewLoader
-    load: Callable[..., Iterator[torch.Tensor]]  # whole images for evaluation, by their indices
     fingerprint: str  # of the training images
     val: ImageSet | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # disabled unless amp is 'fp16'
     guard: Guard
-    interruptions: Interruptions
+    interruptions: preemption.Interruptions
     log: Log
 
     @property
@@ -82,19 +85,18 @@ class Run(NamedTuple):
     @property
     def encoder(self) -> nn.Module:
         """The encoder that is evaluated, and saved as a separate file."""
-        if self.args.eval_encoder == "momentum":
-            return self.model.momentum_encoder
-        return self.model.base_encoder
+        is_momentum = self.args.eval_encoder == "momentum"
+        return self.model.momentum_encoder if is_momentum else self.model.base_encoder
 
 
-@handlers_given_back()
+@preemption.handlers_given_back()
 @process_group.failures_named()
 def main(argv: list[str]) -> None:
     args = options.parse(argv)
 
     # -- devices and data --------------------------------------------------------------------------
     device = process_group.start(args.timeout_minutes)
-    end_at_once()
+    preemption.end_at_once()
     train, val, data_notes = sources.open_data(args)
     if args.batch_size > len(train):
         raise UsageError(
@@ -112,21 +114,23 @@ def main(argv: list[str]) -> None:
     if args.init_from:  # the number of heads must be that of the weights; no tensor shows it
         initial, timm_model = public.read_start(args.init_from, args.img_size)
         args.num_heads, head_notes = choose_num_heads(initial, args.arch, args.num_heads)
-    model = build_model(args, bfloat16=uses_bfloat16_bank(amp, device))
+    model = build_model(args, bfloat16=devices.uses_bfloat16_bank(amp, device))
     workdir, checkpoint_path, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
     if args.init_from and not checkpoint_path:
-        start_notes += load_initial_weights(model, initial) + head_notes
+        start_notes += load_backbone(model.base_encoder, initial) + head_notes
+        if model.momentum_encoder is not None:
+            model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
         if timm_model is not None:
-            images = torch.randn(2, 3, args.img_size, args.img_size)
+            images = torch.randn(2, args.channels, args.img_size, args.img_size)
             public.check_features(args.init_from, timm_model, model.base_encoder, images)
             start_notes += public.other_images(timm_model, args.mean, args.std)
     elif args.init_from:
         start_notes += [f"--init-from {args.init_from} is ignored: {checkpoint_path} is resumed"]
     # in float32 on a CPU channels-last is not faster, and torch 2.15 crashes in the backward of
     # narrow convolutions
-    channels_last = device.type == "cuda" or amp != "off"
-    layout = torch.channels_last if channels_last else torch.preserve_format
-    model = synchronise_batch_norm(model.to(device, memory_format=layout), device)
+    plain = device.type == "cpu" and amp == "off"
+    layout = torch.preserve_format if plain else torch.channels_last
+    model = batch_norm.synchronise_batch_norm(model.to(device, memory_format=layout), device)
     scales = optim.layer_scales(model.base_encoder, args.lr_scale, prefix="base_encoder.")
     optimizer = optim.build_optimizer(args.optimizer, model, args.wd, scales)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
@@ -150,8 +154,10 @@ def main(argv: list[str]) -> None:
     if is_rank_zero:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         hardware = {"world_size": distributed.world_size(), "amp_used": amp, "device": name}
-        save_settings(workdir, args, hardware)
+        settings.save_settings(workdir, args, hardware)
     log = Log(workdir, step=step, enabled=is_rank_zero, args=args)
+    interruptions = preemption.Interruptions(args.save_every_minutes, args.timeout_minutes)
+    loader.stop_waiting_if(lambda: interruptions.signal > 0)
     run = Run(
         args=args,
         workdir=workdir,
@@ -164,16 +170,14 @@ def main(argv: list[str]) -> None:
         model=model,
         network=distributed.replicate(model, device),
         loader=loader,
-        load=partial(whole_images, size=args.img_size, device=device, workers=args.workers),
         fingerprint=fingerprint,
         val=val,
         optimizer=optimizer,
         scaler=scaler,
         guard=Guard(model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled()),
-        interruptions=Interruptions(args.save_every_minutes, args.timeout_minutes),
+        interruptions=interruptions,
         log=log,
     )
-    loader.stop_waiting_if(lambda: run.interruptions.signal > 0)
     log.say(
         f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), "
         f"batch {args.batch_size}"
@@ -182,14 +186,12 @@ def main(argv: list[str]) -> None:
         f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, "
         f"in {workdir}"
     )
-    if args.compile == "graphs" and device.type != "cuda":
-        start_notes += ["--compile graphs: only a GPU has graphs; the backbones are compiled"]
-    for note in data_notes + start_notes + setting_notes(args, len(train)):
+    for note in data_notes + start_notes + setting_notes(args, len(train), device):
         log.say(f"note: {note}")
     if checkpoint_path:
         run.guard.saved_step = step
-        position = f"{checkpoint_path} after step {step} of {run.total_steps}"
-        log.say("; ".join([f"resumed from {position}", *changes]))
+        resumed = f"resumed from {checkpoint_path} after step {step} of {run.total_steps}"
+        log.say("; ".join([resumed, *changes]))
 
     # -- epochs ------------------------------------------------------------------------------------
     evaluated_step = distributed.on_rank_zero(log.last_evaluation)
@@ -213,15 +215,20 @@ def main(argv: list[str]) -> None:
         result = "the same" if len(digests) == 1 else "NOT the same"
         log.say(f"weights and bank of the ranks: {result}, {', '.join(digests)}")
     if is_rank_zero and not run.interruptions.ending:
-        path = os.path.join(workdir, checkpoint.LAST)
-        done, own_images = step == run.total_steps, args.dataset != "embedded"
-        log.say(summary.final_lines(workdir, path, done, own_images))
+        log.say(
+            summary.final_lines(
+                workdir,
+                os.path.join(workdir, checkpoint.LAST),
+                done=step == run.total_steps,
+                own_images=args.dataset != "embedded",
+            )
+        )
         log.say(report.write_into(workdir))
     run.interruptions.maximum.finish()
     log.close()
     process_group.stop()
     if run.interruptions.ending:
-        interrupt(run.interruptions.ending, run.interruptions.outcome)
+        preemption.interrupt(run.interruptions.ending, run.interruptions.outcome)
 
 
 def open_workdir(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
@@ -234,7 +241,7 @@ def open_workdir(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
     workdir = args.workdir
     if workdir is None:
         workdir = os.path.dirname(os.path.abspath(path)) if path else default_workdir(args)
-    hold(workdir, "main_snclr")
+    lock.hold(workdir, "main_snclr")
     if args.resume != "auto":
         return workdir, path, []
     newest, notes = checkpoint.newest(workdir)
@@ -254,34 +261,35 @@ def default_workdir(args: argparse.Namespace) -> str:
     return os.path.join("runs", f"{args.method}-{arch}-{args.dataset}-{start}")
 
 
-def load_initial_weights(model: SNCLR, file: EncoderFile) -> list[str]:
-    """Load the backbone of both encoders from a file; returns lines that say what was loaded."""
-    notes = load_backbone(model.base_encoder, file)
-    if model.momentum_encoder is not None:
-        model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
-    return notes
-
-
-def setting_notes(args: argparse.Namespace, num_images: int) -> list[str]:
+def setting_notes(args: argparse.Namespace, num_images: int, device: torch.device) -> list[str]:
     """Lines about settings that work, but may not do what the user expects."""
-    lines = []
-    if args.method != "mocov3" and args.bank_size > num_images:
-        lines.append(
+    has_plain_patches = args.arch in ("vit_tiny", "vit_small", "vit_base")
+    resnet_flags = args.width or args.small_stem
+    notes = (
+        (
+            args.method != "mocov3" and args.bank_size > num_images,
             f"the bank ({args.bank_size} rows) is larger than the data set ({num_images} images): "
-            "it holds several copies of each image"
-        )
-    if args.method != "snclr":
-        lines.append(
+            "it holds several copies of each image",
+        ),
+        (
+            args.method != "snclr",
             f"--method {args.method} does not use soft neighbours: --topk, --form, --candidates, "
-            "--mix-neighbours and the flags of their weights have no effect"
-        )
-    if not args.arch.startswith("resnet") and (args.width or args.small_stem):
-        lines.append(f"--width and --small-stem are for ResNets: no effect on {args.arch}")
-    if args.arch not in ("vit_tiny", "vit_small", "vit_base") and args.stop_grad_conv1:
-        lines.append(
-            f"--stop-grad-conv1 is for ViTs with a plain patch embedding: no effect on {args.arch}"
-        )
-    return lines
+            "--mix-neighbours and the flags of their weights have no effect",
+        ),
+        (
+            resnet_flags and not args.arch.startswith("resnet"),
+            f"--width and --small-stem are for ResNets: no effect on {args.arch}",
+        ),
+        (
+            args.stop_grad_conv1 and not has_plain_patches,
+            f"--stop-grad-conv1 is for ViTs with a plain patch embedding: no effect on {args.arch}",
+        ),
+        (
+            args.compile == "graphs" and device.type != "cuda",
+            "--compile graphs: only a GPU has graphs; the backbones are compiled",
+        ),
+    )
+    return [note for applies, note in notes if applies]
 
 
 def train_epoch(run: Run, step: int) -> int:
@@ -300,14 +308,14 @@ def train_epoch(run: Run, step: int) -> int:
     batch, batches = None, loader.epoch(epoch, inside, go_on=go_on)
     log.progress(loader.steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
     waits = Waits(loader.device)
-    interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0
+    logged_step, logged_at, slowest = step, time.perf_counter(), 0.0
 
     while step < end:
         step_start = time.perf_counter()
         try:
             with waits:
                 batch = next(batches)
-        except Stalled:
+        except workers.Stalled:
             if run.interruptions.end_here(run.guard.last_sound_checkpoint):
                 run.guard.check()
                 break
@@ -338,7 +346,6 @@ def train_epoch(run: Run, step: int) -> int:
         run.optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
         step += 1
-        interval_steps += 1
         log.advance()
         if run.interruptions.due():
             end = step
@@ -361,10 +368,10 @@ def train_epoch(run: Run, step: int) -> int:
                 temperature=args.snclr_t,
                 normalised=args.normalise_positives,
             )
-            for note in (run.guard.check(), run.guard.collapse(metrics["feature_std"])):
-                if note is not None:
-                    log.say(f"note: {note}")
-            seconds = time.perf_counter() - interval_start
+            notes = run.guard.check(), run.guard.collapse(metrics["feature_std"])
+            for note in filter(None, notes):
+                log.say(f"note: {note}")
+            seconds = time.perf_counter() - logged_at
             metrics = {
                 "epoch": epoch + 1,
                 "step": step,
@@ -372,22 +379,22 @@ def train_epoch(run: Run, step: int) -> int:
                 "lr": lr,
                 "momentum": momentum,
                 "grad_norm": grad_norm.item(),
-                "images_per_s": interval_steps * args.batch_size / seconds,
+                "images_per_s": (step - logged_step) * args.batch_size / seconds,
                 "data_wait": waits.seconds() / seconds,
                 "slowest_step_s": slowest,
             }
             log.line(metrics)
             log.say(summary.describe(metrics, args.epochs, run.total_steps))
-            interval_start, interval_steps, slowest = time.perf_counter(), 0, 0.0
+            logged_step, logged_at, slowest = step, time.perf_counter(), 0.0
 
     log.end_progress()
     if batch is not None:
         run.guard.try_forward(step, run.model, batch, args.snclr_m, run.amp)
     epoch, inside = divmod(step, loader.steps_per_epoch)
     is_shown = args.viz_freq and (epoch % args.viz_freq == 0 or epoch == args.epochs)
-    if is_shown and not inside and log.enabled:
+    if is_shown and not inside:
         log.pictures(step, lambda: steps.of_step(batch, shown, loader.images, args, step))
-    if note := record_bad_images(loader.images.image, loader.replaced, run.workdir):
+    if note := bad_images.record_bad_images(loader.images.image, loader.replaced, run.workdir):
         log.say(f"note: {note}")
     return step
 
@@ -399,11 +406,13 @@ def save(run: Run, step: int) -> None:
     checkpoint.UNSOUND is written, so that the last sound checkpoint stays. If a save fails, the run
     continues with a note; at its last save it raises RunError.
     """
-    args, message = run.args, "saved"
+    args, is_last = run.args, step >= run.last_step
     epoch, inside = divmod(step, run.loader.steps_per_epoch)
     reason = run.guard.what_is_unsound(step, run.model, run.optimizer)
+    outcome = "saved" if reason is None else f"saved as {checkpoint.UNSOUND}"
     if distributed.rank() == 0:
         is_numbered = args.save_freq and not inside and epoch % args.save_freq == 0
+        names = [f"{epoch:04d}", "last"] if is_numbered else ["last"]
         state = checkpoint.pack(
             run.model,
             run.optimizer,
@@ -417,40 +426,38 @@ def save(run: Run, step: int) -> None:
         encoder = checkpoint.pack_encoder(run.encoder, args.eval_encoder, args=args, epoch=epoch)
         try:
             if reason is None:
-                write_files(run, state, encoder, number=f"{epoch:04d}" if is_numbered else None)
+                write_files(run, state, encoder, names)
             else:
                 tensor_files.save(os.path.join(run.workdir, checkpoint.UNSOUND), state)
         except RunError as error:
             if not os.path.lexists(run.workdir):
                 raise RunError(f"{run.workdir} was deleted or renamed during the run") from error
-            if step >= run.last_step or run.interruptions.ending:
+            if is_last or run.interruptions.ending:
                 raise
             run.log.say(f"note: {error}; the run goes on and tries again at the next save")
-            message = "not saved, the checkpoint before is whole"
+            outcome = "not saved, the checkpoint before is whole"
     if reason is not None:
-        outcome = f"saved as {checkpoint.UNSOUND}" if message == "saved" else message
-        message = f"{reason}: {outcome}; {run.guard.last_sound_checkpoint}"
-        if step >= run.last_step:
-            raise RunError(message)
-        run.log.say(f"note: {message}")
-    elif message == "saved":
+        outcome = f"{reason}: {outcome}; {run.guard.last_sound_checkpoint}"
+        if is_last:
+            raise RunError(outcome)
+        run.log.say(f"note: {outcome}")
+    elif outcome == "saved":
         run.guard.saved_step = step
-    run.interruptions.saved(message)
+    run.interruptions.saved(outcome)
 
 
-def write_files(run: Run, state: dict, encoder: dict, number: str | None) -> None:
-    """Write the encoder and the checkpoint, as the last ones and under a number if there is one.
+def write_files(run: Run, state: dict, encoder: dict, names: list[str]) -> None:
+    """Write the encoder and the checkpoint under each name: a number, 'last'.
 
     checkpoint_last is written at the end. So after a crash in between, the run resumes from the
     previous checkpoint, and writes all files again.
     """
     run.log.flush(durable=True)
-    if number is not None:
-        tensor_files.save(os.path.join(run.workdir, f"encoder_{number}.pth.tar"), encoder)
-    tensor_files.save(os.path.join(run.workdir, "encoder_last.pth.tar"), encoder)
-    if number is not None:
-        tensor_files.save(os.path.join(run.workdir, f"checkpoint_{number}.pth.tar"), state)
-    tensor_files.save(os.path.join(run.workdir, checkpoint.LAST), state, run.args.keep)
+    for name in names:
+        tensor_files.save(os.path.join(run.workdir, f"encoder_{name}.pth.tar"), encoder)
+    for name in names:
+        keep = run.args.keep if name == "last" else 1
+        tensor_files.save(os.path.join(run.workdir, f"checkpoint_{name}.pth.tar"), state, keep)
 
 
 def is_evaluation_due(run: Run, step: int) -> bool:
@@ -466,56 +473,37 @@ def evaluate(run: Run, step: int) -> None:
     At the start of a run this is the untrained encoder, or that of --init-from. For small images
     the raw pixels are evaluated as well. Training should exceed both.
     """
-    args, device, train = run.args, run.loader.device, run.loader.images
-    epoch = step // run.loader.steps_per_epoch
-    result = {}
+    args, train, val, device = run.args, run.loader.images, run.val, run.loader.device
+    load = partial(whole_images, size=args.img_size, device=device, workers=args.workers)
+    epoch, name = step // run.loader.steps_per_epoch, args.eval_encoder
+    result, parts, title = {}, [], f"{name} encoder"
     with run.interruptions.nothing_unsaved():
-        if step == 0 and run.val is not None and args.img_size <= 64:
-            result["raw_pixels_knn_top1"] = knn.accuracy(
-                lambda x: x.flatten(1),
-                train,
-                run.val,
-                run.load,
-                device,
-            )["knn_top1"]
-            run.log.say(
-                f"epoch 0/{args.epochs}  kNN top-1 {result['raw_pixels_knn_top1']:.2f} % "
-                "(raw pixels)"
-            )
-        if step == 0 and not args.init_from:
+        if step == 0 and val is not None and args.img_size <= 64:
+            pixels = knn.accuracy(lambda x: x.flatten(1), train, val, load, device)["knn_top1"]
+            result["raw_pixels_knn_top1"] = pixels
+            run.log.say(f"epoch 0/{args.epochs}  kNN top-1 {pixels:.2f} % (raw pixels)")
+        encoder, amp = run.encoder.eval(), run.amp
+        if step == 0 and args.init_from:
+            title = name = f"start (from {args.init_from})"
+        elif step == 0:
             # the running statistics of its batch norms are not those of any images yet
-            encoder = knn.calibrated_copy(run.model.base_encoder, train, run.load)
-            result |= evaluate_features(run, encoder.embed, epoch, "untrained encoder")
-        else:
-            name = args.eval_encoder if step else f"start (from {args.init_from})"
-            run.encoder.eval()
-            with autocast(run.amp, device):
-                title = f"{name} encoder" if step else name
-                result |= evaluate_features(run, run.encoder.embed, epoch, title)
-            run.encoder.train()
-            result["encoder"] = name
-    run.log.line({"epoch": epoch, "step": step, **result})
-
-
-def evaluate_features(run: Run, embed, epoch: int, title: str) -> dict:
-    """kNN accuracy in percent, if there are validation images, and the signals without labels.
-
-    embed: normalised images (B, 3, S, S) to features (B, F). Prints a line that ends in the title.
-    """
-    args, result, parts = run.args, {}, []
-    signals = label_free.signals(embed, run.loader)
+            encoder = knn.calibrated_copy(run.model.base_encoder, train, load)
+            title, name, amp = "untrained encoder", None, "off"
+        with autocast(amp, device):
+            signals = label_free.signals(encoder.embed, run.loader)
+            if signals is not None and val is not None:
+                result |= knn.accuracy(encoder.embed, train, val, load, device)
+                parts.append(f"kNN top-1 {result['knn_top1']:.2f} %")
     if signals is None:
         run.log.say(f"note: epoch {epoch} is not evaluated: the features are not finite ({title})")
-        return {}
-    if run.val is not None:
-        train, device = run.loader.images, run.loader.device
-        result |= knn.accuracy(embed, train, run.val, run.load, device)
-        parts.append(f"kNN top-1 {result['knn_top1']:.2f} %")
-    result |= signals
-    parts.append(f"effective rank {result['effective_rank']:.1f}")
-    parts.append(f"view agreement {result['view_agreement']:.3f}")
-    run.log.say(f"epoch {epoch}/{args.epochs}  {'  '.join(parts)} ({title})")
-    return result
+    else:
+        result |= signals
+        parts.append(f"effective rank {result['effective_rank']:.1f}")
+        parts.append(f"view agreement {result['view_agreement']:.3f}")
+        run.log.say(f"epoch {epoch}/{args.epochs}  {'  '.join(parts)} ({title})")
+    if name is not None:
+        result["encoder"] = name
+    run.log.line({"epoch": epoch, "step": step, **result})
 
 
 if __name__ == "__main__":

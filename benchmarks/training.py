@@ -10,7 +10,7 @@ import main_snclr
 from snclr import augment, optim, options
 from snclr.builder import build_model
 from snclr.datasets.images import ImageSet
-from snclr.loader import TwoViewLoader, whole_images
+from snclr.loader import TwoViewLoader
 from snclr.running.devices import uses_bfloat16_bank
 from snclr.running.guard import Guard
 from snclr.running.log import Log
@@ -57,7 +57,6 @@ class Training:
             model=model,
             network=model,
             loader=loader,
-            load=whole_images,
             fingerprint="",
             val=None,
             optimizer=optim.build_optimizer(args.optimizer, model, args.wd),

@@ -79,13 +79,13 @@ class SNCLR(nn.Module):
         super().__init__()
         self.args = args
         self.base_encoder = base_encoder
-        self.momentum_encoder = None
-        if args.method != "nnclr":
-            self.momentum_encoder = copy.deepcopy(base_encoder).requires_grad_(False)
+        self.momentum_encoder = (
+            None if args.method == "nnclr" else copy.deepcopy(base_encoder).requires_grad_(False)
+        )
         self.predictor = predictor
         self.memory_bank = memory_bank
         # compiling this function, not the encoder, keeps the names of the state dict
-        self.embed = compiled(_embed, args.compile)
+        self.embed = compiled(lambda encoder, x: encoder.embed(x), args.compile)
         self.joins_views = args.micro_batch is None and not has_batch_norm(
             base_encoder, besides=base_encoder.projector
         )
@@ -134,7 +134,7 @@ class SNCLR(nn.Module):
 
         Changes the momentum encoder and the bank.
 
-        views           those of augment.build_views, (B, 3, S, S) each
+        views           those of augment.build_views, (B, C, S, S) each
         ids (B,)        data-set indices
         momentum        m of the momentum encoder's average, 0 .. 1
         neighbour_mass  sum of the weights of an image's neighbours (optim.neighbour_mass); 0: the
@@ -148,15 +148,17 @@ class SNCLR(nn.Module):
             "nnclr": self._nnclr,
             "mocov2": self._mocov2,
         }[self.args.method]
-        loss, keys, shown = compute(views, ids, momentum, neighbour_mass, step)
+        key_views = views[:2]
+        if self.args.key_view == "weak":
+            views, key_views = views[:-1], views[-1:]
+        loss, keys, shown = compute(views, key_views, ids, momentum, neighbour_mass, step)
         if self.memory_bank is not None:
             self.memory_bank.enqueue(keys, all_gather(ids))
         loss = loss + sum(shown.terms.values())
         return loss, shown._replace(terms={name: x.detach() for name, x in shown.terms.items()})
 
-    def _snclr(self, views, ids, momentum, mass, step):
+    def _snclr(self, views, key_views, ids, momentum, mass, step):
         args, bank = self.args, self.memory_bank
-        views, key_views = self._split(views)
         y = self._project(self.base_encoder, views)
         z = [self.predictor(projection) for projection in y]
         keys = self._momentum_projections(momentum, key_views)
@@ -191,10 +193,6 @@ class SNCLR(nn.Module):
             y[0], num_candidates, scores[-1], rows[-1], weights[0], picked[-1].counts, counts
         )
         return sum(losses) * (2 / len(losses)), fresh, shown
-
-    def _split(self, views):
-        """The views of the online and those of the momentum encoder."""
-        return (views[:-1], views[-1:]) if self.args.key_view == "weak" else (views, views[:2])
 
     def _positives(self, neighbours, key, step, number):
         """neighbours (B, K, D), with --mix-neighbours mixed with their key, number 0 or 1.
@@ -233,8 +231,7 @@ class SNCLR(nn.Module):
         weights = weights / args.gamma
         return weights.detach() if args.detach_weights else weights
 
-    def _mocov3(self, views, ids, momentum, mass, step):
-        views, key_views = self._split(views)
+    def _mocov3(self, views, key_views, ids, momentum, mass, step):
         y = self._project(self.base_encoder, views)
         z = [self.predictor(projection) for projection in y]
         keys = self._momentum_projections(momentum, key_views)
@@ -245,7 +242,7 @@ class SNCLR(nn.Module):
         shown = self._show(y[0], len(y[0]) * world_size(), row_candidates=ids.new_zeros(0))
         return sum(losses) * (2 / len(losses)), None, shown
 
-    def _nnclr(self, views, ids, momentum, mass, step):
+    def _nnclr(self, views, key_views, ids, momentum, mass, step):
         y = self._project(self.base_encoder, views)
         z = [self.predictor(projection) for projection in y]
         searched = unit(torch.cat(y[:2])).detach()
@@ -263,7 +260,7 @@ class SNCLR(nn.Module):
         shown = self._show(y[0], num_candidates, scores, rows, weights, counts, counts[:0])
         return sum(losses) / len(losses), all_gather(searched.chunk(2)[1]), shown
 
-    def _mocov2(self, views, ids, momentum, mass, step):
+    def _mocov2(self, views, key_views, ids, momentum, mass, step):
         """MoCo v2 (He et al. 2020, Chen et al. 2020). Deviations from its published code:
 
         - In place of ShuffleBN, the key encoder's batch norms use moving averages of the online
@@ -281,7 +278,7 @@ class SNCLR(nn.Module):
         With --key-view weak the weak view is the key, and view 2 is not used.
         """
         # keys first, so that the averaged statistics of their batch norms do not contain this batch
-        (k2,) = self._momentum_projections(momentum, self._split(views)[1][-1:])
+        (k2,) = self._momentum_projections(momentum, key_views[-1:])
         (y1,) = self._project(self.base_encoder, views[:1])
         bank = self.memory_bank
         loss = mocov2_loss(y1, k2, bank.products, bank.valid(), temperature=self.args.snclr_t)
@@ -334,20 +331,18 @@ class SNCLR(nn.Module):
         row_candidates=None,
     ):
         """What a step shows (StepView); without rows it has no neighbours."""
-        bank, none = self.memory_bank, projection.new_zeros(len(projection), 0)
+        bank = self.memory_bank
         if rows is None:
-            scores = weights = none
-            rows = neighbour_ids = none.long()
-            counts = none.long()[0]
-        else:
-            neighbour_ids = torch.where(rows >= 0, bank.ids[rows.clamp(min=0)], -1)
+            scores = weights = projection.new_zeros(len(projection), 0)
+            rows, counts = scores.long(), scores.new_zeros(0).long()
+        ids = rows if bank is None else bank.ids[rows.clamp(min=0)]
         return StepView(
             projection=projection.detach(),
             scores=scores,
-            neighbour_ids=neighbour_ids,
+            neighbour_ids=ids.masked_fill(rows < 0, -1),
             weights=weights.detach(),
             counts=counts,
-            num_candidates=num_candidates + torch.zeros((), dtype=torch.long, device=none.device),
+            num_candidates=num_candidates,
             bank_fill=None if bank is None else bank.filled / len(bank),
             terms={},
             rows=rows,
@@ -355,15 +350,11 @@ class SNCLR(nn.Module):
         )
 
 
-def _embed(encoder: nn.Module, x: Tensor) -> Tensor:
-    return encoder.embed(x)
-
-
 def check_local_size(encoder: nn.Module, args: Namespace) -> None:
     """Raise UsageError if the encoder cannot take local views."""
     try:
         with torch.no_grad():
-            encoder.eval().embed(torch.zeros(1, 3, args.local_size, args.local_size))
+            encoder.eval().embed(torch.zeros(1, args.channels, args.local_size, args.local_size))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(
             f"--arch {args.arch} cannot take local views of {args.local_size} px beside views of "
@@ -388,17 +379,17 @@ def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
         stop_grad_conv1=args.stop_grad_conv1,
         timm_kwargs=dict(args.timm_kwargs or []),
         num_heads=args.num_heads,
+        channels=args.channels,
         hidden_dim=args.snclr_mlp_dim,
         out_dim=args.snclr_dim,
     )
-    predictor = bank = None
+    bank = MemoryBank(args.bank_size, args.snclr_dim, bfloat16) if args.method != "mocov3" else None
+    predictor = None
     if args.method == "mocov2":
         projector = heads.plain_projector(encoder.num_features, args.snclr_mlp_dim, args.snclr_dim)
         encoder.set_submodule(projector_name(encoder), projector)
     else:
         predictor = heads.predictor(encoder.kind, args.snclr_dim, args.snclr_mlp_dim)
-    if args.method != "mocov3":
-        bank = MemoryBank(args.bank_size, args.snclr_dim, bfloat16)
     model = SNCLR(encoder, predictor, bank, args)
     if args.local_views:
         check_local_size(encoder, args)

@@ -56,7 +56,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     g.add_argument("--amp", choices=AMP, default="off", help="precision of the encoder")
     add_backbone_flags(parser, default_arch=None)
-    parser.set_defaults(patch_size=None, small_stem=None, workdir=None)  # as FILE says
     args = parser.parse_args(argv)
     resolve_data(args)
     check_data(args)
@@ -76,10 +75,12 @@ def main(argv: list[str]) -> None:
     device = process_group.start()
     amp, is_rank_zero = resolve_amp(args.amp, device), distributed.rank() == 0
     log = print if is_rank_zero else lambda line: None
-    settings = {name: getattr(args, name) for name in load.DEFAULTS}
-    encoder, info = load.open_encoder(args.file, args.encoder, **settings)
+    encoder, info = load.open_encoder(
+        args.file, args.encoder, **{name: getattr(args, name) for name in load.DEFAULTS}
+    )
     check_tokens(encoder, args.tokens, args.layers)
     args.mean, args.std, args.grey_range = info["mean"], info["std"], info["grey_range"]
+    args.channels = info["channels"]
     train, val, notes = sources.open_data(args)
     images = train if args.split == "train" else val
     if images is None:

@@ -7,8 +7,8 @@ after the library has read it and computed the same features as the encoder for 
 import argparse
 import json
 import os
-import shutil
 import sys
+import tempfile
 from collections import OrderedDict
 
 import torch
@@ -19,7 +19,7 @@ from .arguments import new_parser
 from .evaluation.features import digest
 from .running import tensor_files
 from .running.errors import RunError, UsageError, one_clear_line
-from .running.safe_files import check_new_path, new_file, save_text, writing
+from .running.safe_files import check_new_path, save_bytes, save_text, writing
 from .shared_options import add_backbone_flags
 from .weights import libraries
 from .weights.card import model_card, run_figures, run_settings
@@ -53,11 +53,10 @@ def main(argv: list[str]) -> None:
     export = to_library(encoder, info, as_folder=True) if is_folder else to_library(encoder, info)
     # the metadata names the file without its folder, which differs from reader to reader
     name = os.path.basename(os.path.abspath(args.out))
-    saved = {"build": export.build(name)}
+    saved = {"build": export.build(name), "version": __version__}
     saved |= {name: info[name] for name in (*DEFAULTS, "encoder", "epoch")}
-    difference = write_checked(
-        export, saved | {"version": __version__}, args.out, encoder, info["img_size"]
-    )
+    shape = (info["channels"], info["img_size"], info["img_size"])
+    difference = write_checked(export, saved, args.out, encoder, shape)
     card = card_path(args.out, export.configs is not None)
     save_text(
         card,
@@ -110,7 +109,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="PX",
         help="side of an image (default: as the file says, else 224)",
     )
-    parser.set_defaults(patch_size=None, small_stem=None)  # as the file says
     args = parser.parse_args(argv)
     check_new_path(args.out)
     card = card_path(args.out, is_folder=False)
@@ -133,18 +131,20 @@ def card_path(out: str, is_folder: bool) -> str:
 
 @torch.no_grad()
 def write_checked(
-    export: Export, settings: dict, out: str, encoder: nn.Module, img_size: int
+    export: Export, settings: dict, out: str, encoder: nn.Module, shape: tuple[int, int, int]
 ) -> float:
     """Write `out`, but only if the library's model computes the encoder's features from it.
 
-    Both encode one random image. Returns the largest difference of features, divided by the largest
-    feature. Raises RunError above TOLERANCE.
+    Both encode one random image of that shape. Returns the largest difference of features, divided
+    by the largest feature. Raises RunError above TOLERANCE.
     """
-    folder, name = os.path.split(os.path.abspath(out))
-    unchecked = os.path.join(folder, f"unchecked_{name}")
-    try:
+    parent, name = os.path.split(os.path.abspath(out))
+    with writing(out):
+        folder = tempfile.TemporaryDirectory(prefix="unchecked_", dir=parent)
+    with folder:
+        unchecked = os.path.join(folder.name, name)
         write(export, settings, unchecked)
-        x = torch.randn(1, 3, img_size, img_size, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
         expected = encoder.embed(x)
         features = export.read(unchecked)(x)
         difference = ((features - expected).abs().max() / expected.abs().max()).item()
@@ -154,11 +154,6 @@ def write_checked(
                 f"{out} is not written"
             )
         os.replace(unchecked, out)
-    finally:
-        if os.path.isdir(unchecked):
-            shutil.rmtree(unchecked)
-        elif os.path.exists(unchecked):
-            os.remove(unchecked)
     return difference
 
 
@@ -169,7 +164,7 @@ def write(export: Export, settings: dict, out: str) -> None:
     if export.configs:
         os.makedirs(out, exist_ok=True)
         for name, config in export.configs.items():
-            _write_bytes(os.path.join(out, name), json.dumps(config, indent=2).encode() + b"\n")
+            save_bytes(os.path.join(out, name), json.dumps(config, indent=2).encode() + b"\n")
         out = os.path.join(out, "model.safetensors")
     if out.endswith(SAFETENSORS):
         from safetensors.torch import save  # optional
@@ -177,9 +172,9 @@ def write(export: Export, settings: dict, out: str) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in export.content.items()}
         metadata = {"format": "pt", "build": settings["build"]}
         metadata[SETTINGS_KEY] = json.dumps(settings, default=str)
-        _write_bytes(out, save(tensors, metadata))
+        save_bytes(out, save(tensors, metadata))
     elif isinstance(export.content, bytes):
-        _write_bytes(out, export.content)
+        save_bytes(out, export.content)
     elif all(isinstance(value, Tensor) for value in export.content.values()):
         # torch stores such metadata with a state dict, and load_state_dict ignores unknown entries
         state = OrderedDict(export.content)
@@ -187,11 +182,6 @@ def write(export: Export, settings: dict, out: str) -> None:
         tensor_files.save(out, state)
     else:
         tensor_files.save(out, {**export.content, SETTINGS_KEY: settings})
-
-
-def _write_bytes(path: str, content: bytes) -> None:
-    with writing(path), new_file(path) as file:
-        file.write(content)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,13 @@ def mlp(layers: int, in_dim: int, hidden_dim: int, out_dim: int, last_norm: bool
     MoCo v3.
     """
     modules: list[nn.Module] = []
-    for layer in range(layers):
-        last = layer == layers - 1
-        width = out_dim if last else hidden_dim
-        modules.append(nn.Linear(in_dim, width, bias=False))
-        if not last:
-            modules += [GlobalBatchNorm(width), nn.ReLU(inplace=True)]
-        elif last_norm:
-            modules.append(GlobalBatchNorm(width, affine=False))
-        in_dim = width
+    for _ in range(layers - 1):
+        modules.append(nn.Linear(in_dim, hidden_dim, bias=False))
+        modules += [GlobalBatchNorm(hidden_dim), nn.ReLU(inplace=True)]
+        in_dim = hidden_dim
+    modules.append(nn.Linear(in_dim, out_dim, bias=False))
+    if last_norm:
+        modules.append(GlobalBatchNorm(out_dim, affine=False))
     return nn.Sequential(*modules)
 
 

@@ -27,12 +27,6 @@ class MemoryBank(nn.Module):
     another number of ranks. No value moves to the host, so the host never waits for a GPU.
     """
 
-    features: Tensor
-    ids: Tensor
-    pointer: Tensor
-    filled: Tensor
-    features16: Tensor | None
-
     def __init__(self, size: int, dim: int, bfloat16: bool = False):
         super().__init__()
         if size < 1 or dim < 1:

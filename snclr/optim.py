@@ -5,7 +5,7 @@ A schedule is a pure function of the step, so that a resumed run has nothing to 
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -180,17 +180,18 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         trust_coefficient: float = 0.001,
     ):
-        defaults = dict(
-            lr=lr, weight_decay=weight_decay, momentum=momentum, trust_coefficient=trust_coefficient
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                weight_decay=weight_decay,
+                momentum=momentum,
+                trust_coefficient=trust_coefficient,
+            ),
         )
-        super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> torch.Tensor | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
         for group in self.param_groups:
             for adapted in (True, False):
                 params = [
@@ -198,7 +199,6 @@ class LARS(torch.optim.Optimizer):
                 ]
                 if params:
                     self._update(params, group, adapted)
-        return loss
 
     def _update(self, params, group, adapted):
         updates = [p.grad for p in params]

@@ -11,7 +11,7 @@ from .running.devices import on_host
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
 # Lowest temperature at which exp(logit - 1/T), at least exp(-2/T), is a normal float32.
 LOWEST_TEMPERATURE = 0.025
-SPLITS = 64  # most products into which a GPU divides one over all candidates
+SPLITS = 64  # on a GPU, at most so many products replace the one over all candidates
 
 
 def log_sum_exp(

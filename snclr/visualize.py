@@ -7,6 +7,7 @@ photo.jpg, the images nearest to the photo. The same flags and seed give the sam
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import sys
@@ -70,23 +71,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     g.add_argument(
         "--pool", type=positive, default=5000, metavar="N", help="training images that are searched"
     )
-    g.add_argument(
-        "--umap", action="store_true", help="add UMAP to the map (pip install umap-learn)"
-    )
     g.add_argument("--seed", type=seed, default=0, metavar="N", help="seed that chooses the images")
     g.add_argument(
         "--out", metavar="DIR", help="folder of the pictures (default: pictures beside FILE)"
     )
     add_backbone_flags(parser, default_arch=None)
-    parser.set_defaults(patch_size=None, small_stem=None)  # as FILE says
     args = parser.parse_args(argv)
-    args.workdir = None  # without a run's folder for the index of shards on read-only disks
     resolve_data(args)
     check_data(args)
     if args.image is not None and not os.path.isfile(args.image):
         raise UsageError(f"--image {args.image}: there is no such file")
-    if args.umap and importlib.util.find_spec("umap") is None:
-        raise UsageError("--umap needs umap-learn: pip install umap-learn")
     return args
 
 
@@ -98,17 +92,23 @@ def main(argv: list[str]) -> None:
     loader_args = {"device": device, "workers": args.workers}
     # the flags on architecture, size and normalisation concern only the first encoder
     settings = {name: getattr(args, name) for name in load.DEFAULTS}
-    first = _open_encoder(args, args.file, args.encoder, "A", settings)
-    args.mean, args.std = first.info["mean"], first.info["std"]
-    args.grey_range = first.info["grey_range"]
+    encoders = [_open_encoder(args.file, args.encoder, settings)]
+    if args.against == "untrained":
+        encoders.append(_open_encoder(args.file, "untrained", {}))
+    elif args.against is not None:
+        encoders.append(_open_encoder(args.against, args.encoder, {}))
+    info = encoders[0].info
+    args.mean, args.std, args.grey_range = info["mean"], info["std"], info["grey_range"]
+    args.channels = info["channels"]
     train, val, _ = sources.open_data(args)
-    encoders = [_ready(first, args.encoder, train, loader_args)]
-    if args.against is not None:
-        path, branch = args.against, args.encoder
-        if path == "untrained":
-            path, branch = args.file, "untrained"
-        second = _open_encoder(args, path, branch, "B", {})
-        encoders.append(_ready(second, branch, train, loader_args))
+    for position, (module, info, name) in enumerate(encoders):
+        module = module.to(device)
+        if info["encoder"] == "untrained":
+            # its batch norms get the statistics of the training images
+            load_whole = partial(whole_images, size=info["img_size"], **loader_args)
+            module = knn.calibrated_copy(module, train, load_whole)
+        name = f"{'AB'[position]}: {name}" if len(encoders) > 1 else name
+        encoders[position] = Encoder(module, info, name)
     pictures = _draw(args, encoders, train, val, loader_args)
     out = args.out or os.path.join(os.path.dirname(os.path.abspath(args.file)), "pictures")
     with writing(out):
@@ -120,22 +120,12 @@ def main(argv: list[str]) -> None:
             print(path)
 
 
-def _open_encoder(
-    args: argparse.Namespace, path: str, branch: str, letter: str, settings: dict
-) -> Encoder:
-    """The encoder of a file. letter: A or B, for its name if there are two."""
+def _open_encoder(path: str, branch: str, settings: dict) -> Encoder:
+    """The encoder of a file, and its name in the pictures."""
     module, info = load.open_encoder(path, branch, **settings)
     epoch = f", epoch {info['epoch']}" if info["epoch"] else ""
     name = f"{info['arch']} ({branch}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
-    return Encoder(module, info, f"{letter}: {name}" if args.against is not None else name)
-
-
-def _ready(encoder: Encoder, branch: str, train: ImageSet, loader_args: dict) -> Encoder:
-    """The encoder on its device; batch norms of an untrained one get the statistics of train."""
-    module, size = encoder.module.to(loader_args["device"]), encoder.info["img_size"]
-    if branch == "untrained":
-        module = knn.calibrated_copy(module, train, partial(whole_images, size=size, **loader_args))
-    return encoder._replace(module=module)
+    return Encoder(module, info, name)
 
 
 def _draw(
@@ -168,13 +158,15 @@ def _draw(
     pictures = {"neighbours": retrieval(queries, chosen, f"Nearest of {len(pool)} training images")}
     if args.image is not None:
         photo = FileImages(Paths([args.image]), None, [], (args.mean, args.std))
-        photo.grey_range = args.grey_range
+        photo.grey_range, photo.channels = args.grey_range, args.channels
         title = f"Nearest to {os.path.basename(args.image)}"
         pictures["retrieval"] = retrieval(photo, np.array([0]), title)
+    if importlib.util.find_spec("umap"):
+        print("drawing the map by UMAP takes about half a minute: its library compiles each time")
     maps = {
         f"{method} of {name}": points
         for name, of_pool in features.items()
-        for method, points in projections(of_pool, args.seed, args.umap).items()
+        for method, points in projections(of_pool, args.seed).items()
     }
     labels = None if train.labels is None else train.labels[pool].numpy()
     pictures["map"] = map_picture(maps, labels, train.classes)
@@ -196,12 +188,10 @@ def _choose(images: ImageSet, count: int, seed: int) -> np.ndarray:
     for index in augment.epoch_order(seed, 0, len(images)):
         if len(chosen) == count:
             break
-        try:
+        with contextlib.suppress(RunError):
             if images.skip_bad:
                 images.image(index)
             chosen.append(index)
-        except RunError:
-            continue
     return np.array(chosen)
 
 

@@ -1,16 +1,22 @@
-"""One rank of a multi-rank test: `python ranks.py OUT JOB...` runs the jobs and saves into OUT.
+"""The ranks of a test, as forks of one process, which imports torch once.
 
-A job is 'pieces' (collectives, batch norm, objectives, bank, kNN on fixed data) or a command line
-of main_snclr.py. Prefixes, in this order:
+    python ranks.py OUT JOB... -- JOB...
+
+Each rank runs the jobs and saves into OUT. After `--` new ranks run further jobs. A job is 'pieces'
+(collectives, batch norm, objectives, bank, kNN on fixed data) or a command line of main_snclr.py.
+Prefixes, in this order:
 
 main_lincls:  the command line is one of main_lincls.py
 embed:        the command line is one of snclr.embed, with parts of 8 images in two batches
 term:         the loss has a further term, in this job and all later ones
+shallow:      vit_tiny has 2 blocks, in this job and all later ones
 float64:      the run is in double precision
 """
 
+import itertools
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -20,7 +26,7 @@ from torch.nn.functional import normalize
 
 import main_lincls
 import main_snclr
-from snclr import embed
+from snclr import backbones, embed
 from snclr.builder import SNCLR
 from snclr.evaluation import embedding, knn
 from snclr.memory_bank import MemoryBank
@@ -169,20 +175,49 @@ def pieces(out):
     process_group.stop()
 
 
+def run(job, out):
+    """Run a job as the rank that the environment describes."""
+    script = main_lincls if job.startswith("main_lincls:") else main_snclr
+    job = job.removeprefix("main_lincls:")
+    if job.startswith("embed:"):
+        embedding.EVALUATION_BATCH, embedding.PART_BATCHES = 4, 2
+        script, job = embed, job.removeprefix("embed:")
+    if job.startswith("term:"):
+        add_term()
+        job = job.removeprefix("term:")
+    if job.startswith("shallow:"):
+        width, _, *others = backbones.VITS["vit_tiny"]
+        backbones.VITS["vit_tiny"] = (width, 2, *others)
+        job = job.removeprefix("shallow:")
+    torch.set_default_dtype(torch.float64 if job.startswith("float64:") else torch.float32)
+    if job == "pieces":
+        pieces(out)
+    else:
+        script.main(shlex.split(job.removeprefix("float64:")))
+
+
+def fork(rank, jobs):
+    """Start a rank that runs numbered jobs, then ends as any Python process; its process id."""
+    if pid := os.fork():
+        return pid
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for number, job in jobs:
+        # jobs share a store, as the starts of a run that torchrun starts again
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+        run(job, Path(sys.argv[1]))
+    sys.exit()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for number, job in enumerate(sys.argv[2:]):
-        os.environ["MASTER_PORT"] = os.environ["PORTS"].split()[number]
-        script = main_lincls if job.startswith("main_lincls:") else main_snclr
-        job = job.removeprefix("main_lincls:")
-        if job.startswith("embed:"):
-            embedding.EVALUATION_BATCH, embedding.PART_BATCHES = 4, 2
-            script, job = embed, job.removeprefix("embed:")
-        if job.startswith("term:"):
-            add_term()
-            job = job.removeprefix("term:")
-        torch.set_default_dtype(torch.float64 if job.startswith("float64:") else torch.float32)
-        if job == "pieces":
-            pieces(Path(sys.argv[1]))
-        else:
-            script.main(shlex.split(job.removeprefix("float64:")))
+    jobs = enumerate(sys.argv[2:])
+    for is_end, start in itertools.groupby(jobs, lambda numbered: numbered[1] == "--"):
+        start = [] if is_end else [*start]
+        pids = {fork(rank, start) for rank in range(int(os.environ.get("WORLD_SIZE", 1)))}
+        while pids:
+            pid, status = os.wait()
+            pids.remove(pid)
+            if status:  # the others would wait for this one
+                for other in pids:
+                    os.kill(other, signal.SIGKILL)
+                sys.exit(f"process {pid} failed, status {status}")

@@ -2,6 +2,8 @@
 
 import io
 import os
+import struct
+import tarfile
 import zipfile
 
 import numpy as np
@@ -153,9 +155,33 @@ def without_headers(path):
     change(path, b"PK\x03\x04", b"PK\x03\x05")
 
 
+def of_a_later_version(path):
+    change(path, b"PK\x01\x02\x14\x03\x14\x00", b"PK\x01\x02\x14\x03\xff\x00")
+
+
+def of_an_impossible_size(path):
+    content = save_zip(path, ["0.bmp"], STORED).read_bytes()
+    start = content.rindex(b"PK\x01\x02")
+    entry, end = bytearray(content[start:-22]), bytearray(content[-22:])
+    entry[24:28] = b"\xff" * 4  # the size is in a further field
+    entry[30:32] = struct.pack("<H", 12)
+    entry += struct.pack("<HHQ", 1, 8, 2**63)
+    end[12:16] = struct.pack("<I", struct.unpack("<I", end[12:16])[0] + 12)
+    path.write_bytes(content[:start] + entry + end)
+
+
+def without_a_name(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x", b"")
+    change(path, b"\x01\x00\x00\x00x", b"\x00\x00\x00\x00x")
+
+
 @pytest.mark.parametrize(
     "damage, reason",
     [
+        (of_a_later_version, "zip file version 25.5"),
+        (of_an_impossible_size, "0.bmp has an impossible size"),
+        (without_a_name, "no image in the 1 zip files"),
         (encrypted, "0.bmp is encrypted"),
         (other_method, "0.bmp is compressed by another method than deflate"),
         (leading_out, "a/../../0.bmp leads out of it"),
@@ -168,6 +194,15 @@ def test_zip_files_that_cannot_be_read_are_refused_in_one_line(tmp_path, damage,
     path = save_zip(tmp_path / "x.zip", ["0.bmp", "1.bmp"])
     damage(path)
     assert reason in refused(path)
+
+
+@pytest.mark.parametrize("size", [2**40, 2**62, 2**80])
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
+def test_a_tar_file_with_impossible_sizes_is_refused_in_one_line(tmp_path, size, kind):
+    member = tarfile.TarInfo("0.bmp")
+    member.size, member.type = size, kind
+    (tmp_path / "x.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    assert "x.tar cannot be read" in refused(tmp_path / "x.tar")
 
 
 def test_a_bomb_and_damaged_bytes_are_unreadable_images(tmp_path, monkeypatch):

@@ -40,6 +40,10 @@ RUNS = {
         "{folder} -n 4 -b 2 --steps 1",
         ["torchvision and PIL", "first half", "only decoding"],
     ),
+    "loading": (
+        "{folder} -b 4 -j 1 -n 8 --img-size 16",
+        [f"4{'4':>22}"],
+    ),
     "linear_probe": (
         "--arch vit_tiny --img-size 32 -b 4 --classes 3 --steps 1",
         ["one head, cached", "grid, cached"],

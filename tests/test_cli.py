@@ -654,7 +654,7 @@ def process(tmp_path):
     def run(*command, **variables):
         environment = {**os.environ, **more, **variables}
         return subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=120, check=False
+            command, capture_output=True, text=True, env=environment, timeout=600, check=False
         )
 
     return run

@@ -162,6 +162,32 @@ def test_a_killed_run_goes_on_and_parts_of_other_settings_are_not_used(
     assert not (tmp_path / "x.npz.parts").exists()
 
 
+def test_parts_without_their_content_are_encoded_again(
+    pretrain, images, tmp_path, small_parts, monkeypatch, capsys
+):
+    file, out = pretrain("resnet8"), tmp_path / "x.npz"
+    expected = write(file, images, tmp_path / "whole.npz")
+
+    def stop(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "join_parts", stop)
+        with pytest.raises(Killed):
+            write(file, images, out)
+    empty, cut, other_shape, link, _ = sorted((tmp_path / "x.npz.parts").iterdir())
+    empty.write_bytes(b"")
+    cut.write_bytes(cut.read_bytes()[:-1])
+    np.save(other_shape, np.zeros((8, 3), np.float32))
+    link.rename(tmp_path / "elsewhere.npy")
+    link.symlink_to(tmp_path / "elsewhere.npy")
+    resumed = write(file, images, out)
+    assert "1 of 5 parts" in capsys.readouterr().out
+    for name in expected:
+        np.testing.assert_array_equal(resumed[name], expected[name])
+    assert (tmp_path / "elsewhere.npy").exists()
+
+
 def test_a_part_that_is_lost_is_named(pretrain, images, tmp_path, small_parts, monkeypatch):
     real = embed.encode_parts
 

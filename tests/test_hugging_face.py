@@ -16,6 +16,7 @@ from snclr.datasets import hugging_face
 from snclr.loader import whole_images
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+pyarrow = pytest.importorskip("pyarrow")  # which datasets needs
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +131,21 @@ def test_a_run_sees_the_images_of_a_folder_in_the_same_order_and_views(tmp_path)
         main_snclr.main([str(tmp_path / name), *flags.split()])
     assert losses(tmp_path / "run-folder") == losses(tmp_path / "run-hf")
     assert json.loads((tmp_path / "run-hf/args.json").read_text())["dataset"] == "hf"
+
+
+@pytest.mark.parametrize(
+    "pictures, kinds, message",
+    [
+        ([{"bytes": None, "path": None}], [0], "in row 0 of the table: there is none"),
+        ([{"bytes": png(0), "path": None}], [7], "column kind: Invalid integer class label 7"),
+    ],
+)
+def test_tables_that_the_library_would_not_write(tmp_path, pictures, kinds, message):
+    features = datasets.Features({"picture": datasets.Image(), "kind": CLASSES["kind"]})
+    columns = {"picture": pictures, "kind": kinds}
+    table = pyarrow.table(columns, schema=features.arrow_schema)
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    assert message in refused(f"hf:{tmp_path}")
 
 
 def without_network(name):

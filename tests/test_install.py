@@ -23,7 +23,7 @@ import os, runpy, sys
 import snclr
 from snclr.arguments import read_recipes
 
-sys.modules["sklearn"] = None  # optional, and slow
+sys.modules["sklearn"] = sys.modules["umap"] = None  # optional, and slow
 
 def run(module, line):  # python -m module line
     sys.argv[1:] = line.split()
@@ -47,7 +47,7 @@ run("snclr.mean_std", "--dataset embedded --subset 8 --workers 0")
 WITHOUT_POSIX = """
 import os, runpy, signal, sys
 sys.modules["fcntl"] = None
-for name in ("O_NONBLOCK", "O_NOFOLLOW"):
+for name in ("O_NONBLOCK", "O_NOFOLLOW", "lockf"):
     delattr(os, name)
 for name in ("SIGUSR1", "SIGCHLD", "SIGHUP"):
     delattr(signal, name)

@@ -72,7 +72,7 @@ def on_ranks(monkeypatch):
     def on_ranks(num_ranks, function):
         here, barrier, slots = (
             threading.local(),
-            threading.Barrier(num_ranks, timeout=20),
+            threading.Barrier(num_ranks, timeout=300),
             [None] * num_ranks,
         )
 

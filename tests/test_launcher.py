@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_ranks import SMALL, free_ports
+from test_ranks import SMALL, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [*SMALL.split(), "--stop-after-steps", "2", "--eval-freq", "0"]
@@ -76,7 +76,7 @@ def start(tmp_path):
         )
         if not wait:
             return process
-        process.out, process.err = process.communicate(timeout=200)
+        process.out, process.err = process.communicate(timeout=600)
         return process
 
     return call
@@ -299,18 +299,17 @@ def single_process(images, tmp_path_factory):
 
 
 def test_two_machines_give_the_losses_of_one_process(start, images, tmp_path, single_process):
-    (port,) = free_ports(1)
     environment = {
         "NNODES": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": free_port(),
         "NPROC_PER_NODE": "1",
     }
     nodes = [
         start(images, *TRAIN, "--workdir", "run", wait=False, NODE_RANK=str(n), **environment)
         for n in (1, 0)
     ]
-    outputs = [node.communicate(timeout=200) for node in nodes]
+    outputs = [node.communicate(timeout=600) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert losses(tmp_path / "run") == pytest.approx(single_process, rel=1e-4)
     assert json.loads((tmp_path / "run/args.json").read_text())["world_size"] == 2

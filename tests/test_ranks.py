@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,40 +25,38 @@ LEVERS += "--nn-ramp-epochs 1.5 --normalise-positives"
 CLOCK = ("images_per_s", "data_wait", "slowest_step_s")  # metrics that differ between equal runs
 
 
-def free_ports(count):
-    """Different ports that are free at the moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [str(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+def free_port():
+    """A port that is free at the moment, and that the system gives no other socket unasked."""
+    for port in range(20000 + os.getpid() % 10000, 32768):  # processes begin at different ports
+        with contextlib.suppress(OSError), socket.socket() as server:
+            server.bind(("127.0.0.1", port))
+            return str(port)
 
 
-def start_ranks(world_size, out, jobs):
-    """Run tests/ranks.py in world_size processes and wait for them."""
-    environment = os.environ | {
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-    }
-    environment["PORTS"] = " ".join(free_ports(len(jobs)))
-    if world_size == 1:
-        del environment["WORLD_SIZE"]
-    command = [sys.executable, str(ROOT / "tests/ranks.py"), str(out), *jobs]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for r in range(world_size)
-    ]
-    for rank, process in enumerate(ranks):
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, f"rank {rank} of {world_size}:\n{output.decode()[-3000:]}"
+def start_ranks(world_size, out, *starts):
+    """Run tests/ranks.py, and wait: each start is a list of jobs, which new ranks run."""
+    # the ranks meet as under torchrun, in the store of the process that starts them: no port that
+    # was free a moment ago may be taken when the ranks need it
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if world_size > 1:
+        environment |= {"WORLD_SIZE": str(world_size), "GROUP_WORLD_SIZE": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    words = [word for jobs in starts for word in (*jobs, "--")]
+    ranks = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/ranks.py"), str(out), *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = ranks.communicate(timeout=1800)
+    except subprocess.TimeoutExpired:
+        os.killpg(ranks.pid, signal.SIGKILL)
+        raise
+    assert ranks.returncode == 0, f"{world_size} ranks:\n{output.decode()[-5000:]}"
 
 
 def write_images(root):
@@ -89,8 +89,8 @@ def run(tmp_path_factory, images):
             jobs = [
                 "pieces",
                 f"float64:{images} {SMALL} {short}/resnet",
-                f"float64:{images} {VIT} {short}/vit",
-                f"float64:{images} {VIT} --micro-batch 3 {short}/micro",
+                f"shallow:float64:{images} {VIT} {short}/vit",
+                f"shallow:float64:{images} {VIT} --micro-batch 3 {short}/micro",
                 f"float64:{images} {TIMM} {short}/timm",
                 f"float64:{images} {NO_EVALUATION} --method mocov2 {short}/mocov2",
                 f"float64:{images} {NO_EVALUATION} --local-views 2 {short}/local",
@@ -102,8 +102,7 @@ def run(tmp_path_factory, images):
                 f"{long}/parts --stop-after-steps 7",
                 f"term:float64:{images} {NO_EVALUATION} {short}/term",  # last: it changes the class
             ]
-            start_ranks(world_size, out, jobs)
-            start_ranks(world_size, out, [f"{long}/parts --resume auto"])
+            start_ranks(world_size, out, jobs, [f"{long}/parts --resume auto"])
         return done[world_size]
 
     return get
@@ -249,7 +248,7 @@ def test_the_launcher_starts_several_processes(tmp_path, images):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x cpu" in done.stdout and done.stdout.count("step 2/10") == 1  # only rank 0 prints

@@ -440,7 +440,7 @@ def test_a_browser_shows_it_without_console_messages(finished, width, tmp_path):
         "--allow-file-access-from-files",
     ]
     command = [browser, *flags, f"--user-data-dir={tmp_path}/profile", "--dump-dom", frame.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert "CONSOLE" not in done.stderr
     needed, pictures, loaded, drawings = (
         re.search(r"<title>([^<]*)</title>", done.stdout).group(1).split(",")

@@ -87,8 +87,8 @@ def zip_members(file: BinaryIO, path: str) -> Iterator[Member]:
     """Each file in a zip file. Raises ValueError for what an image cannot be read from in place."""
     stem = os.path.basename(path).removesuffix(".zip")
     for info in zipfile.ZipFile(file).infolist():
-        if info.is_dir():
-            continue
+        if info.filename.endswith("/"):
+            continue  # a folder
         if info.flag_bits & 1:
             raise ValueError(f"{info.filename} is encrypted")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -100,6 +100,8 @@ def zip_members(file: BinaryIO, path: str) -> Iterator[Member]:
         signature, lengths = struct.unpack("<4s22x4s", file.read(30))
         if signature != b"PK\3\4":
             raise ValueError(f"{info.filename} has no header")
+        if max(info.file_size, info.compress_size) >= 2**63:
+            raise ValueError(f"{info.filename} has an impossible size")
         offset = info.header_offset + 30 + sum(struct.unpack("<2H", lengths))
         packed = info.compress_size if info.compress_type == zipfile.ZIP_DEFLATED else 0
         yield Member(info.filename, offset, info.file_size, packed, stem)

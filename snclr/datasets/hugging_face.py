@@ -40,7 +40,7 @@ class Table:
 
     def read(self, number: int) -> tuple[str, np.ndarray]:
         image, name = self.table[number][self.column][0].as_py(), f"in row {number} of the table"
-        if image is None:
+        if image is None or (image["bytes"] is None and image["path"] is None):
             raise unreadable(name, "there is none")
         if image["bytes"] is None:
             return image["path"], read_encoded(image["path"], image["path"])
@@ -93,5 +93,8 @@ def open_split(source: str, split: str) -> tuple[Table, list[str | None] | None,
         notes[0] += f", labels of column {labels[0]}"
         to_name = getattr(features[labels[0]], "int2str", str)
         values = tables[name][labels[0]]
-        names = [to_name(value) if value not in (None, -1) else None for value in values]
+        try:
+            names = [to_name(value) if value not in (None, -1) else None for value in values]
+        except ValueError as error:  # of datasets, for a number without a name
+            raise UsageError(f"{source}: column {labels[0]}: {first_line(error)}") from error
     return Table(tables[name], columns[0]), names if any(names) else None, notes

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..running.errors import UsageError
+from ..running.errors import UsageError, first_line
 from ..running.safe_files import new_file, open_regular
 from .archives import (
     SPLITS,
@@ -26,6 +26,10 @@ from .archives import (
     zip_members,
 )
 from .reading import inflate, read_encoded
+
+# what tarfile, zipfile and numpy raise for a damaged file, or for sizes that no file has
+UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, struct.error)
+UNREADABLE += (NotImplementedError, OverflowError, MemoryError)
 
 
 class Index(NamedTuple):
@@ -84,8 +88,8 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
     names, or if there are none of its .zip files.
 
     The first call saves it beside the shards, or in the folder `fallback` if those are read-only.
-    It is made again if names, sizes or times of the shards have changed. Raises UsageError if there
-    is no shard or one cannot be read.
+    It is made again if extensions, or names, sizes or times of the shards have changed. Raises
+    UsageError if there is no shard or one cannot be read.
     """
     files = [source] if os.path.isfile(source) else shards_below(source)
     for path in files:
@@ -93,7 +97,8 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
     stats = [os.stat(path) for path in files]
     names = [os.path.relpath(path, source) for path in files]
     key = json.dumps(
-        [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
+        [extensions]
+        + [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
     )
     is_folder = os.path.isdir(source)
     index_paths = [os.path.join(source, "snclr_index.npz") if is_folder else f"{source}.index.npz"]
@@ -150,10 +155,10 @@ def _scan(files, extensions) -> Index:
                         images.append((shard, member, sample))
                     else:
                         ignored += 1
-        except (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
+        except UNREADABLE as error:
             raise UsageError(
-                f"shard {path} cannot be read: {error}; it must be a whole, uncompressed tar file, "
-                "or a zip file without a password"
+                f"shard {path} cannot be read: {first_line(error)}; it must be a whole, "
+                "uncompressed tar file, or a zip file without a password"
             ) from error
     if not images:
         kind = files[0][-3:]

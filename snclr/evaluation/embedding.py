@@ -20,7 +20,7 @@ from ..loader import EVALUATION_BATCH, whole_images
 from ..running.distributed import barrier, on_rank_zero, rank, world_size
 from ..running.errors import RunError, UsageError, first_line
 from ..running.precision import autocast, widen
-from ..running.safe_files import new_file, writing
+from ..running.safe_files import new_file, open_regular, writing
 
 TOKENS = ("class", "mean", "patch")
 PART_BYTES = 2**26  # most bytes of the features in a part, unless those of one image are more
@@ -45,7 +45,7 @@ def check_tokens(encoder: nn.Module, tokens: str, layers: int) -> None:
 def embedder(
     encoder: nn.Module, tokens: str, layers: int, amp: str, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """A function from images (B, 3, S, S) to features, in at least float32 and without gradient.
+    """A function from images (B, C, S, S) to features, in at least float32 and without gradient.
 
     They are (B, layers * C), or (B, P, layers * C) for all P patch tokens. Those of several layers
     are the outputs of the last blocks, the last one at the end, each after the final norm, as
@@ -93,12 +93,18 @@ def encode_parts(
     the names of the parts. A part is encoded by one rank, in the same batches for any number of
     ranks, and has its name only when it is complete. Raises RunError if it cannot be written.
     """
-    shape = embed(torch.zeros(1, 3, size, size, device=device)).shape[1:]
+    shape = embed(torch.zeros(1, len(images.mean), size, size, device=device)).shape[1:]
     batch = min(max(PART_BYTES // (4 * shape.numel()), 1), EVALUATION_BATCH)
     length = min(max(PART_BYTES // (4 * shape.numel() * batch), 1), PART_BATCHES) * batch
     ranges = np.split(np.arange(len(images)), range(length, len(images), length))
     paths = [os.path.join(folder, f"{key[:16]}_{part[0]:09}.npy") for part in ranges]
-    todo = on_rank_zero(lambda: [n for n, path in enumerate(paths) if not os.path.exists(path)])
+    todo = on_rank_zero(
+        lambda: [
+            number
+            for number, (path, part) in enumerate(zip(paths, ranges, strict=True))
+            if not _is_complete(path, (len(part), *shape))
+        ]
+    )
     if len(todo) < len(paths):
         log(f"{len(paths) - len(todo)} of {len(paths)} parts are in {folder} already")
     own = todo[rank() :: world_size()]
@@ -127,16 +133,29 @@ def encode_parts(
 def join_parts(out: str, paths: list[str], images: ImageSet) -> tuple[int, ...]:
     """Write `out` from the parts and remove their folder. Returns the shape of the features."""
     names = np.arange(len(images)).astype(str) if images.paths is None else images.paths
-    with writing(out), new_file(out) as file:
-        shape = WRITERS[out.rpartition(".")[2]](file, map(_read, paths), names, images)
-    shutil.rmtree(os.path.dirname(paths[0]), ignore_errors=True)
+    folder = os.path.dirname(paths[0])
+    joined = os.path.join(folder, "joined")  # a killed process leaves no file beside `out`
+    with writing(out):
+        with new_file(joined) as file:
+            shape = WRITERS[out.rpartition(".")[2]](file, map(_read, paths), names, images)
+        os.replace(joined, out)
+    shutil.rmtree(folder, ignore_errors=True)
     return shape
+
+
+def _is_complete(path, shape):
+    """Whether a part is there; a machine that lost power may leave a file without its content."""
+    try:
+        open_regular(path, follow=False).close()
+        return np.load(path, mmap_mode="r").shape == shape
+    except (UsageError, OSError, ValueError, EOFError):
+        return False
 
 
 def _read(path):
     try:
         return np.load(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise RunError(
             f"the part {path} cannot be read: {first_line(error)}; all ranks must see its folder, "
             "and only one command may write into it"

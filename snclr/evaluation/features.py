@@ -16,12 +16,12 @@ CHUNK = 256  # images that a rank encodes at a time, where that matters
 class Pixels(nn.Module):
     """The flattened pixels as features: the baseline of every encoder."""
 
-    def __init__(self, img_size: int):
+    def __init__(self, channels: int, img_size: int):
         super().__init__()
-        self.num_features = 3 * img_size**2
+        self.num_features = channels * img_size**2
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, 3 * S * S)."""
+        """(B, C, S, S) -> (B, C * S * S)."""
         return x.flatten(1)
 
 
@@ -57,7 +57,8 @@ def encode_share(
     """Features (n_r, F) and labels (n_r,) of this rank's share of a labelled set, on the CPU.
 
     The share of rank r is image r and every world_size-th image after it. load: from images and
-    their indices to batches (loader.whole_images); embed: from a batch to features (B, F).
+    their indices to batches (B, C, S, S), see loader.whole_images; embed: from a batch to features
+    (B, F).
     """
     indices = np.arange(rank(), len(images), world_size())
     return torch.cat([embed(x).cpu() for x in load(images, indices)]), images.labels[indices]

@@ -53,7 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="encoder of FILE; untrained: random weights in its architecture; pixels: no encoder",
     )
     add_backbone_flags(parser, default_arch=None)
-    parser.set_defaults(patch_size=None, small_stem=None)  # those of FILE, else load_encoder's
     add_data_flags(parser)
 
     g = parser.add_argument_group("labels")

@@ -113,13 +113,13 @@ def attention_maps(encoder: nn.Module, x: Tensor) -> Tensor:
     return queries[:, :, 0, prefixes:].float().unflatten(2, grid)
 
 
-def attention_picture(maps: Tensor, pixels: np.ndarray, name: str, side: int = 112) -> Image.Image:
+def attention_picture(maps: Tensor, pixels: np.ndarray, name: str) -> Image.Image:
     """Attention (B, heads, rows, columns) over its images (B, S, S, 3) uint8: the mean of the
     heads, then each head.
     """
     rows, all_maps = [], torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1).numpy()
     for image, heads in zip(pixels, all_maps, strict=True):
-        tiles = [Tile(_heated(image, head / head.max(), 2 * side)) for head in heads]
+        tiles = [Tile(_heated(image, head / head.max(), 224)) for head in heads]
         rows.append([Tile(image), *tiles])
     names = ["image", "mean", *(f"head {number + 1}" for number in range(maps.shape[1]))]
     return sheet(
@@ -128,7 +128,7 @@ def attention_picture(maps: Tensor, pixels: np.ndarray, name: str, side: int = 1
         f"Attention of the class token in the last block of {name}",
         [(tuple(HEAT[-1]), "most"), (tuple(HEAT[0]), "least, in each map")],
         names,
-        side,
+        side=112,
     )
 
 
@@ -153,9 +153,9 @@ def pca(features: Tensor) -> np.ndarray:
     return (centred @ axes.T).numpy()
 
 
-def projections(features: Tensor, seed: int, with_umap: bool = False) -> dict[str, np.ndarray]:
+def projections(features: Tensor, seed: int) -> dict[str, np.ndarray]:
     """Features (n, C) in two dimensions, by method: PCA, t-SNE if scikit-learn is installed, and
-    UMAP on request, which needs umap-learn.
+    UMAP if umap-learn is installed.
     """
     maps = {"PCA": pca(features)}
     if np.ptp(maps["PCA"][:, 0]) < 1e-6:
@@ -165,8 +165,8 @@ def projections(features: Tensor, seed: int, with_umap: bool = False) -> dict[st
 
         tsne = TSNE(perplexity=min(30, (len(features) - 1) / 3), init="pca", random_state=seed)
         maps["t-SNE"] = tsne.fit_transform(features.numpy())
-    if with_umap:
-        from umap import UMAP  # it compiles for half a minute in every process
+    with contextlib.suppress(ImportError):
+        from umap import UMAP  # optional; it compiles again in every process
 
         neighbours = min(15, len(features) - 1)
         umap = UMAP(n_neighbors=neighbours, init="pca", random_state=seed, n_jobs=1)

@@ -7,6 +7,7 @@ module.momentum_encoder.*, module.predictor.*, and module.memory_bank.*), 'optim
 checkpoint_last.pth.tar is the newest; older ones are checkpoint_last-1.pth.tar, -2 and so on.
 """
 
+import glob
 import os
 from argparse import Namespace
 
@@ -17,7 +18,6 @@ from torch.optim import Optimizer
 
 from ..backbones import backbone_tensors
 from . import provenance, settings, tensor_files
-from .checkpoint_values import check_values
 from .errors import UsageError, first_few
 from .optimizer_state import load_optimizer
 
@@ -25,6 +25,7 @@ FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
 UNSOUND = "checkpoint_unsound.pth.tar"  # numbers are not finite; --resume auto ignores it
 PREFIX = "module."
+BANK = f"{PREFIX}memory_bank."
 
 
 def load(path: str) -> dict:
@@ -60,15 +61,10 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
     Damaged checkpoints of later steps are renamed to NAME.damaged, with a line about each. Raises
     UsageError if all checkpoints are damaged.
     """
-    names = os.listdir(workdir) if os.path.isdir(workdir) else []
-    names = [
-        name
-        for name in names
-        if name.startswith("checkpoint_") and name.endswith(".pth.tar") and name != UNSOUND
-    ]
-    names.sort(key=lambda name: (name != LAST, name))
+    paths = glob.glob(os.path.join(glob.escape(workdir), "checkpoint_*.pth.tar"))
+    paths = {path for path in paths if os.path.basename(path) != UNSOUND}
     damaged = []
-    for path in sorted((os.path.join(workdir, name) for name in names), key=_step, reverse=True):
+    for path in sorted(paths, key=lambda x: (-_step(x), os.path.basename(x) != LAST, x)):
         try:
             tensor_files.verify(path)
         except UsageError as error:
@@ -175,7 +171,7 @@ def resume(
             " repeat its settings or choose a new --workdir"
         )
     load_strictly(path, state["state_dict"], model)
-    check_values(path, state, args)  # after the shapes: a few bytes can claim terabytes
+    _check_values(path, state, args)  # after the shapes: a few bytes can claim terabytes
     load_optimizer(path, state["optimizer"], optimizer)
     if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
@@ -203,3 +199,28 @@ def load_strictly(path: str, tensors: dict, model: nn.Module) -> None:
     if messages:
         raise UsageError(f"{path} does not fit this model: {'; '.join(messages)}")
     model.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
+
+
+def _check_values(path: str, state: dict, args: Namespace) -> None:
+    """Raise UsageError for values that no run saves: training with them would fail or never end."""
+    steps_per_epoch = state["images"] // args.batch_size
+    epochs = state["args"].get("epochs")
+    if type(epochs) is int and not 0 <= state["step"] <= epochs * steps_per_epoch:
+        raise UsageError(
+            f"{path} cannot be resumed: it is of step {state['step']} of {epochs * steps_per_epoch}"
+        )
+    tensors = state["state_dict"]
+    if names := tensor_files.not_finite(tensors):
+        raise UsageError(
+            f"{path} cannot be resumed: {len(names)} tensors are not finite:"
+            f" {first_few(names)}; take an older checkpoint"
+        )
+    bounds = {"ids": (-1, state["images"] - 1)}
+    if (ids := tensors.get(f"{BANK}ids")) is not None:
+        bounds |= {"filled": (0, len(ids)), "pointer": (0, len(ids) - 1)} if ids.dim() else {}
+    for name, (low, high) in bounds.items():
+        tensor = tensors.get(BANK + name)
+        if tensor is not None and not bool(((tensor >= low) & (tensor <= high)).all()):
+            raise UsageError(
+                f"{path} cannot be resumed: {BANK}{name} must be {low} .. {high} in the memory bank"
+            )

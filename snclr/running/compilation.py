@@ -17,15 +17,16 @@ def compiled(function: Callable, choice: str) -> Callable:
         return function
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "snclr", "inductor"))
-    mode = "reduce-overhead" if choice == "graphs" else None
-    return torch.compile(function, dynamic=False, mode=mode)
+    return torch.compile(
+        function, dynamic=False, mode="reduce-overhead" if choice == "graphs" else None
+    )
 
 
 def begin_step(choice: str) -> None:
     """Tell torch's CUDA graphs that a step begins: what they returned before may be overwritten.
 
-    Without this, torch guesses where a step begins. Where the momentum encoder is called first, it
-    would take the second of two calls in a step for the next step.
+    Without this, torch guesses where a step begins. If a step calls the momentum encoder first,
+    torch would take its second call for the next step.
     """
     if choice == "graphs":
         torch.compiler.cudagraph_mark_step_begin()

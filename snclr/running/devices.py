@@ -7,7 +7,8 @@ from torch import Tensor
 def on_host(x: Tensor) -> bool:
     """Whether the host can read x without waiting.
 
-    A CPU skips the rows that do not count. A GPU multiplies all rows and masks these afterwards.
+    On a CPU it pays to skip rows that do not count. On a GPU all rows are multiplied, and these are
+    masked afterwards.
     """
     return x.device.type == "cpu"
 

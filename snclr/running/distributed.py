@@ -34,7 +34,7 @@ def local_rank_zero() -> bool:
 
 
 def shared_store() -> dist.Store:
-    """The key-value store in which the ranks met; it is in the launcher of rank 0's machine."""
+    """The key-value store by which the ranks met; it runs in the launcher on rank 0's machine."""
     return dist.distributed_c10d._get_default_store()
 
 
@@ -164,10 +164,11 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return module
-    device_ids = [device] if device.type == "cuda" else None
     # torch 2.14 warns that broadcast_buffers will get another name, but that one differs in meaning
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return nn.parallel.DistributedDataParallel(
-            module, device_ids=device_ids, broadcast_buffers=False
+            module,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
         )

@@ -1,6 +1,7 @@
 """Errors as a user sees them: one line, and an exit code that scripts can rely on."""
 
 import contextlib
+import difflib
 import multiprocessing
 import os
 import re
@@ -30,7 +31,7 @@ class Interrupted(BaseException):
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error with only printable characters: file names and flags may hold any."""
+    """The message of an error, with ? for characters that cannot be printed, as in file names."""
     message = str(error).encode(errors="replace").decode()
     return "".join(c if c.isprintable() else "?" for c in message)
 
@@ -43,6 +44,12 @@ def first_line(error: Exception) -> str:
 def first_few(names: list[str], limit: int = 3) -> str:
     """The first names of a list, for a message."""
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
+
+
+def close_names(name: str, known: list[str]) -> str:
+    """The end of a message about an unknown name: the known names that are close to it, if any."""
+    close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    return f"; close names are {', '.join(close)}" if close else ""
 
 
 def out_of_memory(error: Exception) -> str | None:
@@ -58,37 +65,15 @@ def out_of_memory(error: Exception) -> str | None:
     )
 
 
-def _ignore_ends_of_workers() -> None:
-    """From here on, no signal handler of torch raises RuntimeError when a worker ends."""
-    if hasattr(signal, "SIGCHLD"):  # not on Windows
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
 def kill_children() -> None:
     """Kill the processes that load images. Python would wait for them when it ends, and a process
     that is stopped (SIGSTOP) does not end by itself.
     """
-    _ignore_ends_of_workers()
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        # otherwise torch's handler raises RuntimeError, anywhere, when a worker ends
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
-
-
-def end_process(code: int) -> None:
-    """End this process. A rank ends at once, without Python's clean-up, in which the rest of a
-    failed process group might wait for other ranks forever.
-    """
-    kill_children()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "WORLD_SIZE" in os.environ:
-        os._exit(code)
-    sys.exit(code)
-
-
-def _print_line(line: str) -> None:
-    # in one write: print writes the end of the line separately, so the lines of ranks could mix
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
 
 
 @contextlib.contextmanager
@@ -103,23 +88,28 @@ def one_clear_line(program: str) -> Iterator[None]:
     with console_may_vanish():
         try:
             yield
+            return
         except UsageError as error:
-            if rank == 0:
-                _print_line(f"{program}: error: {one_line(error)}")
-            end_process(2)
+            code, line = 2, f"error: {one_line(error)}"
         except Interrupted as error:
-            if rank == 0:
-                _print_line(f"{program}: {error}")
-            end_process(75)
+            code, line = 75, str(error)
+        except KeyboardInterrupt:
+            code, line = 130, "interrupted"
         except (RuntimeError, MemoryError) as error:
-            _ignore_ends_of_workers()
+            kill_children()
             message = one_line(error) if isinstance(error, RunError) else describe_failure(error)
             message = message or out_of_memory(error)
             if message is None:
                 raise
-            _print_line(f"{program}: stopped on rank {rank} ({socket.gethostname()}): {message}")
-            end_process(1)
-        except KeyboardInterrupt:
-            if rank == 0:
-                _print_line(f"{program}: interrupted")
-            end_process(130)
+            code, line = 1, f"stopped on rank {rank} ({socket.gethostname()}): {message}"
+        if rank == 0 or code == 1:
+            # in one write: print writes the end of the line separately, so lines of ranks could mix
+            sys.stderr.write(f"{program}: {line}\n")
+        kill_children()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if "WORLD_SIZE" in os.environ:
+            # without Python's clean-up, in which the rest of a failed process group might wait for
+            # other ranks forever
+            os._exit(code)
+        sys.exit(code)

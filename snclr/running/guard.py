@@ -50,11 +50,11 @@ class Guard:
         step: its number, from 1.
         """
         bad = ~torch.stack([loss.detach(), grad_norm]).isfinite()
-        bad[1] &= not self.scaled
-        first = torch.where((self.counters[:2] < 0) & bad, step, self.counters[:2])
-        count = self.counters[2:3] + bad.any()
-        last = torch.where(bad.any(), step, self.counters[3:])
-        self.counters = torch.cat([first, count, last])
+        if self.scaled:
+            bad[1] = False
+        first, count, last = self.counters.split([2, 1, 1])
+        first, is_bad = first.masked_fill((first < 0) & bad, step), bad.any()
+        self.counters = torch.cat([first, count + is_bad, last.masked_fill(is_bad, step)])
 
     def check(self) -> str | None:
         """A line for the log if steps were skipped since the last call. Collective.
@@ -145,13 +145,11 @@ class Guard:
 
     def collapse(self, feature_std: float) -> str | None:
         """A line for the log, once, if feature_std was low for PATIENCE logged steps in a row."""
-        self.num_collapsed = (
-            self.num_collapsed + 1 if feature_std < COLLAPSED else min(self.num_collapsed, 0)
-        )
-        if self.num_collapsed < PATIENCE:
-            return None
-        self.num_collapsed = -(2**63)  # not again
-        return (
-            f"collapse: feature_std is below {COLLAPSED} for {PATIENCE} logged steps: "
-            "all images look alike; lower --lr"
-        )
+        if self.num_collapsed < PATIENCE:  # else it was reported
+            self.num_collapsed = self.num_collapsed + 1 if feature_std < COLLAPSED else 0
+            if self.num_collapsed == PATIENCE:
+                return (
+                    f"collapse: feature_std is below {COLLAPSED} for {PATIENCE} logged steps: "
+                    "all images look alike; lower --lr"
+                )
+        return None

@@ -28,7 +28,6 @@ from .safe_files import (
 
 # TensorBoard group of each metric of a training or evaluation line; all others: loss
 GROUPS = {
-    "loss": ("loss", "loss_ratio"),
     "optim": ("lr", "momentum", "grad_norm"),
     "bank": ("bank_fill", "distinct_rows", "largest_count"),
     "neighbours": (
@@ -55,8 +54,7 @@ class Log:
 
     def __init__(self, workdir: str, *, step: int, enabled: bool, args: Namespace | None = None):
         self.enabled = enabled
-        self.bar = None
-        self.num_notes = 0  # how many lines of console.lost are in metrics.jsonl
+        self.bar = tqdm(disable=True)
         if not enabled:
             return
         self.path, self.pending = os.path.join(workdir, "metrics.jsonl"), b""
@@ -76,9 +74,9 @@ class Log:
         if not self.enabled:
             return
         rounded = {name: _rounded(value) for name, value in metrics.items()}
-        if self.num_notes < len(console.lost):
-            rounded["note"] = "; ".join(console.lost[self.num_notes :])
-            self.num_notes = len(console.lost)
+        if console.lost:
+            rounded["note"] = "; ".join(console.lost.values())
+            console.lost.clear()
         self.pending += json.dumps(rounded).encode() + b"\n"
         self.flush()
         values = {
@@ -130,8 +128,10 @@ class Log:
 
     def last_evaluation(self) -> int | None:
         """The step of the last evaluation in metrics.jsonl."""
-        lines = read_json_lines(self.path)
-        return max((line["step"] for line in lines if "loss" not in line), default=None)
+        return max(
+            (line["step"] for line in read_json_lines(self.path) if "loss" not in line),
+            default=None,
+        )
 
     def pictures(self, step: int, draw: Callable[[], tuple[dict, dict[str, Tensor]]]) -> None:
         """Add PIL images and values (n,), by name, to TensorBoard; save the images also as
@@ -168,21 +168,23 @@ class Log:
 
     def progress(self, total: int, done: int, label: str) -> None:
         """Start a progress bar on a terminal; elsewhere only the lines of `say` appear."""
-        if self.enabled and sys.stderr.isatty():
-            self.bar = tqdm(
-                total=total, initial=done, desc=label, unit="step", leave=False, dynamic_ncols=True
-            )
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            desc=label,
+            unit="step",
+            leave=False,
+            dynamic_ncols=True,
+            disable=not (self.enabled and sys.stderr.isatty()),
+        )
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
 
     def end_progress(self) -> None:
         """Remove the progress bar."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.bar.close()
 
     def close(self) -> None:
         """Flush and close the files."""

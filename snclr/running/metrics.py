@@ -38,7 +38,7 @@ class StepView(NamedTuple):
     neighbour_ids: Tensor
     weights: Tensor
     counts: Tensor
-    num_candidates: Tensor
+    num_candidates: Tensor | int
     bank_fill: Tensor | None
     terms: Mapping[str, Tensor] = MappingProxyType({})
     rows: Tensor | None = None

@@ -1,5 +1,6 @@
 """Whether this system and the installed packages can train."""
 
+import os
 from importlib import metadata
 
 from .errors import UsageError, first_line
@@ -7,13 +8,11 @@ from .errors import UsageError, first_line
 
 def check_posix() -> None:
     """Raise UsageError on a system that is not POSIX: it lacks the locks and signals in use."""
-    try:
-        import fcntl  # noqa: F401
-    except ModuleNotFoundError as error:
+    if not hasattr(os, "lockf"):
         raise UsageError(
             "this command needs POSIX: Linux, macOS, or WSL on Windows; loading and exporting"
             " weights does not"
-        ) from error
+        )
 
 
 def check_packages() -> None:
@@ -29,10 +28,8 @@ def check_packages() -> None:
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         versions = []
         for name in ("torch", "torchvision", "timm"):
-            try:
-                versions.append(f"{name} {metadata.version(name)}")
-            except metadata.PackageNotFoundError:
-                versions.append(f"{name} (missing)")
+            found = [package.version for package in metadata.distributions(name=name)]
+            versions.append(f"{name} {found[0] if found else '(missing)'}")
         raise UsageError(
             f"{', '.join(versions)} cannot be imported together: {first_line(error)}; install"
             " builds that belong together: pip install --force-reinstall torch torchvision timm"

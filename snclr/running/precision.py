@@ -1,6 +1,5 @@
 """Number formats: which parts of a step may be computed in 16 bits and which may not."""
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -19,13 +18,9 @@ def unit(x: Tensor) -> Tensor:
 
 def full_precision(function: Callable) -> Callable:
     """Decorator: run a function outside autocast, so that nothing in it is computed in 16 bits."""
-
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            return function(*args, **kwargs)
-
-    return wrapped
+    for kind in ("cpu", "cuda"):
+        function = torch.autocast(kind, enabled=False)(function)
+    return function
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:

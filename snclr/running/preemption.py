@@ -8,7 +8,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from .distributed import LaggedMaximum, shared_store, world_size
 from .errors import Interrupted, first_line
@@ -21,7 +22,7 @@ if signal.getsignal(SIGNALS[-1]) == signal.SIG_IGN:  # nohup ignores SIGHUP
 
 @contextlib.contextmanager
 def handlers_given_back() -> Iterator[None]:
-    """Restore the earlier signal handlers after the block, for a caller that continues.
+    """Restore the earlier signal handlers after the block, for a program that goes on after it.
 
     The block must include failures_named: otherwise the launcher's SIGTERM would end the process
     before it reports which rank was lost.
@@ -59,20 +60,9 @@ class Interruptions:
         self.interval = 60 * save_every_minutes or float("inf")
         self.signal = 0  # the one that asks for the end of the run
         self.agreed = 0  # 1: all ranks save after this step; 1 + a signal: they end the run as well
-        self.unsaved = True  # whether ending now would lose work
         self.saved()
         self.maximum = LaggedMaximum(timeout_minutes)
-        for number in SIGNALS:
-            signal.signal(number, self._receive)
-
-    def _receive(self, number, frame):
-        if _postponed(number, frame):
-            return
-        self.signal = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-        if not self.unsaved:
-            interrupt(number, self.outcome)
+        _handle_signals(partial(setattr, self, "signal"))
 
     def due(self) -> bool:
         """Whether all ranks save after this step. Each rank calls it in each step; no GPU waits."""
@@ -108,11 +98,11 @@ class Interruptions:
     @contextlib.contextmanager
     def nothing_unsaved(self) -> Iterator[None]:
         """During the block, which may take long, a signal ends the run at once."""
-        self.unsaved = False
-        if self.signal:
-            interrupt(self.signal, self.outcome)
-        yield
-        self.unsaved = True
+        with handlers_given_back():
+            _handle_signals(lambda number: interrupt(number, self.outcome))
+            if self.signal:
+                interrupt(self.signal, self.outcome)
+            yield
 
 
 def interrupt_like_other_ranks() -> None:
@@ -125,27 +115,25 @@ def interrupt_like_other_ranks() -> None:
 
 def end_at_once() -> None:
     """Let a signal end the run at once from now on, for work whose files are whole at any time."""
+    _handle_signals(lambda number: interrupt(number, "ended"))
+
+
+def _handle_signals(react: Callable[[int], None]) -> None:
+    """Call react(number) when a signal arrives. A second SIGINT kills the process."""
 
     def receive(number, frame):
-        if _postponed(number, frame):
+        # in a destructor, such as that of a DataLoader, Python ignores exceptions: try again later
+        while frame is not None and frame.f_code.co_name != "__del__":
+            frame = frame.f_back
+        if frame is not None:
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
             return
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-        interrupt(number, "ended")
+        react(number)
 
     for number in SIGNALS:
         signal.signal(number, receive)
-
-
-def _postponed(number, frame):
-    """Whether a signal came in a destructor, such as that of a DataLoader, in which Python ignores
-    exceptions. If so, it is sent again a moment later.
-    """
-    while frame is not None and frame.f_code.co_name != "__del__":
-        frame = frame.f_back
-    if frame is not None:
-        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
-    return frame is not None
 
 
 def interrupt(number: int, outcome: str) -> None:

@@ -46,30 +46,26 @@ def start(timeout_minutes: float = 30) -> torch.device:
         if os.environ.get("SNCLR_LAUNCHER", parent) != parent:  # ended before prctl
             raise RunError(f"the launcher has ended (process {os.environ['SNCLR_LAUNCHER']})")
     if "WORLD_SIZE" in os.environ:
+        timeout, on_gpu = datetime.timedelta(minutes=timeout_minutes), device.type == "cuda"
         try:
-            _join(device, datetime.timedelta(minutes=timeout_minutes))
+            store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # after a restart, torchrun's store still holds the addresses of the dead ranks
+                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                device_id=device if on_gpu else None,
+                store=store,
+                rank=number,
+                world_size=count,
+                timeout=timeout,
+            )
         except (RuntimeError, ValueError) as error:
             raise RunError(
                 f"the ranks did not meet within {timeout_minutes:g} minutes: {_sentence(error)}"
             ) from error
         shared_store().set(f"host/{rank()}", socket.gethostname())
     return device
-
-
-def _join(device: torch.device, timeout: datetime.timedelta) -> None:
-    store, number, count = next(dist.rendezvous("env://", timeout=timeout))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # after a restart, torchrun's store still holds the addresses of the dead ranks
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    on_gpu = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        device_id=device if on_gpu else None,
-        store=store,
-        rank=number,
-        world_size=count,
-        timeout=timeout,
-    )
 
 
 def stop() -> None:

@@ -17,10 +17,7 @@ from typing import BinaryIO, TextIO
 from .errors import RunError, UsageError, first_line
 
 LIMIT = 2**28  # bytes of a file that is read whole
-# Windows lacks the first two flags; without the third it would change the ends of lines
-NONBLOCK, NOFOLLOW, BINARY = (
-    getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY")
-)
+NONBLOCK, NOFOLLOW = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW"))  # not Windows
 
 
 @contextlib.contextmanager
@@ -62,23 +59,38 @@ def check_new_path(out: str) -> None:
         raise UsageError(f"--out {out}: its folder does not exist or is not writable")
 
 
+def _regular(path: str, flags: int) -> int:
+    """An opener for `open` that raises OSError if `path` is not a regular file."""
+    # without O_NONBLOCK, opening a fifo waits for its other end
+    descriptor = os.open(path, flags | NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is not a regular file")
+    return descriptor
+
+
+def _regular_no_link(path: str, flags: int) -> int:
+    """The same; a link raises OSError as well."""
+    return _regular(path, flags | NOFOLLOW)
+
+
 def open_to_append(path: str) -> BinaryIO:
     """Open a file, or create it, to write at its end without a buffer. Raises OSError, also if
     `path` is a link or not a regular file.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOFOLLOW | NONBLOCK | BINARY
-    descriptor = os.open(path, flags, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError("it is not a regular file")
-    return open(descriptor, "ab", buffering=0)
+    return open(path, "ab", buffering=0, opener=_regular_no_link)
+
+
+def save_bytes(path: str, content: bytes) -> None:
+    """Write a file, whole or not at all. Raises RunError."""
+    with writing(path), new_file(path) as file:
+        file.write(content)
 
 
 def save_text(path: str, text: str) -> None:
     """Write a text file, whole or not at all. Raises RunError."""
-    with writing(path), new_file(path) as file:
-        # a file name in the text can contain bytes that are not UTF-8
-        file.write(text.encode(errors="replace"))
+    # a file name in the text can contain bytes that are not UTF-8
+    save_bytes(path, text.encode(errors="replace"))
 
 
 def save_json(path: str, content: dict) -> None:
@@ -92,28 +104,22 @@ def open_regular(path: str, *, follow: bool = True) -> BinaryIO:
     follow: whether path may be a link.
     """
     try:
-        # without O_NONBLOCK, opening a fifo waits for a writer
-        flags = os.O_RDONLY | NONBLOCK | BINARY | (0 if follow else NOFOLLOW)
-        descriptor = os.open(path, flags)
+        return open(path, "rb", opener=_regular if follow else _regular_no_link)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UsageError(f"cannot read {path}: {reason}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UsageError(f"cannot read {path}: it is not a regular file")
-    return open(descriptor, "rb")
 
 
-def open_text(path: str, *, errors: str = "replace", limit: int = 2**32) -> TextIO:
+def open_text(path: str, *, errors: str = "replace") -> TextIO:
     """Open a UTF-8 file for reading lines. Raises UsageError as open_regular does, and if it has
-    more than `limit` bytes.
+    more than 4 GiB.
 
     errors: how to handle bytes that are not UTF-8, as in `open`.
     """
     file = open_regular(path)
-    if os.fstat(file.fileno()).st_size > limit:
+    if os.fstat(file.fileno()).st_size > 2**32:
         file.close()
-        raise UsageError(f"cannot read {path}: it has more than {limit} bytes")
+        raise UsageError(f"cannot read {path}: it has more than 4 GiB")
     return io.TextIOWrapper(file, encoding="utf-8", errors=errors)
 
 

@@ -11,10 +11,6 @@ import re
 from collections.abc import Sequence
 
 SENDING_FAILED = 64  # plus errno: exit code of a worker that could not send a batch
-MORE_SHARED_MEMORY = (
-    "/dev/shm is full: enlarge it (docker run --shm-size=8g), or choose fewer --workers"
-)
-MORE_FILES = "the limit of open files is too low: raise it (ulimit -n 4096)"
 MORE_MEMORY = "out of memory? fewer --workers need less of it"
 
 
@@ -50,17 +46,17 @@ def not_started(error: OSError) -> str:
 def _advice(numbers):
     """What the user can do about errors with these numbers."""
     if errno.ENOSPC in numbers:  # semaphores are in shared memory too
-        return MORE_SHARED_MEMORY
+        return "/dev/shm is full: enlarge it (docker run --shm-size=8g), or choose fewer --workers"
     if errno.EMFILE in numbers or not _descriptors_left():
-        return MORE_FILES
+        return "the limit of open files is too low: raise it (ulimit -n 4096)"
     return MORE_MEMORY
 
 
-def _descriptors_left(wanted: int = 10) -> bool:
-    """Whether this process can open more files, as it must to receive a batch."""
+def _descriptors_left() -> bool:
+    """Whether this process can open ten more files, as it must to receive a batch."""
     with contextlib.ExitStack() as opened:
         try:
-            for _ in range(wanted):
+            for _ in range(10):
                 opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
         except OSError:
             return False

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -119,12 +120,18 @@ class WorkerBatches:
             signal.signal(signal.SIGALRM, before)
 
 
-class LastingWorkers(WorkerBatches):
-    """The same for requests that come in several calls, with the same processes."""
+class LastingWorkers:
+    """WorkerBatches for requests that come in several calls, with the same processes.
+
+    No object refers back to this one: the processes end with its last reference. If only the
+    garbage collector ended them, torch would wait 5 s for each.
+    """
 
     def __init__(self, dataset: Dataset, workers: int, *, pin_memory: bool):
         self.queue = _Queue()
-        super().__init__(dataset, self.queue, workers, persistent=True, pin_memory=pin_memory)
+        self.workers = WorkerBatches(
+            dataset, self.queue, workers, persistent=True, pin_memory=pin_memory
+        )
         self.batches: Iterator = iter(())
         self.begun: Sequence[tuple] = ()  # requests after those of the last call
 
@@ -138,7 +145,7 @@ class LastingWorkers(WorkerBatches):
             self.queue.clear()
             deque(self.batches, maxlen=0)  # wait for what the processes have begun
             self.queue.extend(requests)
-            self.batches = iter(self)
+            self.batches = iter(self.workers)
         self.queue.extend(ahead)
         self.begun = ()  # if this call is not read to its end, the next one starts anew
         for number in range(1, len(requests) + 1):
@@ -149,7 +156,7 @@ class LastingWorkers(WorkerBatches):
 
 
 class _Queue(deque):
-    """Requests to answer. An iteration takes the first one each time, also of those added later."""
+    """Requests to answer. Iterating removes the first one each time, also one that came later."""
 
     def __iter__(self):
         return self
@@ -174,8 +181,7 @@ def check_shared_memory(request_bytes: int, workers: int, ranks: int) -> None:
     """
     if not workers or not os.path.isdir(SHARED_MEMORY):
         return
-    system = os.statvfs(SHARED_MEMORY)
-    available = system.f_bavail * system.f_frsize
+    available = shutil.disk_usage(SHARED_MEMORY).free
     needed = ranks * (workers * PREFETCH + 1) * request_bytes
     if needed > available:
         raise UsageError(
@@ -221,8 +227,8 @@ def _end_with_the_rank():
 def keep_freed_memory() -> None:
     """Make glibc keep freed blocks of up to 32 MB (256 MB at most) for the next allocation.
 
-    By default glibc returns them to the system. Then the page faults of new blocks take a third of
-    the time of a large view. With another C library this function does nothing.
+    By default glibc returns them to the system. The page faults of new blocks then take a third of
+    the time that a large view needs. With another C library this function does nothing.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values from malloc.h
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):

@@ -32,7 +32,7 @@ numbers an image. Written by `python -m snclr.export --format {library}`.
 {imports}
 
 {build}
-images = torch.rand(1, 3, {img_size}, {img_size})  # pixels between 0 and 1
+images = torch.rand(1, {channels}, {img_size}, {img_size})  # pixels between 0 and 1
 mean, std = torch.tensor({mean}), torch.tensor({std})
 images = (images - mean[:, None, None]) / std[:, None, None]
 with torch.no_grad():
@@ -41,7 +41,7 @@ with torch.no_grad():
 
 ## Images
 
-{img_size} x {img_size} px, RGB, divided by 255, then normalised.
+{img_size} x {img_size} px, {kind}, divided by 255, then normalised.
 Mean {mean}, standard deviation {std}. Of an image of another
 size, take a central square of 7/8 of the shorter side and resize it.
 
@@ -77,6 +77,7 @@ def model_card(
         **info,
         name=name,
         library=library,
+        kind="RGB" if info["channels"] == 3 else f"{info['channels']} channels",
         library_line=f"library_name: {hub_name}\n" if hub_name else "",
         imports="\n".join(f"import {package}" for package in sorted({*packages, "torch"})),
         build=build,

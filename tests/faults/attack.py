@@ -1,8 +1,10 @@
 """Helpers of the fault tests: start a small run of two ranks, find its processes, compare runs."""
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,8 @@ SMALL = (
 FLAGS = SMALL.split()
 LAST = "checkpoint_last.pth.tar"
 CLOCK = ("images_per_s", "data_wait", "slowest_step_s")  # metrics that differ between equal runs
+IN_RANKS = os.pathsep.join([str(ROOT / "tests/faults/in_ranks"), str(ROOT)])
+PATIENCE = 600  # seconds for what takes seconds: a machine may be slow and busy
 FOREIGN = ("SLURM", "NNODES", "NODE_RANK", "MASTER", "WORLD", "TORCHELASTIC", "SNCLR")
 
 
@@ -56,37 +60,65 @@ def start(*flags, ranks=2, before=(), path=(), output=subprocess.PIPE, **environ
     )
 
 
-def ended(process, within=180):
+def in_step(rank, step, number):
+    """Variables with which a rank gets signal `number` within step `step` of the first start."""
+    return {"PYTHONPATH": IN_RANKS, "IN_STEP": f"{rank} {step} {number:d}"}
+
+
+def ended(process, within=PATIENCE):
     """Wait for a process; its exit code and output."""
-    output, _ = process.communicate(timeout=within)
+    try:
+        output, _ = process.communicate(timeout=within)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"no end within {within} s:\n{killed(process)}") from None
     return process.returncode, output
+
+
+def killed(process):
+    """Kill a process and its group; the end of its output."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()[0][-3000:]
+
+
+def processes():
+    """Pairs of a process id and the fields of /proc/PID/stat from the state on; no zombies."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if fields[0] not in "ZX":
+                yield int(folder.name), fields
+
+
+def children_of(pid):
+    """Process ids of the living children of a process, the oldest first."""
+    children = [(int(fields[19]), child) for child, fields in processes() if int(fields[1]) == pid]
+    return [child for _, child in sorted(children)]
+
+
+def living_in(group):
+    """Process ids in a process group, without zombies."""
+    return [pid for pid, fields in processes() if int(fields[2]) == group]
 
 
 def ranks_of(process):
     """Process ids of the ranks that a launcher started, in any order."""
     pids = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            is_rank = (
-                b"RANK=" in (folder / "environ").read_bytes()
-                and b"main_snclr" in (folder / "cmdline").read_bytes()
+    for pid in children_of(process.pid):
+        with contextlib.suppress(OSError):
+            environment, command = (
+                Path(f"/proc/{pid}/{name}").read_bytes() for name in ("environ", "cmdline")
             )
-        except OSError:
-            continue
-        if parent == process.pid and is_rank:
-            pids.append(int(folder.name))
+            if b"RANK=" in environment and b"main_snclr" in command:
+                pids.append(pid)
     return pids
 
 
-def rank_pid(process, rank):
-    """The process id of a rank."""
-    wanted = f"RANK={rank}".encode()
-    return next(
-        pid
-        for pid in ranks_of(process)
-        if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    )
+def is_rank(pid, rank):
+    """Whether a process is the rank of this number."""
+    with contextlib.suppress(OSError):
+        return f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return False
 
 
 def lives(pid):
@@ -105,12 +137,13 @@ def lines_of(workdir):
     )
 
 
-def wait_for(condition, process, within=120):
+def wait_for(condition, process=None, within=PATIENCE):
     """Wait until condition() is true; fail if the process ends before."""
     end = time.monotonic() + within
     while not condition():
-        if process.poll() is not None or time.monotonic() > end:
-            raise AssertionError(process.communicate()[0][-3000:])
+        has_ended = process is not None and process.poll() is not None
+        if has_ended or time.monotonic() > end:
+            raise AssertionError(f"no {condition}: {process and killed(process)}")
         time.sleep(0.02)
 
 

@@ -7,6 +7,7 @@ client.
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import runpy
@@ -18,7 +19,7 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LIMITS = ("AS", "FSIZE", "NOFILE", "NPROC")
+PATIENCE = 300  # seconds for what takes seconds: a machine may be slow and busy
 
 
 class Case:
@@ -30,7 +31,7 @@ class Case:
     @property
     def pid(self) -> int:
         """Of the program."""
-        return int(self._wait_for("pid", 20))
+        return int(self._wait_for("pid", PATIENCE))
 
     @property
     def output(self) -> str:
@@ -41,7 +42,7 @@ class Case:
     def running(self) -> bool:
         return not (self.folder / "code").exists()
 
-    def ended(self, within: float = 60) -> tuple[int, str]:
+    def ended(self, within: float = PATIENCE) -> tuple[int, str]:
         """Its exit code (negative: a signal) and output. It is killed after `within` seconds."""
         try:
             return int(self._wait_for("code", within)), self.output
@@ -59,7 +60,7 @@ class Case:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def wait_for(self, text: str, within: float = 60) -> None:
+    def wait_for(self, text: str, within: float = PATIENCE) -> None:
         """Until it has printed this, or ended."""
         end = time.monotonic() + within
         while text not in self.output:
@@ -130,13 +131,20 @@ class Programs:
         self.server.stdin.flush()
         return Case(case)
 
-    def run(self, program: str, *flags, within: float = 60, **how) -> tuple[int, str]:
+    def run(self, program: str, *flags, within: float = PATIENCE, **how) -> tuple[int, str]:
         """Start a program and wait: its exit code and output."""
         return self.start(program, *flags, **how).ended(within)
 
     def close(self) -> None:
         self.server.kill()
         self.server.wait()
+
+
+@functools.cache
+def may_mount() -> bool:
+    """Whether this process may mount; root in a container may lack the capability."""
+    command = "unshare --mount mount -t tmpfs none /tmp"
+    return subprocess.run(["sh", "-c", command], capture_output=True).returncode == 0
 
 
 def _path_or_text(flag):

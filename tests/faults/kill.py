@@ -11,6 +11,7 @@ optimiser and metrics.jsonl are equal bit for bit in the end.
 """
 
 import collections
+import contextlib
 import os
 import random
 import re
@@ -27,7 +28,7 @@ from test_ranks import write_images
 
 VICTIMS = ("rank 0", "rank 1", "launcher", "all")
 MOMENTS = ("starting", "training", "writing", "evaluating")
-PATIENCE = 60  # seconds within which all other processes must end by themselves after a kill
+PATIENCE = 300  # seconds within which all other processes must end by themselves after a kill
 
 
 def reached(moment, workdir, begun, process, chance):
@@ -60,9 +61,10 @@ def kill(process, victim):
     elif victim == "all":
         chosen = [process.pid, *pids]
     else:
-        chosen = [attack.rank_pid(process, int(victim[-1]))]
+        chosen = [pid for pid in pids if attack.is_rank(pid, int(victim[-1]))]
     for pid in chosen:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            os.kill(pid, signal.SIGKILL)
     begun = time.monotonic()
     while any(map(attack.lives, pids)) or process.poll() is None:
         if time.monotonic() - begun > PATIENCE:
@@ -81,7 +83,7 @@ def attack_run(images, flags, workdir, kills, generator, report):
             images, *flags, "--workdir", workdir, "--resume", "auto", output=log.open("w")
         )
         if done == kills:
-            if process.wait(600) != 0:
+            if process.wait(3600) != 0:
                 raise SystemExit(log.read_text())
             return done
         victim, moment = generator.choice(VICTIMS), generator.choice(MOMENTS)
@@ -126,7 +128,7 @@ def main(kills, epochs, seed, folder):
     images = write_images(folder / "images")
     flags = [*attack.FLAGS, "--epochs", str(epochs), "--save-freq", "50"]
     code, output = attack.ended(
-        attack.start(images, *flags, "--workdir", folder / "undisturbed"), within=1200
+        attack.start(images, *flags, "--workdir", folder / "undisturbed"), within=3600
     )
     if code != 0:
         raise SystemExit(output)

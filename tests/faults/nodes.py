@@ -111,7 +111,7 @@ def unreachable(count, images, folder):
         begun = time.monotonic()
         flags = [images, *attack.FLAGS, "--workdir", folder / "unreachable"]
         code, output = attack.ended(
-            start(number, count, *flags, MASTER_ADDR=address, JOIN_SECONDS="5"), 100
+            start(number, count, *flags, MASTER_ADDR=address, JOIN_SECONDS="5")
         )
         lines = [line for line in output.splitlines() if line.startswith("start.sh: error: ")]
         expect(code == 1 and len(lines) == 1 and "Traceback" not in output, output)

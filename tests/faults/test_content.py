@@ -107,7 +107,7 @@ def test_a_report_of_odd_json(programs, tmp_path, text):
         (tmp_path / "args.json").write_text(content)
         (tmp_path / "metrics.jsonl").write_text(f'{{"step":1,"epoch":1,"loss":0.5}}\n{text}\n')
         (tmp_path / "results.json").write_text(text)
-        code, output = programs.run("snclr.report", tmp_path, within=20)
+        code, output = programs.run("snclr.report", tmp_path)
         assert code in (0, 2) and len(output.splitlines()) == 1, output
 
 
@@ -125,11 +125,11 @@ def test_a_recipe_of_bytes(train, tmp_path):
 
 def test_a_workdir_whose_name_is_no_text(train, programs, tmp_path):
     odd = os.fsencode(tmp_path) + b"/\xff\xfe"
-    code, output = train("--workdir", odd).ended(30)
+    code, output = train("--workdir", odd).ended()
     assert code in (0, 2) and "Traceback" not in output, output
     if code == 0:
         assert os.path.exists(odd + b"/checkpoint_last.pth.tar")
-        assert programs.run("snclr.report", odd, within=20)[0] == 0
+        assert programs.run("snclr.report", odd)[0] == 0
 
 
 def test_labels_and_lists_that_are_none(train, programs, half, photographs, tmp_path):
@@ -172,7 +172,7 @@ def test_settings_of_a_checkpoint_may_hold_odd_text(train, half, tmp_path):
     state = torch.load(half / LAST, weights_only=True)
     state["args"]["lr"] = "\x1b[2J" * 10
     torch.save(state, tmp_path / "run" / LAST)
-    code, output = train("--resume", "auto").ended(30)
+    code, output = train("--resume", "auto").ended()
     assert code in (0, 2) and "\x1b" not in output, repr(output)
 
 
@@ -181,5 +181,5 @@ def test_a_log_of_odd_lines(train, half, tmp_path):
     odd = [DEEP, '{"step": 1e400}', '{"step": 1}', '{"step": true, "epoch": []}', "\x00", "[1]"]
     odd += [json.dumps({"step": 1, "epoch": 1, "loss": "x"}), '{"step": "1"}']
     (run / "metrics.jsonl").write_text("\n".join(odd) + "\n")
-    code, output = train("--resume", "auto", "--eval-freq", 1).ended(30)
+    code, output = train("--resume", "auto", "--eval-freq", 1).ended()
     assert code == 0 and "Traceback" not in output, output

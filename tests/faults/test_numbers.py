@@ -30,7 +30,11 @@ def poisoned(images, workdir, first, last, *flags):
         *flags,
     ]
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, timeout=200
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=attack.PATIENCE,
     )
     return done.returncode, done.stdout + done.stderr
 

@@ -58,11 +58,11 @@ def clone(tmp_path):
 
 
 def test_an_environment_is_made_once_and_then_used(clone):
-    code, output = attack.ended(clone(), 30)
+    code, output = attack.ended(clone())
     assert code == 0 and "installing into" in output and "started" in output
     assert not (clone.root / ".venv.unfinished").exists()
     clone.calls.unlink()
-    code, output = attack.ended(clone(), 30)
+    code, output = attack.ended(clone())
     assert code == 0 and "installing" not in output and "venv" not in clone.calls.read_text()
 
 
@@ -70,12 +70,12 @@ def test_an_environment_is_made_once_and_then_used(clone):
 def test_an_environment_that_was_half_made_when_a_start_was_killed_is_made_anew(clone, moment):
     process = clone(**{moment: "1"})
     wanted = {"SLOW_VENV": "-m venv", "SLOW_PIP": "-m pip install"}[moment]
-    attack.wait_for(lambda: clone.calls.exists() and wanted in clone.calls.read_text(), process, 30)
-    time.sleep(0.2)
+    attack.wait_for(lambda: clone.calls.exists() and wanted in clone.calls.read_text(), process)
+    attack.wait_for((clone.root / ".venv").exists, process)  # "-m venv" makes it after that line
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     (clone.root / ".venv/half").touch()
-    code, output = attack.ended(clone(), 30)
+    code, output = attack.ended(clone())
     assert code == 0 and "started" in output
     assert output.count("was not finished by an earlier start: it is created again") == 1
     assert not (clone.root / ".venv/half").exists()
@@ -91,7 +91,7 @@ def test_a_second_start_waits_for_the_one_that_makes_the_environment(clone):
     assert second.poll() is None and (clone.root / ".venv/bin/python").exists()
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    code, output = attack.ended(second, 30)
+    code, output = attack.ended(second)
     assert code == 0 and "created again" in output and "started" in output
 
 
@@ -102,7 +102,7 @@ def test_an_environment_without_pip_gets_it(clone):
         check=True,
     )
     (clone.root / ".venv/mine").touch()
-    code, output = attack.ended(clone(), 30)
+    code, output = attack.ended(clone())
     assert code == 0 and "has no pip: it is installed" in output and "started" in output
     assert (clone.root / ".venv/mine").exists()  # somebody may have made it for more than this
 
@@ -120,7 +120,7 @@ def dry(tmp_path):
             cwd=tmp_path,
             text=True,
             capture_output=True,
-            timeout=60,
+            timeout=attack.PATIENCE,
         )
         return done.returncode, done.stdout + done.stderr
 
@@ -168,7 +168,7 @@ def test_packages_that_do_not_go_together_are_one_line(script, tmp_path):
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=attack.PATIENCE,
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "cannot be imported together: operator torchvision::nms" in done.stderr

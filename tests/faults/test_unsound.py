@@ -36,17 +36,17 @@ def test_a_run_that_diverges_leaves_no_unsound_checkpoint_under_the_name_of_a_so
     one_line(case, 1, "there is no sound checkpoint yet: start again with a lower --lr")
     files = {path.name for path in (tmp_path / "run").glob("*.pth.tar")}
     assert files == {UNSOUND}
-    code, _ = train("--resume", "auto").ended(30)  # with the rate of `train`: from the start
+    code, _ = train("--resume", "auto").ended()  # with the rate of `train`: from the start
     assert code == 0 and load(tmp_path / "run" / LAST)["step"] == 5
 
 
 def test_a_sound_checkpoint_stays_and_the_last_line_says_of_which_step_it_is(train, tmp_path):
-    assert train("--epochs", 2, "--stop-after-steps", 5).ended(30)[0] == 0
+    assert train("--epochs", 2, "--stop-after-steps", 5).ended()[0] == 0
     before = (tmp_path / "run" / LAST).read_bytes()
     case = train("--epochs", 2, "--resume", "auto", "--lr", "1e300", "--warmup-epochs", 0)
     one_line(case, 1, "the last sound checkpoint is of step 5")
     assert (tmp_path / "run" / LAST).read_bytes() == before
-    code, output = train("--epochs", 2, "--resume", "auto").ended(30)
+    code, output = train("--epochs", 2, "--resume", "auto").ended()
     assert code == 0 and "after step 5" in output
     assert all(x.isfinite().all() for x in tensors(load(tmp_path / "run" / LAST)))
 
@@ -56,7 +56,7 @@ def test_finite_weights_with_which_the_loss_is_not_finite_are_no_sound_checkpoin
     one_line(case, 1, "with the weights after step 2 the loss is not", "checkpoint is of step 1")
     assert all(x.isfinite().all() for x in tensors(load(tmp_path / "run" / UNSOUND)))
     assert load(tmp_path / "run" / LAST)["step"] == 1
-    assert train("--resume", "auto").ended(30)[0] == 0
+    assert train("--resume", "auto").ended()[0] == 0
 
 
 @pytest.mark.parametrize("method", ["snclr", "mocov3", "nnclr", "mocov2"])
@@ -85,20 +85,20 @@ def test_a_signal_after_a_bad_step_says_what_is_sound(train, tmp_path):
     case = train("--lr", "1e300", "--epochs", 500, "--skip-non-finite", 10**6)
     case.wait_for("note: step 3:")
     case.signal(15)
-    code, output = case.ended(20)
+    code, output = case.ended()
     assert code == 75 and "there is no sound checkpoint yet" in output.splitlines()[-1], output
 
 
 def test_pictures_of_what_is_not_finite_end_no_run(train, tmp_path):
     case = train("--lr", "1e9", "--epochs", 2, "--viz-freq", 1, "--skip-non-finite", 10**6)
-    _, output = case.ended(30)
+    _, output = case.ended()
     assert "Traceback" not in output and "no histogram of positiveness at step" in output, output
 
 
 def test_evaluations_of_what_is_not_finite_end_no_run(train, tmp_path):
     flags = ["--lr", "1e30", "--epochs", 3, "--eval-freq", 1]
     case = train(*flags, "--skip-non-finite", 10**6)
-    code, output = case.ended(30)
+    code, output = case.ended()
     assert code == 1 and "Traceback" not in output, output
     assert output.count("is not evaluated: the features are not finite") == 2
     lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
