@@ -137,12 +137,7 @@ class ResNet(tv_resnet.ResNet):
     kind = "resnet"
 
     def __init__(
-        self,
-        block: type[nn.Module],
-        stages: tuple[int, ...],
-        width: int,
-        stem: str,
-        channels: int,
+        self, block: type[nn.Module], stages: tuple[int, ...], width: int, stem: str, channels: int
     ):
         nn.Module.__init__(self)  # torchvision's own constructor fixes stem, width and four stages
         self._norm_layer = nn.BatchNorm2d

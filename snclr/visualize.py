@@ -39,7 +39,7 @@ from .running import process_group
 from .running.errors import RunError, UsageError, one_clear_line
 from .running.packages import check_posix
 from .running.safe_files import new_file, writing
-from .shared_options import add_backbone_flags, add_data_flags, check_data, resolve_data
+from .shared_options import add_backbone_flags, add_data_flags, resolve_data
 from .weights import load
 
 
@@ -78,7 +78,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_backbone_flags(parser, default_arch=None)
     args = parser.parse_args(argv)
     resolve_data(args)
-    check_data(args)
     if args.image is not None and not os.path.isfile(args.image):
         raise UsageError(f"--image {args.image}: there is no such file")
     return args

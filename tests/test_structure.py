@@ -46,9 +46,9 @@ LONGER = {
     "snclr.operations": 280,
     "snclr.options": 570,
     "snclr.running.checkpoint": 275,
-    "snclr.shared_options": 410,
-    "snclr.weights.libraries": 315,
-    "snclr.weights.load": 255,
+    "snclr.shared_options": 420,
+    "snclr.weights.libraries": 320,
+    "snclr.weights.load": 270,
 }
 
 

@@ -139,9 +139,8 @@ def train_heads(
         epoch += 1
         correct = accuracies(heads, *evaluated)
         history.append(correct[0].max().item())
-        report_epoch(
-            task, images, loader.replaced, epoch, f"{title} top-1 {history[-1]:.2f} %", start
-        )
+        text = f"{title} top-1 {history[-1]:.2f} %"
+        report_epoch(task, images, loader.replaced, epoch, text, start)
         state.save(args, task.identity, state_file, heads, optimizer, epoch, history)
     return correct, history
 
@@ -161,8 +160,7 @@ def cached_features(task: Task, loader: ViewLoader) -> Tensor:
 
     def chunks():
         for copy in range(args.cache_copies):
-            load = partial(load_parts, copy)
-            yield from features.encode_in_order(task.embed, len(images), load)
+            yield from features.encode_in_order(task.embed, len(images), partial(load_parts, copy))
 
     shape = (args.cache_copies, len(images), max(kinds_of(task.encoder).values()))
     path = os.path.join(args.workdir, f"features_{cache_key(task, images)[:16]}.f32")
@@ -186,9 +184,7 @@ def cache_key(task: Task, images: ImageSet) -> str:
 def epoch_features(
     task: Task, images: ImageSet, loader: ViewLoader, epoch: int, cached: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's (ids, features) of each batch of an epoch, from the cache or from random crops
-    that are encoded now.
-    """
+    """This rank's (ids, features) of each batch: from the cache, or of crops, encoded now."""
     parts = rank_batches(task, images, epoch)
     if cached is None:
         for ids, (x,) in loader.load([(epoch, part, (0,)) for part in parts]):
@@ -249,6 +245,6 @@ def table(heads: list[dict], rates: list[float]) -> str:
     names = [f"{kind}, {norm}" for kind, norm in inputs]
     lines = ["base lr    " + "  ".join(f"{name:>20}" for name in names)]
     for number, rate in enumerate(rates):
-        cells = [heads[column * len(rates) + number]["val_top1"] for column in range(len(inputs))]
+        cells = [head["val_top1"] for head in heads[number :: len(rates)]]
         lines.append(f"{rate:<9g}  " + "  ".join(f"{top1:>18.2f} %" for top1 in cells))
     return "\n".join(lines)
