@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Callable
 
+from ..choices import PUBLIC
 from ..running.errors import one_line
 from ..running.safe_files import json_object, read_json_lines, read_text
 
@@ -109,7 +110,7 @@ def run_settings(path: str, settings: dict) -> dict:
         words = shlex.split(command if isinstance(command, str) else "")
     recipes = " ".join(os.path.basename(word) for word in words if word.startswith("@"))
     start = settings.get("init_from")
-    if isinstance(start, str) and not start.startswith(("timm:", "hf:")):
+    if isinstance(start, str) and not start.startswith(PUBLIC):
         settings = settings | {"init_from": os.path.basename(start)}
     return settings | {"recipe": recipes or None}
 
