@@ -16,6 +16,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from . import options
 from .arguments import new_parser, number, read_recipes, seed
 from .pictures import compare, report, runs
@@ -86,8 +88,6 @@ def plan(args: Namespace, flags: Sequence[str], cores: int) -> list[Job]:
 
 def visible_gpus() -> list[str]:
     """The GPUs of this process, by the names of CUDA_VISIBLE_DEVICES, which SLURM sets."""
-    import torch  # slow
-
     numbers = ",".join(map(str, range(torch.cuda.device_count())))
     names = os.environ.get("CUDA_VISIBLE_DEVICES", numbers)
     return [name for name in names.split(",") if name not in ("", "-1")]

@@ -2,7 +2,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from snclr.running import jobs
 from snclr.running.errors import Interrupted, RunError, UsageError
 from snclr.running.jobs import DONE, FAILED, WAITS, Job
 from snclr.running.lock import is_held
+from snclr.running.preemption import handlers_given_back
 
 ROOT = Path(sweep.__file__).resolve().parent.parent
 KNN = ("knn_top1", "last")
@@ -33,11 +33,8 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(jobs, "POLL", 0.05)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    before[signal.SIGUSR1] = signal.getsignal(signal.SIGUSR1)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with handlers_given_back():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 done: an interrupted run goes on, and the features may be larger than the memory.
 """
 
+import contextlib
+import io
 import itertools
 import os
 import shutil
@@ -93,16 +95,16 @@ def encode_parts(
     the names of the parts. A part is encoded by one rank, in the same batches for any number of
     ranks, and has its name only when it is complete. Raises RunError if it cannot be written.
     """
-    shape = embed(torch.zeros(1, len(images.mean), size, size, device=device)).shape[1:]
-    batch = min(max(PART_BYTES // (4 * shape.numel()), 1), EVALUATION_BATCH)
-    length = min(max(PART_BYTES // (4 * shape.numel() * batch), 1), PART_BATCHES) * batch
+    one = embed(torch.zeros(1, len(images.mean), size, size, device=device)).cpu()
+    batch = min(max(PART_BYTES // (4 * one.numel()), 1), EVALUATION_BATCH)
+    length = min(max(PART_BYTES // (4 * one.numel() * batch), 1), PART_BATCHES) * batch
     ranges = np.split(np.arange(len(images)), range(length, len(images), length))
     paths = [os.path.join(folder, f"{key[:16]}_{part[0]:09}.npy") for part in ranges]
     todo = on_rank_zero(
         lambda: [
             number
             for number, (path, part) in enumerate(zip(paths, ranges, strict=True))
-            if not _is_complete(path, (len(part), *shape))
+            if not _is_complete(path, one.new_empty(len(part), *one.shape[1:]).numpy())
         ]
     )
     if len(todo) < len(paths):
@@ -143,13 +145,17 @@ def join_parts(out: str, paths: list[str], images: ImageSet) -> tuple[int, ...]:
     return shape
 
 
-def _is_complete(path, shape):
-    """Whether a part is there; a machine that lost power may leave a file without its content."""
-    try:
-        open_regular(path, follow=False).close()
-        return np.load(path, mmap_mode="r").shape == shape
-    except (UsageError, OSError, ValueError, EOFError):
-        return False
+def _is_complete(path, features):
+    """Whether a part has the header and the size of these features: a machine that lost power may
+    leave a file without its content.
+    """
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(features))
+    header = header.getvalue()
+    with contextlib.suppress(UsageError), open_regular(path, follow=False) as file:
+        size = os.fstat(file.fileno()).st_size
+        return file.read(len(header)) == header and size == len(header) + features.nbytes
+    return False
 
 
 def _read(path):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from .errors import UsageError
 from .lock import is_held
+from .preemption import SIGNALS
 from .safe_files import json_object, open_to_append, read_bytes, read_text, save_json, writing
 
 WAITS, RUNS, DONE, FAILED = "waits", "runs", "finished", "failed"
@@ -42,14 +43,13 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], seconds: float) -> str:
     nothing did. A stopped job gets a SIGTERM, saves and ends; its state is then WAITS.
     """
     received: list[int] = []
-    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for each in SIGNALS:
         signal.signal(each, lambda number, frame: received.append(number))
     free, reason, height, deadline = list(gpus), "", 0, time.monotonic() + seconds
     for job in jobs:
         with contextlib.suppress(UsageError):  # the files of a job that has not run
-            if json_object(read_bytes(f"{job.workdir}/finished.json")) == {
-                "settings": job.settings
-            }:
+            marker = json_object(read_bytes(f"{job.workdir}/finished.json"))
+            if marker.get("settings") == job.settings:
                 job.state, job.message = DONE, last_line(job, "epoch ")
     while True:
         if not reason and (received or time.monotonic() > deadline):
@@ -60,7 +60,8 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], seconds: float) -> str:
         for job in jobs:
             if job.state == RUNS:
                 update(job, is_stopped=bool(reason or received))
-                free += [job.gpu] if job.state != RUNS else []
+                if job.state != RUNS:
+                    free.append(job.gpu)
             elif job.state == WAITS and is_held(job.workdir, "main_snclr"):
                 job.message = "another process uses its folder"
             elif job.state == WAITS and free and not reason:

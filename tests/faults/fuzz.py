@@ -12,6 +12,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import importlib.util
 import io
 import os
 import shutil
@@ -20,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 import traceback
+import zipfile
 from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).resolve().parents)[:3]]
@@ -30,8 +32,10 @@ import torch
 from PIL import Image
 
 from snclr import builder, optim, options
-from snclr.datasets import decoding, files, folders, shards, sources
-from snclr.evaluation import linear
+from snclr.choices import IMAGENET
+from snclr.datasets import decoding, files, folders, hugging_face, shards, sources
+from snclr.datasets.images import ResidentImages
+from snclr.evaluation import embedding, linear
 from snclr.evaluation import options as lincls_options
 from snclr.evaluation import state as probe_state
 from snclr.evaluation.options import STATE_FILE
@@ -177,6 +181,15 @@ class Seeds:
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
         self.tar = self.tar.getvalue()
+        self.zip = io.BytesIO()
+        with zipfile.ZipFile(self.zip, "w") as archive:
+            archive.writestr("train/a/0.jpg", self.images["jpeg"])
+            archive.writestr("train/b/1.png", self.images["png"], zipfile.ZIP_DEFLATED)
+            with archive.open("val/a/é.jpg", "w", force_zip64=True) as member:
+                member.write(self.images["jpeg"])
+        self.zip = self.zip.getvalue()
+        pixels = np.random.default_rng(0).integers(256, size=(2100, 3, 2, 2), dtype=np.uint8)
+        self.resident = ResidentImages(pixels, None, [], IMAGENET)
         self.recipes = [
             path.read_bytes() for path in sorted((attack.ROOT / "configs").glob("*.args"))
         ]
@@ -270,10 +283,16 @@ def image(seeds, random):
 
 
 def shard(seeds, random):
-    folder = seeds.folder / "shards"
+    folder, kind = seeds.folder / "shards", str(random.choice(["tar", "zip"]))
+    content = getattr(seeds, kind)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    seeds.write("shards/a.tar", bend(random, seeds.tar) if random.random() < 0.7 else seeds.tar)
+    directory = content.index(b"PK\1\2") if kind == "zip" else 0  # small, and most is read in it
+    if random.random() < 0.5:
+        content = bend(random, content)
+    elif random.random() < 0.5:
+        content = content[:directory] + bend(random, content[directory:])
+    seeds.write(f"shards/a.{kind}", content)
     if random.random() < 0.5:  # its index, too
         shards.open_index(str(folder), folders.EXTENSIONS, None)
         path = folder / "snclr_index.npz"
@@ -282,6 +301,55 @@ def shard(seeds, random):
     images = files.FileImages(shards.Shards(index))
     for number in range(min(4, len(images))):
         images.image(number)
+
+
+def features(seeds, random):
+    """The parts of features that an interrupted command has left, some of them bent."""
+    folder, out = seeds.folder / "x.npz.parts", seeds.folder / "x.npz"
+    device = torch.device("cpu")
+    settings = {"size": 2, "device": device, "workers": 0, "log": lambda line: None}
+
+    def write():
+        parts = embedding.encode_parts(
+            lambda x: x.flatten(1)[:, :2], seeds.resident, str(folder), "key", **settings
+        )
+        embedding.join_parts(str(out), parts, seeds.resident)
+        return parts, np.load(out)["features"]
+
+    parts, expected = write()
+    folder.mkdir()
+    for path, content in zip(parts, np.split(expected, [1024, 2048]), strict=True):
+        file = io.BytesIO()
+        np.save(file, content)
+        file = file.getvalue()
+        bent = [bend(random, file[:128]) + file[128:], file[:-1], b"", file]
+        Path(path).write_bytes(bent[random.integers(4)])
+    out.unlink()
+    np.testing.assert_array_equal(write()[1], expected)
+
+
+def table(seeds, random):
+    """A parquet file for --dataset hf."""
+    import datasets  # optional
+
+    folder = seeds.folder / "table"
+    folder.mkdir()
+    datasets.config.HF_DATASETS_CACHE = str(seeds.folder / "cache")
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    rows = [{"bytes": seeds.images["png"], "path": f"{number}.png"} for number in range(8)]
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    sound = datasets.Dataset.from_dict(
+        {"image": rows, "label": [0, 1] * 4}, features=datasets.Features(kinds)
+    )
+    sound.to_parquet(folder / "train.parquet")
+    content = (folder / "train.parquet").read_bytes()
+    start = len(content) - 1500 if random.random() < 0.6 else 0  # where its schema is
+    (folder / "train.parquet").write_bytes(content[:start] + bend(random, content[start:]))
+    hugging_face._load.cache_clear()
+    flags = [f"hf:{folder}", "--on-bad-image", "skip", *FLAGS.split(), "--subset", "1.0"]
+    images, _, _ = sources.open_data(options.parse(flags))
+    assert len(images.paths) == len(images)
 
 
 def recipe(seeds, random):
@@ -333,6 +401,7 @@ KINDS = (
     probe_content,
     image,
     shard,
+    features,
     recipe,
     command_line,
     lists,
@@ -350,12 +419,12 @@ def raise_timeout(number, frame):
     raise TimeoutError(f"not done after {LIMIT} s")
 
 
-def run(cases, seed, folder):
+def run(cases, seed, folder, kinds=KINDS):
     """Counts of each kind that worked and that was refused; all else as (case, kind, error)."""
     seeds, ends, wrong = Seeds(folder), collections.Counter(), []
     before = signal.signal(signal.SIGALRM, raise_timeout)
     for case in range(cases):
-        kind, random = KINDS[case % len(KINDS)], np.random.default_rng([seed, case])
+        kind, random = kinds[case % len(kinds)], np.random.default_rng([seed, case])
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         signal.alarm(LIMIT)
@@ -521,14 +590,15 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         for name in ("cases", "whole/seeds"):
             os.makedirs(os.path.join(temporary, name))
-        ends, wrong = run(args.cases, args.seed, Path(temporary) / "cases")
+        kinds = KINDS + ((table,) if importlib.util.find_spec("datasets") else ())
+        ends, wrong = run(args.cases, args.seed, Path(temporary) / "cases", kinds)
         for case, kind, error in wrong:
             frames = traceback.extract_tb(error.__traceback__)[-4:]
             trace = " < ".join(
                 f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames)
             )
             print(f"case {case} ({kind}): {error!r} at {trace}"[:400])
-        for kind in KINDS:
+        for kind in kinds:
             worked, refused = (ends[kind.__name__, end] for end in ("worked", "refused"))
             print(f"{kind.__name__}: {worked} worked, {refused} refused in one line")
         codes = whole_processes(args.processes, args.seed, Path(temporary) / "whole")
