@@ -24,6 +24,7 @@ if __name__ == "__main__":
         check_packages()
 
 import argparse
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from snclr.datasets import sources
 from snclr.evaluation import confusion, features, finetune, knn, labels, linear, probe
 from snclr.evaluation.task import Task
+from snclr.loader import whole_images
 from snclr.running import distributed, process_group
 from snclr.running.lock import hold
 from snclr.running.precision import resolve_amp
@@ -66,9 +68,9 @@ def main(argv: list[str]) -> None:
     train, val = labels.select_labelled(train, val, args)
     lincls_options.resolve_training(args, len(train))
     train, encoder = train.to(device), encoder.to(device)
-    loader_args = dict(size=args.img_size, device=device, workers=args.workers)
+    load = partial(whole_images, size=args.img_size, device=device, workers=args.workers)
     if args.encoder == "untrained":
-        encoder = knn.calibrated_copy(encoder, train, **loader_args)
+        encoder = knn.calibrated_copy(encoder, train, load)
     distributed.on_rank_zero(lambda: hold(args.workdir, "main_lincls"))
     if is_rank_zero:
         run_info = {"world_size": distributed.world_size(), "amp_used": amp}
@@ -86,10 +88,12 @@ def main(argv: list[str]) -> None:
 
     # -- kNN -----------------------------------------------------------------------------------
     embed, digest = linear.embedder(encoder, amp, device), features.digest(encoder)
-    train_share, val_share = (
-        features.encode_share(embed, images, **loader_args) for images in (train, val)
-    )
-    task = Task(args, encoder, info, digest, embed, train, val, device, amp, log)
+    train_share, val_share = (features.encode_share(embed, images, load) for images in (train, val))
+    settings = {
+        name: x for name, x in vars(args).items() if name not in lincls_options.FREE_ON_RESUME
+    }
+    identity = {"args": settings, "encoder_digest": digest}
+    task = Task(args, encoder, info, identity, embed, load, train, val, device, amp, log)
     named_top1, knn_top1 = evaluate_knn(task, train_share, val_share)
     for name, top1 in knn_top1.items():
         log(f"kNN {name:<23} {top1:.2f} %")

@@ -14,6 +14,7 @@ import datetime
 import os
 import sys
 import time
+from functools import partial
 from typing import NamedTuple
 
 from snclr import options
@@ -34,7 +35,7 @@ from snclr.datasets import sources
 from snclr.datasets.images import ImageSet
 from snclr.evaluation import knn, label_free
 from snclr.evaluation.features import digest
-from snclr.loader import TwoViewLoader
+from snclr.loader import TwoViewLoader, whole_images
 from snclr.pictures import report, steps
 from snclr.running import (
     bad_images,
@@ -393,7 +394,7 @@ def train_epoch(run: Run, step: int) -> int:
     is_shown = args.viz_freq and (epoch % args.viz_freq == 0 or epoch == args.epochs)
     if is_shown and not inside:
         log.pictures(step, lambda: steps.of_step(batch, shown, loader.images, args, step))
-    if note := bad_images.record_bad_images(loader.images, loader.replaced, run.workdir):
+    if note := bad_images.record_bad_images(loader.images.image, loader.replaced, run.workdir):
         log.say(f"note: {note}")
     return step
 
@@ -472,13 +473,13 @@ def evaluate(run: Run, step: int) -> None:
     At the start of a run this is the untrained encoder, or that of --init-from. For small images
     the raw pixels are evaluated as well. Training should exceed both.
     """
-    args, train, val = run.args, run.loader.images, run.val
-    loader_args = dict(size=args.img_size, device=run.loader.device, workers=args.workers)
+    args, train, val, device = run.args, run.loader.images, run.val, run.loader.device
+    load = partial(whole_images, size=args.img_size, device=device, workers=args.workers)
     epoch, name = step // run.loader.steps_per_epoch, args.eval_encoder
     result, parts, title = {}, [], f"{name} encoder"
     with run.interruptions.nothing_unsaved():
         if step == 0 and val is not None and args.img_size <= 64:
-            pixels = knn.accuracy(lambda x: x.flatten(1), train, val, **loader_args)["knn_top1"]
+            pixels = knn.accuracy(lambda x: x.flatten(1), train, val, load, device)["knn_top1"]
             result["raw_pixels_knn_top1"] = pixels
             run.log.say(f"epoch 0/{args.epochs}  kNN top-1 {pixels:.2f} % (raw pixels)")
         encoder, amp = run.encoder.eval(), run.amp
@@ -486,12 +487,12 @@ def evaluate(run: Run, step: int) -> None:
             title = name = f"start (from {args.init_from})"
         elif step == 0:
             # the running statistics of its batch norms are not those of any images yet
-            encoder = knn.calibrated_copy(run.model.base_encoder, train, **loader_args)
+            encoder = knn.calibrated_copy(run.model.base_encoder, train, load)
             title, name, amp = "untrained encoder", None, "off"
-        with autocast(amp, run.loader.device):
+        with autocast(amp, device):
             signals = label_free.signals(encoder.embed, run.loader)
             if signals is not None and val is not None:
-                result |= knn.accuracy(encoder.embed, train, val, **loader_args)
+                result |= knn.accuracy(encoder.embed, train, val, load, device)
                 parts.append(f"kNN top-1 {result['knn_top1']:.2f} %")
     if signals is None:
         run.log.say(f"note: epoch {epoch} is not evaluated: the features are not finite ({title})")

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from benchmarks import measure
-from snclr import augment, operations, shared_options
+from snclr import augment, mean_std, operations
 from snclr.datasets import decoding, sources
 from snclr.datasets.files import FileImages
 from snclr.loader import ViewLoader
@@ -51,7 +51,7 @@ def main():
     )
     args = parser.parse_args()
     device = process_group.own_device()
-    images, *_ = sources.open_data(shared_options.parse_data([args.data, "--dataset", "folder"]))
+    images, *_ = sources.open_data(mean_std.parse([args.data, "--dataset", "folder"]))
     resident = None if isinstance(images, FileImages) else images.images
     size, blur = (224, True) if resident is None else (resident.shape[-1], False)
     recipe = augment.Recipe(0, augment.moco_v3_views(size, crop_min=0.2, blur=blur))

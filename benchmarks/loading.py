@@ -25,7 +25,7 @@ import numpy as np
 
 import snclr.loader
 from benchmarks import measure
-from snclr import augment, shared_options
+from snclr import augment, mean_std
 from snclr.datasets import sources
 from snclr.running import process_group
 
@@ -41,7 +41,7 @@ def main():
     parser.add_argument("--img-size", type=int, default=64, metavar="PX", help="of both views")
     parser.add_argument("--steps", type=int, default=1, metavar="N", help="turns; the best counts")
     args = parser.parse_args()
-    images, *_ = sources.open_data(shared_options.parse_data([args.data, "--dataset", "folder"]))
+    images, *_ = sources.open_data(mean_std.parse([args.data, "--dataset", "folder"]))
     images = images.select(np.resize(np.arange(len(images)), args.images))
     recipe = augment.Recipe(0, augment.moco_v3_views(args.img_size, crop_min=0.08, blur=True))
     usual = snclr.loader.REQUEST

@@ -78,5 +78,5 @@ def recognise_dataset(data: str | None) -> str:
     if ".parquet" in suffixes and suffixes <= {".parquet", ".md", ""}:
         return "hf"
     has_classes = root == train and any(entry.is_dir() for entry in entries)
-    # a missing folder counts as one with classes, and check_data refuses it as such
+    # a missing folder counts as one with classes, and resolve_data refuses it as such
     return "folder" if has_classes or not os.path.isdir(data) else "tree"

@@ -21,7 +21,7 @@ from .running.errors import UsageError, one_clear_line
 from .running.packages import check_posix
 from .running.precision import resolve_amp
 from .running.safe_files import check_new_path
-from .shared_options import add_backbone_flags, add_data_flags, check_data, resolve_data
+from .shared_options import add_backbone_flags, add_data_flags, resolve_data
 from .weights import load
 
 
@@ -58,7 +58,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_backbone_flags(parser, default_arch=None)
     args = parser.parse_args(argv)
     resolve_data(args)
-    check_data(args)
     args.format = args.out.rpartition(".")[2]
     if args.format not in WRITERS:
         raise UsageError(f"--out must end in .npz or .parquet, found {args.out}")

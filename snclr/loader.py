@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from . import augment, operations
 from .augment import Recipe
 from .datasets.images import EncodedImages, ImageSet
-from .running.distributed import rank, world_size
+from .running.distributed import share, world_size
 from .running.errors import RunError
 from .running.workers import LastingWorkers, WorkerBatches, check_shared_memory, keep_freed_memory
 
@@ -184,11 +184,6 @@ class TwoViewLoader(ViewLoader):
     def _batches(self, requests, ahead=()):
         for ids, views in self.load(requests, ahead):
             yield Batch(ids, views)
-
-
-def share(indices: np.ndarray) -> np.ndarray:
-    """This rank's contiguous part of a global batch; its size is a multiple of the world size."""
-    return np.split(indices, world_size())[rank()]
 
 
 class _RequestedViews(Dataset):

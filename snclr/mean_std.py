@@ -3,16 +3,30 @@
 python -m snclr.mean_std DATA [data flags]
 """
 
+import argparse
 import sys
 
 import numpy as np
 import torch
 
+from .arguments import new_parser
 from .datasets import sources
 from .datasets.images import ImageSet
 from .loader import whole_images
 from .running.errors import one_clear_line
-from .shared_options import parse_data
+from .shared_options import add_data_flags, resolve_data, resolve_views
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The data flags, checked. Raises UsageError."""
+    parser = new_parser(
+        "snclr.mean_std", "Measures the mean and standard deviation of the channels."
+    )
+    add_data_flags(parser)
+    args = parser.parse_args(argv)
+    resolve_data(args)
+    resolve_views(args)
+    return args
 
 
 def mean_std(images: ImageSet, size: int, workers: int) -> tuple[list[float], list[float]]:
@@ -34,7 +48,7 @@ def mean_std(images: ImageSet, size: int, workers: int) -> tuple[list[float], li
 
 if __name__ == "__main__":
     with one_clear_line("snclr.mean_std"):
-        args = parse_data(sys.argv[1:])
+        args = parse(sys.argv[1:])
         train, _, _ = sources.open_data(args)
         print(f"{len(train)} images of {args.dataset} at {args.img_size} px", file=sys.stderr)
         mean, std = (

@@ -27,7 +27,6 @@ from .shared_options import (
     add_data_flags,
     check_backbone,
     check_batch_size,
-    check_data,
     check_workdir,
     resolve_data,
     resolve_resume,
@@ -513,7 +512,6 @@ def _arch_is_changed(argv):
 
 def check(args: argparse.Namespace) -> None:
     """Raise UsageError for combinations of flags that cannot work."""
-    check_data(args)
     if args.batch_size < 2:
         raise UsageError(
             "--batch-size must be at least 2: batch norm and contrastive loss need other images"

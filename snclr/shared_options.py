@@ -7,7 +7,7 @@ import argparse
 import math
 import os
 
-from .arguments import flag, key_value, listed_number, new_parser, number, seed
+from .arguments import flag, key_value, listed_number, number, seed
 from .choices import (
     ARCHS,
     DATASETS,
@@ -186,7 +186,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve_data(args: argparse.Namespace) -> None:
-    """Fill in the kind of DATA and the number of workers. Raises UsageError for a mean without std.
+    """Fill in the kind of DATA and the number of workers. Raises UsageError for data flags that
+    cannot work.
 
     The image size and the channels' statistics follow later: for an evaluation the encoder's file
     has them, for all others see `resolve_views`.
@@ -203,31 +204,10 @@ def resolve_data(args: argparse.Namespace) -> None:
         args.data, args.dataset = args.data or args.dataset, "hf"
     if args.workers is None:
         args.workers = max(1, min(8, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    _check_data(args)
 
 
-def num_cores() -> int:
-    """The number of cores that this process may use."""
-    has_affinity = hasattr(os, "sched_getaffinity")  # only Linux
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-
-
-def resolve_views(args: argparse.Namespace) -> None:
-    """Fill in the image size, the number of channels, and their mean and standard deviation.
-
-    Raises UsageError if the flags have another number of means than channels.
-    """
-    if args.img_size is None:
-        args.img_size = IMG_SIZES.get(args.dataset, 224)
-    args.channels = args.channels or 3
-    mean, std = MEAN_STD.get(args.dataset, IMAGENET)
-    if args.channels != 3:
-        mean = std = [0.5] * args.channels
-    args.mean, args.std = args.mean or list(mean), args.std or list(std)
-    if not len(args.mean) == len(args.std) == args.channels:
-        raise UsageError(f"--mean and --std need {args.channels} numbers each, one a channel")
-
-
-def check_data(args: argparse.Namespace) -> None:
+def _check_data(args: argparse.Namespace) -> None:
     """Raise UsageError for data flags that cannot work."""
     low, high = args.grey_range or (0, 1)
     if not -math.inf < low < high < math.inf:
@@ -258,11 +238,8 @@ def check_data(args: argparse.Namespace) -> None:
             "a .txt file that lists paths"
         )
     labels = None if args.labels == "none" else args.labels
-    for name, path in (
-        ("--val", args.val),
-        ("--labels", labels),
-        ("--val-labels", args.val_labels),
-    ):
+    files = {"--val": args.val, "--labels": labels, "--val-labels": args.val_labels}
+    for name, path in files.items():
         if path is None:
             continue
         if args.dataset not in LOCAL_DATASETS or (name != "--val" and args.dataset == "folder"):
@@ -280,17 +257,28 @@ def check_data(args: argparse.Namespace) -> None:
         raise UsageError("--val-labels needs --labels, the labels of the training images, as well")
 
 
-def parse_data(argv: list[str]) -> argparse.Namespace:
-    """Only the data flags, for commands that only look at images. Raises UsageError."""
-    parser = new_parser(
-        "snclr.mean_std", "Measures the mean and standard deviation of the channels."
-    )
-    add_data_flags(parser)
-    args = parser.parse_args(argv)
-    resolve_data(args)
-    resolve_views(args)
-    check_data(args)
-    return args
+def num_cores() -> int:
+    """The number of cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # only Linux
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+def resolve_views(args: argparse.Namespace) -> None:
+    """Fill in the image size, the number of channels, and their mean and standard deviation.
+
+    Raises UsageError if the flags have another number of means than channels.
+    """
+    if args.img_size is None:
+        args.img_size = IMG_SIZES.get(args.dataset, 224)
+    args.channels = args.channels or 3
+    unknown = ([0.5] * args.channels,) * 2
+    mean, std = MEAN_STD.get(args.dataset, IMAGENET) if args.channels == 3 else unknown
+    args.mean, args.std = args.mean or list(mean), args.std or list(std)
+    if not len(args.mean) == len(args.std) == args.channels:
+        raise UsageError(
+            f"--mean and --std need {args.channels} numbers each, one for each channel, found "
+            f"{len(args.mean)} and {len(args.std)}"
+        )
 
 
 # -- backbone --------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import os
 import sys
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from .datasets.files import FileImages
 from .datasets.folders import Paths
 from .datasets.images import ImageSet
 from .evaluation import knn
+from .loader import whole_images
 from .pictures.encoders import (
     Encoder,
     attention_maps,
@@ -37,7 +39,7 @@ from .running import process_group
 from .running.errors import RunError, UsageError, one_clear_line
 from .running.packages import check_posix
 from .running.safe_files import new_file, writing
-from .shared_options import add_backbone_flags, add_data_flags, check_data, resolve_data
+from .shared_options import add_backbone_flags, add_data_flags, resolve_data
 from .weights import load
 
 
@@ -76,7 +78,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_backbone_flags(parser, default_arch=None)
     args = parser.parse_args(argv)
     resolve_data(args)
-    check_data(args)
     if args.image is not None and not os.path.isfile(args.image):
         raise UsageError(f"--image {args.image}: there is no such file")
     return args
@@ -103,7 +104,8 @@ def main(argv: list[str]) -> None:
         module = module.to(device)
         if info["encoder"] == "untrained":
             # its batch norms get the statistics of the training images
-            module = knn.calibrated_copy(module, train, size=info["img_size"], **loader_args)
+            load_whole = partial(whole_images, size=info["img_size"], **loader_args)
+            module = knn.calibrated_copy(module, train, load_whole)
         name = f"{'AB'[position]}: {name}" if len(encoders) > 1 else name
         encoders[position] = Encoder(module, info, name)
     pictures = _draw(args, encoders, train, val, loader_args)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import main_snclr
-from snclr import arguments, embed, export, options, report, shared_options, sweep, visualize
+from snclr import arguments, embed, export, mean_std, options, report, sweep, visualize
 from snclr.evaluation import options as lincls_options
 from snclr.running.errors import Interrupted, RunError, UsageError, one_clear_line
 from snclr.weights import load
@@ -249,7 +249,7 @@ PROGRAMS = {
     export.main: ["snclr/export.py"],
     report.main: ["snclr/report.py"],
     sweep.parse: ["snclr/sweep.py"],
-    shared_options.parse_data: ["snclr/mean_std.py", *DATA_FLAGS_ARE_READ_IN],
+    mean_std.parse: ["snclr/mean_std.py", *DATA_FLAGS_ARE_READ_IN],
 }
 
 

@@ -15,7 +15,7 @@ from test_ranks import SMALL
 
 import main_lincls
 import main_snclr
-from snclr import load_encoder, shared_options
+from snclr import load_encoder, mean_std
 from snclr.datasets import sources
 from snclr.datasets.decoding import decode
 from snclr.datasets.high_bit_depth import to_8_bits
@@ -199,7 +199,7 @@ def save_set(root, suffix="png", to_picture=Image.fromarray, scale=1):
 
 
 def open_set(*flags):
-    return sources.open_data(shared_options.parse_data([str(flag) for flag in flags]))
+    return sources.open_data(mean_std.parse([str(flag) for flag in flags]))
 
 
 def range_notes(notes):

@@ -2,6 +2,7 @@ import copy
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,15 +18,16 @@ from snclr.datasets.folders import Paths
 from snclr.datasets.images import ResidentImages
 from snclr.evaluation import features as frozen
 from snclr.evaluation import knn
+from snclr.loader import whole_images
 
 CPU = torch.device("cpu")
 MOMENTS = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-LOADER_ARGS = dict(size=8, device=CPU, workers=0)
+LOAD = partial(whole_images, size=8, device=CPU, workers=0)
 
 
 def accuracy(embed, train, val, k):
     """Top-1 of one weighted vote."""
-    return knn.accuracy(embed, train, val, **LOADER_ARGS, votes={"one": knn.Vote(k, 0.07)})["one"]
+    return knn.accuracy(embed, train, val, LOAD, CPU, votes={"one": knn.Vote(k, 0.07)})["one"]
 
 
 def classify(queries, features, labels, num_classes, *, k, temperature, chunk=1024):
@@ -217,7 +219,7 @@ TRAIN = coloured([0, 1, 2] * 10)
 
 
 def test_encoding_gives_features_and_labels_in_order():
-    features, labels = frozen.encode_share(lambda x: 5 * mean_colour(x), TRAIN, **LOADER_ARGS)
+    features, labels = frozen.encode_share(lambda x: 5 * mean_colour(x), TRAIN, LOAD)
     pixels = (TRAIN.images.double() / 255 - TRAIN.mean.view(3, 1, 1)) / TRAIN.std.view(3, 1, 1)
     torch.testing.assert_close(features.double(), 5 * pixels.mean(dim=(2, 3)), rtol=0, atol=1e-5)
     assert torch.equal(labels, TRAIN.labels)
@@ -260,10 +262,10 @@ def test_both_named_votes_come_from_one_search(monkeypatch):
     val = coloured([0, 1, 2, 0, 1, 2, 0, 1], seed=1, truth=[0, 1, 2, 0, 1, 2, 1, 0])
     searches, nearest = [], knn.nearest
     monkeypatch.setattr(knn, "nearest", lambda *a: searches.append(a[3]) or nearest(*a))
-    top1 = knn.accuracy(mean_colour, TRAIN, val, **LOADER_ARGS)
+    top1 = knn.accuracy(mean_colour, TRAIN, val, LOAD, CPU)
     assert searches == [200]  # more than there are features
     queries, features = (
-        normalize(frozen.encode_share(mean_colour, images, **LOADER_ARGS)[0].double())
+        normalize(frozen.encode_share(mean_colour, images, LOAD)[0].double())
         for images in (val, TRAIN)
     )
     for name, k, temperature in (("knn_top1", 20, 0.07), ("knn200_top1", 200, 0.1)):
@@ -311,7 +313,7 @@ def encoder_with_other_statistics():
 @pytest.mark.parametrize("count", [2, 100, 256])
 def test_calibration_sets_the_statistics_of_the_images(count):
     encoder, images = encoder_with_other_statistics(), noise_images(300)
-    calibrated = knn.calibrated_copy(encoder, images, **LOADER_ARGS, count=count)
+    calibrated = knn.calibrated_copy(encoder, images, LOAD, count=count)
     pixels = images.images[:count].double() / 255
     x = (pixels - images.mean.double().view(3, 1, 1)) / images.std.double().view(3, 1, 1)
     with torch.no_grad():
@@ -335,7 +337,7 @@ def test_calibration_sets_the_statistics_of_the_images(count):
 def test_calibration_in_several_batches_comes_close_to_all_statistics(count):
     """With any size of the last batch, also one image."""
     encoder, images = encoder_with_other_statistics(), noise_images(count)
-    calibrated = knn.calibrated_copy(encoder, images, **LOADER_ARGS)
+    calibrated = knn.calibrated_copy(encoder, images, LOAD)
     with torch.no_grad():
         x = encoder.conv(
             (images.images / 255 - images.mean.view(3, 1, 1)) / images.std.view(3, 1, 1)
@@ -350,7 +352,7 @@ def test_calibration_in_several_batches_comes_close_to_all_statistics(count):
 def test_calibration_does_not_change_the_original(training):
     encoder = encoder_with_other_statistics().train(training)
     before = copy.deepcopy(encoder.state_dict())
-    calibrated = knn.calibrated_copy(encoder, noise_images(20), **LOADER_ARGS)
+    calibrated = knn.calibrated_copy(encoder, noise_images(20), LOAD)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert encoder.norm.training == training and encoder.norm.momentum == 0.1
     assert all(
@@ -360,9 +362,7 @@ def test_calibration_does_not_change_the_original(training):
 
 
 def test_the_calibrated_copy_evaluates_and_no_longer_moves():
-    calibrated = knn.calibrated_copy(
-        encoder_with_other_statistics(), noise_images(20), **LOADER_ARGS
-    )
+    calibrated = knn.calibrated_copy(encoder_with_other_statistics(), noise_images(20), LOAD)
     assert not any(module.training for module in calibrated.modules())
     before = calibrated.norm.running_mean.clone()
     features = calibrated.embed(torch.rand(5, 3, 8, 8))
@@ -375,4 +375,4 @@ def test_an_encoder_without_batch_norm_is_copied_without_a_pass():
         def embed(self, x):
             raise AssertionError("needless pass")
 
-    assert not knn.calibrated_copy(NormFree(), noise_images(20), **LOADER_ARGS).training
+    assert not knn.calibrated_copy(NormFree(), noise_images(20), LOAD).training

@@ -13,8 +13,9 @@ import main_lincls
 from snclr import augment
 from snclr.datasets import sources
 from snclr.datasets.split import class_share
-from snclr.evaluation import cache, confusion, features, knn, linear
+from snclr.evaluation import confusion, features, knn, linear
 from snclr.evaluation import options as lincls_options
+from snclr.evaluation import probe as probes
 from snclr.evaluation import state as evaluation_state
 from snclr.evaluation.task import Task
 from snclr.loader import ViewLoader, whole_images
@@ -279,8 +280,8 @@ def test_cached_features_on_disk_equal_those_in_memory_and_are_used_again(
     disk = probe(images, pretrained, tmp_path / "disk", "--cache-features", "--cache-limit-gb", 0)
     assert comparable(disk) == comparable(memory) and not list((tmp_path / "memory").glob("*.f32"))
     (file,) = (tmp_path / "disk").glob("features_*.f32")
-    calls, original = [], cache._in_order
-    monkeypatch.setattr(cache, "_in_order", lambda *a: calls.append(1) or original(*a))
+    calls, original = [], features.encode_in_order
+    monkeypatch.setattr(features, "encode_in_order", lambda *a: calls.append(1) or original(*a))
     for name in ("results.json", "lincls_last.pth.tar"):
         (tmp_path / "disk" / name).unlink()
     assert (
@@ -551,11 +552,11 @@ def test_every_setting_that_features_depend_on_changes_their_key(images, pretrai
     args.mean, args.std, args.img_size = info["mean"], info["std"], info["img_size"]
     args.channels = info["channels"]
     train, val, _ = sources.open_data(args)
-    task = Task(args, encoder, info, "digest", None, train, val, CPU, "off", print)
+    identity = {"encoder_digest": "digest"}
+    task = Task(args, encoder, info, identity, None, None, train, val, CPU, "off", print)
 
     def key(images=train, **changed):
-        loader = argparse.Namespace(images=images)
-        return cache.cache_key(task._replace(**changed), loader)
+        return probes.cache_key(task._replace(**changed), images)
 
     def key_with(name, value):
         return key(args=argparse.Namespace(**{**vars(args), name: value}))
@@ -582,7 +583,7 @@ def test_every_setting_that_features_depend_on_changes_their_key(images, pretrai
     }
     assert key_with("a_new_flag", 1) != key()
     others = [
-        key(encoder_digest="another"),
+        key(identity={"encoder_digest": "another"}),
         key(amp="bf16"),
         key(device=torch.device("cuda")),
         key(info={**info, "num_heads": 6}),

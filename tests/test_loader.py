@@ -20,7 +20,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 import snclr.loader
-from snclr import augment, choices, operations, shared_options
+from snclr import augment, choices, mean_std, operations
 from snclr.augment import Recipe, View, moco_v3_views
 from snclr.datasets import sources
 from snclr.datasets.files import FileImages
@@ -37,7 +37,7 @@ MOMENTS = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 def open_folder(root):
     """The training images of a folder."""
-    return sources.open_data(shared_options.parse_data([str(root)]))[0]
+    return sources.open_data(mean_std.parse([str(root)]))[0]
 
 
 MIXED = [(20 + 3 * (n % 7), 18 + 5 * (n % 4)) for n in range(30)]

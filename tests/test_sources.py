@@ -17,7 +17,7 @@ from sample_images import picture, rgb, save_folder
 from test_ranks import SMALL, start_ranks, write_images
 
 import main_snclr
-from snclr import augment, choices, mean_std, options, shared_options
+from snclr import augment, choices, mean_std, options
 from snclr.choices import IMAGENET
 from snclr.datasets import embedded, shards, sources
 from snclr.datasets.files import FileImages
@@ -29,7 +29,7 @@ from snclr.running.errors import RunError, UsageError
 
 def open_data(*flags):
     """Training set, validation set and notes, through the flags as a user gives them."""
-    return sources.open_data(shared_options.parse_data([str(flag) for flag in flags]))
+    return sources.open_data(mean_std.parse([str(flag) for flag in flags]))
 
 
 def refused(*flags):
@@ -91,9 +91,9 @@ def test_a_start_that_ends_early_exits_with_its_own_code(tmp_path):
         Image.effect_noise(size, 80).convert("RGB").save(folder / f"{number:02}.jpg")
     program = """if True:  # one import of torch for all tries
         import os, sys
-        from snclr import shared_options
+        from snclr import mean_std
         from snclr.datasets import sources
-        args = shared_options.parse_data(sys.argv[1:])
+        args = mean_std.parse(sys.argv[1:])
         for _ in range(5):
             child = os.fork()
             if not child:
@@ -484,7 +484,7 @@ def test_the_index_goes_to_the_workdir_where_the_shards_may_not_be_written_besid
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", read_only)
-    args = shared_options.parse_data([str(tmp_path / "data")])
+    args = mean_std.parse([str(tmp_path / "data")])
     args.workdir = str(tmp_path / "work")
     scans, scan = [], shards._scan
     monkeypatch.setattr(shards, "_scan", lambda *arguments: scans.append(1) or scan(*arguments))

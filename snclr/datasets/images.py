@@ -9,6 +9,7 @@ import contextlib
 import copy
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -119,6 +120,28 @@ class ImageSet:
 
         view_numbers: which views of recipe.views; None: all of them.
         """
+        indices, sides, crop = self._originals(indices, recipe.seed)
+        numbers = range(len(recipe.views)) if view_numbers is None else view_numbers
+        views = Views(torch.from_numpy(indices), [], [])
+        for size, group in augment.by_size(recipe, numbers):
+            boxes, parameters = augment.draw(
+                recipe,
+                epoch,
+                np.tile(indices, len(group)),
+                np.repeat(group, len(indices)),
+                *np.tile(sides, len(group)),
+            )
+            views.crops.append(crop(boxes, size))
+            views.parameters.append(parameters)
+        return views
+
+    def _originals(
+        self, indices: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray, int], Tensor]]:
+        """What views are cut out of: the numbers of the images (B,), with substitutes for those
+        that cannot be read; their heights and widths (2, B); and a function from V boxes of each
+        image (V * B, 4) and a size to crops (V * B, C, size, size).
+        """
         raise NotImplementedError
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
@@ -161,22 +184,16 @@ class ResidentImages(ImageSet):
             raise RunError(self.errors[index])
         return self.images[index]
 
-    def views(
-        self,
-        recipe: Recipe,
-        epoch: int,
-        indices: np.ndarray,
-        view_numbers: tuple[int, ...] | None = None,
-    ) -> Views:
+    def _originals(self, indices, seed):
         if self.errors is not None:
-            indices = np.array([self.readable(int(index), recipe.seed)[0] for index in indices])
+            indices = np.array([self.readable(int(index), seed)[0] for index in indices])
         images = select(self.images, indices)
-        heights, widths = (np.full(len(indices), side) for side in images.shape[2:])
-        views = Views(torch.from_numpy(indices), [], [])
-        for size, boxes, parameters in _draw(recipe, epoch, indices, view_numbers, heights, widths):
-            views.crops.append(crop_and_resize(images, torch.from_numpy(boxes), size))
-            views.parameters.append(parameters)
-        return views
+        sides = np.tile(np.array(images.shape[2:])[:, None], len(indices))
+
+        def crop(boxes, size):
+            return crop_and_resize(images, torch.from_numpy(boxes), size)
+
+        return indices, sides, crop
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
         images = select(self.images, indices)
@@ -191,24 +208,15 @@ class EncodedImages(ImageSet):
 
     channels: int = 3
 
-    def views(
-        self,
-        recipe: Recipe,
-        epoch: int,
-        indices: np.ndarray,
-        view_numbers: tuple[int, ...] | None = None,
-    ) -> Views:
-        pairs = [self.readable(int(index), recipe.seed) for index in indices]
+    def _originals(self, indices, seed):
+        pairs = [self.readable(int(index), seed) for index in indices]
         numbers, images = zip(*pairs, strict=True)
-        indices = np.array(numbers)
-        heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
-        views = Views(torch.from_numpy(indices), [], [])
-        for size, boxes, parameters in _draw(recipe, epoch, indices, view_numbers, heights, widths):
+
+        def crop(boxes, size):
             originals = images * (len(boxes) // len(images))
-            crops = [crop_one(*pair, size) for pair in zip(originals, boxes, strict=True)]
-            views.crops.append(torch.cat(crops))
-            views.parameters.append(parameters)
-        return views
+            return torch.cat([crop_one(*pair, size) for pair in zip(originals, boxes, strict=True)])
+
+        return np.array(numbers), np.array([image.shape[1:] for image in images]).T, crop
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
         shape = self.channels, size, size
@@ -264,21 +272,3 @@ class EncodedImages(ImageSet):
                 yield from part
         finally:
             threads.shutdown(cancel_futures=True)
-
-
-def _draw(recipe, epoch, indices, view_numbers, heights, widths):
-    """The size, boxes and parameters of each group of views of one size, the first view first."""
-    if view_numbers is None:
-        view_numbers = range(len(recipe.views))
-    for size, numbers in augment.by_size(recipe, view_numbers):
-        yield (
-            size,
-            *augment.draw(
-                recipe,
-                epoch,
-                np.tile(indices, len(numbers)),
-                np.repeat(numbers, len(indices)),
-                np.tile(heights, len(numbers)),
-                np.tile(widths, len(numbers)),
-            ),
-        )

@@ -4,6 +4,7 @@ An index lists the position of each image, so that an image takes one read at an
 opens its file, so worker processes share no file handle.
 """
 
+import contextlib
 import json
 import os
 import struct
@@ -109,8 +110,12 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
         if index is not None and _fits(index, np.array([stat.st_size for stat in stats])):
             return index._replace(files=np.array(files))
     index = _scan(files, extensions)
+    fields = {name: getattr(index, name) for name in Index._fields[1:]}
     for path in index_paths:
-        if _save(path, key, index):
+        with contextlib.suppress(OSError):  # such as a folder that is read-only
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            with new_file(path) as file:
+                np.savez(file, key=np.array(key), **fields)
             break
     return index
 
@@ -193,17 +198,18 @@ def _scan(files, extensions) -> Index:
 
 
 def _load(path, key) -> Index | None:
-    try:
-        with open_regular(path) as opened, np.load(opened, allow_pickle=False) as file:
-            if any(record.compress_type for record in file.zip.infolist()):
-                return None  # not ours: it may unfold to terabytes
-            return (
-                Index(np.empty(0), *(file[name] for name in Index._fields[1:]))
-                if file["key"].item() == key
-                else None
-            )
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile):
-        return None  # absent, damaged or of another version
+    """A saved index; None if it is absent, damaged, or of other shards or another version."""
+    damaged = (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile)
+    with (
+        contextlib.suppress(*damaged),
+        open_regular(path) as opened,
+        np.load(opened, allow_pickle=False) as file,
+    ):
+        # a compressed one is not ours: it may unfold to terabytes
+        is_plain = not any(record.compress_type for record in file.zip.infolist())
+        if is_plain and file["key"].item() == key:
+            return Index(np.empty(0), *(file[name] for name in Index._fields[1:]))
+    return None
 
 
 def _fits(index, sizes) -> bool:
@@ -224,14 +230,3 @@ def _fits(index, sizes) -> bool:
     room = sizes[index.shard % len(sizes)] - index.offset
     is_inside = (index.packed >= 0) & (np.where(index.packed, index.packed, index.size) <= room)
     return bool((known & (index.offset >= 0) & (index.size >= 0) & is_inside).all())
-
-
-def _save(path, key, index) -> bool:
-    fields = {name: getattr(index, name) for name in Index._fields[1:]}
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with new_file(path) as file:
-            np.savez(file, key=np.array(key), **fields)
-        return True
-    except OSError:
-        return False

@@ -1,15 +1,16 @@
 """Frozen features of an image set, raw pixels as features, and a digest of an encoder."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..datasets.images import ImageSet
-from ..loader import whole_images
-from ..running.distributed import rank, world_size
+from ..running.distributed import all_gather, rank, share, world_size
+
+CHUNK = 256  # images that a rank encodes at a time, where that matters
 
 
 class Pixels(nn.Module):
@@ -51,16 +52,32 @@ def key_of(images: ImageSet, *facts: object) -> str:
 def encode_share(
     embed: Callable[[Tensor], Tensor],
     images: ImageSet,
-    *,
-    size: int,
-    device: torch.device,
-    workers: int,
+    load: Callable[[ImageSet, np.ndarray], Iterator[Tensor]],
 ) -> tuple[Tensor, Tensor]:
     """Features (n_r, F) and labels (n_r,) of this rank's share of a labelled set, on the CPU.
 
-    The share of rank r is image r and every world_size-th image after it. embed: normalised images
-    (B, C, size, size) to features (B, F).
+    The share of rank r is image r and every world_size-th image after it. load: from images and
+    their indices to batches (B, C, S, S), see loader.whole_images; embed: from a batch to features
+    (B, F).
     """
     indices = np.arange(rank(), len(images), world_size())
-    batches = whole_images(images, indices, size=size, device=device, workers=workers)
-    return torch.cat([embed(batch).cpu() for batch in batches]), images.labels[indices]
+    return torch.cat([embed(x).cpu() for x in load(images, indices)]), images.labels[indices]
+
+
+def encode_in_order(
+    embed: Callable[[Tensor], Tensor],
+    num_images: int,
+    load_parts: Callable[[list[np.ndarray]], Iterator[Tensor]],
+) -> Iterator[Tensor]:
+    """Features (c, F) on the CPU of all images in order, chunk by chunk, the same on every rank.
+
+    Every rank encodes its part of each chunk. load_parts: from parts, CHUNK indices each, to a
+    batch for each.
+    """
+    chunk = CHUNK * world_size()
+    starts = range(0, num_images, chunk)
+    parts = [share(np.arange(start, start + chunk)) for start in starts]
+    # all ranks must send equal numbers of features: image 0 completes the last chunk
+    parts = [np.where(part < num_images, part, 0) for part in parts]
+    for start, x in zip(starts, load_parts(parts), strict=True):
+        yield all_gather(embed(x))[: num_images - start].cpu()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .. import augment, optim
+from ..loader import ViewLoader
 from ..optim import parameter_groups
 from ..running import distributed
 from ..running.batch_norm import synchronise_batch_norm
@@ -17,7 +18,7 @@ from ..running.precision import autocast, widen
 from . import state
 from .features import encode_share
 from .options import STATE_FILE
-from .task import Task, crop_loader, rank_batches, report_epoch, steps_per_epoch
+from .task import Task, rank_batches, report_epoch, steps_per_epoch
 
 # peak learning rates of encoder and head for a batch of 256, and weight decay
 DEFAULTS = {"sgd": (0.02, 0.2, 0.0), "adamw": (5e-4, 5e-3, 0.05)}
@@ -55,9 +56,10 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
     rates = {name: settings[name] * args.batch_size / 256 for name in ("lr", "head_lr")}
     optimizer = build_optimizer(model, **settings | rates)
     scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
-    epoch, _ = state.resume(task, STATE_FILE, model, optimizer)
+    epoch, _ = state.resume(args, task.identity, STATE_FILE, model, optimizer)
     network = distributed.replicate(model, device)
-    loader, labels = crop_loader(task, train), train.labels.to(device)
+    loader = ViewLoader(train, task.recipe, device, args.workers)
+    labels = train.labels.to(device)
     start = time.perf_counter()
     while epoch < args.epochs:
         network.train()
@@ -84,8 +86,8 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
         epoch += 1
         if epoch % max(1, args.epochs // 5) == 0 or epoch == args.epochs:
             top1, _, _ = evaluate_classifier(task, model)
-            report_epoch(task, loader, epoch, f"top-1 {top1:.2f} %", start)
-        state.save(task, STATE_FILE, model, optimizer, epoch, history=[])
+            report_epoch(task, train, loader.replaced, epoch, f"top-1 {top1:.2f} %", start)
+        state.save(args, task.identity, STATE_FILE, model, optimizer, epoch, history=[])
     top1, top5, counts = evaluate_classifier(task, model)
     task.log(
         f"fine-tuned: top-1 {top1:.2f} %, top-5 {top5:.2f} % on {len(task.val)} images, "
@@ -156,8 +158,7 @@ def evaluate_classifier(task: Task, model: Classifier) -> tuple[float, float, np
         with autocast(task.amp, device):
             return model(x).topk(min(5, classes), dim=1).indices
 
-    loader_args = dict(size=task.args.img_size, device=device, workers=task.args.workers)
-    best, labels = encode_share(best_classes, task.val, **loader_args)
+    best, labels = encode_share(best_classes, task.val, task.load)
     counts = torch.bincount(labels * classes + best[:, 0], minlength=classes**2)
     # one tensor, so that one sum over ranks is enough
     totals = torch.cat([counts, (best == labels[:, None]).sum()[None]]).to(device)

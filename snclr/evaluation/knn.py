@@ -3,7 +3,7 @@ DINO protocol).
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..datasets.images import ImageSet
-from ..loader import EVALUATION_BATCH, whole_images
 from ..running.distributed import all_gather, rank, world_size
 from ..running.precision import full_precision, unit
-from .features import encode_share
+from .features import CHUNK, encode_share
 
 
 class Vote(NamedTuple):
@@ -96,23 +95,16 @@ def accuracy(
     embed: Callable[[Tensor], Tensor],
     train: ImageSet,
     val: ImageSet,
-    *,
-    size: int,
+    load: Callable[..., Iterator[Tensor]],
     device: torch.device,
-    workers: int,
     votes: dict[str, Vote] = NAMED_VOTES,
 ) -> dict[str, float]:
     """Top-1 in percent on val of each vote, with the images of train as neighbours; the same on
-    every rank. Images without a label are left out.
-
-    embed: normalised images (B, C, size, size) to features (B, F).
+    every rank. Images without a label are left out. embed, load: see features.encode_share.
     """
     train, val = train.labelled(), val.labelled()
-    train_share, val_share = (
-        encode_share(embed, images, size=size, device=device, workers=workers)
-        for images in (train, val)
-    )
-    return table(train_share, val_share, len(val), len(train.classes), votes, device)
+    shares = (encode_share(embed, images, load) for images in (train, val))
+    return table(*shares, len(val), len(train.classes), votes, device)
 
 
 def join_shares(x: Tensor, total: int) -> Tensor:
@@ -131,10 +123,7 @@ def join_shares(x: Tensor, total: int) -> Tensor:
 def calibrated_copy(
     encoder: nn.Module,
     images: ImageSet,
-    *,
-    size: int,
-    device: torch.device,
-    workers: int,
+    load: Callable[..., Iterator[Tensor]],
     count: int = 1024,
 ) -> nn.Module:
     """A copy of an untrained encoder, in eval mode, whose batch norms hold the statistics of
@@ -150,9 +139,9 @@ def calibrated_copy(
         norm.momentum = None  # cumulative average
     share = min(count, len(images)) // world_size()  # synchronised norms need equal batches
     # only full batches, since the average gives each batch the same weight
-    share = share // EVALUATION_BATCH * EVALUATION_BATCH or share
+    share = share // CHUNK * CHUNK or share
     indices = np.arange(share) * world_size() + rank()
     if norms:
-        for batch in whole_images(images, indices, size=size, device=device, workers=workers):
+        for batch in load(images, indices, chunk=CHUNK):
             encoder.embed(batch)
     return encoder.eval()

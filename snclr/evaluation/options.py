@@ -12,7 +12,6 @@ from ..shared_options import (
     add_backbone_flags,
     add_data_flags,
     check_batch_size,
-    check_data,
     check_workdir,
     resolve_data,
     resolve_resume,
@@ -281,7 +280,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.warmup_epochs = args.epochs / 10
     resolve_resume(args)
     resolve_data(args)
-    check_data(args)
     _check(args)
     if args.workdir is None:
         args.workdir = f"{os.path.splitext(args.pretrained)[0]}_lincls"

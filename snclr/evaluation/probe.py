@@ -3,8 +3,10 @@ held-out training images.
 """
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,11 +17,10 @@ from ..datasets.split import hold_out
 from ..loader import ViewLoader
 from ..running import distributed
 from ..running.devices import send
-from . import features, state
-from .cache import cached_features
+from . import cache, features, state
 from .linear import NORMS, LinearGrid, kinds_of
-from .options import STATE_FILE
-from .task import Task, crop_loader, rank_batches, report_epoch, steps_per_epoch
+from .options import NOT_IN_FEATURES, STATE_FILE
+from .task import Task, rank_batches, report_epoch, steps_per_epoch
 
 RETRAIN_FILE = "retrain_last.pth.tar"  # in the workdir
 MOCOV3_RATES = {"vit": 3.0, "resnet": 0.1}  # Chen et al. 2021 and their code, by kind of encoder
@@ -36,7 +37,7 @@ def run(task: Task, train_share: Share, val_share: Share) -> tuple[dict, np.ndar
         result, counts = run_grid(task, train_share, val_share)
         if args.retrain:
             result |= retrain(task, result["best_head"], val_share)
-    if features.digest(task.encoder) != task.encoder_digest:
+    if features.digest(task.encoder) != task.identity["encoder_digest"]:
         raise RuntimeError("the encoder changed during its evaluation: this is a bug")
     names = ("protocol", "epochs", "batch_size", "crop_min")
     result["probe"] = {name: getattr(args, name) for name in names} | {"amp": task.amp}
@@ -126,8 +127,8 @@ def train_heads(
     args, labels = task.args, images.labels.to(task.device)
     steps = steps_per_epoch(images, args.batch_size)
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
-    epoch, history = state.resume(task, state_file, heads, optimizer)
-    loader = crop_loader(task, images)
+    epoch, history = state.resume(args, task.identity, state_file, heads, optimizer)
+    loader = ViewLoader(images, task.recipe, task.device, args.workers)
     cached = cached_features(task, loader) if args.cache_features else None
     correct, start = accuracies(heads, *evaluated), time.perf_counter()
     while epoch < args.epochs:
@@ -138,17 +139,52 @@ def train_heads(
         epoch += 1
         correct = accuracies(heads, *evaluated)
         history.append(correct[0].max().item())
-        report_epoch(task, loader, epoch, f"{title} top-1 {history[-1]:.2f} %", start)
-        state.save(task, state_file, heads, optimizer, epoch, history)
+        text = f"{title} top-1 {history[-1]:.2f} %"
+        report_epoch(task, images, loader.replaced, epoch, text, start)
+        state.save(args, task.identity, state_file, heads, optimizer, epoch, history)
     return correct, history
+
+
+def cached_features(task: Task, loader: ViewLoader) -> Tensor:
+    """Features (copies, n, F) float32 of all images of a loader, the same on every rank.
+
+    --cache-copies 1: the view that evaluation uses; more: that many random crops of each image,
+    those of epochs 0 .. copies - 1 of `loader`. Above --cache-limit-gb they are in a file.
+    """
+    args, images = task.args, loader.images
+
+    def load_parts(copy, parts):
+        if args.cache_copies == 1:
+            return task.load(images, np.concatenate(parts), chunk=features.CHUNK)
+        return (x for _, (x,) in loader.load([(copy, part, (0,)) for part in parts]))
+
+    def chunks():
+        for copy in range(args.cache_copies):
+            yield from features.encode_in_order(task.embed, len(images), partial(load_parts, copy))
+
+    shape = (args.cache_copies, len(images), max(kinds_of(task.encoder).values()))
+    path = os.path.join(args.workdir, f"features_{cache_key(task, images)[:16]}.f32")
+    return cache.keep(chunks(), shape, path, args.cache_limit_gb * 2**30)
+
+
+def cache_key(task: Task, images: ImageSet) -> str:
+    """SHA-256 of everything that cached features depend on, see features.key_of.
+
+    A new flag is part of the key unless its definition has changes_features=False.
+    """
+    return features.key_of(
+        images,
+        sorted((name, x) for name, x in vars(task.args).items() if name not in NOT_IN_FEATURES),
+        sorted((name, x) for name, x in task.info.items() if name not in ("epoch", "notes")),
+        task.identity["encoder_digest"],
+        (task.amp, task.device.type, torch.__version__),
+    )
 
 
 def epoch_features(
     task: Task, images: ImageSet, loader: ViewLoader, epoch: int, cached: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's (ids, features) of each batch of an epoch, from the cache or from random crops
-    that are encoded now.
-    """
+    """This rank's (ids, features) of each batch: from the cache, or of crops, encoded now."""
     parts = rank_batches(task, images, epoch)
     if cached is None:
         for ids, (x,) in loader.load([(epoch, part, (0,)) for part in parts]):
@@ -167,16 +203,10 @@ def accuracies(heads: LinearGrid, x: Tensor, labels: Tensor) -> Tensor:
 
 def results_of(task: Task, heads: LinearGrid, lrs: list[float], val_share: Share) -> list[dict]:
     """Features, norm, base rate, and top-1 and top-5 on the validation images, of each head."""
-    top1, top5 = accuracies(heads, *val_share).tolist()
+    percents = accuracies(heads, *val_share).tolist()
     return [
-        {
-            "features": kind,
-            "norm": norm,
-            "lr": lrs[rate],
-            "val_top1": top1[number],
-            "val_top5": top5[number],
-        }
-        for number, (kind, norm, rate) in enumerate(heads.names())
+        {"features": kind, "norm": norm, "lr": lrs[rate], "val_top1": top1, "val_top5": top5}
+        for (kind, norm, rate), top1, top5 in zip(heads.names(), *percents, strict=True)
     ]
 
 
@@ -215,6 +245,6 @@ def table(heads: list[dict], rates: list[float]) -> str:
     names = [f"{kind}, {norm}" for kind, norm in inputs]
     lines = ["base lr    " + "  ".join(f"{name:>20}" for name in names)]
     for number, rate in enumerate(rates):
-        cells = [heads[column * len(rates) + number]["val_top1"] for column in range(len(inputs))]
+        cells = [head["val_top1"] for head in heads[number :: len(rates)]]
         lines.append(f"{rate:<9g}  " + "  ".join(f"{top1:>18.2f} %" for top1 in cells))
     return "\n".join(lines)

@@ -3,6 +3,7 @@ resumes from it.
 """
 
 import os
+from argparse import Namespace
 
 import torch
 from torch import nn
@@ -12,14 +13,13 @@ from ..running.errors import UsageError, first_line
 from ..running.preemption import signals_wait
 from ..running.provenance import versions_and_commit
 from ..running.settings import differ
-from .options import FREE_ON_RESUME
-from .task import Task
 
 KINDS = dict(epoch=int, model=dict, optimizer=dict, history=list, args=dict, encoder_digest=str)
 
 
 def save(
-    task: Task,
+    args: Namespace,
+    identity: dict,
     name: str,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -28,7 +28,8 @@ def save(
 ) -> None:
     """Write the state after `epoch` completed epochs to workdir/name, by rank 0; all ranks wait.
 
-    history: top-1 in percent after each epoch; empty when fine-tuning.
+    identity: what a resumed evaluation must repeat, see task.Task. history: top-1 in percent after
+    each epoch; empty when fine-tuning.
     """
     if distributed.rank() == 0:
         content = {
@@ -36,48 +37,48 @@ def save(
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "history": history,
-            "args": {k: x for k, x in vars(task.args).items() if k not in FREE_ON_RESUME},
-            "encoder_digest": task.encoder_digest,
+            **identity,
             "provenance": versions_and_commit(),
         }
         with signals_wait():
-            tensor_files.save(os.path.join(task.args.workdir, name), content)
+            tensor_files.save(os.path.join(args.workdir, name), content)
     distributed.barrier()
 
 
 def resume(
-    task: Task, name: str, model: nn.Module, optimizer: torch.optim.Optimizer
+    args: Namespace,
+    identity: dict,
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[int, list[float]]:
     """Load what `save` wrote, if --resume asks for it and the file exists. Returns the number of
     completed epochs and the history, else 0 and [].
 
     Raises UsageError if the file is of another evaluation, or does not fit.
     """
-    path = os.path.join(task.args.workdir, name)
-    if task.args.resume is None or not os.path.exists(path):
+    path = os.path.join(args.workdir, name)
+    if args.resume is None or not os.path.exists(path):
         return 0, []
     content = tensor_files.read(path)
     if tensor_files.wrong_entries(content, KINDS):
         raise UsageError(f"{path} is not the state of an evaluation; choose a new --workdir")
-    changed = [
-        str(key)
-        for key, value in content["args"].items()
-        if differ(value, vars(task.args).get(key))
-    ]
-    changed += ["the encoder"] if content["encoder_digest"] != task.encoder_digest else []
+    saved = content["args"].items()
+    changed = [str(name) for name, value in saved if differ(value, vars(args).get(name))]
+    changed += ["the encoder"] * (content["encoder_digest"] != identity["encoder_digest"])
     if changed:
         raise UsageError(
             f"{path} is of another evaluation: {', '.join(changed)} changed; choose a new --workdir"
         )
     try:
         epoch, history = content["epoch"], content["history"]
-        if epoch not in range(task.args.epochs + 1):
+        if epoch not in range(args.epochs + 1):
             raise ValueError("its epoch is not between 0 and --epochs")
         if tensor_files.plain_tensors(content["model"]).keys() != content["model"].keys():
             raise ValueError("its weights are not tensors")
         if not all(type(top1) is float for top1 in history):
             raise ValueError("its history has entries that are not numbers")
-        if len(history) != (0 if task.args.finetune else epoch):
+        if len(history) != (0 if args.finetune else epoch):
             raise ValueError("its history does not have one number for each epoch")
         model.load_state_dict(content["model"])
     except Exception as error:  # the file may hold anything, so torch may raise anything

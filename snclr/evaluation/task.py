@@ -4,7 +4,7 @@ fine-tuning share them.
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .. import augment
 from ..datasets.images import ImageSet
-from ..loader import ViewLoader, share
 from ..running.bad_images import record_bad_images
+from ..running.distributed import share
 from ..running.errors import UsageError
 
 
@@ -24,13 +24,20 @@ class Task(NamedTuple):
     args: argparse.Namespace
     encoder: nn.Module
     info: dict  # of snclr.weights.load.open_encoder
-    encoder_digest: str  # SHA-256 of the encoder's weights before any training
+    identity: dict  # what a resumed evaluation must repeat: encoder_digest, and settings (args)
     embed: Callable[[Tensor], Tensor]  # images to frozen features, from linear.embedder
+    load: Callable[..., Iterator[Tensor]]  # images and indices to batches: loader.whole_images
     train: ImageSet
     val: ImageSet
     device: torch.device
     amp: str  # precision of the encoder: 'off', 'bf16' or 'fp16'
     log: Callable[[str], None]  # prints a line on rank 0; does nothing on other ranks
+
+    @property
+    def recipe(self) -> augment.Recipe:
+        """The view on which a classifier is trained: a random crop, half of them flipped."""
+        args = self.args
+        return augment.Recipe(args.seed, (augment.View(args.img_size, args.crop_min),))
 
 
 def steps_per_epoch(images: ImageSet, batch_size: int) -> int:
@@ -48,19 +55,14 @@ def rank_batches(task: Task, images: ImageSet, epoch: int) -> list[np.ndarray]:
     return [share(order[start : start + size]) for start in starts]
 
 
-def crop_loader(task: Task, images: ImageSet) -> ViewLoader:
-    """Loads images in random crops, half of them flipped."""
-    args = task.args
-    recipe = augment.Recipe(args.seed, (augment.View(args.img_size, args.crop_min),))
-    return ViewLoader(images, recipe, task.device, args.workers)
-
-
-def report_epoch(task: Task, loader: ViewLoader, epoch: int, text: str, start: float) -> None:
+def report_epoch(
+    task: Task, images: ImageSet, replaced: set[int], epoch: int, text: str, start: float
+) -> None:
     """Print progress about ten times during training, and report images that could not be read. All
     ranks call it.
     """
     epochs = task.args.epochs
-    if note := record_bad_images(loader.images, loader.replaced, task.args.workdir):
+    if note := record_bad_images(images.image, replaced, task.args.workdir):
         task.log(f"note: {note}")
     if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
         task.log(f"epoch {epoch}/{epochs}  {text}  {time.perf_counter() - start:.0f} s")

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -108,6 +109,11 @@ def local_rank_zero_first() -> Iterator[None]:
     finally:
         if first:
             barrier()
+
+
+def share(indices: np.ndarray) -> np.ndarray:
+    """This rank's contiguous part of a global batch, whose size all ranks divide."""
+    return np.split(indices, world_size())[rank()]
 
 
 def all_gather(x: Tensor) -> Tensor:

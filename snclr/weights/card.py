@@ -1,10 +1,12 @@
 """The model card of an export: what the weights are, what was measured, how they are loaded."""
 
+import contextlib
 import json
 import os
 import shlex
 from collections.abc import Callable
 
+from ..choices import PUBLIC
 from ..running.errors import one_line
 from ..running.safe_files import json_object, read_json_lines, read_text
 
@@ -14,6 +16,44 @@ SETTINGS += ("init_from", "epochs", "batch_size", "optimizer", "lr", "wd", "warm
 SETTINGS += ("freeze_backbone_epochs", "lr_scale", "crop_min", "snclr_t", "snclr_m", "bank_size")
 SETTINGS += ("topk", "form", "weights", "positiveness_t")
 PACKAGES = ("onnxruntime", "safetensors.torch", "timm", "torch", "torchvision", "transformers")
+CARD = """---
+pipeline_tag: image-feature-extraction
+{library_line}tags:
+- self-supervised
+---
+
+# {name}
+
+Features of images: {arch}, {encoder} encoder, {num_features}
+numbers an image. Written by `python -m snclr.export --format {library}`.
+
+## Load
+
+```python
+{imports}
+
+{build}
+images = torch.rand(1, {channels}, {img_size}, {img_size})  # pixels between 0 and 1
+mean, std = torch.tensor({mean}), torch.tensor({std})
+images = (images - mean[:, None, None]) / std[:, None, None]
+with torch.no_grad():
+    features = {features}  # (1, {num_features})
+```
+
+## Images
+
+{img_size} x {img_size} px, {kind}, divided by 255, then normalised.
+Mean {mean}, standard deviation {std}. Of an image of another
+size, take a central square of 7/8 of the shorter side and resize it.
+
+## Training
+
+{training}
+
+## Results
+
+{results}
+"""
 
 
 def model_card(
@@ -28,44 +68,29 @@ def model_card(
     settings  of the run, as run_settings returns them
     figures   a line about each measured figure, by its name
     """
-    size, channels = info["img_size"], info["channels"]
-    kind = "RGB" if channels == 3 else f"{channels} channels"
-    training = {
-        key: settings[key]
-        for key in ("recipe", *SETTINGS)
-        if settings.get(key) not in (None, False)
-    }
-    training |= {"epochs of these weights": info["epoch"]} if info["epoch"] is not None else {}
-    imports = [package for package in PACKAGES if f"{package}." in f"{build} {features}"]
-    code = [f"import {package}" for package in sorted({*imports, "torch"})]
-    code += [
-        "",
-        build,
-        f"images = torch.rand(1, {channels}, {size}, {size})  # pixels between 0 and 1",
-    ]
-    code += [f"mean, std = torch.tensor({info['mean']}), torch.tensor({info['std']})"]
-    code += ["images = (images - mean[:, None, None]) / std[:, None, None]"]
-    code += ["with torch.no_grad():", f"    features = {features}  # (1, {info['num_features']})"]
-    lines = ["---", "pipeline_tag: image-feature-extraction"]
-    if library in ("timm", "hf"):
-        lines.append(f"library_name: {library.replace('hf', 'transformers')}")
-    lines += ["tags:", "- self-supervised", "---", "", f"# {name}", ""]
-    lines += [
-        f"Features of images: {info['arch']}, {info['encoder']} encoder, {info['num_features']}"
-    ]
-    lines += [f"numbers an image. Written by `python -m snclr.export --format {library}`.", ""]
-    lines += ["## Load", "", "```python", *code, "```", ""]
-    lines += ["## Images", "", f"{size} x {size} px, {kind}, divided by 255, then normalised."]
-    lines += [f"Mean {info['mean']}, standard deviation {info['std']}. Of an image of another"]
-    lines += ["size, take a central square of 7/8 of the shorter side and resize it.", ""]
-    lines += ["## Training", "", *_table(training), ""]
-    lines += ["## Results", "", *(_table(figures) if figures else ["Not measured."]), ""]
-    return "\n".join(lines)
+    shown = {key: settings.get(key) for key in ("recipe", *SETTINGS)}
+    training = {key: x for key, x in shown.items() if x not in (None, False)}
+    if info["epoch"] is not None:
+        training["epochs of these weights"] = info["epoch"]
+    packages = [package for package in PACKAGES if f"{package}." in f"{build} {features}"]
+    hub_name = {"timm": "timm", "hf": "transformers"}.get(library)
+    return CARD.format(
+        **info,
+        name=name,
+        library=library,
+        kind="RGB" if info["channels"] == 3 else f"{info['channels']} channels",
+        library_line=f"library_name: {hub_name}\n" if hub_name else "",
+        imports="\n".join(f"import {package}" for package in sorted({*packages, "torch"})),
+        build=build,
+        features=features,
+        training=_table(training) or "Not known: the file does not say it.",
+        results=_table(figures) or "Not measured.",
+    )
 
 
 def _table(entries):
     rows = [f"| {key} | {_cell(value)} |" for key, value in entries.items()]
-    return ["| | |", "|---|---|", *rows] if rows else ["Not known: the file does not say it."]
+    return "\n".join(["| | |", "|---|---|", *rows]) if rows else ""
 
 
 def _cell(value):
@@ -81,14 +106,11 @@ def run_settings(path: str, settings: dict) -> dict:
     """
     command = _json(os.path.join(os.path.dirname(path), "args.json")).get("command")
     words = []
-    if isinstance(command, str):
-        try:
-            words = shlex.split(command)
-        except ValueError:
-            words = []
+    with contextlib.suppress(ValueError):  # an open quote
+        words = shlex.split(command if isinstance(command, str) else "")
     recipes = " ".join(os.path.basename(word) for word in words if word.startswith("@"))
     start = settings.get("init_from")
-    if isinstance(start, str) and not start.startswith(("timm:", "hf:")):
+    if isinstance(start, str) and not start.startswith(PUBLIC):
         settings = settings | {"init_from": os.path.basename(start)}
     return settings | {"recipe": recipes or None}
 

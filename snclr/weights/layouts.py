@@ -83,16 +83,11 @@ def read_encoder(path: str, branch: str = "online") -> EncoderFile:
     if not tensors:
         raise UsageError(f"{path} holds no named tensors: a checkpoint or a state dict is expected")
     for prefix in PREFIXES[branch]:
-        if any(name.startswith(prefix) for name in tensors):
-            encoder, rest = _select(tensors, prefix)
+        encoder, rest = _select(tensors, prefix)
+        if encoder:
             layout = f"the {branch} encoder of {prefix}*"
             return EncoderFile(path, encoder, layout, False, others + rest, saved)
-    has_other = any(
-        name.startswith(prefix)
-        for prefixes in PREFIXES.values()
-        for name in tensors
-        for prefix in prefixes
-    )
+    has_other = any(name.startswith(PREFIXES["online"] + PREFIXES["momentum"]) for name in tensors)
     is_own = isinstance(saved.get("args"), dict) and saved.get("encoder") in (*PREFIXES,)
     if wrapper == "teacher":
         saved["encoder"] = "momentum"

@@ -28,23 +28,23 @@ def to_timm(encoder: nn.Module, info: dict, as_folder: bool = False) -> Export:
     """
     name, arguments = _timm_model(encoder, info)
     data = _timm_data(info)
+    with_data = arguments | {"pretrained_cfg_overlay": data}
     if not as_folder:
-        return _timm_file(encoder.state_dict(), name, arguments, data)
+        return _timm_file(encoder.state_dict(), name, with_data)
     if "embed_layer" in arguments:
         raise UsageError(
             f"timm has no model with the convolutional stem of {info['arch']}, so it cannot read a "
             "folder: choose a file, as in --out weights.safetensors"
         )
     original = timm.get_pretrained_cfg(name)
-    copied = ("first_conv", "classifier", "pool_size", "fixed_input_size")
+    names = ("first_conv", "classifier", "pool_size", "fixed_input_size")
+    copied = {key: getattr(original, key) for key in names}
     config = {
         "architecture": name,
         "num_classes": 0,
         "num_features": encoder.num_features,
         "model_args": arguments,
-        "pretrained_cfg": {key: getattr(original, key) for key in copied}
-        | data
-        | {"num_classes": 0},
+        "pretrained_cfg": copied | data | {"num_classes": 0},
     }
     try:
         json.dumps(config)
@@ -72,7 +72,7 @@ def to_timm(encoder: nn.Module, info: dict, as_folder: bool = False) -> Export:
         configs={"config.json": config},
         hint=lambda path: (
             "timm before 1.0.16 has no local-dir: "
-            + _call(name, arguments, data, os.path.join(path, "model.safetensors"))
+            + _call(name, with_data, os.path.join(path, "model.safetensors"))
         ),
     )
 
@@ -82,8 +82,8 @@ def to_deit(encoder: nn.Module, info: dict) -> Export:
     if not isinstance(encoder, VisionTransformer):
         raise UsageError(f"--format deit is for ViTs, not for {info['arch']}")
     name, arguments = _timm_model(encoder, info)
-    name = name.replace("vit_", "deit_")
-    return _timm_file({"model": encoder.state_dict()}, name, arguments, _timm_data(info))
+    arguments["pretrained_cfg_overlay"] = _timm_data(info)
+    return _timm_file({"model": encoder.state_dict()}, name.replace("vit_", "deit_"), arguments)
 
 
 def to_torchvision(encoder: nn.Module, info: dict) -> Export:
@@ -250,26 +250,19 @@ def _timm_data(info):
     }
 
 
-def _timm_file(content, name, arguments, data) -> Export:
+def _timm_file(content, name, arguments) -> Export:
     return Export(
         content,
-        lambda path: _call(name, arguments, data, path),
+        lambda path: _call(name, arguments, path),
         lambda path: timm.create_model(name, **arguments, checkpoint_path=path).eval(),
     )
 
 
-def _call(name, arguments, data=None, checkpoint_path=None) -> str:
-    """The code that builds a timm model. data: of _timm_data."""
+def _call(name, arguments, checkpoint_path=None) -> str:
+    """The code that builds a timm model."""
     start = "from snclr.backbones import ConvStem; " if "embed_layer" in arguments else ""
-    parts = [
-        f"{key}={'ConvStem' if value is ConvStem else repr(value)}"
-        for key, value in arguments.items()
-    ]
-    if data is not None:
-        entries = ", ".join(f"{key}={value!r}" for key, value in data.items())
-        parts.append(f"pretrained_cfg_overlay=dict({entries})")
-    if checkpoint_path is not None:
-        parts.append(f"checkpoint_path={checkpoint_path!r}")
+    arguments = arguments | ({"checkpoint_path": checkpoint_path} if checkpoint_path else {})
+    parts = [f"{key}={'ConvStem' if x is ConvStem else repr(x)}" for key, x in arguments.items()]
     return f"{start}model = timm.create_model({name!r}, {', '.join(parts)})"
 
 

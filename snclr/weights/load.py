@@ -219,16 +219,12 @@ def _convert_names(encoder, tensors, own):
     converted, notes = encoder.from_authors_names(tensors), []
     if converted.keys() != tensors.keys():
         notes.append("names of the model's authors, converted by timm's checkpoint_filter_fn")
-    before, after = (
-        math.isqrt(named["pos_embed"].shape[1])
-        if "pos_embed" in named and named["pos_embed"].ndim == 3
-        else None
-        for named in (tensors, converted)
-    )
-    if before != after:
-        notes.append(
-            f"pos_embed: interpolated from {before} x {before} to {after} x {after} patches"
-        )
+    embeddings = [named.get("pos_embed") for named in (tensors, converted)]
+    if all(x is not None and x.ndim == 3 for x in embeddings):
+        before, after = (math.isqrt(x.shape[1]) for x in embeddings)
+        if before != after:
+            sides = f"from {before} x {before} to {after} x {after}"
+            notes.append(f"pos_embed: interpolated {sides} patches")
     return converted, notes
 
 
