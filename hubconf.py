@@ -4,7 +4,7 @@ dependencies = ["torch", "torchvision", "timm", "numpy"]
 
 
 def snclr(file: str, branch: str = "online", **settings):
-    """The frozen encoder in a weight file: normalised images (B, 3, S, S) to features (B, C).
+    """The frozen encoder in a weight file: normalised images (B, C, S, S) to features (B, F).
 
     encoder.info has the mean and std of the images, and notes on what was loaded.
 

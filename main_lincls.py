@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     # -- encoder -------------------------------------------------------------------------------
     encoder, info = open_encoder(args)
     args.img_size, args.grey_range = info["img_size"], info["grey_range"]
-    args.mean, args.std = info["mean"], info["std"]
+    args.mean, args.std, args.channels = info["mean"], info["std"], info["channels"]
 
     # -- data ----------------------------------------------------------------------------------
     train, val, notes = sources.open_data(args)
@@ -143,7 +143,7 @@ def open_encoder(args: argparse.Namespace) -> tuple[nn.Module, dict]:
         **{name: getattr(args, name) for name in DEFAULTS},
     )
     if args.encoder == "pixels":
-        encoder = features.Pixels(info["img_size"]).eval()
+        encoder = features.Pixels(info["channels"], info["img_size"]).eval()
         info |= {"arch": "none", "encoder": "pixels", "notes": []}
     return encoder, info
 

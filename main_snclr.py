@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
         if model.momentum_encoder is not None:
             model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
         if timm_model is not None:
-            images = torch.randn(2, 3, args.img_size, args.img_size)
+            images = torch.randn(2, args.channels, args.img_size, args.img_size)
             public.check_features(args.init_from, timm_model, model.base_encoder, images)
             start_notes += public.other_images(timm_model, args.mean, args.std)
     elif args.init_from:

@@ -9,12 +9,12 @@ __version__ = "0.1.0"
 def load_encoder(path: str, branch: str = "online", **settings) -> tuple:
     """The backbone in a file, frozen, and its info, a dictionary.
 
-    The backbone maps normalised images (B, 3, S, S) to features (B, C). info has the mean and std
+    The backbone maps normalised images (B, C, S, S) to features (B, F). info has the mean and std
     of the images, and notes on what was loaded.
 
     branch     'online' or 'momentum'
-    settings   for files that lack them: arch, img_size, patch_size, num_heads, width, small_stem,
-               timm_kwargs; see snclr.weights.load.open_encoder
+    settings   for files that lack them: arch, img_size, channels, patch_size, num_heads, width,
+               small_stem, timm_kwargs; see snclr.weights.load.open_encoder
     """
     from .weights.load import open_encoder  # torch is imported only here
 

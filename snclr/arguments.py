@@ -149,6 +149,16 @@ def number(kind: type, *, above_zero: bool = False, most: float = math.inf) -> C
     return convert
 
 
+def listed_number(text: str) -> float:
+    """An argparse type for a flag that takes any number of values: a float."""
+    try:
+        return float(text)
+    except ValueError:  # such a flag takes a DATA after it as well
+        raise argparse.ArgumentTypeError(
+            f"expected a number, found {text!r}; DATA must be before this flag"
+        ) from None
+
+
 def seed(text: str) -> int:
     """An argparse type: a random seed, which must fit into 64 bits."""
     value = int(text)

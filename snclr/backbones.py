@@ -1,4 +1,4 @@
-"""Backbones: from images (B, 3, S, S) to features (B, num_features).
+"""Backbones: from images (B, C, S, S) to features (B, num_features).
 
 Every encoder has `embed(x)`, the features; `projector`, which takes the place of the classifier;
 `forward(x) = projector(embed(x))`; `num_features`; and `kind`, 'vit' or 'resnet', which selects the
@@ -7,7 +7,6 @@ shape of its heads (snclr/heads.py). Parameter names are those of timm's VisionT
 Models named `timm:NAME` keep timm's names.
 """
 
-import difflib
 import math
 import sys
 from functools import partial
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from . import heads
 from .choices import ARCHS, NUM_HEADS, check_num_heads
-from .running.errors import UsageError, first_line
+from .running.errors import UsageError, close_names, first_line
 from .running.recompute import recomputed
 
 
@@ -33,7 +32,7 @@ class ConvStem(PatchEmbed):
 
     def __init__(self, *args, embed_dim: int, **kwargs):
         super().__init__(*args, embed_dim=embed_dim, **kwargs)
-        layers, channels = [], 3
+        layers, channels = [], self.proj.in_channels
         for width in (embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim):
             layers += [
                 nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False),
@@ -88,10 +87,12 @@ class VisionTransformer(timm_vit.VisionTransformer):
         num_heads: int,
         embed_layer: type[PatchEmbed],
         stop_grad_conv1: bool,
+        channels: int,
     ):
         super().__init__(
             img_size,
             patch_size,
+            in_chans=channels,
             num_classes=0,
             embed_dim=width,
             depth=depth,
@@ -112,7 +113,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         if embed_layer is PatchEmbed:
             patches = self.patch_embed.proj
             # Xavier initialisation of a linear layer on flattened patches
-            bound = math.sqrt(6 / (3 * patch_size**2 + width))
+            bound = math.sqrt(6 / (channels * patch_size**2 + width))
             nn.init.uniform_(patches.weight, -bound, bound)
             nn.init.zeros_(patches.bias)
             patches.requires_grad_(not stop_grad_conv1)
@@ -122,7 +123,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         return self.head
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) -> class token after the last norm (B, num_features)."""
+        """(B, C, S, S) -> class token after the last norm (B, num_features)."""
         return self.forward_head(self.forward_features(x), pre_logits=True)
 
 
@@ -135,12 +136,19 @@ class ResNet(tv_resnet.ResNet):
 
     kind = "resnet"
 
-    def __init__(self, block: type[nn.Module], stages: tuple[int, ...], width: int, stem: str):
+    def __init__(
+        self,
+        block: type[nn.Module],
+        stages: tuple[int, ...],
+        width: int,
+        stem: str,
+        channels: int,
+    ):
         nn.Module.__init__(self)  # torchvision's own constructor fixes stem, width and four stages
         self._norm_layer = nn.BatchNorm2d
         self.inplanes, self.dilation, self.groups, self.base_width = width, 1, 1, 64
         kernel, stride, pool = STEMS[stem]
-        self.conv1 = nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False)
+        self.conv1 = nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
@@ -171,7 +179,7 @@ class ResNet(tv_resnet.ResNet):
         self.grad_checkpointing = True
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) -> globally averaged features (B, num_features)."""
+        """(B, C, S, S) -> globally averaged features (B, num_features)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for name in self.stages:
             for block in getattr(self, name):
@@ -219,7 +227,7 @@ class TimmEncoder:
         return self.get_submodule(self.pretrained_cfg["classifier"])
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) -> features that the model's classifier would get (B, num_features)."""
+        """(B, C, S, S) -> features that the model's classifier would get (B, num_features)."""
         return self.forward_head(self.forward_features(x), pre_logits=True)
 
     def set_grad_checkpointing(self) -> None:
@@ -245,14 +253,19 @@ class TimmEncoder:
         return self.projector(self.embed(x))
 
 
-def timm_settings(name: str, img_size: int, timm_kwargs: dict) -> dict:
-    """Arguments of timm.create_model for a model that takes images of img_size pixels."""
+def timm_settings(name: str, img_size: int, channels: int, timm_kwargs: dict) -> dict:
+    """Arguments of timm.create_model for a model that takes such images of img_size pixels."""
     sized = {"img_size": img_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
-    return {**sized, **timm_kwargs}
+    return {**sized, **in_chans(channels), **timm_kwargs}
+
+
+def in_chans(channels: int) -> dict:
+    """timm's argument for the number of channels, of which 3 is its default."""
+    return {"in_chans": channels} if channels != 3 else {}
 
 
 def build_timm(
-    name: str, img_size: int, timm_kwargs: dict, hidden_dim: int, out_dim: int
+    name: str, img_size: int, channels: int, timm_kwargs: dict, hidden_dim: int, out_dim: int
 ) -> nn.Module:
     """The timm model `name` with random weights and the projector in place of its classifier.
 
@@ -267,21 +280,18 @@ def build_timm(
         if key.startswith(("pretrained", "checkpoint", "cache")):
             raise UsageError(f"timm's {key} would read other files or the network: use --init-from")
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
-        raise UsageError(
-            f"timm has no model {name}" + (f"; close names are {', '.join(close)}" if close else "")
-        )
+        raise UsageError(f"timm has no model {name}{close_names(name, timm.list_models())}")
     config = timm.get_pretrained_cfg(name)
     if not isinstance(config.classifier, str):
         raise UsageError(
             f"timm:{name} has no single classifier that the projector could replace, "
             f"but {config.classifier}"
         )
-    settings = timm_settings(name, img_size, timm_kwargs)
+    settings = timm_settings(name, img_size, channels, timm_kwargs)
     try:
         model = timm.create_model(name, pretrained=False, **settings).eval()
         features = model.forward_head(
-            model.forward_features(torch.zeros(1, 3, img_size, img_size)), pre_logits=True
+            model.forward_features(torch.zeros(1, channels, img_size, img_size)), pre_logits=True
         )
         if features.ndim != 2:
             raise ValueError(f"its features are not (B, width), but {tuple(features.shape)}")
@@ -353,8 +363,9 @@ def build_encoder(
     hidden_dim: int,
     out_dim: int,
     num_heads: int | None = None,
+    channels: int = 3,
 ) -> nn.Module:
-    """The encoder `arch` with its projector (hidden_dim, out_dim).
+    """The encoder `arch` for images with `channels`, and its projector (hidden_dim, out_dim).
 
     patch_size, stop_grad_conv1 and num_heads are for ViTs (num_heads None: the arch's own, as in
     VITS). width is that of a ResNet's first stage (None: the arch's own). small_stem is for ResNets
@@ -373,15 +384,17 @@ def build_encoder(
         if img_size % patch_size:
             raise UsageError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         encoder = VisionTransformer(
-            img_size, patch_size, width, depth, num_heads, embed_layer, stop_grad_conv1
+            img_size, patch_size, width, depth, num_heads, embed_layer, stop_grad_conv1, channels
         )
         encoder.head = heads.projector("vit", encoder.num_features, hidden_dim, out_dim)
     elif arch in RESNETS:
         block, stages, default_width, stem = RESNETS[arch]
-        encoder = ResNet(block, stages, width or default_width, "small" if small_stem else stem)
+        stem = "small" if small_stem else stem
+        encoder = ResNet(block, stages, width or default_width, stem, channels)
         encoder.fc = heads.projector("resnet", encoder.num_features, hidden_dim, out_dim)
     elif arch.startswith(TIMM):
-        encoder = build_timm(arch.removeprefix(TIMM), img_size, timm_kwargs, hidden_dim, out_dim)
+        name = arch.removeprefix(TIMM)
+        encoder = build_timm(name, img_size, channels, timm_kwargs, hidden_dim, out_dim)
     else:
         raise UsageError(f"unknown arch {arch!r}; known are {', '.join(ARCHS)} and {TIMM}NAME")
     return encoder

@@ -134,7 +134,7 @@ class SNCLR(nn.Module):
 
         Changes the momentum encoder and the bank.
 
-        views           those of augment.build_views, (B, 3, S, S) each
+        views           those of augment.build_views, (B, C, S, S) each
         ids (B,)        data-set indices
         momentum        m of the momentum encoder's average, 0 .. 1
         neighbour_mass  sum of the weights of an image's neighbours (optim.neighbour_mass); 0: the
@@ -339,10 +339,10 @@ class SNCLR(nn.Module):
         return StepView(
             projection=projection.detach(),
             scores=scores,
-            neighbour_ids=torch.where(rows >= 0, ids, -1),
+            neighbour_ids=ids.masked_fill(rows < 0, -1),
             weights=weights.detach(),
             counts=counts,
-            num_candidates=num_candidates + torch.zeros((), dtype=torch.long, device=rows.device),
+            num_candidates=num_candidates,
             bank_fill=None if bank is None else bank.filled / len(bank),
             terms={},
             rows=rows,
@@ -354,7 +354,7 @@ def check_local_size(encoder: nn.Module, args: Namespace) -> None:
     """Raise UsageError if the encoder cannot take local views."""
     try:
         with torch.no_grad():
-            encoder.eval().embed(torch.zeros(1, 3, args.local_size, args.local_size))
+            encoder.eval().embed(torch.zeros(1, args.channels, args.local_size, args.local_size))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(
             f"--arch {args.arch} cannot take local views of {args.local_size} px beside views of "
@@ -379,6 +379,7 @@ def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
         stop_grad_conv1=args.stop_grad_conv1,
         timm_kwargs=dict(args.timm_kwargs or []),
         num_heads=args.num_heads,
+        channels=args.channels,
         hidden_dim=args.snclr_mlp_dim,
         out_dim=args.snclr_dim,
     )

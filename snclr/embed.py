@@ -80,6 +80,7 @@ def main(argv: list[str]) -> None:
     )
     check_tokens(encoder, args.tokens, args.layers)
     args.mean, args.std, args.grey_range = info["mean"], info["std"], info["grey_range"]
+    args.channels = info["channels"]
     train, val, notes = sources.open_data(args)
     images = train if args.split == "train" else val
     if images is None:

@@ -55,7 +55,8 @@ def main(argv: list[str]) -> None:
     name = os.path.basename(os.path.abspath(args.out))
     saved = {"build": export.build(name), "version": __version__}
     saved |= {name: info[name] for name in (*DEFAULTS, "encoder", "epoch")}
-    difference = write_checked(export, saved, args.out, encoder, info["img_size"])
+    shape = (info["channels"], info["img_size"], info["img_size"])
+    difference = write_checked(export, saved, args.out, encoder, shape)
     card = card_path(args.out, export.configs is not None)
     save_text(
         card,
@@ -130,12 +131,12 @@ def card_path(out: str, is_folder: bool) -> str:
 
 @torch.no_grad()
 def write_checked(
-    export: Export, settings: dict, out: str, encoder: nn.Module, img_size: int
+    export: Export, settings: dict, out: str, encoder: nn.Module, shape: tuple[int, int, int]
 ) -> float:
     """Write `out`, but only if the library's model computes the encoder's features from it.
 
-    Both encode one random image. Returns the largest difference of features, divided by the largest
-    feature. Raises RunError above TOLERANCE.
+    Both encode one random image of that shape. Returns the largest difference of features, divided
+    by the largest feature. Raises RunError above TOLERANCE.
     """
     parent, name = os.path.split(os.path.abspath(out))
     with writing(out):
@@ -143,7 +144,7 @@ def write_checked(
     with folder:
         unchecked = os.path.join(folder.name, name)
         write(export, settings, unchecked)
-        x = torch.randn(1, 3, img_size, img_size, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
         expected = encoder.embed(x)
         features = export.read(unchecked)(x)
         difference = ((features - expected).abs().max() / expected.abs().max()).item()

@@ -57,7 +57,7 @@ class ViewLoader:
     def load(
         self, requests: Sequence[tuple], ahead: Sequence[tuple] = ()
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """For each request the ids (B,) and the normalised views, (B, 3, S, S) each, on the device.
+        """For each request the ids (B,) and the normalised views, (B, C, S, S) each, on the device.
 
         ahead: the requests of the next call, if they are known. The workers go on with them without
         a gap. Raises RunError if an image cannot be read and may not be replaced.
@@ -89,7 +89,7 @@ class ViewLoader:
         return [(epoch, part, *view_numbers) for part in np.array_split(indices, count)]
 
     def _batch(self, request, answers):
-        """The ids (B,) of a request, and for each group of V views of one size (V, B, 3, S, S)."""
+        """The ids (B,) of a request, and for each group of V views of one size (V, B, C, S, S)."""
         parts, ids, groups, start = self._parts(request), [], [], 0
         for _, indices, *_ in parts:
             views = next(answers)
@@ -121,7 +121,7 @@ class Batch(NamedTuple):
     """This rank's part of a global batch, on the device.
 
     ids     (B,) numbers of the images in the data set
-    views   (B, 3, S, S) each, normalised, in the order of the table of views
+    views   (B, C, S, S) each, normalised, in the order of the table of views
     """
 
     ids: Tensor
@@ -144,7 +144,7 @@ class TwoViewLoader(ViewLoader):
         workers: int,
     ):
         if isinstance(images, EncodedImages):
-            image_bytes = sum(3 * view.size**2 for view in recipe.views)
+            image_bytes = sum(images.channels * view.size**2 for view in recipe.views)
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             request = min(REQUEST, global_batch_size // world_size())
             check_shared_memory(request * image_bytes, workers, ranks)
@@ -231,7 +231,7 @@ def whole_images(
 ) -> Iterator[Tensor]:
     """Images `indices` in order, for evaluation.
 
-    Yields normalised float batches (<= chunk, 3, size, size) on the device. Raises RunError if an
+    Yields normalised float batches (<= chunk, C, size, size) on the device. Raises RunError if an
     image cannot be read and may not be replaced.
     """
     chunks = np.split(indices, range(chunk, len(indices), chunk))

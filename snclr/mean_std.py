@@ -16,12 +16,12 @@ from .shared_options import parse_data
 
 
 def mean_std(images: ImageSet, size: int, workers: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation (3,) in [0, 1], over all pixels of all images as evaluated.
+    """Mean and standard deviation (C,) in [0, 1], over all pixels of all images as evaluated.
 
     Sets images.mean to 0 and images.std to 1.
     """
-    images.mean, images.std = torch.zeros(3), torch.ones(3)
-    first, second = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    images.mean, images.std = torch.zeros_like(images.mean), torch.ones_like(images.std)
+    first, second = torch.zeros(2, len(images.mean), dtype=torch.float64)
     cpu, count = torch.device("cpu"), len(images) * size**2
     for batch in whole_images(
         images, np.arange(len(images)), size=size, device=cpu, workers=workers

@@ -1,7 +1,7 @@
 """Applies what augment.py has drawn to tensors on any device (torch).
 
-An operation takes x (B, 3, S, S) in [0, 1] and strengths (B, 1, 1, 1). If its name ends in _, it
-changes x and returns it.
+An operation takes x (B, C, S, S) in [0, 1] and strengths (B, 1, 1, 1). If its name ends in _, it
+changes x and returns it. If C is not 3, saturation must be 1 and hue 0: those of RGB images.
 """
 
 import math
@@ -26,12 +26,12 @@ SMALL = 64  # px; on a CPU larger views are augmented one by one, to stay in its
 def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) -> Tensor:
     """Jitter, gray, blur, solarize, flip, rotate and normalise.
 
-    crops (B, 3, S, S) uint8; mean, std (3,) of the data set, in [0, 1]. Returns (B, 3, S, S) float
+    crops (B, C, S, S) uint8; mean, std (C,) of the data set, in [0, 1]. Returns (B, C, S, S) float
     on the device of the crops. Each operation runs only on the images that were drawn for it: the
     parameters are on the host, so the host never waits for a GPU.
     """
     views = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device)
-    count = 1 if is_large_on_cpu(crops) else max(1, AT_ONCE // (3 * crops.shape[-1] ** 2))
+    count = 1 if is_large_on_cpu(crops) else max(1, AT_ONCE // crops.shape[1:].numel())
     for start in range(0, len(crops), count):
         part = slice(start, start + count)
         x = views[part].copy_(crops[part]).div_(255)
@@ -41,7 +41,7 @@ def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) 
 
 
 def _apply_(x, p: ViewParameters):
-    """All operations on x (B, 3, S, S) in place; p: their parameters, as numpy arrays."""
+    """All operations on x (B, C, S, S) in place; p: their parameters, as numpy arrays."""
     _jitter_(x, p)
     _on_chosen_(x, p.gray, grayscale)
     _on_chosen_(
@@ -141,8 +141,8 @@ def _strengths(values, x):
 
 
 def normalize_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(x - mean) / std per channel, in place; x (B, 3, S, S) in [0, 1]."""
-    mean, std = (values.to(x, non_blocking=True).view(3, 1, 1) for values in (mean, std))
+    """(x - mean) / std per channel, in place; x (B, C, S, S) in [0, 1]."""
+    mean, std = (values.to(x, non_blocking=True).view(-1, 1, 1) for values in (mean, std))
     return x.sub_(mean).mul_(1 / std)
 
 
@@ -178,6 +178,8 @@ def adjust_hue_(x: Tensor, turns: Tensor) -> Tensor:
     shorter way round: 3 chroma - |3 chroma - |angle||. This is right for angles of up to 7 chroma,
     which is what limits the turn.
     """
+    if x.shape[1] != 3:
+        return x
     red, green, blue = x.split(1, dim=1)
     value, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
     chroma = value - low
@@ -201,7 +203,7 @@ def blend_(x: Tensor, blend: Tensor) -> None:
         luma = _luma(x)
         mean = luma.mean(dim=(2, 3), keepdim=True)
         luma.mul_(blend[2]).addcmul_(mean, blend[1])
-        x.mul_(blend[0]).add_(luma).clamp_(0, 1)
+        torch.addcmul(luma, x, blend[0], out=x).clamp_(0, 1)
 
 
 JITTERS = adjust_brightness_, adjust_contrast_, adjust_saturation_, adjust_hue_
@@ -265,6 +267,8 @@ def flip_v(x: Tensor) -> Tensor:
 
 
 def _luma(x: Tensor) -> Tensor:
-    """(B, 3, S, S) -> (B, 1, S, S)."""
+    """(B, C, S, S) -> (B, 1, S, S): of another C than 3 the mean of the channels."""
+    if x.shape[1] != 3:
+        return x.mean(dim=1, keepdim=True)
     red, green, blue = x.split(1, dim=1)
     return (red * GRAY[0]).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])

@@ -7,7 +7,7 @@ import argparse
 import math
 import os
 
-from .arguments import flag, key_value, new_parser, number, seed
+from .arguments import flag, key_value, listed_number, new_parser, number, seed
 from .choices import (
     ARCHS,
     DATASETS,
@@ -116,18 +116,30 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     flag(
         g,
+        "--channels",
+        type=number(int, above_zero=True, most=2**10),
+        metavar="C",
+        help="channels of an image: 3 is RGB, 1 is grey; with another number images are arrays "
+        "(.npy) or TIFF files, whose pages together have so many (default: that of the encoder's "
+        "file, else 3)",
+        on_resume="fixed",
+        describes_encoder=True,
+    )
+    flag(
+        g,
         "--mean",
-        type=float,
-        nargs=3,
+        type=listed_number,
+        nargs="+",
         metavar="X",
-        help="mean of each channel, in units of 0..1, to normalise (default: that of the data set)",
+        help="mean of each channel, in units of 0..1, to normalise (default: that of the data set; "
+        "0.5 if --channels is not 3, and so for --std)",
         describes_encoder=True,
     )
     flag(
         g,
         "--std",
-        type=float,
-        nargs=3,
+        type=listed_number,
+        nargs="+",
         metavar="X",
         help="standard deviation of each channel; `python -m snclr.mean_std DATA` measures both",
         describes_encoder=True,
@@ -182,8 +194,8 @@ def resolve_data(args: argparse.Namespace) -> None:
     has_bad_std = any(not 0 < value <= 1 for value in args.std or ())
     if (args.mean is None) != (args.std is None) or has_bad_std:
         raise UsageError(
-            "--mean and --std must be given together, three numbers each in units of 0..1, with "
-            "--std above 0"
+            "--mean and --std must be given together, a number for each channel in units of 0..1, "
+            "with --std above 0"
         )
     if args.dataset is None:
         args.dataset = recognise_dataset(args.data)
@@ -200,11 +212,21 @@ def num_cores() -> int:
 
 
 def resolve_views(args: argparse.Namespace) -> None:
-    """Fill in the image size, and the mean and standard deviation of the channels."""
+    """Fill in the image size, the number of channels, and their mean and standard deviation.
+
+    Raises UsageError if the flags have another number of means than channels.
+    """
     if args.img_size is None:
         args.img_size = IMG_SIZES.get(args.dataset, 224)
-    mean, std = MEAN_STD.get(args.dataset, IMAGENET)
+    args.channels = args.channels or 3
+    unknown = ([0.5] * args.channels,) * 2
+    mean, std = MEAN_STD.get(args.dataset, IMAGENET) if args.channels == 3 else unknown
     args.mean, args.std = args.mean or list(mean), args.std or list(std)
+    if not len(args.mean) == len(args.std) == args.channels:
+        raise UsageError(
+            f"--mean and --std need {args.channels} numbers each, one for each channel, found "
+            f"{len(args.mean)} and {len(args.std)}"
+        )
 
 
 def check_data(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .arguments import flag, number
+from .arguments import flag, listed_number, number
 from .running.errors import UsageError
 
 # flags with a probability: what happens with it, and the default
@@ -101,17 +101,17 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
 
 def _at_most_1(text):
     """An argparse type: a number between 0 and 1."""
-    try:
-        float(text)
-    except ValueError:  # these flags take any number of values, so also a DATA after them
-        raise argparse.ArgumentTypeError(
-            f"expected a number, found {text!r}; DATA must be before this flag"
-        ) from None
+    listed_number(text)
     return number(float, most=1)(text)
 
 
 def resolve_view_flags(args: argparse.Namespace) -> None:
-    """Fill in defaults that depend on other flags. Raises UsageError for --blur-p and --no-blur."""
+    """Fill in defaults that depend on other flags. Raises UsageError for --blur-p and --no-blur.
+
+    Saturation, hue and grey are those of RGB images: for others they are off.
+    """
+    if args.channels != 3:
+        args.jitter, args.grey_p = args.jitter or [0.4, 0.4, 0.0, 0.0], args.grey_p or [0.0]
     if args.crop_min is None:
         args.crop_min = 0.2 if args.method == "mocov2" else 0.08
     if args.local_size is None:
@@ -136,6 +136,12 @@ def check_views(args: argparse.Namespace) -> None:
         raise UsageError(
             f"the last number of --jitter, hue in turns, must be at most {HUE_MAX:.2f}, found "
             f"{max(args.jitter[3::4]):g}"
+        )
+    of_colours = [*(args.jitter or ())[2::4], *(args.jitter or ())[3::4], *(args.grey_p or ())]
+    if args.channels != 3 and any(of_colours):
+        raise UsageError(
+            f"--channels {args.channels}: only images of red, green and blue have saturation, "
+            "hue and grey: the last two numbers of --jitter, and --grey-p, must be 0"
         )
     if not args.local_views:
         return

@@ -69,9 +69,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     g.add_argument(
         "--pool", type=positive, default=5000, metavar="N", help="training images that are searched"
     )
-    g.add_argument(
-        "--umap", action="store_true", help="add UMAP to the map (pip install umap-learn)"
-    )
     g.add_argument("--seed", type=seed, default=0, metavar="N", help="seed that chooses the images")
     g.add_argument(
         "--out", metavar="DIR", help="folder of the pictures (default: pictures beside FILE)"
@@ -82,8 +79,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     check_data(args)
     if args.image is not None and not os.path.isfile(args.image):
         raise UsageError(f"--image {args.image}: there is no such file")
-    if args.umap and importlib.util.find_spec("umap") is None:
-        raise UsageError("--umap needs umap-learn: pip install umap-learn")
     return args
 
 
@@ -102,6 +97,7 @@ def main(argv: list[str]) -> None:
         encoders.append(_open_encoder(args.against, args.encoder, {}))
     info = encoders[0].info
     args.mean, args.std, args.grey_range = info["mean"], info["std"], info["grey_range"]
+    args.channels = info["channels"]
     train, val, _ = sources.open_data(args)
     for position, (module, info, name) in enumerate(encoders):
         module = module.to(device)
@@ -159,13 +155,15 @@ def _draw(
     pictures = {"neighbours": retrieval(queries, chosen, f"Nearest of {len(pool)} training images")}
     if args.image is not None:
         photo = FileImages(Paths([args.image]), None, [], (args.mean, args.std))
-        photo.grey_range = args.grey_range
+        photo.grey_range, photo.channels = args.grey_range, args.channels
         title = f"Nearest to {os.path.basename(args.image)}"
         pictures["retrieval"] = retrieval(photo, np.array([0]), title)
+    if importlib.util.find_spec("umap"):
+        print("drawing the map by UMAP takes about half a minute: its library compiles each time")
     maps = {
         f"{method} of {name}": points
         for name, of_pool in features.items()
-        for method, points in projections(of_pool, args.seed, args.umap).items()
+        for method, points in projections(of_pool, args.seed).items()
     }
     labels = None if train.labels is None else train.labels[pool].numpy()
     pictures["map"] = map_picture(maps, labels, train.classes)

@@ -21,6 +21,12 @@ def signal_handlers():
         yield
 
 
+@pytest.fixture(autouse=True)
+def without_umap(monkeypatch):
+    """Hide UMAP, which compiles for many seconds in each process. Its own test shows it again."""
+    monkeypatch.setitem(sys.modules, "umap", None)
+
+
 @pytest.fixture
 def float64():
     """Let float64 be torch's default dtype."""

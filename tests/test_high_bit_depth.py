@@ -53,8 +53,11 @@ def png_16(pixels):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
-def tiff_16(pixels, order="<", compressed=False, orientation=1):
-    """A TIFF of (H, W, C) uint16 in one strip, which PIL cannot write for C = 3, 4."""
+def tiff_16(pixels, order="<", compressed=False, orientation=1, start=0, following=0):
+    """A TIFF of (H, W, C) uint16 in one strip, which PIL cannot write for C = 3, 4.
+
+    start: its position in a file of several pages; following: that of the tags of the next page.
+    """
     height, width, channels = pixels.shape
     strip = pixels.astype(f"{order}u2").tobytes()
     strip = zlib.compress(strip) if compressed else strip
@@ -73,14 +76,14 @@ def tiff_16(pixels, order="<", compressed=False, orientation=1):
         (284, 3, 1, 1),
     ]
     after_tags = 8 + 2 + 12 * len(tags) + 4
-    places = {258: after_tags, 273: after_tags + len(bits)}
+    places = {258: start + after_tags, 273: start + after_tags + len(bits)}
     file = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
     for number, kind, count, value in tags:
         file += struct.pack(f"{order}HHI", number, kind, count)
         value = places.get(number, value)
         short = kind == 3 and number not in places
         file += struct.pack(f"{order}HH", value, 0) if short else struct.pack(f"{order}I", value)
-    return file + struct.pack(f"{order}I", 0) + bits + strip
+    return file + struct.pack(f"{order}I", following) + bits + strip
 
 
 def big_endian(pixels):

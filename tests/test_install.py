@@ -23,7 +23,7 @@ import os, runpy, sys
 import snclr
 from snclr.arguments import read_recipes
 
-sys.modules["sklearn"] = None  # optional, and slow
+sys.modules["sklearn"] = sys.modules["umap"] = None  # optional, and slow
 
 def run(module, line):  # python -m module line
     sys.argv[1:] = line.split()

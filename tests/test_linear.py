@@ -362,6 +362,7 @@ def slow_head(images, pretrained, lr_at, epochs, batch, crop_min, norm="plain", 
     encoder, info = weights.open_encoder(str(pretrained))
     args = lincls_options.parse([str(images), "--pretrained", str(pretrained), "-j", "0"])
     args.mean, args.std, args.img_size = info["mean"], info["std"], info["img_size"]
+    args.channels = info["channels"]
     train, val, _ = sources.open_data(args)
     width = next(iter(linear.kinds_of(encoder).values())) * (1 + column_mean)
     layer = nn.Linear(width, 2)
@@ -548,6 +549,7 @@ def test_every_setting_that_features_depend_on_changes_their_key(images, pretrai
     args = lincls_options.parse([str(images), "--pretrained", str(pretrained)])
     encoder, info = weights.open_encoder(str(pretrained))
     args.mean, args.std, args.img_size = info["mean"], info["std"], info["img_size"]
+    args.channels = info["channels"]
     train, val, _ = sources.open_data(args)
     task = Task(args, encoder, info, "digest", None, train, val, CPU, "off", print)
 

@@ -729,7 +729,8 @@ def test_a_share_of_each_class_is_held_out_for_validation(tmp_path):
     (tmp_path / "x.pth").touch()
     flags = [str(tmp_path), "--val-fraction", "0.2", "--val-seed", "3", "--subset", "20"]
     lincls_args = lincls_options.parse([*flags, "--pretrained", str(tmp_path / "x.pth")])
-    lincls_args.mean = lincls_args.std = [0.5] * 3  # those of the checkpoint
+    # those of the checkpoint
+    lincls_args.mean, lincls_args.std, lincls_args.channels = [0.5] * 3, [0.5] * 3, 3
     splits = [sources.open_data(args)[:2] for args in (options.parse(flags), lincls_args)]
     keys = augment.keyed_uniforms(1, 3, np.arange(40))[:, 0]
     held = set()

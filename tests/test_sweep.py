@@ -1,8 +1,7 @@
 import json
+import math
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +17,11 @@ from snclr import sweep
 from snclr.arguments import read_recipes
 from snclr.pictures import compare, report
 from snclr.pictures.runs import load
+from snclr.running import jobs
 from snclr.running.errors import Interrupted, RunError, UsageError
+from snclr.running.jobs import DONE, FAILED, WAITS, Job
+from snclr.running.lock import is_held
+from snclr.running.preemption import handlers_given_back
 
 ROOT = Path(sweep.__file__).resolve().parent.parent
 KNN = ("knn_top1", "last")
@@ -26,13 +29,12 @@ KNN = ("knn_top1", "last")
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    """No GPU; the handlers of signals are restored."""
+    """No GPU, one thread, a look at the jobs each 50 ms; the handlers of signals are restored."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    before[signal.SIGUSR1] = signal.getsignal(signal.SIGUSR1)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(jobs, "POLL", 0.05)
+    with handlers_given_back():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +98,15 @@ def test_runs_are_recipes_times_seeds_on_a_base(tmp_path):
     topk_1 = "configs/ablations/topk_1.args"
     both = f"both=@{topk_1} --bank-size 512"
     words = [topk_1, both, "--base", "configs/cifar10_cpu.args", "--seeds", "3"]
-    jobs = planned(tmp_path, *words, "4", "--", str(tmp_path), "--topk", "2")
-    assert [job.name for job in jobs] == [
+    plan = planned(tmp_path, *words, "4", "--", str(tmp_path), "--topk", "2")
+    assert [job.name for job in plan] == [
         f"{name}-seed{s}" for name in ("topk_1", "both") for s in (3, 4)
     ]
-    parsed = [sweep.options.parse(job.flags) for job in jobs]
+    parsed = [sweep.options.parse(job.command[3:]) for job in plan]
     assert [args.bank_size for args in parsed] == [8192, 8192, 512, 512]
     assert {(args.topk, args.workers, args.resume) for args in parsed} == {(2, 3, "auto")}
-    assert [args.workdir for args in parsed] == [str(tmp_path / job.name) for job in jobs]
-    assert "--topk" in jobs[0].settings and not any(x.startswith("@") for x in jobs[0].settings)
+    assert [args.workdir for args in parsed] == [str(tmp_path / job.name) for job in plan]
+    assert "--topk" in plan[0].settings and not any(x.startswith("@") for x in plan[0].settings)
 
 
 @pytest.mark.parametrize(
@@ -128,86 +130,157 @@ def test_runs_share_the_gpus_of_the_allocation(monkeypatch, names, gpus):
     assert sweep.visible_gpus() == gpus
 
 
+# -- jobs ------------------------------------------------------------------------------------------
+
+
+def shell_jobs(tmp_path, **scripts):
+    return [
+        Job(name, str(tmp_path / name), ["sh", "-c", script], [script])
+        for name, script in scripts.items()
+    ]
+
+
+def test_jobs_share_the_gpus_and_a_failed_one_stops_no_other(tmp_path, capsys):
+    busy = f"{tmp_path}/$CUDA_VISIBLE_DEVICES"
+    alone = f"mkdir {busy} && sleep 0.1 && rmdir {busy}"
+    scripts = {f"good{n}": f"{alone} && echo 'epoch {n}/9  loss 1' && echo end" for n in range(4)}
+    planned = shell_jobs(
+        tmp_path, bad=f"{alone}; echo no data >&2; exit 3", mute="exit 4", **scripts
+    )
+    assert jobs.run_jobs(planned, ["5", "7"], math.inf) == ""
+    assert [(job.state, job.message) for job in planned] == [
+        (FAILED, "no data"),
+        (FAILED, "exit code 4"),
+        *((DONE, f"epoch {n}/9  loss 1") for n in range(4)),
+    ]
+    assert {job.gpu for job in planned} == {"5", "7"}
+    lines = capsys.readouterr().out.splitlines()
+    assert {"bad  failed  no data", "good3  runs", "good3  finished  epoch 3/9  loss 1"} <= {*lines}
+
+
+def test_finished_jobs_are_skipped_unless_their_settings_change(tmp_path):
+    (job,) = shell_jobs(tmp_path, a="echo epoch 1/1")
+    for settings in (["x"], ["x"], ["y"]):
+        jobs.run_jobs([Job("a", job.workdir, job.command, settings)], [""], math.inf)
+    assert (tmp_path / "a/console.txt").read_text() == 2 * "epoch 1/1\n"
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
+def test_a_signal_stops_the_jobs_and_no_other_starts(tmp_path, name):
+    save = "trap 'echo saved; exit 75' TERM; kill -{} $PPID; while :; do sleep 0.05; done"
+    planned = shell_jobs(tmp_path, a=save.format(name[3:]), b="echo")
+    assert jobs.run_jobs(planned, [""], math.inf) == name
+    assert [job.state for job in planned] == [WAITS, WAITS]
+    assert (tmp_path / "a/console.txt").read_text() == "saved\n"
+    assert not (tmp_path / "b").exists() and not (tmp_path / "a/finished.json").exists()
+
+
+def test_a_deadline_stops_the_jobs(tmp_path):
+    for seconds in (0, 0.1):  # before the first job starts, and later
+        planned = shell_jobs(tmp_path, a="exec sleep 60", b="echo")
+        assert jobs.run_jobs(planned, [""], seconds) == "--minutes"
+        assert [job.state for job in planned] == [WAITS, WAITS]
+
+
+def test_a_job_waits_while_another_process_uses_its_folder(tmp_path, monkeypatch, capsys):
+    lock = tmp_path / "a/main_snclr.lock"
+    lock.parent.mkdir()
+    code = f"import fcntl; file = open('{lock}', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); input(1)"
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.read(1) == b"1"
+    show = jobs.show
+
+    def show_and_release(*arguments):
+        height = show(*arguments)
+        process.stdin.close()
+        process.wait()
+        return height
+
+    monkeypatch.setattr(jobs, "show", show_and_release)
+    jobs.run_jobs(shell_jobs(tmp_path, a="echo"), [""], math.inf)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["a  waits  another process uses its folder", "a  runs", "a  finished"]
+
+
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_lines_of_working_runs_change_in_place_on_a_terminal(monkeypatch, capsys, is_terminal):
+def test_lines_of_running_jobs_change_in_place_on_a_terminal(monkeypatch, capsys, is_terminal):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     monkeypatch.setattr(os, "get_terminal_size", lambda: os.terminal_size((22, 9)))
-    jobs = [sweep.Job(name, name, "", [], []) for name in ("a", "b", "c")]
-    display, printed = sweep.Display(), []
+    shown, height, printed = [Job(name, "", [], []) for name in ("a", "b", "c")], 0, []
     for states in (
-        [("runs", ""), ("runs", "epoch 1  9 images/s"), ("waits", "")],
-        [("failed", "no file"), ("runs", "epoch 1  8 images/s"), ("waits", "")],
-        [("failed", "no file"), ("runs", "epoch 2  8 images/s"), ("runs", "")],
+        [("runs", ""), ("runs", "epoch 1/2  9 images/s"), ("waits", "")],
+        [("failed", "no file"), ("runs", "epoch 1/2  8 images/s"), ("waits", "")],
+        [("failed", "no file"), ("runs", "epoch 2/2  8 images/s"), ("runs", "")],
     ):
-        for job, state in zip(jobs, states, strict=True):
+        for job, state in zip(shown, states, strict=True):
             job.state, job.message = state
-        display.update(jobs)
+        height = jobs.show(shown, height)
         printed.append(capsys.readouterr().out)
     if is_terminal:
-        up, cut = "\x1b[A\x1b[2K", "b  runs  epoch {}  {} im\n"
+        up, cut = "\x1b[A\x1b[2K", "b  runs  epoch {}/2  {} \n"
         assert printed[0] == "a  runs\n" + cut.format(1, 9)
         assert printed[1] == up * 2 + "a  failed  no file\n" + cut.format(1, 8)
         assert printed[2] == up + cut.format(2, 8) + "c  runs\n"
     else:
         assert printed == [
-            "a  runs\nb  runs  epoch 1  9 images/s\n",
+            "a  runs\nb  runs  epoch 1/2  9 images/s\n",
             "a  failed  no file\n",
-            "b  runs  epoch 2  8 images/s\nc  runs\n",
+            "b  runs  epoch 2/2  8 images/s\nc  runs\n",
         ]
 
 
 # -- a sweep ---------------------------------------------------------------------------------------
 
 
-def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, images, capsys):
-    """Kill the sweep in the first run; stop it by --minutes; then let it end, and start again."""
+def test_a_killed_sweep_goes_on(tmp_path, images, monkeypatch, capsys):
+    """Kill the sweep in a run; go on for three steps more; then run others, which fail."""
     workdir = tmp_path / "sweep"
-    (tmp_path / "good.args").write_text(f"{SMALL} --epochs 12 --eval-freq 6")
-    (tmp_path / "bad.args").write_text(f"{SMALL} --init-from {tmp_path}/good.args")
-    recipes = [str(tmp_path / "good.args"), str(tmp_path / "bad.args")]
-    words = [*recipes, "--side-by-side", "2", "--workdir", str(workdir), "--", str(images)]
+    (tmp_path / "good.args").write_text(f"{SMALL} --epochs 999 --eval-freq 999")
+    words = [f"{tmp_path}/good.args"]
+    flags = ["--workdir", str(workdir), "--", str(images)]
     log = workdir / "good-seed0/metrics.jsonl"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "snclr.sweep", *words], env=environment, cwd=ROOT
-    ) as process:
-        wait_for(lambda: log.exists() and '"loss"' in log.read_text())
+
+    def steps():
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [json.loads(line)["step"] for line in lines if '"loss"' in line]
+
+    command = [sys.executable, "-m", "snclr.sweep", *words, *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        wait_for(steps)
         with pytest.raises(UsageError, match="is in use by pid"):
-            sweep.main(words)
+            sweep.main([*words, *flags])
         process.kill()
-    seen = len(log.read_text().splitlines())
-    assert not (workdir / "good-seed0/finished.json").exists()
+    wait_for(lambda: not is_held(str(workdir / "good-seed0"), "main_snclr"))  # it has saved
+    seen = steps()[-1]
 
-    with pytest.raises(Interrupted, match=r"--minutes: [12] runs are left"):
-        sweep.main(["--minutes", "0.01", *words])
-    assert json.loads((workdir / "sweep.json").read_text())["runs"]["good-seed0"]["state"] in (
-        sweep.WAITS,
-        sweep.STOPPED,
-    )
+    with pytest.raises(Interrupted, match="--minutes: 2 runs are left; the same command continues"):
+        sweep.main(["--minutes", "1e-12", *words, "other=", *flags, *SMALL.split()])
+    content = json.loads((workdir / "sweep.json").read_text())["runs"]
+    assert {name: run["state"] for name, run in content.items()} == {
+        "good-seed0": WAITS,
+        "other-seed0": WAITS,
+    }
+
+    flags += ["--stop-after-steps", str(seen + 3)]
     capsys.readouterr()
-
-    with pytest.raises(RunError, match="failed: bad-seed0; the same command tries again"):
-        sweep.main(words)
-    lines = capsys.readouterr().out.splitlines()
-    assert any(re.match(r"bad-seed0  failed  main_snclr.py: error: .*good.args", x) for x in lines)
-    assert any(re.match(r"good-seed0  finished  epoch 12  kNN [\d.]+ %", x) for x in lines)
+    sweep.main([*words, *flags])
+    message = rf"(?m)^good-seed0  finished  epoch \d+/999  step {seen + 3}/4995  loss"
+    assert re.search(message, capsys.readouterr().out)
     console = (workdir / "good-seed0/console.txt").read_text()
     assert "resumed from" in console and "after step 0" not in console
-    steps = [json.loads(x)["step"] for x in log.read_text().splitlines() if '"loss"' in x]
-    assert steps == list(range(1, 61)) and seen < len(steps)
+    assert steps() == list(range(1, seen + 4))
     (row,) = [x for x in (workdir / "sweep.md").read_text().splitlines() if "good" in x]
     knn = json.loads((workdir / "sweep.json").read_text())["runs"]["good-seed0"]["kNN top-1 %"]
     assert f" {knn:.1f} " in row and (workdir / "report.html").exists()
 
-    shutil.rmtree(workdir / "bad-seed0")
     written = log.stat().st_mtime_ns
-    sweep.main([recipes[0], *words[2:]])
+    monkeypatch.setattr(sys, "executable", "false")  # a program that fails
+    with pytest.raises(RunError, match="failed: bad-seed0; the same command tries again"):
+        sweep.main([*words, "bad=--topk 1", "--side-by-side", "2", *flags])
     assert log.stat().st_mtime_ns == written
-    assert "good-seed0  finished  epoch 12" in capsys.readouterr().out
-    # other settings: the run is no longer finished
-    jobs = planned(workdir, recipes[0], "--", str(images), "--epochs", "13")
-    marker = json.loads((workdir / "good-seed0/finished.json").read_text())
-    assert marker["settings"] != jobs[0].settings
+    output = capsys.readouterr().out
+    assert re.search(message, output) and "bad-seed0  failed  exit code 1\n" in output
 
 
 def wait_for(condition, seconds=600):
@@ -228,9 +301,9 @@ STEP += "--topk 2 --amp off --eval-freq 0 --stop-after-steps 1"
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_sweep_file_has_valid_runs_and_the_last_one_trains(path, tmp_path, images):
     words = read_recipes([f"@{path}", str(images), *STEP.split()], [])
-    jobs = planned(tmp_path, *words)
-    assert len({tuple(job.settings) for job in jobs}) == len(jobs) >= 4
-    main_snclr.main(jobs[-1].flags)
-    assert '"step": 1' in Path(jobs[-1].workdir, "metrics.jsonl").read_text()
+    plan = planned(tmp_path, *words)
+    assert len({tuple(job.settings) for job in plan}) == len(plan) >= 4
+    main_snclr.main(plan[-1].command[3:])
+    assert '"step": 1' in Path(plan[-1].workdir, "metrics.jsonl").read_text()
     head = path.read_text().split('"')[0]
     assert "Not run yet" in head or "docs/RESULTS.md" in head

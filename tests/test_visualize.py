@@ -1,6 +1,8 @@
 import os
 import sys
 from argparse import Namespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -348,23 +350,29 @@ def test_a_map_of_collapsed_features_is_drawn():
 
 
 @pytest.mark.slow  # numba compiles for many seconds
-def test_map_by_umap():
+def test_map_by_umap_where_it_is_installed(monkeypatch):
+    monkeypatch.delitem(sys.modules, "umap")
     pytest.importorskip("umap", reason="UMAP needs umap-learn")
-    collapsed = encoders.projections(torch.ones(20, 5), seed=1, with_umap=True)
-    assert list(collapsed) == ["PCA"]
+    assert list(encoders.projections(torch.ones(20, 5), seed=1)) == ["PCA"]
     for features in (torch.randn(40, 5), torch.randn(3, 5)):
-        maps = [encoders.projections(features, seed=1, with_umap=True) for _ in range(2)]
+        maps = [encoders.projections(features, seed=1) for _ in range(2)]
         first, second = (points["UMAP"] for points in maps)
         assert first.shape == (len(features), 2) and np.array_equal(first, second)
         assert np.isfinite(first).all()
 
 
-def test_umap_runs_only_on_request_and_its_package_is_named(monkeypatch):
-    assert not visualize.parse(["x", "--dataset", "embedded"]).umap
-    assert "UMAP" not in encoders.projections(torch.randn(9, 5), seed=1)
-    monkeypatch.setattr(visualize.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="--umap needs umap-learn: pip install umap-learn"):
-        visualize.parse(["x", "--dataset", "embedded", "--umap"])
+def test_a_map_by_umap_is_announced_and_drawn_where_it_is_installed(
+    trained, images, tmp_path, monkeypatch, capsys
+):
+    without = draw(trained, images, tmp_path / "without")
+    assert "UMAP" not in capsys.readouterr().out
+    stub = ModuleType("umap")
+    stub.__spec__ = ModuleSpec("umap", None)
+    stub.UMAP = lambda **settings: Namespace(fit_transform=lambda x: x[:, :2])
+    monkeypatch.setitem(sys.modules, "umap", stub)
+    pictures = draw(trained, images, tmp_path / "with")
+    assert "by UMAP takes about half a minute" in capsys.readouterr().out
+    assert {name for name in pictures if pictures[name] != without[name]} == {"map.png"}
 
 
 def test_map_by_tsne_where_scikit_learn_is_installed():

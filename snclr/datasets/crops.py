@@ -17,8 +17,8 @@ def select(x: Tensor, rows: np.ndarray) -> Tensor:
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Cut V boxes (top, left, height, width) out of each image and resize them.
 
-    images (B, 3, H, W) uint8; boxes (V * B, 4): the first box of every image, then the second, ...
-    Returns (V * B, 3, size, size) uint8. Bilinear with antialiasing, as torchvision's resize: two
+    images (B, C, H, W) uint8; boxes (V * B, 4): the first box of every image, then the second, ...
+    Returns (V * B, C, size, size) uint8. Bilinear with antialiasing, as torchvision's resize: two
     matrix products a box.
     """
     top, left, height, width = boxes.to(
@@ -33,12 +33,12 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def channels_inside(x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, H, 3, W): two large products an image are faster than six small ones."""
+    """(B, C, H, W) -> (B, H, C, W): two large products an image are faster than 2 C small ones."""
     return x.transpose(1, 2).contiguous()
 
 
 def both_ways(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
-    """rows[b] @ x[b, :, c] @ columns[b].T: (B, S, H), (B, H, 3, W), (B, S, W) -> (B, S, 3, S)."""
+    """rows[b] @ x[b, :, c] @ columns[b].T: (B, S, H), (B, H, C, W), (B, S, W) -> (B, S, C, S)."""
     half = x.flatten(1, 2) @ columns.mT
     return (rows @ half.view(*x.shape[:2], -1)).unflatten(2, (x.shape[2], -1))
 
@@ -50,16 +50,16 @@ def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int)
     scale = (extent / out_size)[:, None, None]
     steps = torch.arange(out_size, device=start.device)[:, None]
     centre = start[:, None, None] + (steps + 0.5) * scale
-    pixel = torch.arange(in_size, device=start.device).to(start.dtype)
-    inside = (pixel >= start[:, None]) & (pixel < (start + extent)[:, None])
+    pixel = torch.arange(in_size, dtype=start.dtype, device=start.device)
+    outside = (pixel < start[:, None]) | (pixel >= (start + extent)[:, None])
     # the distance of a pixel outside is infinite, so its weight is 0
-    pixel = (pixel + 0.5).expand_as(inside).masked_fill(~inside, math.inf)[:, None]
+    pixel = (pixel + 0.5).expand_as(outside).masked_fill(outside, math.inf)[:, None]
     weights = (pixel - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
 def crop_one(image: Tensor, box: Iterable[int], size: int) -> Tensor:
-    """A box of a (3, H, W) uint8 image, resized with antialias: (1, 3, size, size) uint8."""
+    """A box of a (C, H, W) uint8 image, resized with antialias: (1, C, size, size) uint8."""
     top, left, height, width = (int(side) for side in box)
     crop = image[None, :, top : top + height, left : left + width]
     if height == width == size:

@@ -18,7 +18,7 @@ from ..running.errors import RunError, UsageError, first_few
 from ..running.safe_files import open_text
 from . import hugging_face, shards
 from .decoding import decode
-from .folders import EXTENSIONS, Paths, images_below, read_list
+from .folders import EXTENSIONS, Paths, extensions, images_below, read_list
 from .high_bit_depth import little_used_range
 from .images import EncodedImages, ImageSet, ResidentImages
 
@@ -69,7 +69,7 @@ class FileImages(EncodedImages):
 
     def image(self, index: int) -> Tensor:
         name, encoded = self.encoded(index)
-        return decode(encoded, name, self.grey_range)
+        return decode(encoded, name, self.grey_range, self.channels)
 
 
 def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
@@ -142,7 +142,7 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
             classes = [*index.classes.tolist(), None]  # label -1 takes the last one
             names = [classes[label] for label in index.label]
     else:
-        paths, ignored = images_below(path)
+        paths, ignored = images_below(path, args.channels)
         expected = "image files in it or its subfolders"
         if args.dataset == "folder":
             paths = [file for file in paths if os.path.dirname(file) != path]
@@ -150,13 +150,15 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
             expected = f"{path}/<class>/<image>"
         if not paths:
             raise UsageError(
-                f"no image in {path}; expected {expected} with one of {' '.join(EXTENSIONS)}"
+                f"no image in {path}; expected {expected} with one of "
+                f"{' '.join(EXTENSIONS)}, or with --channels of .npy"
             )
         files = Paths(paths)
     images = FileImages(files)
     if labels not in (None, "none"):
         names = _read_labels(labels, path, len(images))
     images.skip_bad, images.grey_range = args.on_bad_image == "skip", args.grey_range
+    images.channels = args.channels
     if ignored:
         notes.append(f"{ignored} files in {path} are not images and are ignored")
     if args.grey_range is None and (note := little_used_range(_samples(images))):
@@ -177,7 +179,7 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
 
 def _index(path, args) -> shards.Index:
     with local_rank_zero_first():  # it writes the index that the other ranks read
-        return shards.open_index(path, EXTENSIONS, fallback=args.workdir)
+        return shards.open_index(path, extensions(args.channels), fallback=args.workdir)
 
 
 def _samples(images: FileImages) -> Iterator[tuple[str, np.ndarray]]:

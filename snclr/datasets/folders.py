@@ -11,6 +11,11 @@ from .reading import read_encoded
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
 
 
+def extensions(channels: int) -> tuple[str, ...]:
+    """Endings of the names of images. Beside RGB images, arrays are often other data."""
+    return EXTENSIONS if channels == 3 else (*EXTENSIONS, ".npy")
+
+
 class Paths:
     """Images in one file each, for FileImages."""
 
@@ -27,13 +32,13 @@ class Paths:
         return path, read_encoded(path, path)
 
 
-def images_below(root: str) -> tuple[list[str], int]:
-    """Sorted paths of all images in a tree, and the number of other files.
+def images_below(root: str, channels: int) -> tuple[list[str], int]:
+    """Sorted paths of all images of so many channels in a tree, and the number of other files.
 
     Hidden files are in neither. A folder is read once, even if several links lead to it, or a link
     inside it leads back to it.
     """
-    paths, others, seen = [], 0, set()
+    paths, others, seen, endings = [], 0, set(), extensions(channels)
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_unreadable_folder):
         if (real := os.path.realpath(folder)) in seen:
             subfolders.clear()
@@ -41,7 +46,7 @@ def images_below(root: str) -> tuple[list[str], int]:
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         files = sorted(name for name in files if not name.startswith("."))
-        images = [os.path.join(folder, name) for name in files if name.lower().endswith(EXTENSIONS)]
+        images = [os.path.join(folder, name) for name in files if name.lower().endswith(endings)]
         paths += images
         others += len(files) - len(images)
     return paths, others

@@ -1,4 +1,5 @@
-"""Images of more than 8 bits per channel: reading all bits, and scaling a range of values to 8.
+"""Images of more than 8 bits per channel, and arrays: reading all bits, and scaling a range of
+values to 8.
 
 Grey images have PIL's modes I;16, I;16B, I (integers) and F (floating point). From PNG and TIFF
 files with 16 bits per colour PIL reads only the upper byte; with the byte order swapped it reads
@@ -19,11 +20,24 @@ INTEGERS, FLOATS = (0.0, 65535.0), (0.0, 1.0)  # the ranges without --grey-range
 SWAPPED = {";16L": ";16B", ";16B": ";16L", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
 
 
+def read_array(encoded: np.ndarray) -> np.ndarray | None:
+    """The numbers of an .npy file, from its bytes (n,) uint8; None for another format.
+
+    Raises ValueError for an array that is no image.
+    """
+    if encoded[:6].tobytes() != b"\x93NUMPY":
+        return None
+    array = np.load(io.BytesIO(encoded), allow_pickle=False)
+    if array.dtype.kind not in "uif" or not array.size:
+        raise ValueError(f"an array of {array.dtype}, {array.shape}, is no image")
+    return array
+
+
 def read_pixels(picture: Image.Image, encoded: np.ndarray) -> np.ndarray | None:
     """Grey (H, W) or RGB (H, W, 3) pixels with all bits, upright; None for an image of 8 bits.
 
-    picture: opened from the bytes `encoded`, not yet loaded. Raises ValueError for 16 bits in a
-    layout that cannot be read (with premultiplied alpha, grey with alpha, CMYK).
+    picture: opened from the bytes `encoded`, its current page not yet loaded. Raises ValueError
+    for 16 bits in a layout that cannot be read (with premultiplied alpha, grey with alpha, CMYK).
     """
     if picture.mode[0] in "IF":
         return np.asarray(ImageOps.exif_transpose(picture))
@@ -33,6 +47,7 @@ def read_pixels(picture: Image.Image, encoded: np.ndarray) -> np.ndarray | None:
     if not all(rawmode[:-4] in ("RGB", "RGBA", "RGBX") for rawmode in rawmodes):
         raise ValueError(f"only 8 of its 16 bits can be read ({', '.join(rawmodes)})")
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as lower:
+        lower.seek(picture.tell())
         lower.tile = [_with_swapped_bytes(tile) for tile in lower.tile]
         upper, lower = (
             np.asarray(ImageOps.exif_transpose(part).convert("RGB")).astype(np.uint16)
@@ -78,11 +93,13 @@ def little_used_range(samples: Iterable[tuple[str, np.ndarray]]) -> str | None:
     for name, encoded in samples:
         count += 1
         try:
-            with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
-                pixels = read_pixels(picture, encoded)
+            pixels = read_array(encoded)
+            if pixels is None:
+                with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
+                    pixels = read_pixels(picture, encoded)
         except Exception:  # an unreadable image is reported when it is used
             continue
-        if pixels is None:
+        if pixels is None or pixels.dtype == np.uint8:
             continue
         low, high = default_range(pixels)
         outside = ((pixels < low) | (pixels > high)).mean()

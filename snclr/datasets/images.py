@@ -31,7 +31,7 @@ class Views(NamedTuple):
     Views of one size form a group (augment.by_size); crops and parameters have an entry per group.
 
     ids         (B,)
-    crops       (V * B, 3, S, S) uint8, V views of size S, the first view of all images first
+    crops       (V * B, C, S, S) uint8, V views of size S, the first view of all images first
     parameters  what was drawn for these V * B views
     """
 
@@ -45,7 +45,7 @@ class ImageSet:
 
     labels      (n,) int64, -1 for an image without a label; None if no image has one
     classes     names of the labels
-    mean, std   (3,) of the channels, in [0, 1]
+    mean, std   (C,) of the channels, in [0, 1]
     names       (n,) names of the files; None if the images are not in files of their own
     paths       (n,) where each image is; None if the images have no such names
     per_image   names of the attributes with one entry per image
@@ -91,7 +91,7 @@ class ImageSet:
         return self
 
     def image(self, index: int) -> Tensor:
-        """One image, (3, H, W) uint8. Raises RunError, with its name, if it cannot be read."""
+        """One image, (C, H, W) uint8. Raises RunError, with its name, if it cannot be read."""
         raise NotImplementedError
 
     def readable(self, index: int, seed: int) -> tuple[int, Tensor]:
@@ -122,7 +122,7 @@ class ImageSet:
         raise NotImplementedError
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
-        """Images for evaluation, (B, 3, size, size) uint8.
+        """Images for evaluation, (B, C, size, size) uint8.
 
         Images of that size do not change. Of others, a central square of 7/8 of the shorter side is
         resized, as in the usual 'resize to 256, centre crop 224'.
@@ -131,7 +131,7 @@ class ImageSet:
 
 
 class ResidentImages(ImageSet):
-    """Images (n, 3, H, W) uint8 in memory.
+    """Images (n, C, H, W) uint8 in memory.
 
     errors (n,): why an image could not be read, None for a readable one; None if all are readable.
     """
@@ -187,7 +187,9 @@ class ResidentImages(ImageSet):
 
 
 class EncodedImages(ImageSet):
-    """Images that are decoded each time they are used. A subclass defines `image`."""
+    """Images of C channels that are decoded each time they are used. A subclass defines `image`."""
+
+    channels: int = 3
 
     def views(
         self,
@@ -209,9 +211,10 @@ class EncodedImages(ImageSet):
         return views
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
-        crops = [torch.empty(0, 3, size, size, dtype=torch.uint8)]  # there may be no indices
+        shape = self.channels, size, size
+        crops = [torch.empty(0, *shape, dtype=torch.uint8)]  # there may be no indices
         for index in indices:
-            image, _ = self._image_or_grey(index, (3, size, size))
+            image, _ = self._image_or_grey(index, shape)
             crops.append(crop_one(image, evaluation_box(*image.shape[1:], size), size))
         return torch.cat(crops)
 

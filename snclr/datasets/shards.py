@@ -87,8 +87,8 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
     names, or if there are none of its .zip files.
 
     The first call saves it beside the shards, or in the folder `fallback` if those are read-only.
-    It is made again if names, sizes or times of the shards have changed. Raises UsageError if there
-    is no shard or one cannot be read.
+    It is made again if extensions, or names, sizes or times of the shards have changed. Raises
+    UsageError if there is no shard or one cannot be read.
     """
     files = [source] if os.path.isfile(source) else shards_below(source)
     for path in files:
@@ -96,7 +96,8 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
     stats = [os.stat(path) for path in files]
     names = [os.path.relpath(path, source) for path in files]
     key = json.dumps(
-        [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
+        [extensions]
+        + [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
     )
     is_folder = os.path.isdir(source)
     index_paths = [os.path.join(source, "snclr_index.npz") if is_folder else f"{source}.index.npz"]

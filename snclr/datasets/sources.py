@@ -23,6 +23,8 @@ def open_data(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
     args: the data flags (snclr/options.py). Raises UsageError if there are no readable images.
     """
     notes = []
+    if args.channels != 3 and args.dataset in ("embedded", *TORCHVISION):
+        raise UsageError(f"--dataset {args.dataset} has RGB images, not --channels {args.channels}")
     if args.dataset == "embedded":
         train, val = (
             ResidentImages(*embedded.draw(split), list(embedded.CLASSES), IMAGENET)

@@ -47,7 +47,7 @@ def check_tokens(encoder: nn.Module, tokens: str, layers: int) -> None:
 def embedder(
     encoder: nn.Module, tokens: str, layers: int, amp: str, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """A function from images (B, 3, S, S) to features, in at least float32 and without gradient.
+    """A function from images (B, C, S, S) to features, in at least float32 and without gradient.
 
     They are (B, layers * C), or (B, P, layers * C) for all P patch tokens. Those of several layers
     are the outputs of the last blocks, the last one at the end, each after the final norm, as
@@ -95,7 +95,7 @@ def encode_parts(
     the names of the parts. A part is encoded by one rank, in the same batches for any number of
     ranks, and has its name only when it is complete. Raises RunError if it cannot be written.
     """
-    one = embed(torch.zeros(1, 3, size, size, device=device)).cpu()
+    one = embed(torch.zeros(1, len(images.mean), size, size, device=device)).cpu()
     batch = min(max(PART_BYTES // (4 * one.numel()), 1), EVALUATION_BATCH)
     length = min(max(PART_BYTES // (4 * one.numel() * batch), 1), PART_BATCHES) * batch
     ranges = np.split(np.arange(len(images)), range(length, len(images), length))

@@ -15,12 +15,12 @@ from ..running.distributed import rank, world_size
 class Pixels(nn.Module):
     """The flattened pixels as features: the baseline of every encoder."""
 
-    def __init__(self, img_size: int):
+    def __init__(self, channels: int, img_size: int):
         super().__init__()
-        self.num_features = 3 * img_size**2
+        self.num_features = channels * img_size**2
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, 3 * S * S)."""
+        """(B, C, S, S) -> (B, C * S * S)."""
         return x.flatten(1)
 
 
@@ -59,7 +59,7 @@ def encode_share(
     """Features (n_r, F) and labels (n_r,) of this rank's share of a labelled set, on the CPU.
 
     The share of rank r is image r and every world_size-th image after it. embed: normalised images
-    (B, 3, size, size) to features (B, F).
+    (B, C, size, size) to features (B, F).
     """
     indices = np.arange(rank(), len(images), world_size())
     batches = whole_images(images, indices, size=size, device=device, workers=workers)

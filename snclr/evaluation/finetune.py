@@ -28,7 +28,7 @@ FROM_SCRATCH = {"sgd": (0.1, 0.1, 5e-4), "adamw": (5e-4, 5e-4, 0.05)}
 class Classifier(nn.Module):
     """An encoder and a linear layer, initialised as N(0, 0.01).
 
-    Images (B, 3, S, S) to logits (B, classes).
+    Images (B, C, S, S) to logits (B, classes).
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int):

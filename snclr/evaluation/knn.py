@@ -105,7 +105,7 @@ def accuracy(
     """Top-1 in percent on val of each vote, with the images of train as neighbours; the same on
     every rank. Images without a label are left out.
 
-    embed: normalised images (B, 3, size, size) to features (B, F).
+    embed: normalised images (B, C, size, size) to features (B, F).
     """
     train, val = train.labelled(), val.labelled()
     train_share, val_share = (

@@ -20,7 +20,7 @@ def signals(embed: Callable[[Tensor], Tensor], loader: TwoViewLoader) -> dict[st
     """effective_rank and view_agreement of the same sample of training images in every epoch and on
     every rank; None if the features are not finite.
 
-    embed: normalised images (B, 3, S, S) to features (B, F).
+    embed: normalised images (B, C, S, S) to features (B, F).
     """
     pairs = [tuple(map(embed, batch.views)) for batch in loader.sample(SAMPLE)]
     first, second = (all_gather(widen(torch.cat(views))) for views in zip(*pairs, strict=True))

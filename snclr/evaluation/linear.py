@@ -22,7 +22,7 @@ def kinds_of(encoder: nn.Module) -> dict[str, int]:
 
 
 def features_of(encoder: nn.Module, x: Tensor) -> Tensor:
-    """(B, 3, S, S) -> the encoder's features (B, C); for a ViT with a class token, this token and
+    """(B, C, S, S) -> the encoder's features (B, F); for a ViT with a class token, this token and
     the mean of the patch tokens, side by side (B, 2C).
     """
     if not _has_tokens(encoder):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from ..datasets.images import ImageSet
 
@@ -135,7 +136,15 @@ def frame_key(rows: Sequence[Sequence[Tile]]) -> list[tuple[Colour, str]]:
 def _pixels(images: ImageSet, indices: Sequence[int], size: int) -> np.ndarray:
     """Images as (n, S, S, 3) uint8."""
     indices = np.array(indices, dtype=np.int64)
-    return images.whole(indices, size).permute(0, 2, 3, 1).cpu().numpy()
+    return in_colour(images.whole(indices, size))
+
+
+def in_colour(images: Tensor) -> np.ndarray:
+    """Images (n, C, S, S) uint8 for a picture, (n, S, S, 3): the first three channels, or if there
+    are fewer, the first one in grey.
+    """
+    shown = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    return shown.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _class_name(images: ImageSet, index: int) -> str:

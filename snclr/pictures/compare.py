@@ -1,6 +1,5 @@
 """The table of groups of runs: mean and deviation over seeds, and differences by seed."""
 
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -29,34 +28,23 @@ MAIN = [column for column in COLUMNS if column[0] in (*COMPARED, "weights' entro
 
 def comparison(
     groups: dict[str, list[Run]], columns: Sequence[tuple] = COLUMNS
-) -> tuple[list[str], list[list]]:
+) -> tuple[list[str], list[tuple]]:
     """Heads and rows of the table, a row for each group. Columns without any value are left out.
 
     A column 'against NAME' has the mean difference from the first group, NAME, over the seeds that
     both have, and its standard error.
     """
     first = next(iter(groups), "")
-    heads, cells = ["", "runs"], []
+    table = {}  # from the head of a column to its cells
     for title, *column in columns:
-        texts = {
-            name: mean_and_deviation([value(run, *column) for run in members])
-            for name, members in groups.items()
-        }
-        if any(texts.values()):
-            heads.append(title)
-            cells.append(texts)
-        differences = {
-            name: difference_text(paired_differences(members, groups[first], *column))
-            for name, members in groups.items()
-            if name != first
-        }
-        if title in COMPARED and any(differences.values()):
-            heads.append(f"{title} against {first}")
-            cells.append(differences)
-    return heads, [
-        [name, len(members), *(texts.get(name, "") for texts in cells)]
-        for name, members in groups.items()
-    ]
+        values = [[value(run, *column) for run in members] for members in groups.values()]
+        table[title] = list(map(mean_and_deviation, values))
+        if title in COMPARED:
+            paired = [paired_differences(x, groups[first], *column) for x in groups.values()]
+            table[f"{title} against {first}"] = ["", *map(difference_text, paired[1:])]
+    table = {head: cells for head, cells in table.items() if any(cells)}
+    sizes = map(len, groups.values())
+    return ["", "runs", *table], list(zip(groups, sizes, *table.values(), strict=True))
 
 
 def paired_differences(
@@ -76,10 +64,8 @@ def difference_text(differences: Sequence[float]) -> str:
         return ""
     mean = statistics.fmean(differences)
     digits = 3 if abs(mean) < 0.1 else 2
-    if len(differences) == 1:
-        return f"{mean:+.{digits}f}"
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
+    errors = [statistics.stdev(differences) / len(differences) ** 0.5] if differences[1:] else []
+    return f"{mean:+.{digits}f}" + "".join(f" ± {error:.{digits}f}" for error in errors)
 
 
 def markdown(heads: Sequence, rows: Iterable[Sequence]) -> str:

@@ -56,9 +56,8 @@ def curve(title: str, metric: str, groups: dict[str, list[Run]]) -> str:
         if len(points) < 12:  # a line of length 0 with round ends is a dot
             parts += [f'<path class="dot" stroke="{ink}" d="M{path([p])}h0"/>' for p in mean]
         parts.append("</g>")
-    box = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
-    svg = f'<svg {box} role="img" aria-label="{title}">{"".join(parts)}</svg>'
-    return f"<figure>{svg}<figcaption>{title}</figcaption></figure>"
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">'
+    return f"<figure>{svg}{''.join(parts)}</svg><figcaption>{title}</figcaption></figure>"
 
 
 def key(groups: Iterable[str]) -> str:

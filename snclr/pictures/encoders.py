@@ -153,9 +153,9 @@ def pca(features: Tensor) -> np.ndarray:
     return (centred @ axes.T).numpy()
 
 
-def projections(features: Tensor, seed: int, with_umap: bool = False) -> dict[str, np.ndarray]:
+def projections(features: Tensor, seed: int) -> dict[str, np.ndarray]:
     """Features (n, C) in two dimensions, by method: PCA, t-SNE if scikit-learn is installed, and
-    UMAP on request, which needs umap-learn.
+    UMAP if umap-learn is installed.
     """
     maps = {"PCA": pca(features)}
     if np.ptp(maps["PCA"][:, 0]) < 1e-6:
@@ -165,8 +165,8 @@ def projections(features: Tensor, seed: int, with_umap: bool = False) -> dict[st
 
         tsne = TSNE(perplexity=min(30, (len(features) - 1) / 3), init="pca", random_state=seed)
         maps["t-SNE"] = tsne.fit_transform(features.numpy())
-    if with_umap:
-        from umap import UMAP  # it compiles for half a minute in every process
+    with contextlib.suppress(ImportError):
+        from umap import UMAP  # optional; it compiles again in every process
 
         neighbours = min(15, len(features) - 1)
         umap = UMAP(n_neighbors=neighbours, init="pca", random_state=seed, n_jobs=1)

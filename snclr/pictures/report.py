@@ -78,14 +78,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); 
 def page(runs: Sequence[Run]) -> str:
     """The HTML text of the report."""
     groups = group(runs, IGNORED)
-    names = [[run.settings.get(x, "?") for x in ("method", "arch", "dataset")] for run in runs]
-    titles = [f"{method} {arch}, {dataset}" for method, arch, dataset in names]
-    title = html.escape("; ".join(dict.fromkeys(titles)))
-    parts = [
-        f"<h1>{title}</h1>",
-        _table(*comparison(groups)),
-        f"<p>{LEGEND}</p>",
-    ]
+    about = [[run.settings.get(x, "?") for x in ("method", "arch", "dataset")] for run in runs]
+    title = html.escape("; ".join(dict.fromkeys("{} {}, {}".format(*x) for x in about)))
+    parts = [f"<h1>{title}</h1>", _table(*comparison(groups)), f"<p>{LEGEND}</p>"]
     names = differences([members[0] for members in groups.values()], IGNORED)
     if len(names) > FEW:
         rows = [
@@ -139,12 +134,12 @@ def write_into(workdir: str) -> str:
 
 
 def _table(heads: Iterable, rows: Iterable[Iterable]) -> str:
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in heads)
-    body = ""
-    for row in rows:
-        cells = ("" if cell is None else html.escape(str(cell)) for cell in row)
-        body += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    def line(tag, cells):
+        texts = ("" if cell is None else html.escape(str(cell)) for cell in cells)
+        return f"<tr>{''.join(f'<{tag}>{text}</{tag}>' for text in texts)}</tr>"
+
+    lines = [line("th", heads), *(line("td", row) for row in rows)]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def _image(path: str) -> str:

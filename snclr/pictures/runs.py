@@ -5,7 +5,6 @@ A workdir may come from someone else: any file in it may be missing or have any 
 
 import glob
 import json
-import math
 import os
 import re
 import statistics
@@ -81,21 +80,19 @@ def value(run: Run, metric: str, kind: str) -> float | None:
     results     of an evaluation by main_lincls.py
     """
     if kind == "results":
-        values = (number(result, metric) for _, result in run.results)
-        return next((x for x in values if x is not None), None)
+        results = [number(result, metric) for _, result in run.results]
+        return next((x for x in results if x is not None), None)
     lines = [line for line in run.lines if number(line, metric) is not None]
     if kind in ("first", "untrained", "start"):
         lines = [line for line in lines if line["epoch"] == 0]
     if kind in ("untrained", "start"):  # main_snclr.py writes 'start (from FILE)'
         is_start = kind == "start"
         lines = [x for x in lines if str(x.get("encoder")).startswith("start") == is_start]
-    values = [(line["epoch"], line[metric]) for line in lines]
-    if not values:
+    if not lines:
         return None
     if kind == "median":
-        return statistics.median(x for _, x in values)
-    last_epoch = values[-1][0]
-    last = [x for epoch, x in values if epoch == last_epoch]
+        return statistics.median(line[metric] for line in lines)
+    last = [line[metric] for line in lines if line["epoch"] == lines[-1]["epoch"]]
     return statistics.fmean(last) if kind == "mean" else last[-1]
 
 
@@ -105,8 +102,7 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
     if not known:
         return ""
     mean = statistics.fmean(known)
-    digits = max(0, 2 - math.floor(math.log10(abs(mean)))) if mean else 2
-    digits = min(digits, 1 if abs(mean) >= 10 else 3)
+    digits = 3 - sum(abs(mean) >= least for least in (1, 10, 100)) if mean else 2
     spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
     return f"{mean:.{digits}f}{spread}"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..datasets.images import ImageSet
 from ..loader import Batch
 from ..running.metrics import StepView
-from .canvas import Tile, frame_key, neighbour_tiles, sheet
+from .canvas import Tile, frame_key, in_colour, neighbour_tiles, sheet
 
 QUERIES, ACROSS = 8, 10  # rows of a picture, and largest number of neighbours in a row
 NEIGHBOUR_LINES = """Images of the batch, and their neighbours in the bank, those of largest \
@@ -86,6 +86,6 @@ def bank_ages(counts: Tensor, step: int, batch_size: int) -> Tensor:
 
 
 def denormalize(x: Tensor, mean: Tensor, std: Tensor) -> np.ndarray:
-    """Network input (B, 3, S, S) as images (B, S, S, 3) uint8."""
-    x = x.detach().float().cpu() * std.view(3, 1, 1) + mean.view(3, 1, 1)
-    return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    """Network input (B, C, S, S) as images (B, S, S, 3) uint8."""
+    x = x.detach().float().cpu() * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+    return in_colour((x.clamp(0, 1) * 255).round().byte())

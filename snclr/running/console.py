@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-lost: list[str] = []  # a line for each stream that was lost, until the log has it
+lost: dict[str, str] = {}  # for each stream that was lost a line, until the log has it
 
 
 class Console:
@@ -35,7 +35,7 @@ class Console:
         except (OSError, ValueError) as error:  # ValueError: the stream is closed
             if not self.failed:
                 reason = getattr(error, "strerror", None) or str(error)
-                _record(f"{self.name} is lost ({reason})")
+                lost[self.name] = f"{self.name} is lost ({reason})"
             self.failed = True
             # a full disk may have room again later, but a broken pipe stays broken
             if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
@@ -47,11 +47,6 @@ class Console:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
-
-
-def _record(line):
-    if line not in lost:
-        lost.append(line)
 
 
 @contextlib.contextmanager
@@ -66,7 +61,7 @@ def console_may_vanish() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     for name, stream in zip(("stdout", "stderr"), before, strict=True):
         if stream is None:  # it was closed before the program started
-            _record(f"{name} is lost (closed)")
+            lost[name] = f"{name} is lost (closed)"
             stream = open(os.devnull, "w")  # noqa: SIM115 - open as long as the process lives
         setattr(sys, name, Console(stream, name))
     try:

@@ -1,6 +1,7 @@
 """Errors as a user sees them: one line, and an exit code that scripts can rely on."""
 
 import contextlib
+import difflib
 import multiprocessing
 import os
 import re
@@ -43,6 +44,12 @@ def first_line(error: Exception) -> str:
 def first_few(names: list[str], limit: int = 3) -> str:
     """The first names of a list, for a message."""
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
+
+
+def close_names(name: str, known: list[str]) -> str:
+    """The end of a message about an unknown name: the known names that are close to it, if any."""
+    close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    return f"; close names are {', '.join(close)}" if close else ""
 
 
 def out_of_memory(error: Exception) -> str | None:

@@ -50,11 +50,11 @@ class Guard:
         step: its number, from 1.
         """
         bad = ~torch.stack([loss.detach(), grad_norm]).isfinite()
-        bad[1] &= not self.scaled
-        first = torch.where((self.counters[:2] < 0) & bad, step, self.counters[:2])
-        count = self.counters[2:3] + bad.any()
-        last = torch.where(bad.any(), step, self.counters[3:])
-        self.counters = torch.cat([first, count, last])
+        if self.scaled:
+            bad[1] = False
+        first, count, last = self.counters.split([2, 1, 1])
+        first, is_bad = first.masked_fill((first < 0) & bad, step), bad.any()
+        self.counters = torch.cat([first, count + is_bad, last.masked_fill(is_bad, step)])
 
     def check(self) -> str | None:
         """A line for the log if steps were skipped since the last call. Collective.

@@ -8,16 +8,13 @@ from .errors import UsageError
 from .packages import check_posix
 from .safe_files import open_regular, writing
 
-# locked files stay open until the process ends, because closing one would release its lock
-locked_files = []
-
 
 def hold(workdir: str, name: str) -> None:
     """Lock workdir/NAME.lock until this process ends, and write its number and host into the file.
     Raises UsageError if another process holds the lock, and on a system that is not POSIX.
 
     A file left by a process that has ended is not locked. POSIX locks work over NFS, and worker
-    processes do not inherit them.
+    processes do not inherit them. The file stays open: closing it would release the lock.
     """
     check_posix()
     path = os.path.join(workdir, f"{name}.lock")
@@ -29,21 +26,18 @@ def hold(workdir: str, name: str) -> None:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UsageError(f"{path} is not a regular file: remove it, or choose another --workdir")
-    file = open(descriptor, "r+")  # noqa: SIM115 - open as long as the process lives
     try:
         os.lockf(descriptor, os.F_TLOCK, 0)
     except OSError as error:
         if not isinstance(error, BlockingIOError | PermissionError):
             return  # the file system has no locks: run without one
-        owner = file.read(200).strip() or "another process"
+        owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
         raise UsageError(
             f"{workdir} is in use by {owner}: choose another --workdir, or end that run first"
         ) from error
-    locked_files.append(file)
     with writing(path):
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def is_held(workdir: str, name: str) -> bool:

@@ -75,7 +75,7 @@ class Log:
             return
         rounded = {name: _rounded(value) for name, value in metrics.items()}
         if console.lost:
-            rounded["note"] = "; ".join(console.lost)
+            rounded["note"] = "; ".join(console.lost.values())
             console.lost.clear()
         self.pending += json.dumps(rounded).encode() + b"\n"
         self.flush()
@@ -113,8 +113,8 @@ class Log:
     def flush(self, durable: bool = False) -> None:
         """Write the pending lines; on a full disk they stay pending.
 
-        durable: set before a checkpoint is saved, whose lines must survive a crash of the machine;
-        raises RunError if they cannot be written.
+        durable: before a checkpoint is saved, the lines up to it must be safe from a crash of the
+        machine; raises RunError if they cannot be written.
         """
         try:
             with writing(self.path):

@@ -38,7 +38,7 @@ class StepView(NamedTuple):
     neighbour_ids: Tensor
     weights: Tensor
     counts: Tensor
-    num_candidates: Tensor
+    num_candidates: Tensor | int
     bank_fill: Tensor | None
     terms: Mapping[str, Tensor] = MappingProxyType({})
     rows: Tensor | None = None
@@ -60,18 +60,30 @@ def step_metrics(
     """Metrics of one step over the global batch, the same on every rank. Collective: one
     all-reduce.
 
-    loss; loss_ratio, the loss over the loss at chance (None if that is undefined, or there are
-    further terms); term_NAME, each term of shown.terms; feature_std, the standard deviation of the
-    unit projections over the batch times sqrt(D): about 1 if they are spread over the sphere, 0 at
-    collapse; bank_fill. If the bank was searched: neighbour_similarity, the mean cosine;
-    positiveness_entropy, as a share of the uniform weights' entropy; distinct_rows and
-    largest_count of the picks; and neighbour_purity: of the neighbours with a label of an image
-    with a label, the share whose label is the same; weighted_purity: the same by positiveness, not
-    by number. same_label_negatives: of the negatives with a label of an image with a label, the
-    share whose label is the same. Negatives are the candidates of the denominator that are neither
-    the image's own key nor one of its own neighbours (mocov2: not logged).
+    loss                    the mean over the images
+    loss_ratio              loss over the loss at chance; None if that is undefined, or if there are
+                            further terms
+    term_NAME               each term of shown.terms
+    feature_std             standard deviation of the unit projections over the batch, times
+                            sqrt(D): about 1 if they are spread over the sphere, 0 at collapse
+    bank_fill               as in StepView
 
-    normalised: whether the weights of an image's positives were divided by their sum
+    If the bank was searched:
+
+    neighbour_similarity    mean cosine of the neighbours
+    positiveness_entropy    entropy of the weights, as a share of that of uniform weights
+    distinct_rows           how many bank rows were picked
+    largest_count           how often the row that most images picked was picked
+
+    With labels, of pairs in which both the image and the other one have a label:
+
+    neighbour_purity        share of the neighbours that have the image's label
+    weighted_purity         the same, by positiveness rather than by number
+    same_label_negatives    share of the negatives that have the image's label. Negatives are the
+                            candidates of the denominator that are neither the image's own key nor
+                            one of its own neighbours (not for mocov2)
+
+    normalised: whether the weights of an image's positives were divided by their sum.
     """
     projection = unit(shown.projection).double()
     valid = shown.neighbour_ids >= 0

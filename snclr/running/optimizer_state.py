@@ -20,7 +20,7 @@ def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
             if values.keys() != expected[number].keys():
                 raise ValueError(f"parameter {number} has another state")
             for name, value in values.items():
-                if _kind(value) != _kind(expected[number][name]):
+                if not _is_alike(value, expected[number][name]):
                     raise ValueError(f"{name} of parameter {number} has another shape or type")
         groups = [
             saved | {**group, "params": saved["params"]}
@@ -43,6 +43,7 @@ def _state_after_a_step(optimizer):
     return trial.state_dict()["state"]
 
 
-def _kind(value):
-    """The shape of a tensor, the type of any other value."""
-    return value.shape if is_plain(value) else type(value)
+def _is_alike(value, expected):
+    if isinstance(expected, torch.Tensor):
+        return is_plain(value) and value.shape == expected.shape
+    return type(value) is type(expected)

@@ -114,7 +114,7 @@ def interrupt_like_other_ranks() -> None:
 
 
 def end_at_once() -> None:
-    """Let a signal end the run at once from now on, for work whose files are whole at any time."""
+    """From now on a signal ends the run at once: for work that never leaves a file half written."""
     _handle_signals(lambda number: interrupt(number, "ended"))
 
 

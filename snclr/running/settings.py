@@ -25,8 +25,8 @@ def changes(saved: dict, args: Namespace, on_resume: dict[str, str]) -> tuple[li
 
     on_resume: the rule of each setting, see arguments.flag.
     """
-    # files of earlier versions have no number of heads, which was always the architecture's default
-    saved = {"num_heads": NUM_HEADS.get(args.arch), **saved}
+    # earlier versions did not save these, and had only the architecture's number of heads, and RGB
+    saved = {"num_heads": NUM_HEADS.get(args.arch), "channels": 3, **saved}
     kinds = {"fixed": [], "reported": [], "free": []}
     for name, now in vars(args).items():
         if name in saved and differ(saved[name], now):

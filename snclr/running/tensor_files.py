@@ -113,7 +113,7 @@ def plain_tensors(content: object) -> dict[str, Tensor]:
 
 
 def wrong_entries(content: object, kinds: dict[str, type]) -> list[str]:
-    """The names in `kinds` whose entry in a value from a file is missing or of another type. True
+    """The names of `kinds` that a value from a file does not hold, or holds with another type. True
     and False do not count as int.
     """
     entries = content if isinstance(content, dict) else {}

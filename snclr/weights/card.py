@@ -28,7 +28,8 @@ def model_card(
     settings  of the run, as run_settings returns them
     figures   a line about each measured figure, by its name
     """
-    size = info["img_size"]
+    size, channels = info["img_size"], info["channels"]
+    kind = "RGB" if channels == 3 else f"{channels} channels"
     training = {
         key: settings[key]
         for key in ("recipe", *SETTINGS)
@@ -37,7 +38,11 @@ def model_card(
     training |= {"epochs of these weights": info["epoch"]} if info["epoch"] is not None else {}
     imports = [package for package in PACKAGES if f"{package}." in f"{build} {features}"]
     code = [f"import {package}" for package in sorted({*imports, "torch"})]
-    code += ["", build, f"images = torch.rand(1, 3, {size}, {size})  # pixels between 0 and 1"]
+    code += [
+        "",
+        build,
+        f"images = torch.rand(1, {channels}, {size}, {size})  # pixels between 0 and 1",
+    ]
     code += [f"mean, std = torch.tensor({info['mean']}), torch.tensor({info['std']})"]
     code += ["images = (images - mean[:, None, None]) / std[:, None, None]"]
     code += ["with torch.no_grad():", f"    features = {features}  # (1, {info['num_features']})"]
@@ -50,7 +55,7 @@ def model_card(
     ]
     lines += [f"numbers an image. Written by `python -m snclr.export --format {library}`.", ""]
     lines += ["## Load", "", "```python", *code, "```", ""]
-    lines += ["## Images", "", f"{size} x {size} px, RGB, divided by 255, then normalised."]
+    lines += ["## Images", "", f"{size} x {size} px, {kind}, divided by 255, then normalised."]
     lines += [f"Mean {info['mean']}, standard deviation {info['std']}. Of an image of another"]
     lines += ["size, take a central square of 7/8 of the shorter side and resize it.", ""]
     lines += ["## Training", "", *_table(training), ""]

@@ -12,10 +12,10 @@ class Export(NamedTuple):
     content   the state dict, or a dictionary that holds it, as the library expects it in the file;
               or the bytes of the file
     build     returns Python code that builds the library's model as `model`
-    read      returns that model, or a function: images (B, 3, S, S) to features (B, C)
+    read      returns that model, or a function: images (B, C, S, S) to features (B, F)
     configs   contents of the JSON files beside the weights, by name; None if one file is written
     hint      returns one more line that helps the user of the file
-    features  Python code: the features of `images` (B, 3, S, S), from `model`
+    features  Python code: the features of `images` (B, C, S, S), from `model`
     """
 
     content: dict | bytes

@@ -39,6 +39,7 @@ def to_hf(encoder: nn.Module, info: dict) -> Export:
             intermediate_size=4 * width,
             image_size=info["img_size"],
             patch_size=info["patch_size"],
+            num_channels=info["channels"],
             layer_norm_eps=1e-6,
             pooler_act="linear",
             architectures=["ViTModel"],
@@ -48,6 +49,7 @@ def to_hf(encoder: nn.Module, info: dict) -> Export:
         block, depths, width, _ = RESNETS[info["arch"]]
         width = info["width"] or width
         config = ResNetConfig(
+            num_channels=info["channels"],
             embedding_size=width,
             hidden_sizes=[width * 2**stage * block.expansion for stage in range(len(depths))],
             depths=list(depths),

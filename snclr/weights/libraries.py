@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import nn
 
-from ..backbones import RESNETS, TIMM, VITS, ConvStem, VisionTransformer, timm_settings
+from ..backbones import RESNETS, TIMM, VITS, ConvStem, VisionTransformer, in_chans, timm_settings
 from ..running.errors import UsageError
 from .exported import Export
 from .layouts import read_encoder
@@ -88,6 +88,7 @@ def to_deit(encoder: nn.Module, info: dict) -> Export:
 
 def to_torchvision(encoder: nn.Module, info: dict) -> Export:
     """The state dict of torchvision's ResNet without its classifier."""
+    _check_rgb(info, "torchvision")
     name = _plain_resnet(info, "torchvision")
 
     def build(path):
@@ -104,6 +105,7 @@ def to_torchvision(encoder: nn.Module, info: dict) -> Export:
 
 def to_mocov3(encoder: nn.Module, info: dict) -> Export:
     """MoCo v3's checkpoints: its names under 'state_dict', of one encoder and without its head."""
+    _check_rgb(info, "MoCo v3")
     arch, prefix = info["arch"], "module.base_encoder."
     if arch in VITS and info["num_heads"] != VITS[arch][2]:
         raise UsageError(
@@ -142,6 +144,7 @@ def to_detectron2(encoder: nn.Module, info: dict) -> Export:
     detectron2 reads its own names under 'model', mmdetection torchvision's names under
     'state_dict'. The file holds the tensors once.
     """
+    _check_rgb(info, "detectron2")
     arch, state = _plain_resnet(info, "detectron2"), encoder.state_dict()
     names = {name: detectron2_name(name) for name in state}
     content = {
@@ -178,7 +181,7 @@ def detectron2_name(name: str) -> str:
 
 
 def to_onnx(encoder: nn.Module, info: dict) -> Export:
-    """An ONNX file with input images (B, 3, S, S), output features (B, C), any B, and the mean,
+    """An ONNX file with input images (B, C, S, S), output features (B, F), any B, and the mean,
     standard deviation and input size of the images in its metadata.
     """
     try:
@@ -188,7 +191,7 @@ def to_onnx(encoder: nn.Module, info: dict) -> Export:
         raise UsageError(
             "--format onnx needs onnx and onnxruntime: pip install onnx onnxruntime"
         ) from error
-    size = (3, info["img_size"], info["img_size"])
+    size = (info["channels"], info["img_size"], info["img_size"])
     file, batch = io.BytesIO(), {0: "batch"}
     with warnings.catch_warnings():  # about the tracer, which every version of torch has
         warnings.simplefilter("ignore")
@@ -217,6 +220,14 @@ def to_onnx(encoder: nn.Module, info: dict) -> Export:
     )
 
 
+def _check_rgb(info, library):
+    if info["channels"] != 3:
+        raise UsageError(
+            f"{library} has only models of RGB images, not of {info['channels']} channels: choose "
+            "--format timm, hf or onnx"
+        )
+
+
 # -- timm's models ---------------------------------------------------------------------------------
 
 
@@ -225,12 +236,13 @@ def _timm_model(encoder, info):
     arch = info["arch"]
     if arch.startswith(TIMM):
         name = arch.removeprefix(TIMM)
-        settings = timm_settings(name, info["img_size"], dict(info["timm_kwargs"] or []))
+        kwargs = dict(info["timm_kwargs"] or [])
+        settings = timm_settings(name, info["img_size"], info["channels"], kwargs)
         return name, {**settings, "num_classes": 0}
     if not isinstance(encoder, VisionTransformer):
-        return _plain_resnet(info, "timm"), {"num_classes": 0}
+        return _plain_resnet(info, "timm"), {"num_classes": 0, **in_chans(info["channels"])}
     _, depth, _, embed_layer = VITS[arch]
-    arguments = {"num_heads": info["num_heads"], "num_classes": 0}
+    arguments = {"num_heads": info["num_heads"], "num_classes": 0, **in_chans(info["channels"])}
     sizes = {"img_size": 224, "patch_size": 16}  # of this model of timm
     arguments |= {name: info[name] for name, size in sizes.items() if info[name] != size}
     if embed_layer is ConvStem:
@@ -241,7 +253,7 @@ def _timm_model(encoder, info):
 def _timm_data(info):
     """The images that timm should expect: prepared as in this project (loader.whole_images)."""
     return {
-        "input_size": (3, info["img_size"], info["img_size"]),
+        "input_size": (info["channels"], info["img_size"], info["img_size"]),
         "interpolation": "bilinear",
         "crop_pct": 0.875,
         "mean": tuple(info["mean"]),

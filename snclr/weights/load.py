@@ -27,18 +27,19 @@ from .layouts import EncoderFile, read_encoder
 LIBRARY_NUM_HEADS = {"vit_small": 6}
 
 # settings of an encoder, if neither the caller nor the file has them
-DEFAULTS = OF_ENCODER | dict(arch=None, img_size=224, mean=IMAGENET[0], std=IMAGENET[1])
+DEFAULTS = OF_ENCODER | dict(arch=None, img_size=224, channels=3, mean=IMAGENET[0], std=IMAGENET[1])
 
 
 def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Module, dict]:
     """The backbone in a file, in eval mode on the CPU, and its info.
 
-    The backbone maps images (B, 3, S, S) to features (B, C).
+    The backbone maps images (B, C, S, S) to features (B, F).
 
     branch     'online' or 'momentum', for files with both encoders; 'untrained': the same
                architecture with random weights
     settings   by the names of DEFAULTS, for files that lack them (None: as in the file). img_size,
-               num_heads, mean, std and grey_range replace those of the file
+               num_heads, mean, std and grey_range replace those of the file; channels must be the
+               same
     info       these settings, 'num_features', 'encoder', 'epoch', 'settings' (all those with which
                this project made the weights) and 'notes': lines that say what was loaded and
                assumed
@@ -99,6 +100,11 @@ def _merge(file, chosen):
         raise UsageError(f"{file.path} does not say its architecture: give --arch")
     if arch not in (None, chosen.get("arch", arch)):
         raise UsageError(f"{file.path} holds {arch}, not --arch {chosen['arch']}: leave --arch out")
+    if saved.get("channels") not in (None, chosen.get("channels", saved.get("channels"))):
+        raise UsageError(
+            f"{file.path} is for images with {saved['channels']} channels, not "
+            f"{chosen['channels']}: leave --channels out"
+        )
     return info | chosen
 
 
@@ -109,6 +115,11 @@ def _build(path, info):
     """
     try:
         info["mean"], info["std"] = ([float(x) for x in info[name]] for name in ("mean", "std"))
+        if not len(info["mean"]) == len(info["std"]) == info["channels"]:
+            raise ValueError(
+                f"{info['channels']} channels, but {len(info['mean'])} numbers as --mean and "
+                f"{len(info['std'])} as --std"
+            )
         if info["grey_range"] is not None:
             low, high = map(float, info["grey_range"])
             if not low < high:
@@ -125,6 +136,7 @@ def _build(path, info):
             hidden_dim=1,
             out_dim=1,
             num_heads=info["num_heads"],
+            channels=info["channels"],
         )
     except UsageError:
         raise
@@ -179,6 +191,12 @@ def _missing(tensors, own):
 
 def _check_fit(file, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     missing, problems = _missing(tensors, own), []
+    stem = next((name for name, tensor in own.items() if tensor.ndim == 4), None)  # first filters
+    if stem in tensors and tensors[stem].shape[1:2] != own[stem].shape[1:2]:
+        raise UsageError(
+            f"{file.path} is for images with {tensors[stem].shape[1]} channels, not "
+            f"{own[stem].shape[1]}: give the same number as --channels"
+        )
     differing = [
         f"{name} {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in own.items()

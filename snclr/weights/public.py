@@ -2,17 +2,14 @@
 into their own caches, and only here.
 """
 
-import difflib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from ..choices import PUBLIC
-from ..running.errors import UsageError, first_line
+from ..running.errors import UsageError, close_names, first_line
 from ..running.safe_files import read_text
 from .layouts import EncoderFile, read_encoder
 
@@ -30,54 +27,8 @@ def read_start(source: str, img_size: int) -> tuple[EncoderFile, nn.Module | Non
     """
     if not source.startswith(PUBLIC):
         return read_encoder(source), None
-    if source.startswith(TIMM):
-        name = source.removeprefix(TIMM)
-        _check_name(name)
-        with _downloading(source):
-            return _of_timm(source, name, timm.get_pretrained_cfg(name), img_size)
-    import huggingface_hub  # timm needs it as well
-
-    repo = source.removeprefix(HF)
-    with _downloading(source):
-        config = json.loads(read_text(huggingface_hub.hf_hub_download(repo, "config.json")))
-        if "architecture" in config:
-            known = timm.get_pretrained_cfg(config["architecture"])
-            return _of_timm(source, f"hf-hub:{repo}", known, img_size)
-        if config.get("model_type") not in ("vit", "resnet"):
-            raise UsageError(
-                f"--init-from {source} is a {config.get('model_type')!r}: of transformers' models "
-                "only 'vit' and 'resnet' are known here; many others are timm's, as timm:NAME"
-            )
-        try:
-            path = huggingface_hub.hf_hub_download(repo, "model.safetensors")
-        except huggingface_hub.utils.EntryNotFoundError:
-            path = huggingface_hub.hf_hub_download(repo, "pytorch_model.bin")
-    file = read_encoder(path)
-    saved = {"args": {"num_heads": config.get("num_attention_heads"), **file.settings}}
-    return file._replace(path=source, is_library=True, saved=file.saved | saved), None
-
-
-def _of_timm(source, name, config, img_size):
-    sized = {"img_size": img_size} if config and config.fixed_input_size else {}
-    model = timm.create_model(name, pretrained=True, num_classes=0, **sized).eval()
-    heads = {getattr(module, "num_heads", None) for module in model.modules()} - {None}
-    settings = {"num_heads": heads.pop()} if len(heads) == 1 else {}
-    saved = {"args": settings}
-    return EncoderFile(source, model.state_dict(), "weights of timm", True, [], saved), model
-
-
-def _check_name(name):
-    known = timm.list_models(pretrained=True)
-    if name not in known and not any(other.startswith(f"{name}.") for other in known):
-        close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-        hint = f"; close names are {', '.join(close)}" if close else ""
-        raise UsageError(f"--init-from timm:{name}: timm has no weights of this name{hint}")
-
-
-@contextmanager
-def _downloading(source) -> Iterator[None]:
     try:
-        yield
+        return (_from_timm if source.startswith(TIMM) else _from_hub)(source, img_size)
     except UsageError:
         raise
     except Exception as error:  # each library has its own errors for a missing network
@@ -87,9 +38,48 @@ def _downloading(source) -> Iterator[None]:
         ) from error
 
 
+def _from_timm(source, img_size):
+    name, known = source.removeprefix(TIMM), timm.list_models(pretrained=True)
+    if not any(f"{other}.".startswith(f"{name}.") for other in known):
+        raise UsageError(
+            f"--init-from {source}: timm has no weights of this name{close_names(name, known)}"
+        )
+    return _of_timm(source, name, timm.get_pretrained_cfg(name), img_size)
+
+
+def _from_hub(source, img_size):
+    import huggingface_hub  # timm needs it as well
+
+    repo = source.removeprefix(HF)
+    config = json.loads(read_text(huggingface_hub.hf_hub_download(repo, "config.json")))
+    if "architecture" in config:
+        known = timm.get_pretrained_cfg(config["architecture"])
+        return _of_timm(source, f"hf-hub:{repo}", known, img_size)
+    if config.get("model_type") not in ("vit", "resnet"):
+        raise UsageError(
+            f"--init-from {source} is a {config.get('model_type')!r}: of transformers' models "
+            "only 'vit' and 'resnet' are known here; many others are timm's, as timm:NAME"
+        )
+    try:
+        path = huggingface_hub.hf_hub_download(repo, "model.safetensors")
+    except huggingface_hub.utils.EntryNotFoundError:
+        path = huggingface_hub.hf_hub_download(repo, "pytorch_model.bin")
+    file = read_encoder(path)
+    saved = {"args": {"num_heads": config.get("num_attention_heads"), **file.settings}}
+    return file._replace(path=source, is_library=True, saved=file.saved | saved), None
+
+
+def _of_timm(source, name, config, img_size):
+    sized = {"img_size": img_size} if config and config.fixed_input_size else {}
+    model = timm.create_model(name, pretrained=True, num_classes=0, **sized).eval()
+    heads = {getattr(module, "num_heads", None) for module in model.modules()} - {None}
+    saved = {"args": {"num_heads": heads.pop()} if len(heads) == 1 else {}}
+    return EncoderFile(source, model.state_dict(), "weights of timm", True, [], saved), model
+
+
 @torch.no_grad()
 def check_features(source: str, model: nn.Module, encoder: nn.Module, images: Tensor) -> None:
-    """Raise UsageError if the encoder computes other features of images (B, 3, S, S) than timm's
+    """Raise UsageError if the encoder computes other features of images (B, C, S, S) than timm's
     model of the same weights: names and shapes of tensors do not show every difference.
     """
     expected = model.forward_head(model.forward_features(images), pre_logits=True)
@@ -105,10 +95,8 @@ def check_features(source: str, model: nn.Module, encoder: nn.Module, images: Te
 
 def other_images(model: nn.Module, mean: list[float], std: list[float]) -> list[str]:
     """A line if timm's model was trained with images normalised by other numbers."""
-    own = [list(model.pretrained_cfg[key]) for key in ("mean", "std")]
-    if own == [list(mean), list(std)]:
+    own = {key: list(model.pretrained_cfg[key]) for key in ("mean", "std")}
+    if own == {"mean": list(mean), "std": list(std)}:
         return []
-    flags = " ".join(
-        f"--{key} {' '.join(map(str, x))}" for key, x in zip(("mean", "std"), own, strict=True)
-    )
+    flags = " ".join(f"--{key} {' '.join(map(str, values))}" for key, values in own.items())
     return [f"these weights were trained with {flags}: the same numbers here fit them better"]
