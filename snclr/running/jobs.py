@@ -40,8 +40,8 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], seconds: float) -> str:
 
     gpus: names as in CUDA_VISIBLE_DEVICES; several jobs share a GPU that is named several times.
     Returns what stopped the jobs: the name of a signal, "--minutes" after so many seconds, or "" if
-    nothing did. A stopped job gets a SIGTERM, saves and ends; its state is then WAITS. A second SIGINT
-    kills this process, which does not wait for a job that hangs.
+    nothing did. A stopped job gets a SIGTERM, saves and ends; its state is then WAITS. A second
+    SIGINT kills this process, which does not wait for a job that hangs.
     """
     received: list[int] = []
 
