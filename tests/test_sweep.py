@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -172,6 +173,8 @@ def test_a_signal_stops_the_jobs_and_no_other_starts(tmp_path, name):
     assert jobs.run_jobs(planned, [""], math.inf) == name
     assert [job.state for job in planned] == [WAITS, WAITS]
     assert (tmp_path / "a/console.txt").read_text() == "saved\n"
+    second_ends = signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert second_ends == (name == "SIGINT")
     assert not (tmp_path / "b").exists() and not (tmp_path / "a/finished.json").exists()
 
 

@@ -40,11 +40,18 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], seconds: float) -> str:
 
     gpus: names as in CUDA_VISIBLE_DEVICES; several jobs share a GPU that is named several times.
     Returns what stopped the jobs: the name of a signal, "--minutes" after so many seconds, or "" if
-    nothing did. A stopped job gets a SIGTERM, saves and ends; its state is then WAITS.
+    nothing did. A stopped job gets a SIGTERM, saves and ends; its state is then WAITS. A second
+    SIGINT kills this process, which does not wait for a job that hangs.
     """
     received: list[int] = []
+
+    def receive(number, frame):
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
     for each in SIGNALS:
-        signal.signal(each, lambda number, frame: received.append(number))
+        signal.signal(each, receive)
     free, reason, height, deadline = list(gpus), "", 0, time.monotonic() + seconds
     for job in jobs:
         with contextlib.suppress(UsageError):  # the files of a job that has not run

@@ -244,6 +244,7 @@ if __name__ == "__main__":
 
     import main_lincls  # noqa: F401
     import main_snclr  # noqa: F401
+    import snclr.embed
     import snclr.export
     import snclr.mean_std
     import snclr.report

@@ -3,10 +3,11 @@ on reliability, in at most one line of an error, and touch no file outside its f
 
     python tests/faults/surroundings.py --cases 300     on two cores, about 4 s a case
 
-A case is a program (pretraining, resuming, a probe, a report, pictures, an export), with one or two
-things that are odd: files that are fifos, devices, links, folders, holes or random bytes; limits of
-memory, descriptors, file size and shared memory; consoles that vanish; flags at the edge of their
-types; signals; a folder that is deleted.
+A case is a program (pretraining, also on a zip file and from other weights, resuming, a probe, a
+report, pictures, an export, features of a data set), with one or two things that are odd: files
+that are fifos, devices, links, folders, holes or random bytes; limits of memory, descriptors, file
+size and shared memory; consoles that vanish; flags at the edge of their types; signals; a folder
+that is deleted.
 """
 
 import collections
@@ -36,7 +37,8 @@ NUMBERS = [
     "--subset-seed", "--keep", "--print-freq", "--save-freq", "--eval-freq", "--viz-freq",
     "--micro-batch", "--stop-after-steps", "--timeout-minutes", "--crop-min",
     "--save-every-minutes", "--skip-non-finite", "--warmup-epochs", "--nn-warmup-epochs",
-    "--patch-size", "--snclr-m", "--num-heads",
+    "--patch-size", "--snclr-m", "--num-heads", "--val-fraction", "--val-seed", "--lr-scale",
+    "--freeze-backbone-epochs", "--local-views", "--nn-mass", "--nn-ramp-epochs", "--layers",
 ]
 # fmt: on
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_JOB_ID")
@@ -67,6 +69,18 @@ def train(case):
     return "main_snclr.py", [case.data, *SMALL.split(), "--viz-freq", 1, "--workdir", case.run]
 
 
+def train_on_zip(case):
+    packed = shutil.make_archive(case.folder / "images", "zip", case.data)
+    for split in ("train", "val"):
+        shutil.rmtree(case.data / split)
+    data = shutil.move(packed, case.data / "images.zip")
+    encoder = case.data / "encoder.pth.tar"
+    (case.run / "encoder_last.pth.tar").rename(encoder)
+    shutil.rmtree(case.run)
+    flags = [*SMALL.split(), "--init-from", encoder, "--val-fraction", 0.2, "--workdir", case.run]
+    return "main_snclr.py", [data, *flags]
+
+
 def resume(case):
     flags = [*SMALL.split(), "--epochs", 2, "--eval-freq", 2, "--workdir", case.run]
     return "main_snclr.py", [case.data, *flags, "--resume", "auto"]
@@ -92,7 +106,13 @@ def export(case):
     return "snclr.export", [case.run / "encoder_last.pth.tar", *flags]
 
 
-PROGRAMS = {f.__name__: f for f in (train, resume, probe, report, pictures, export)}
+def embed(case):
+    flags = ["--out", case.run / "features.npz", "-j", 1]
+    return "snclr.embed", [case.run / "encoder_last.pth.tar", case.data, *flags]
+
+
+FUNCTIONS = (train, train_on_zip, resume, probe, report, pictures, export, embed)
+PROGRAMS = {function.__name__: function for function in FUNCTIONS}
 
 # -- faults: each changes the case and returns a description ---------------------------------------
 
@@ -102,6 +122,7 @@ def odd_file(case):
     files = [path for root in (case.run, case.data) for path in root.rglob("*") if path.is_file()]
     new = ("report.html", "args.json", "bad_images.txt", "non_finite.json", "pictures")
     new += ("checkpoint_last.pth.tar.tmp", "encoder_last.pth.tar", "main_snclr.lock", "up")
+    new += ("features.npz", "features.npz.parts")
     path = case.pick(files) if case.random.random() < 0.7 else case.run / case.pick(new)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
