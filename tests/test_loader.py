@@ -64,8 +64,9 @@ def load(monkeypatch):
     def load(images, *, ranks=1, workers=0, epoch=1, first=0, recipe=RECIPE, global_batch_size=8):
         shares = []
         for rank in range(ranks):
-            monkeypatch.setattr("snclr.loader.rank", lambda rank=rank: rank)
-            monkeypatch.setattr("snclr.loader.world_size", lambda: ranks)
+            monkeypatch.setattr("snclr.running.distributed.rank", lambda rank=rank: rank)
+            for module in ("snclr.running.distributed", "snclr.loader"):
+                monkeypatch.setattr(f"{module}.world_size", lambda: ranks)
             shares.append(
                 list(
                     TwoViewLoader(images, recipe, global_batch_size, CPU, workers).epoch(
