@@ -96,16 +96,16 @@ def test_a_signal_while_an_image_is_decoded_is_not_taken_for_one_that_cannot_be_
     images, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("snclr.datasets.images.RESIDENT_LIMIT", 0)
-    original = decoding.to_rgb
+    original = decoding._page
 
-    def interrupted(picture):
+    def interrupted(*args):
         if (
             tmp_path / "checkpoint_last.pth.tar"
         ).exists():  # from the first evaluation after a save on
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(picture)
+        return original(*args)
 
-    monkeypatch.setattr(decoding, "to_rgb", interrupted)
+    monkeypatch.setattr(decoding, "_page", interrupted)
     with pytest.raises(Interrupted, match="SIGTERM: saved"):
         train(images, tmp_path, "-j", "0", "--on-bad-image", "skip")
     assert not (tmp_path / "bad_images.txt").exists()
