@@ -46,7 +46,7 @@ LONGER = {
     "snclr.operations": 280,
     "snclr.options": 570,
     "snclr.running.checkpoint": 275,
-    "snclr.shared_options": 435,
+    "snclr.shared_options": 420,
     "snclr.weights.libraries": 315,
     "snclr.weights.load": 265,
 }
