@@ -31,7 +31,31 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         check_environment()
         # intermixed: otherwise argparse refuses FILE --flag DATA
-        return super().parse_intermixed_args(read_recipes(args, []), namespace)
+        return super().parse_intermixed_args(self._data_first(read_recipes(args, [])), namespace)
+
+    def _data_first(self, words):
+        """Move the word after a list of numbers, such as DATA in --std 0.2 0.2 0.2 DATA, to the
+        beginning. argparse would take it as one more number.
+        """
+        lists = {
+            name
+            for action in self._actions
+            if action.nargs == "+" and action.type not in (None, key_value)
+            for name in action.option_strings
+        }
+        moved, others, num_numbers = [], [], -1  # -1: not in a list
+        for word in words:
+            if word in lists:
+                num_numbers = 0
+            elif num_numbers >= 0 and _is_number(word):
+                num_numbers += 1
+            elif num_numbers > 0 and not word.startswith("-"):
+                moved.append(word)
+                continue
+            else:
+                num_numbers = -1
+            others.append(word)
+        return moved + others
 
 
 def read_recipes(words: list[str], opened: list[str]) -> list[str]:
@@ -147,14 +171,12 @@ def number(kind: type, *, above_zero: bool = False, most: float = math.inf) -> C
     return convert
 
 
-def listed_number(text: str) -> float:
-    """An argparse type for a flag that takes any number of values: a float."""
+def _is_number(text):
     try:
-        return float(text)
-    except ValueError:  # such a flag takes a DATA after it as well
-        raise argparse.ArgumentTypeError(
-            f"expected a number, found {text!r}; DATA must be before this flag"
-        ) from None
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def seed(text: str) -> int:

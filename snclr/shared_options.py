@@ -7,7 +7,7 @@ import argparse
 import math
 import os
 
-from .arguments import flag, key_value, listed_number, number, seed
+from .arguments import flag, key_value, number, seed
 from .choices import (
     ARCHS,
     DATASETS,
@@ -128,7 +128,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     flag(
         g,
         "--mean",
-        type=listed_number,
+        type=float,
         nargs="+",
         metavar="X",
         help="mean of each channel, in units of 0..1, to normalise (default: that of the data set; "
@@ -138,7 +138,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     flag(
         g,
         "--std",
-        type=listed_number,
+        type=float,
         nargs="+",
         metavar="X",
         help="standard deviation of each channel; `python -m snclr.mean_std DATA` measures both",

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .arguments import flag, listed_number, number
+from .arguments import flag, number
 from .running.errors import UsageError
 
 # flags with a probability: what happens with it, and the default
@@ -43,7 +43,7 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
         g,
         "--jitter",
         nargs="+",
-        type=_at_most_1,
+        type=number(float, most=1),
         metavar=("B C S H", "B C S H"),
         help="change brightness, contrast and saturation by factors of 1 - B to 1 + B (and so on), "
         f"and hue by up to H turns (at most {HUE_MAX:.2f}), in both global views or in each "
@@ -55,7 +55,7 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
             g,
             name,
             nargs="+",
-            type=_at_most_1,
+            type=number(float, most=1),
             metavar=("P", "P"),
             help=f"probability to {action}, of both global views or of each (default: {default})",
             on_resume="fixed",
@@ -97,12 +97,6 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
         "(strong), or one more view of crop, flip and rotation only, the target of both (weak)",
         on_resume="fixed",
     )
-
-
-def _at_most_1(text):
-    """An argparse type: a number between 0 and 1."""
-    listed_number(text)
-    return number(float, most=1)(text)
 
 
 def resolve_view_flags(args: argparse.Namespace) -> None:

@@ -109,7 +109,8 @@ def content(folder):
         ("--topk many", "'many'"),
         ("--epochs 1.5", "'1.5'"),
         ("--lr fast", "'fast'"),
-        ("--flip-h 0.5 data", "found 'data'; DATA must be before this flag"),
+        ("--flip-h often", "invalid float value: 'often'"),
+        ("--flip-h 0.5 data images", "unrecognized arguments: images"),
         ("--flip-v 1.5", "must be between 0 and 1, found 1.5"),
         ("--grey-p 0 1 1", "--grey-p needs 1 or 2 numbers"),
         ("--jitter 0.4 0.4", "--jitter needs 4 or 8 numbers"),
@@ -480,6 +481,17 @@ def test_recipes_take_comments_blank_lines_and_several_flags_a_line(tmp_path):
     (tmp_path / "my.args").write_text("\n".join(lines))
     args = parse("@my.args")
     assert (args.topk, args.lr, args.workdir, args.snclr_m_cos) == (2, 0.5, "a folder", True)
+
+
+def test_data_may_follow_a_list_of_numbers(images, tmp_path):
+    recipe = tmp_path / "mine.args"
+    recipe.write_text("--mean 0.5 0.5 0.5 --std 0.2 0.2 0.2\n")
+    args = options.parse([f"@{recipe}", str(images)])
+    assert args.data == str(images) and args.std == [0.2] * 3
+    args = options.parse(["--jitter", "0.4", "0.4", "0.2", "0.1", str(images), "--lr", "1"])
+    assert args.data == str(images) and args.jitter == [0.4, 0.4, 0.2, 0.1] and args.lr == 1
+    args = lincls_options.parse(["--lrs", "1", "2", str(images), "--pretrained", str(recipe)])
+    assert args.data == str(images) and args.lrs == [1, 2]
 
 
 def test_flags_before_a_recipe_are_overridden_by_it(tmp_path):

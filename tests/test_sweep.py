@@ -145,14 +145,15 @@ def test_jobs_share_the_gpus_and_a_failed_one_stops_no_other(tmp_path, capsys):
     busy = f"{tmp_path}/$CUDA_VISIBLE_DEVICES"
     alone = f"mkdir {busy} && sleep 0.1 && rmdir {busy}"
     scripts = {f"good{n}": f"{alone} && echo 'epoch {n}/9  loss 1' && echo end" for n in range(4)}
-    planned = shell_jobs(
-        tmp_path, bad=f"{alone}; echo no data >&2; exit 3", mute="exit 4", **scripts
-    )
+    scripts |= {"bad": f"{alone}; echo no data >&2; exit 3", "mute": "exit 4"}
+    scripts["bare"] = f"rm {tmp_path}/bare/console.txt"
+    planned = shell_jobs(tmp_path, **scripts)
     assert jobs.run_jobs(planned, ["5", "7"], math.inf) == ""
     assert [(job.state, job.message) for job in planned] == [
+        *((DONE, f"epoch {n}/9  loss 1") for n in range(4)),
         (FAILED, "no data"),
         (FAILED, "exit code 4"),
-        *((DONE, f"epoch {n}/9  loss 1") for n in range(4)),
+        (DONE, ""),
     ]
     assert {job.gpu for job in planned} == {"5", "7"}
     lines = capsys.readouterr().out.splitlines()

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from .errors import UsageError
 from .lock import is_held
 from .preemption import SIGNALS
-from .safe_files import json_object, open_to_append, read_bytes, read_text, save_json, writing
+from .safe_files import json_object, open_to_append, read_bytes, save_json, writing
 
 WAITS, RUNS, DONE, FAILED = "waits", "runs", "finished", "failed"
 POLL = 2  # seconds between two looks at the jobs
+TAIL = 2**16  # bytes at the end of a job's output that are searched for its last line
 
 
 @dataclass(eq=False)
@@ -113,8 +114,13 @@ def update(job: Job, is_stopped: bool) -> None:
 
 def last_line(job: Job, beginning: str = "") -> str:
     """The last line of a job's output that is not empty and begins like this; '' if none does."""
-    lines = reversed(read_text(f"{job.workdir}/console.txt").split("\n"))
-    return next((line for line in lines if line and line.startswith(beginning)), "")
+    try:
+        with open(f"{job.workdir}/console.txt", "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            lines = file.read(TAIL).decode(errors="replace").split("\n")
+    except OSError:  # somebody removed it, which stops no job
+        return ""
+    return next((line for line in reversed(lines) if line and line.startswith(beginning)), "")
 
 
 def show(jobs: Sequence[Job], height: int) -> int:
