@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import gc
 import inspect
 import multiprocessing
@@ -427,6 +428,21 @@ def test_workers_end_with_the_last_reference_to_their_loader(tmp_path, image_set
         assert not any(worker.is_alive() for worker in workers)
     finally:
         gc.enable()
+
+
+def test_workers_that_cannot_start_are_one_line(image_sets, monkeypatch):
+    """torch's destructor of what it has begun to build would print a traceback."""
+
+    def full(context):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    ignored = []
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Event", full)
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    with pytest.raises(RunError, match="No space left"):
+        list(TwoViewLoader(image_sets["files"], RECIPE, 3, CPU, workers=1).epoch(0))
+    gc.collect()
+    assert not ignored
 
 
 # -- whole images for evaluation -------------------------------------------------------------------

@@ -30,6 +30,7 @@ PATIENCE = 10  # the same after a signal that ends the run
 POLL = 2  # seconds between two checks whether to give up
 SHARED_MEMORY = "/dev/shm"
 _END = object()
+_NOT_STARTED: list[Exception] = []
 
 
 class Stalled(RunError):
@@ -76,6 +77,8 @@ class WorkerBatches:
             with self._time_limit():
                 batches = iter(self.loader)
         except OSError as error:
+            # it holds what torch has begun to build, whose destructor would print a traceback
+            _NOT_STARTED.append(error)
             raise RunError(not_started(error)) from error
         while (batch := self._next(batches)) is not _END:
             yield batch
