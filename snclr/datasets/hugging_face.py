@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from ..running.distributed import local_rank_zero_first
-from ..running.errors import UsageError, first_few, first_line
+from ..running.errors import UsageError, first_few, first_line, needed_by
 from .reading import read_encoded, unreadable
 
 VALIDATION = ("validation", "val", "valid", "test")  # the first of these that there is
@@ -22,8 +22,8 @@ class Table:
         # in this format a row is read without decoding its image
         self.table = table.select_columns([column]).with_format("arrow")
         self.column = column
-        lengths = compute.binary_length(self._fields()["bytes"])
-        self.size = lengths.fill_null(0).to_numpy().astype(np.int64)
+        lengths = compute.binary_length(self._fields()["bytes"]).fill_null(0)
+        self.size = lengths.to_numpy().astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -35,8 +35,9 @@ class Table:
     @property
     def paths(self) -> np.ndarray:
         """The path that the table gives for each image, or else its row."""
-        paths = self._fields()["path"].to_pylist()
-        return np.array([path or str(row) for row, path in enumerate(paths)])
+        return np.array(
+            [path or str(row) for row, path in enumerate(self._fields()["path"].to_pylist())]
+        )
 
     def read(self, number: int) -> tuple[str, np.ndarray]:
         image, name = self.table[number][self.column][0].as_py(), f"in row {number} of the table"
@@ -49,10 +50,8 @@ class Table:
 
 @functools.cache
 def _load(source):
-    try:
-        import datasets  # optional
-    except ImportError as error:
-        raise UsageError("--dataset hf needs datasets: pip install datasets") from error
+    with needed_by("--dataset hf", "datasets"):
+        import datasets
     try:
         with local_rank_zero_first():  # it fills the cache that the other ranks read
             return datasets.load_dataset(source.removeprefix("hf:"))
@@ -87,14 +86,13 @@ def open_split(source: str, split: str) -> tuple[Table, list[str | None] | None,
         raise UsageError(f"{source} has no column of images, only {first_few(list(features), 9)}")
     labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     labels += [name for name in ("label", "labels") if name in features]
-    notes = [f"{source}: split {name}, images of column {columns[0]}"]
-    names = []
-    if labels:
-        notes[0] += f", labels of column {labels[0]}"
-        to_name = getattr(features[labels[0]], "int2str", str)
-        values = tables[name][labels[0]]
-        try:
-            names = [to_name(value) if value not in (None, -1) else None for value in values]
-        except ValueError as error:  # of datasets, for a number without a name
-            raise UsageError(f"{source}: column {labels[0]}: {first_line(error)}") from error
-    return Table(tables[name], columns[0]), names if any(names) else None, notes
+    table, note = tables[name], f"{source}: split {name}, images of column {columns[0]}"
+    if not labels:
+        return Table(table, columns[0]), None, [note]
+    to_name = getattr(features[labels[0]], "int2str", str)
+    try:
+        names = [to_name(x) if x not in (None, -1) else None for x in table[labels[0]]]
+    except ValueError as error:  # of datasets, for a number without a name
+        raise UsageError(f"{source}: column {labels[0]}: {first_line(error)}") from error
+    note += f", labels of column {labels[0]}"
+    return Table(table, columns[0]), names if any(names) else None, [note]

@@ -52,6 +52,16 @@ def close_names(name: str, known: list[str]) -> str:
     return f"; close names are {', '.join(close)}" if close else ""
 
 
+@contextlib.contextmanager
+def needed_by(user: str, *packages: str) -> Iterator[None]:
+    """Turn an ImportError in the block into a UsageError that says what to install for a flag."""
+    try:
+        yield
+    except ImportError as error:
+        names = f"{' and '.join(packages)}: pip install {' '.join(packages)}"
+        raise UsageError(f"{user} needs {names}") from error
+
+
 def out_of_memory(error: Exception) -> str | None:
     """The line for the user if an error of torch or numpy means a lack of memory, else None."""
     text = first_line(error)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..backbones import RESNETS, VITS, VisionTransformer
-from ..running.errors import UsageError
+from ..running.errors import UsageError, needed_by
 from .exported import Export
 from .hf_names import to_hf_names
 
@@ -24,10 +24,8 @@ def to_hf(encoder: nn.Module, info: dict) -> Export:
             "--format hf is for ViTs with a plain patch embedding and ResNets with a 7x7 stem, not "
             f"for {info['arch']}" + (" with the small stem" if info["small_stem"] else "")
         )
-    try:
+    with needed_by("--format hf", "transformers"):
         from transformers import AutoModel, ResNetConfig, ViTConfig
-    except ImportError as error:
-        raise UsageError("--format hf needs transformers: pip install transformers") from error
     state = to_hf_names(encoder.state_dict())
     if is_vit:
         width, depth, _, _ = VITS[info["arch"]]

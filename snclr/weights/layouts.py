@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..running import tensor_files
-from ..running.errors import UsageError
+from ..running.errors import UsageError, needed_by
 
 # prefixes of the two encoders in the files of MoCo and its descendants
 PREFIXES = {
@@ -121,13 +121,9 @@ def _read(path):
             return tensor_files.read(path), None
     if not os.path.isfile(path):
         raise UsageError(f"{path} does not exist")
-    try:
+    with needed_by(path, "safetensors"):
         from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_file
-    except ImportError as error:
-        raise UsageError(
-            f"{path} needs the package safetensors: pip install safetensors"
-        ) from error
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -16,7 +16,7 @@ import torchvision
 from torch import nn
 
 from ..backbones import RESNETS, TIMM, VITS, ConvStem, VisionTransformer, in_chans, timm_settings
-from ..running.errors import UsageError
+from ..running.errors import UsageError, needed_by
 from .exported import Export
 from .layouts import read_encoder
 
@@ -181,13 +181,9 @@ def to_onnx(encoder: nn.Module, info: dict) -> Export:
     """An ONNX file with input images (B, C, S, S), output features (B, F), any B, and the mean,
     standard deviation and input size of the images in its metadata.
     """
-    try:
+    with needed_by("--format onnx", "onnx", "onnxruntime"):
         import onnx
         import onnxruntime
-    except ImportError as error:
-        raise UsageError(
-            "--format onnx needs onnx and onnxruntime: pip install onnx onnxruntime"
-        ) from error
     size = (info["channels"], info["img_size"], info["img_size"])
     file, batch = io.BytesIO(), {0: "batch"}
     with warnings.catch_warnings():  # about the tracer, which every version of torch has
