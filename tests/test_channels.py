@@ -326,6 +326,8 @@ def trained(folder, tmp_path_factory):
         flags = flags.replace("resnet8", arch) + " --stop-after-steps 2"
         if arch == "resnet8":
             flags = flags.replace("--eval-freq 0", "--eval-freq 1")
+        if arch == "resnet18":  # timm's has a 7x7 stem and full width
+            flags = flags.replace("--width 8", "--no-small-stem")
         main_snclr.main([str(folder), *flags.split()])
         return str(workdir / "checkpoint_last.pth.tar")
 
