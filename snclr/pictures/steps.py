@@ -69,7 +69,7 @@ def view_picture(batch: Batch, images: ImageSet, title: str, weak: bool = False)
         for view in batch.views[:2] + batch.views[-1:] * weak
     ]
     names = "view 1, view 2 and the weak view" if weak else "view 1 and view 2"
-    text = f"From above: {names} of the same image, as the network sees them."
+    text = f"From top to bottom: {names} of the same image, as the network sees them."
     return sheet(rows, title, text, side=128)
 
 
