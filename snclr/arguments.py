@@ -88,7 +88,7 @@ def check_environment() -> None:
         text = os.environ.get(name, str(least))
         if not re.fullmatch("[0-9]{1,7}", text) or int(text) < least:
             raise UsageError(f"the environment's {name} must be {least} or more, found {text!r}")
-    rank, world_size = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank >= world_size:
         raise UsageError(
             f"the environment's RANK must be below WORLD_SIZE, {world_size}, found {rank}"
