@@ -19,10 +19,10 @@ from ..running.safe_files import open_text
 from . import hugging_face, shards
 from .decoding import decode
 from .folders import EXTENSIONS, Paths, extensions, images_below, read_list
-from .high_bit_depth import little_used_range
+from .high_bit_depth import RANGE_ADVICE, little_used_range
 from .images import EncodedImages, ImageSet, ResidentImages
 
-SAMPLED = 8  # number of images of a set whose grey values are checked at the start
+SAMPLED = 32  # number of images of a set whose grey values are checked at the start
 
 
 class FileImages(EncodedImages):
@@ -90,7 +90,8 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
         val_path = args.data if hugging_face.validation_split(args.data) else None
     elif args.dataset == "shards" and val_path is None:
         val_path = args.data if 1 in _index(args.data, args).split else None  # 1: val
-    train, names, notes = _open_part(train_path, args.labels, args, "train")
+    check_range = args.grey_range is None
+    train, names, notes = _open_part(train_path, args.labels, args, "train", check_range)
     if names is None:
         return train, None, [*notes, "the images have no labels: no kNN, no neighbour purity"]
     # by name, then numbers by value
@@ -102,7 +103,8 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
         return train, None, notes  # sources.open_data takes them out of the training images
     val, val_names = None, None
     if val_path:
-        val, val_names, val_notes = _open_part(val_path, args.val_labels, args, "val")
+        check_range &= RANGE_ADVICE not in " ".join(notes)  # advice once is enough
+        val, val_names, val_notes = _open_part(val_path, args.val_labels, args, "val", check_range)
         notes += val_notes
     if val_names is None:
         return train, None, [*notes, "there are no validation images with labels: no kNN"]
@@ -121,7 +123,9 @@ def _numbers(names, classes):
     return torch.tensor([numbers[name] for name in names])
 
 
-def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | None, list[str]]:
+def _open_part(
+    path, labels, args, split, check_range
+) -> tuple[ImageSet, list[str | None] | None, list[str]]:
     """Images at path, only those of a split if path has several; the class name of each (None for
     an image without a class), or None if no image has one; notes.
     """
@@ -161,7 +165,7 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
     images.channels = args.channels
     if ignored:
         notes.append(f"{ignored} files in {path} are not images and are ignored")
-    if args.grey_range is None and (note := little_used_range(_samples(images))):
+    if check_range and (note := little_used_range(_samples(images))):
         notes.append(f"{path}: {note}")
     try:
         images = images.resident()
