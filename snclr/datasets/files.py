@@ -30,13 +30,12 @@ class FileImages(EncodedImages):
 
     files       reads them: files.read(number) returns the name of an image, for messages, and its
                 bytes (n,) uint8, or raises RunError. It has their paths, and names or sizes in
-                bytes (size), an array each
+                bytes (size), an array each; and states(numbers), see EncodedImages.file_states
     numbers     (n,) of the images in `files`
     grey_range  see decoding.decode
     """
 
     per_image = ("labels", "numbers")
-    grey_range: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -62,6 +61,9 @@ class FileImages(EncodedImages):
     @property
     def paths(self) -> np.ndarray:
         return self.files.paths[self.numbers]
+
+    def file_states(self) -> object:
+        return self.files.states(self.numbers)
 
     def encoded(self, index: int) -> tuple[str, np.ndarray]:
         """The name of an image, for messages, and its bytes (n,) uint8. Raises RunError."""

@@ -75,7 +75,7 @@ def read_pixels(
     # of planes, libtiff gives the upper bytes whatever the layout says
     is_unswappable = "libtiff" in codecs and picture.tag_v2.get(PLANES) == 2
     if is_scaled or is_unswappable or not all(layout[:-4] in COLOURS for layout in layouts):
-        raise ValueError(f"only 8 of its 16 bits can be read ({', '.join(layouts)})")
+        raise ValueError(f"only 8 of its 16 bits can be read ({', '.join({*layouts})})")
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as lower:
         lower.seek(picture.tell())
         swapped = [layout[:-4] + SWAPPED[layout[-4:]] for layout in layouts]

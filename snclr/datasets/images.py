@@ -204,9 +204,12 @@ class ResidentImages(ImageSet):
 
 
 class EncodedImages(ImageSet):
-    """Images of C channels that are decoded each time they are used. A subclass defines `image`."""
+    """Images of C channels that are decoded each time they are used. A subclass defines `image`,
+    and `file_states`: see reading.file_states, and the place of each image in the files.
+    """
 
     channels: int = 3
+    grey_range: tuple[float, float] | None = None
 
     def _originals(self, indices, seed):
         pairs = [self.readable(int(index), seed) for index in indices]

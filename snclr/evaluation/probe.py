@@ -3,7 +3,6 @@ held-out training images.
 """
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -163,8 +162,8 @@ def cached_features(task: Task, loader: ViewLoader) -> Tensor:
             yield from features.encode_in_order(task.embed, len(images), partial(load_parts, copy))
 
     shape = (args.cache_copies, len(images), max(kinds_of(task.encoder).values()))
-    path = os.path.join(args.workdir, f"features_{cache_key(task, images)[:16]}.f32")
-    return cache.keep(chunks(), shape, path, args.cache_limit_gb * 2**30)
+    key = partial(cache_key, task, images)
+    return cache.keep(chunks(), shape, args.workdir, key, args.cache_limit_gb * 2**30)
 
 
 def cache_key(task: Task, images: ImageSet) -> str:
@@ -177,7 +176,7 @@ def cache_key(task: Task, images: ImageSet) -> str:
         sorted((name, x) for name, x in vars(task.args).items() if name not in NOT_IN_FEATURES),
         sorted((name, x) for name, x in task.info.items() if name not in ("epoch", "notes")),
         task.identity["encoder_digest"],
-        (task.amp, task.device.type, torch.__version__),
+        (task.amp, task.device.type),
     )
 
 
