@@ -80,7 +80,9 @@ def retrain(task: Task, head: dict, val_share: Share) -> dict:
     train_heads(task, heads, task.train, val_share, RETRAIN_FILE, "retrained, val")
     (retrained,) = results_of(task, heads, lrs, val_share)
     report(task, "retrained probe", retrained, f"on all {len(task.train)} training images")
-    return {"retrained_top1": retrained["val_top1"], "retrained_top5": retrained["val_top5"]}
+    choice = f"the head of the grid, trained on all {len(task.train)} training images"
+    result = {"retrained_protocol": f"{choice}; {describe_training(task)}"}
+    return result | {f"retrained_{name}": retrained[f"val_{name}"] for name in ("top1", "top5")}
 
 
 def run_mocov3(task: Task, val_share: Share) -> tuple[dict, np.ndarray]:
