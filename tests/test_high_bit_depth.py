@@ -15,7 +15,7 @@ from test_ranks import SMALL
 
 import main_lincls
 import main_snclr
-from snclr import load_encoder, mean_std
+from snclr import load_encoder, mean_std, visualize
 from snclr.datasets import sources
 from snclr.datasets.decoding import decode
 from snclr.datasets.high_bit_depth import to_8_bits
@@ -269,6 +269,12 @@ def test_a_set_of_12_bits_is_noted_once_and_keeps_its_levels_with_the_flag(tmp_p
         assert len(train.images.unique()) == 256 and range_notes(notes) == []
 
 
+def test_measuring_mean_and_std_shows_the_note_as_well(tmp_path, capsys):
+    mean_std.main([str(save_set(tmp_path)), "--workers", "0", "--img-size", "32"])
+    out, err = capsys.readouterr()
+    assert err.count("--grey-range LOW HIGH") == 1 and out.startswith("--mean 0.03")
+
+
 def test_12_bits_in_only_the_validation_images_are_noted(tmp_path):
     save_set(tmp_path)
     for path in (tmp_path / "train").rglob("*.png"):
@@ -336,13 +342,16 @@ def test_an_impossible_range_is_refused(tmp_path, low, high):
         open_set(tmp_path, "--grey-range", low, high)
 
 
-def test_a_run_keeps_its_range_and_hands_it_to_the_evaluation(tmp_path, capsys):
+def test_a_run_keeps_its_range_and_hands_it_to_the_evaluation(tmp_path, capsys, monkeypatch):
     data, run = str(save_set(tmp_path / "set")), str(tmp_path / "run")
     flags = [data, *SMALL.split(), "--workdir", run]
     main_snclr.main([*flags, "--stop-after-steps", "1"])
     assert capsys.readouterr().out.count("--grey-range LOW HIGH") == 1
     with pytest.raises(UsageError, match=r"is of another run: grey_range None -> \[0.0, 4095.0\]"):
         main_snclr.main([*flags, "--resume", "auto", "--grey-range", "0", "4095"])
+    monkeypatch.setattr(visualize, "_draw", lambda *arguments: {})
+    visualize.main([f"{run}/checkpoint_last.pth.tar", data, "--workers", "0"])
+    assert capsys.readouterr().out.count("--grey-range LOW HIGH") == 1
     run = str(tmp_path / "ranged")
     main_snclr.main([data, *SMALL.split(), "--workdir", run, "--grey-range", "0", "4095"])
     assert "--grey-range LOW HIGH" not in capsys.readouterr().out

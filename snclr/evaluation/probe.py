@@ -79,10 +79,10 @@ def retrain(task: Task, head: dict, val_share: Share) -> dict:
     heads = new_heads(task, {kind: kinds_of(task.encoder)[kind]}, lrs, (head["norm"],))
     train_heads(task, heads, task.train, val_share, RETRAIN_FILE, "retrained, val")
     (retrained,) = results_of(task, heads, lrs, val_share)
-    report(task, "retrained probe", retrained, f"on all {len(task.train)} training images")
-    choice = f"the head of the grid, trained on all {len(task.train)} training images"
-    result = {"retrained_protocol": f"{choice}; {describe_training(task)}"}
-    return result | {f"retrained_{name}": retrained[f"val_{name}"] for name in ("top1", "top5")}
+    protocol = f"retrained on all {len(task.train)} training images; {describe_training(task)}"
+    report(task, "retrained probe", retrained, protocol)
+    result = {"retrained_protocol": protocol, "retrained_top1": retrained["val_top1"]}
+    return result | {"retrained_top5": retrained["val_top5"]}
 
 
 def run_mocov3(task: Task, val_share: Share) -> tuple[dict, np.ndarray]:
@@ -177,8 +177,7 @@ def cache_key(task: Task, images: ImageSet) -> str:
         images,
         sorted((name, x) for name, x in vars(task.args).items() if name not in NOT_IN_FEATURES),
         sorted((name, x) for name, x in task.info.items() if name not in ("epoch", "notes")),
-        task.identity["encoder_digest"],
-        (task.amp, task.device.type),
+        (task.identity["encoder_digest"], task.amp, task.device.type),
     )
 
 
