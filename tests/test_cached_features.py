@@ -133,6 +133,11 @@ def test_other_versions_have_another_key(tmp_path, monkeypatch):
     assert key(data, "folder") != before
 
 
+def test_features_of_images_that_do_not_say_their_files_are_never_used_again():
+    unknown = image_sets.EncodedImages(None, [], ([0.5], [0.5]))
+    assert key_of(unknown) != key_of(unknown)
+
+
 def test_images_in_another_order_have_another_key(tmp_path):
     train, _, _ = sources.open_data(mean_std.parse([str(folder(tmp_path)[0])]))
     assert key_of(train) != key_of(train.select(np.arange(4)[::-1].copy()))
