@@ -155,6 +155,7 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.filterwarnings(NO_OP)
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("flags", VARIANTS)
 def test_a_run_is_that_of_a_cpu_and_its_steps_do_not_wait(
     flags, folder, tmp_path, monkeypatch, accelerated
