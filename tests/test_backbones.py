@@ -60,12 +60,6 @@ def backbone_of(encoder):
     }
 
 
-def shallow(monkeypatch):
-    """ViTs of two blocks, for tests that do not depend on depth."""
-    for arch, (width, _, *rest) in backbones.VITS.items():
-        monkeypatch.setitem(backbones.VITS, arch, (width, 2, *rest))
-
-
 def test_flags_and_backbones_know_the_same_archs():
     assert (*backbones.VITS, *backbones.RESNETS) == choices.ARCHS
 
@@ -91,8 +85,7 @@ def test_resnet8_has_names_of_torchvision():
 
 
 @pytest.mark.parametrize("arch", backbones.ARCHS)
-def test_projector_stands_in_the_place_of_the_last_layer(arch, monkeypatch):
-    shallow(monkeypatch)
+def test_projector_stands_in_the_place_of_the_last_layer(arch, shallow):
     encoder = build(arch, width=8 if arch in RESNETS else None)
     name, layers = ("head", 3) if arch in VITS else ("fc", 2)
     assert encoder.projector is getattr(encoder, name)
@@ -106,8 +99,7 @@ def test_projector_stands_in_the_place_of_the_last_layer(arch, monkeypatch):
 
 
 @pytest.mark.parametrize("arch", backbones.ARCHS)
-def test_forward_is_projector_of_embed(arch, monkeypatch):
-    shallow(monkeypatch)
+def test_forward_is_projector_of_embed(arch, shallow):
     encoder = build(arch).eval()
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
@@ -118,9 +110,8 @@ def test_forward_is_projector_of_embed(arch, monkeypatch):
 
 @pytest.mark.parametrize("arch", backbones.ARCHS)
 def test_one_step_gives_every_trainable_parameter_a_gradient_and_the_momentum_encoder_none(
-    arch, monkeypatch
+    arch, shallow
 ):
-    shallow(monkeypatch)
     torch.manual_seed(0)
     encoder = build(arch)
     for module in (
@@ -171,8 +162,7 @@ def test_the_projector_has_the_name_of_the_classifier(arch, name):
 
 
 @pytest.mark.parametrize("img_size, patch_size", [(32, 8), (32, 16), (16, 16)])
-def test_number_of_tokens_follows_image_and_patch_size(img_size, patch_size, monkeypatch):
-    shallow(monkeypatch)
+def test_number_of_tokens_follows_image_and_patch_size(img_size, patch_size, shallow):
     encoder = build("vit_tiny", img_size=img_size, patch_size=patch_size)
     tokens = encoder.forward_features(torch.randn(1, 3, img_size, img_size))
     assert tokens.shape == (1, 1 + (img_size // patch_size) ** 2, 192)
@@ -223,8 +213,7 @@ def test_position_embedding_refuses_a_width_without_four_equal_parts(width):
         sincos_position_embedding(2, 2, width)
 
 
-def test_position_embedding_is_fixed_and_zero_for_the_class_token(monkeypatch):
-    shallow(monkeypatch)
+def test_position_embedding_is_fixed_and_zero_for_the_class_token(shallow):
     encoder = build("vit_tiny", patch_size=8)
     assert not encoder.pos_embed.requires_grad
     assert not encoder.pos_embed[:, 0].any()
@@ -238,8 +227,7 @@ def assert_uniform(weight, bound):
 
 
 @pytest.mark.parametrize("patch_size", [8, 16])
-def test_vit_starts_as_moco_v3s(patch_size, monkeypatch):
-    shallow(monkeypatch)
+def test_vit_starts_as_moco_v3s(patch_size, shallow):
     torch.manual_seed(0)
     encoder = build("vit_tiny", patch_size=patch_size)
     width = 192
@@ -262,8 +250,7 @@ def test_vit_starts_as_moco_v3s(patch_size, monkeypatch):
 @pytest.mark.parametrize(
     "stop, expected", [(True, {"patch_embed.proj.weight", "patch_embed.proj.bias"}), (False, set())]
 )
-def test_stop_grad_conv1_freezes_exactly_the_patch_embedding(stop, expected, monkeypatch):
-    shallow(monkeypatch)
+def test_stop_grad_conv1_freezes_exactly_the_patch_embedding(stop, expected, shallow):
     encoder = build("vit_tiny", stop_grad_conv1=stop)
     frozen = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
     assert frozen == {"pos_embed"} | expected
