@@ -24,7 +24,7 @@ from .running.workers import LastingWorkers, WorkerBatches, check_shared_memory,
 
 EVALUATION_BATCH = 256  # images per rank
 REQUEST = 256  # most images that a worker loads at a time
-SAMPLE_EPOCH = -1  # keys the views of TwoViewLoader.sample
+SAMPLE_EPOCH = -1  # keys the views of EpochLoader.sample
 
 
 class ViewLoader:
@@ -128,7 +128,7 @@ class Batch(NamedTuple):
     views: list[Tensor]
 
 
-class TwoViewLoader(ViewLoader):
+class EpochLoader(ViewLoader):
     """Epochs of batches with all views of each image.
 
     Global batch b is the b-th slice of the epoch's permutation; an incomplete last one is dropped.
@@ -157,10 +157,11 @@ class TwoViewLoader(ViewLoader):
 
         go_on: the next call is for the next epoch, so the workers may begin it.
         """
-        ahead = self._requests(epoch + 1, 0) if go_on else []
-        return self._batches(self._requests(epoch, first), ahead)
+        ahead = self.requests(epoch + 1) if go_on else []
+        return self._batches(self.requests(epoch, first), ahead)
 
-    def _requests(self, epoch, first):
+    def requests(self, epoch: int, first: int = 0) -> list[tuple[int, np.ndarray]]:
+        """The same as requests: the epoch, and the numbers of this rank's images of a batch."""
         order = augment.epoch_order(self.recipe.seed, epoch, len(self.images))
         starts = [step * self.global_batch_size for step in range(first, self.steps_per_epoch)]
         return [(epoch, share(order[start : start + self.global_batch_size])) for start in starts]

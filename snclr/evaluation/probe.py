@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..datasets.images import ImageSet
 from ..datasets.split import hold_out
-from ..loader import ViewLoader
+from ..loader import EpochLoader
 from ..running import distributed
 from ..running.devices import send
 from . import cache, features, state
 from .linear import NORMS, LinearGrid, kinds_of
 from .options import NOT_IN_FEATURES, STATE_FILE
-from .task import Task, rank_batches, report_epoch, steps_per_epoch
+from .task import Task, epoch_loader, report_epoch
 
 RETRAIN_FILE = "retrain_last.pth.tar"  # in the workdir
 MOCOV3_RATES = {"vit": 3.0, "resnet": 0.1}  # Chen et al. 2021 and their code, by kind of encoder
@@ -124,28 +124,26 @@ def train_heads(
     Returns top-1 and top-5 (2, heads) in percent on `evaluated` after the last epoch, and the best
     head's top-1 after each epoch. title: name of that top-1 in the lines that show progress.
     """
-    args, labels = task.args, images.labels.to(task.device)
-    steps = steps_per_epoch(images, args.batch_size)
+    args, labels, loader = task.args, images.labels.to(task.device), epoch_loader(task, images)
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
     epoch, history = state.resume(args, task.identity, state_file, heads, optimizer)
-    loader = ViewLoader(images, task.recipe, task.device, args.workers)
     cached = cached_features(task, loader) if args.cache_features else None
     correct, start = accuracies(heads, *evaluated), time.perf_counter()
     while epoch < args.epochs:
-        for step, (ids, x) in enumerate(epoch_features(task, images, loader, epoch, cached)):
-            position = epoch if args.protocol == "mocov3" else epoch + step / steps
+        for step, (ids, x) in enumerate(epoch_features(task, loader, epoch, cached)):
+            position = epoch if args.protocol == "mocov3" else epoch + step / loader.steps_per_epoch
             optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * position / args.epochs))
             heads.train_step(optimizer, x, labels[ids])
         epoch += 1
         correct = accuracies(heads, *evaluated)
         history.append(correct[0].max().item())
         text = f"{title} top-1 {history[-1]:.2f} %"
-        report_epoch(task, images, loader.replaced, epoch, text, start)
+        report_epoch(task, loader, epoch, text, start)
         state.save(args, task.identity, state_file, heads, optimizer, epoch, history)
     return correct, history
 
 
-def cached_features(task: Task, loader: ViewLoader) -> Tensor:
+def cached_features(task: Task, loader: EpochLoader) -> Tensor:
     """Features (copies, n, F) float32 of all images of a loader, the same on every rank.
 
     --cache-copies 1: the view that evaluation uses; more: that many random crops of each image,
@@ -156,7 +154,7 @@ def cached_features(task: Task, loader: ViewLoader) -> Tensor:
     def load_parts(copy, parts):
         if args.cache_copies == 1:
             return task.load(images, np.concatenate(parts), chunk=features.CHUNK)
-        return (x for _, (x,) in loader.load([(copy, part, (0,)) for part in parts]))
+        return (x for _, (x,) in loader.load([(copy, part) for part in parts]))
 
     def chunks():
         for copy in range(args.cache_copies):
@@ -182,15 +180,14 @@ def cache_key(task: Task, images: ImageSet) -> str:
 
 
 def epoch_features(
-    task: Task, images: ImageSet, loader: ViewLoader, epoch: int, cached: Tensor | None
+    task: Task, loader: EpochLoader, epoch: int, cached: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's (ids, features) of each batch: from the cache, or of crops, encoded now."""
-    parts = rank_batches(task, images, epoch)
     if cached is None:
-        for ids, (x,) in loader.load([(epoch, part, (0,)) for part in parts]):
+        for ids, (x,) in loader.epoch(epoch):
             yield ids, task.embed(x)
         return
-    for part in parts:
+    for _, part in loader.requests(epoch):
         ids, x = torch.from_numpy(part), cached[epoch % len(cached), part]
         yield send(ids, task.device), send(x, task.device)
 

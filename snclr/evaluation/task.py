@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import augment
 from ..datasets.images import ImageSet
+from ..loader import EpochLoader
 from ..running.bad_images import record_bad_images
-from ..running.distributed import share
 from ..running.errors import UsageError
 
 
@@ -33,36 +32,27 @@ class Task(NamedTuple):
     amp: str  # precision of the encoder: 'off', 'bf16' or 'fp16'
     log: Callable[[str], None]  # prints a line on rank 0; does nothing on other ranks
 
-    @property
-    def recipe(self) -> augment.Recipe:
-        """The view on which a classifier is trained: a random crop, half of them flipped."""
-        args = self.args
-        return augment.Recipe(args.seed, (augment.View(args.img_size, args.crop_min),))
+
+def epoch_loader(task: Task, images: ImageSet) -> EpochLoader:
+    """Batches of the views on which a classifier is trained: random crops, half of them flipped.
+
+    Raises UsageError if there is no whole batch.
+    """
+    args = task.args
+    if args.batch_size > len(images):
+        raise UsageError(
+            f"--batch-size {args.batch_size} exceeds the {len(images)} training images"
+        )
+    recipe = augment.Recipe(args.seed, (augment.View(args.img_size, args.crop_min),))
+    return EpochLoader(images, recipe, args.batch_size, task.device, args.workers)
 
 
-def steps_per_epoch(images: ImageSet, batch_size: int) -> int:
-    """Number of whole batches (global size) in an epoch. Raises UsageError if there is none."""
-    if batch_size > len(images):
-        raise UsageError(f"--batch-size {batch_size} exceeds the {len(images)} training images")
-    return len(images) // batch_size
-
-
-def rank_batches(task: Task, images: ImageSet, epoch: int) -> list[np.ndarray]:
-    """This rank's part of each batch of an epoch: indices into images."""
-    size = task.args.batch_size
-    order = augment.epoch_order(task.args.seed, epoch, len(images))
-    starts = range(0, size * steps_per_epoch(images, size), size)
-    return [share(order[start : start + size]) for start in starts]
-
-
-def report_epoch(
-    task: Task, images: ImageSet, replaced: set[int], epoch: int, text: str, start: float
-) -> None:
+def report_epoch(task: Task, loader: EpochLoader, epoch: int, text: str, start: float) -> None:
     """Print progress about ten times during training, and report images that could not be read. All
     ranks call it.
     """
     epochs = task.args.epochs
-    if note := record_bad_images(images.image, replaced, task.args.workdir):
+    if note := record_bad_images(loader.images.image, loader.replaced, task.args.workdir):
         task.log(f"note: {note}")
     if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
         task.log(f"epoch {epoch}/{epochs}  {text}  {time.perf_counter() - start:.0f} s")
