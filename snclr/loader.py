@@ -19,7 +19,7 @@ from . import augment, operations
 from .augment import Recipe
 from .datasets.images import EncodedImages, ImageSet
 from .running.distributed import share, world_size
-from .running.errors import RunError
+from .running.errors import RunError, UsageError
 from .running.workers import LastingWorkers, WorkerBatches, check_shared_memory, keep_freed_memory
 
 EVALUATION_BATCH = 256  # images per rank
@@ -132,7 +132,8 @@ class EpochLoader(ViewLoader):
     """Epochs of batches with all views of each image.
 
     Global batch b is the b-th slice of the epoch's permutation; an incomplete last one is dropped.
-    Each rank gets a contiguous part of it, so gathering in rank order restores the batch.
+    Each rank gets a contiguous part of it, so gathering in rank order restores the batch. Raises
+    UsageError if there is no whole batch.
     """
 
     def __init__(
@@ -143,6 +144,10 @@ class EpochLoader(ViewLoader):
         device: torch.device,
         workers: int,
     ):
+        if global_batch_size > len(images):
+            raise UsageError(
+                f"--batch-size {global_batch_size} exceeds the {len(images)} training images"
+            )
         if isinstance(images, EncodedImages):
             image_bytes = sum(images.channels * view.size**2 for view in recipe.views)
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

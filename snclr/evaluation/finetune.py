@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .. import augment, optim
+from ..loader import EpochLoader
 from ..optim import parameter_groups
 from ..running import distributed
 from ..running.batch_norm import synchronise_batch_norm
@@ -17,7 +18,7 @@ from ..running.precision import autocast, widen
 from . import state
 from .features import encode_share
 from .options import STATE_FILE
-from .task import Task, epoch_loader, report_epoch
+from .task import Task, report_epoch
 
 # peak learning rates of encoder and head for a batch of 256, and weight decay
 DEFAULTS = {"sgd": (0.02, 0.2, 0.0), "adamw": (5e-4, 5e-3, 0.05)}
@@ -48,16 +49,17 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
 
     Validation images choose nothing.
     """
-    args, device = task.args, task.device
-    loader, settings = epoch_loader(task, task.train), resolve_settings(task)
-    model = Classifier(task.encoder, len(task.train.classes)).to(device)
+    args, train, device = task.args, task.train, task.device
+    settings = resolve_settings(task)
+    loader = EpochLoader(train, task.recipe, args.batch_size, device, args.workers)
+    model = Classifier(task.encoder, len(train.classes)).to(device)
     model = synchronise_batch_norm(model, device)
     rates = {name: settings[name] * args.batch_size / 256 for name in ("lr", "head_lr")}
     optimizer = build_optimizer(model, **settings | rates)
     scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
     epoch, _ = state.resume(args, task.identity, STATE_FILE, model, optimizer)
     network = distributed.replicate(model, device)
-    labels = task.train.labels.to(device)
+    labels = train.labels.to(device)
     start = time.perf_counter()
     while epoch < args.epochs:
         network.train()
@@ -83,7 +85,7 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
         epoch += 1
         if epoch % max(1, args.epochs // 5) == 0 or epoch == args.epochs:
             top1, _, _ = evaluate_classifier(task, model)
-            report_epoch(task, loader, epoch, f"top-1 {top1:.2f} %", start)
+            report_epoch(task, train, loader.replaced, epoch, f"top-1 {top1:.2f} %", start)
         state.save(args, task.identity, STATE_FILE, model, optimizer, epoch, history=[])
     top1, top5, counts = evaluate_classifier(task, model)
     task.log(

@@ -20,7 +20,7 @@ from ..running.devices import send
 from . import cache, features, state
 from .linear import NORMS, LinearGrid, kinds_of
 from .options import NOT_IN_FEATURES, STATE_FILE
-from .task import Task, epoch_loader, report_epoch
+from .task import Task, report_epoch
 
 RETRAIN_FILE = "retrain_last.pth.tar"  # in the workdir
 MOCOV3_RATES = {"vit": 3.0, "resnet": 0.1}  # Chen et al. 2021 and their code, by kind of encoder
@@ -124,7 +124,8 @@ def train_heads(
     Returns top-1 and top-5 (2, heads) in percent on `evaluated` after the last epoch, and the best
     head's top-1 after each epoch. title: name of that top-1 in the lines that show progress.
     """
-    args, labels, loader = task.args, images.labels.to(task.device), epoch_loader(task, images)
+    args, labels = task.args, images.labels.to(task.device)
+    loader = EpochLoader(images, task.recipe, args.batch_size, task.device, args.workers)
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
     epoch, history = state.resume(args, task.identity, state_file, heads, optimizer)
     cached = cached_features(task, loader) if args.cache_features else None
@@ -138,7 +139,7 @@ def train_heads(
         correct = accuracies(heads, *evaluated)
         history.append(correct[0].max().item())
         text = f"{title} top-1 {history[-1]:.2f} %"
-        report_epoch(task, loader, epoch, text, start)
+        report_epoch(task, images, loader.replaced, epoch, text, start)
         state.save(args, task.identity, state_file, heads, optimizer, epoch, history)
     return correct, history
 

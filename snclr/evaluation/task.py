@@ -1,6 +1,4 @@
-"""The encoder and images of an evaluation, and the batches of its training images. Probe and
-fine-tuning share them.
-"""
+"""What probe and fine-tuning share: the encoder and images of an evaluation, and its progress."""
 
 import argparse
 import time
@@ -12,9 +10,7 @@ from torch import Tensor, nn
 
 from .. import augment
 from ..datasets.images import ImageSet
-from ..loader import EpochLoader
 from ..running.bad_images import record_bad_images
-from ..running.errors import UsageError
 
 
 class Task(NamedTuple):
@@ -32,27 +28,21 @@ class Task(NamedTuple):
     amp: str  # precision of the encoder: 'off', 'bf16' or 'fp16'
     log: Callable[[str], None]  # prints a line on rank 0; does nothing on other ranks
 
-
-def epoch_loader(task: Task, images: ImageSet) -> EpochLoader:
-    """Batches of the views on which a classifier is trained: random crops, half of them flipped.
-
-    Raises UsageError if there is no whole batch.
-    """
-    args = task.args
-    if args.batch_size > len(images):
-        raise UsageError(
-            f"--batch-size {args.batch_size} exceeds the {len(images)} training images"
-        )
-    recipe = augment.Recipe(args.seed, (augment.View(args.img_size, args.crop_min),))
-    return EpochLoader(images, recipe, args.batch_size, task.device, args.workers)
+    @property
+    def recipe(self) -> augment.Recipe:
+        """The view on which a classifier is trained: a random crop, half of them flipped."""
+        args = self.args
+        return augment.Recipe(args.seed, (augment.View(args.img_size, args.crop_min),))
 
 
-def report_epoch(task: Task, loader: EpochLoader, epoch: int, text: str, start: float) -> None:
+def report_epoch(
+    task: Task, images: ImageSet, replaced: set[int], epoch: int, text: str, start: float
+) -> None:
     """Print progress about ten times during training, and report images that could not be read. All
     ranks call it.
     """
     epochs = task.args.epochs
-    if note := record_bad_images(loader.images.image, loader.replaced, task.args.workdir):
+    if note := record_bad_images(images.image, replaced, task.args.workdir):
         task.log(f"note: {note}")
     if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
         task.log(f"epoch {epoch}/{epochs}  {text}  {time.perf_counter() - start:.0f} s")
