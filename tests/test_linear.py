@@ -149,7 +149,7 @@ def test_knn_table_equals_the_loops():
     votes = {f"k={k} weighted": knn.Vote(k, 0.07) for k in (3, 10)}
     votes |= {f"k={k} plain": knn.Vote(k, None) for k in (3, 10)}
     votes["cooler"] = knn.Vote(7, 0.1)
-    top1 = knn.table((3 * stored, labels), (2 * queries, truth), 25, 4, votes, CPU)
+    top1 = knn.table((3 * stored, labels), 2 * queries, truth, 4, votes, CPU)
     assert top1.keys() == votes.keys()
     for name, (k, temperature) in votes.items():
         right = 0

@@ -57,7 +57,7 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
     rates = {name: settings[name] * args.batch_size / 256 for name in ("lr", "head_lr")}
     optimizer = build_optimizer(model, **settings | rates)
     scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
-    epoch, _ = state.resume(args, task.identity, STATE_FILE, model, optimizer)
+    epoch, _ = state.resume(task, STATE_FILE, model, optimizer)
     network = distributed.replicate(model, device)
     labels = train.labels.to(device)
     start = time.perf_counter()
@@ -86,7 +86,7 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
         if epoch % max(1, args.epochs // 5) == 0 or epoch == args.epochs:
             top1, _, _ = evaluate_classifier(task, model)
             report_epoch(task, train, loader.replaced, epoch, f"top-1 {top1:.2f} %", start)
-        state.save(args, task.identity, STATE_FILE, model, optimizer, epoch, history=[])
+        state.save(task, STATE_FILE, model, optimizer, epoch, history=[])
     top1, top5, counts = evaluate_classifier(task, model)
     task.log(
         f"fine-tuned: top-1 {top1:.2f} %, top-5 {top5:.2f} % on {len(task.val)} images, "

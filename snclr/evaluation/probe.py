@@ -127,7 +127,7 @@ def train_heads(
     args, labels = task.args, images.labels.to(task.device)
     loader = EpochLoader(images, task.recipe, args.batch_size, task.device, args.workers)
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
-    epoch, history = state.resume(args, task.identity, state_file, heads, optimizer)
+    epoch, history = state.resume(task, state_file, heads, optimizer)
     cached = cached_features(task, loader) if args.cache_features else None
     correct, start = accuracies(heads, *evaluated), time.perf_counter()
     while epoch < args.epochs:
@@ -140,7 +140,7 @@ def train_heads(
         history.append(correct[0].max().item())
         text = f"{title} top-1 {history[-1]:.2f} %"
         report_epoch(task, images, loader.replaced, epoch, text, start)
-        state.save(args, task.identity, state_file, heads, optimizer, epoch, history)
+        state.save(task, state_file, heads, optimizer, epoch, history)
     return correct, history
 
 

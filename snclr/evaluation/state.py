@@ -3,7 +3,6 @@ resumes from it.
 """
 
 import os
-from argparse import Namespace
 
 import torch
 from torch import nn
@@ -13,13 +12,13 @@ from ..running.errors import UsageError, first_line
 from ..running.preemption import signals_wait
 from ..running.provenance import versions_and_commit
 from ..running.settings import differ
+from .task import Task
 
 KINDS = dict(epoch=int, model=dict, optimizer=dict, history=list, args=dict, encoder_digest=str)
 
 
 def save(
-    args: Namespace,
-    identity: dict,
+    task: Task,
     name: str,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -28,8 +27,7 @@ def save(
 ) -> None:
     """Write the state after `epoch` completed epochs to workdir/name, by rank 0; all ranks wait.
 
-    identity: what a resumed evaluation must repeat, see task.Task. history: top-1 in percent after
-    each epoch; empty when fine-tuning.
+    history: top-1 in percent after each epoch; empty when fine-tuning.
     """
     if distributed.rank() == 0:
         content = {
@@ -37,27 +35,23 @@ def save(
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "history": history,
-            **identity,
+            **task.identity,
             "provenance": versions_and_commit(),
         }
         with signals_wait():
-            tensor_files.save(os.path.join(args.workdir, name), content)
+            tensor_files.save(os.path.join(task.args.workdir, name), content)
     distributed.barrier()
 
 
 def resume(
-    args: Namespace,
-    identity: dict,
-    name: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    task: Task, name: str, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[float]]:
     """Load what `save` wrote, if --resume asks for it and the file exists. Returns the number of
     completed epochs and the history, else 0 and [].
 
     Raises UsageError if the file is of another evaluation, or does not fit.
     """
-    path = os.path.join(args.workdir, name)
+    args, path = task.args, os.path.join(task.args.workdir, name)
     if args.resume is None or not os.path.exists(path):
         return 0, []
     content = tensor_files.read(path)
@@ -65,7 +59,7 @@ def resume(
         raise UsageError(f"{path} is not the state of an evaluation; choose a new --workdir")
     saved = content["args"].items()
     changed = [str(name) for name, value in saved if differ(value, vars(args).get(name))]
-    changed += ["the encoder"] * (content["encoder_digest"] != identity["encoder_digest"])
+    changed += ["the encoder"] * (content["encoder_digest"] != task.identity["encoder_digest"])
     if changed:
         raise UsageError(
             f"{path} is of another evaluation: {', '.join(changed)} changed; choose a new --workdir"

@@ -10,7 +10,7 @@ COLUMNS = (
     ("kNN top-1 %", "knn_top1", "last"),
     ("untrained %", "knn_top1", "untrained"),
     ("start (from --init-from) %", "knn_top1", "start"),
-    ("raw pixels %", "raw_pixels_knn_top1", "first"),
+    ("raw pixels %", "raw_pixels_knn_top1", "last"),
     ("linear probe %", "linear_top1", "results"),
     ("loss / chance", "loss_ratio", "mean"),
     ("purity", "neighbour_purity", "mean"),

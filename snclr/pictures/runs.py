@@ -71,10 +71,9 @@ def number(line: dict, name: str) -> float | None:
 def value(run: Run, metric: str, kind: str) -> float | None:
     """One number of a run for a table; None if it has none. kind:
 
-    last        of the last evaluation
-    first       of the evaluation before training
-    untrained   the same, if the encoder was untrained
-    start       the same, if the encoder had the weights of --init-from
+    last        of the last evaluation that has it
+    untrained   of the evaluation before training, if the encoder was untrained
+    start       of the evaluation before training, if it had the weights of --init-from
     mean        over the last epoch
     median      over all lines
     results     of an evaluation by main_lincls.py
@@ -83,10 +82,9 @@ def value(run: Run, metric: str, kind: str) -> float | None:
         results = [number(result, metric) for _, result in run.results]
         return next((x for x in results if x is not None), None)
     lines = [line for line in run.lines if number(line, metric) is not None]
-    if kind in ("first", "untrained", "start"):
+    if kind in ("untrained", "start"):
         lines = [line for line in lines if line["epoch"] == 0]
-    if kind in ("untrained", "start"):  # main_snclr.py writes 'start (from FILE)'
-        is_start = kind == "start"
+        is_start = kind == "start"  # main_snclr.py writes 'start (from FILE)'
         lines = [x for x in lines if str(x.get("encoder")).startswith("start") == is_start]
     if not lines:
         return None

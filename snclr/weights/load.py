@@ -1,6 +1,7 @@
 """Loads an encoder's named tensors into a backbone, and reports what was loaded."""
 
 import math
+from argparse import Namespace
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -65,6 +66,17 @@ def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Modu
     info |= {"num_features": encoder.num_features, "encoder": branch, "notes": notes}
     info["settings"] = file.settings
     return encoder.eval(), info
+
+
+def open_by_flags(args: Namespace, path: str, branch: str) -> tuple[nn.Module, dict]:
+    """open_encoder with the backbone and data flags of a command. Afterwards `args` has the size,
+    channels and normalisation of the encoder, in which `sources.open_data` opens the images.
+    """
+    settings = {name: getattr(args, name) for name in DEFAULTS}
+    encoder, info = open_encoder(path, branch, **settings)
+    for name in ("img_size", "channels", "mean", "std", "grey_range"):
+        setattr(args, name, info[name])
+    return encoder, info
 
 
 def choose_num_heads(

@@ -272,7 +272,8 @@ def probe_content(seeds, random):
     seeds.write(STATE_FILE, seeds.saved(state))
     settings = argparse.Namespace(**seeds.probe["args"], workdir=str(seeds.folder), resume="auto")
     grid, optimizer = seeds.fresh_probe()
-    probe_state.resume(settings, {"encoder_digest": "x"}, STATE_FILE, grid, optimizer)
+    task = argparse.Namespace(args=settings, identity={"encoder_digest": "x"})
+    probe_state.resume(task, STATE_FILE, grid, optimizer)
     grid.train_step(optimizer, torch.randn(4, 4), torch.arange(4) % 3)
 
 
