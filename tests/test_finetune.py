@@ -10,7 +10,7 @@ from test_linear import interrupted_after
 import main_lincls
 from snclr.backbones import ResNet
 from snclr.evaluation import features, finetune
-from snclr.evaluation import state as evaluation_state
+from snclr.evaluation.task import Task
 from snclr.running.errors import UsageError
 from snclr.weights import load as weights
 
@@ -70,7 +70,7 @@ def test_resumed_fine_tuning_equals_the_uninterrupted_one(
     images, pretrained, tmp_path, monkeypatch
 ):
     whole = tune(images, pretrained, tmp_path / "whole")
-    monkeypatch.setattr(evaluation_state, "save", interrupted_after(2))
+    monkeypatch.setattr(Task, "save", interrupted_after(2))
     with pytest.raises(KeyboardInterrupt):
         tune(images, pretrained, tmp_path / "parts")
     assert tune(images, pretrained, tmp_path / "parts", "--resume", "auto") == whole

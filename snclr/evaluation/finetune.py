@@ -15,10 +15,9 @@ from ..running import distributed
 from ..running.batch_norm import synchronise_batch_norm
 from ..running.errors import UsageError
 from ..running.precision import autocast, widen
-from . import state
 from .features import encode_share
 from .options import STATE_FILE
-from .task import Task, report_epoch
+from .task import Task
 
 # peak learning rates of encoder and head for a batch of 256, and weight decay
 DEFAULTS = {"sgd": (0.02, 0.2, 0.0), "adamw": (5e-4, 5e-3, 0.05)}
@@ -57,7 +56,7 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
     rates = {name: settings[name] * args.batch_size / 256 for name in ("lr", "head_lr")}
     optimizer = build_optimizer(model, **settings | rates)
     scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
-    epoch, _ = state.resume(task, STATE_FILE, model, optimizer)
+    epoch, _ = task.resume(STATE_FILE, model, optimizer)
     network = distributed.replicate(model, device)
     labels = train.labels.to(device)
     start = time.perf_counter()
@@ -85,8 +84,8 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
         epoch += 1
         if epoch % max(1, args.epochs // 5) == 0 or epoch == args.epochs:
             top1, _, _ = evaluate_classifier(task, model)
-            report_epoch(task, train, loader.replaced, epoch, f"top-1 {top1:.2f} %", start)
-        state.save(task, STATE_FILE, model, optimizer, epoch, history=[])
+            task.report_epoch(train, loader.replaced, epoch, f"top-1 {top1:.2f} %", start)
+        task.save(STATE_FILE, model, optimizer, epoch, history=[])
     top1, top5, counts = evaluate_classifier(task, model)
     task.log(
         f"fine-tuned: top-1 {top1:.2f} %, top-5 {top5:.2f} % on {len(task.val)} images, "

@@ -17,10 +17,10 @@ from ..datasets.split import hold_out
 from ..loader import EpochLoader
 from ..running import distributed
 from ..running.devices import send
-from . import cache, features, state
+from . import cache, features
 from .linear import NORMS, LinearGrid, kinds_of
 from .options import NOT_IN_FEATURES, STATE_FILE
-from .task import Task, report_epoch
+from .task import Task
 
 RETRAIN_FILE = "retrain_last.pth.tar"  # in the workdir
 MOCOV3_RATES = {"vit": 3.0, "resnet": 0.1}  # Chen et al. 2021 and their code, by kind of encoder
@@ -127,7 +127,7 @@ def train_heads(
     args, labels = task.args, images.labels.to(task.device)
     loader = EpochLoader(images, task.recipe, args.batch_size, task.device, args.workers)
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
-    epoch, history = state.resume(task, state_file, heads, optimizer)
+    epoch, history = task.resume(state_file, heads, optimizer)
     cached = cached_features(task, loader) if args.cache_features else None
     correct, start = accuracies(heads, *evaluated), time.perf_counter()
     while epoch < args.epochs:
@@ -139,8 +139,8 @@ def train_heads(
         correct = accuracies(heads, *evaluated)
         history.append(correct[0].max().item())
         text = f"{title} top-1 {history[-1]:.2f} %"
-        report_epoch(task, images, loader.replaced, epoch, text, start)
-        state.save(task, state_file, heads, optimizer, epoch, history)
+        task.report_epoch(images, loader.replaced, epoch, text, start)
+        task.save(state_file, heads, optimizer, epoch, history)
     return correct, history
 
 
