@@ -64,7 +64,8 @@ def run_grid(task: Task, train_share: Share, val_share: Share) -> tuple[dict, np
         )
     grid = new_heads(task, kinds_of(task.encoder), args.lrs)
     (top1, _), _ = train_heads(task, grid, images, selection, STATE_FILE, f"best {args.select}")
-    heads, best = results_of(task, grid, args.lrs, val_share), int(top1.argmax())
+    heads = results_of(grid, args.lrs, accuracies(grid, *val_share))
+    best = int(top1.argmax())
     for head, percent in zip(heads, top1.tolist(), strict=True):
         head[f"{args.select}_top1"] = percent
     protocol = f"grid: best of {len(heads)} heads on {choice}; {describe_training(task)}"
@@ -78,8 +79,8 @@ def retrain(task: Task, head: dict, val_share: Share) -> dict:
     """Train only the chosen head of the grid again, on all training images."""
     kind, lrs = head["features"], [head["lr"]]
     heads = new_heads(task, {kind: kinds_of(task.encoder)[kind]}, lrs, (head["norm"],))
-    train_heads(task, heads, task.train, val_share, RETRAIN_FILE, "retrained, val")
-    (retrained,) = results_of(task, heads, lrs, val_share)
+    percents, _ = train_heads(task, heads, task.train, val_share, RETRAIN_FILE, "retrained, val")
+    (retrained,) = results_of(heads, lrs, percents)
     report(task, "retrained probe", retrained, f"on all {len(task.train)} training images")
     return {"retrained_top1": retrained["val_top1"], "retrained_top5": retrained["val_top5"]}
 
@@ -93,8 +94,8 @@ def run_mocov3(task: Task, val_share: Share) -> tuple[dict, np.ndarray]:
     kind, width = next(iter(kinds_of(task.encoder).items()))
     lrs = [MOCOV3_RATES[getattr(task.encoder, "kind", "resnet")]]
     heads = new_heads(task, {kind: width}, lrs, ("plain",))
-    _, history = train_heads(task, heads, task.train, val_share, STATE_FILE, "val")
-    (head,) = results_of(task, heads, lrs, val_share)
+    percents, history = train_heads(task, heads, task.train, val_share, STATE_FILE, "val")
+    (head,) = results_of(heads, lrs, percents)
     best = int(np.argmax(history))
     protocol = (
         f"mocov3: one head on all {len(task.train)} training images, after the last epoch; "
@@ -199,12 +200,13 @@ def accuracies(heads: LinearGrid, x: Tensor, labels: Tensor) -> Tensor:
     return 100 * distributed.all_sum(heads.correct(x, labels)).cpu().double() / total.cpu()
 
 
-def results_of(task: Task, heads: LinearGrid, lrs: list[float], val_share: Share) -> list[dict]:
-    """Features, norm, base rate, and top-1 and top-5 on the validation images, of each head."""
-    percents = accuracies(heads, *val_share).tolist()
+def results_of(heads: LinearGrid, lrs: list[float], percents: Tensor) -> list[dict]:
+    """Features, norm, base rate, top-1 and top-5 of each head. percents (2, heads): top-1 and top-5
+    on the validation images.
+    """
     return [
         {"features": kind, "norm": norm, "lr": lrs[rate], "val_top1": top1, "val_top5": top5}
-        for (kind, norm, rate), top1, top5 in zip(heads.names(), *percents, strict=True)
+        for (kind, norm, rate), top1, top5 in zip(heads.names(), *percents.tolist(), strict=True)
     ]
 
 
