@@ -34,6 +34,7 @@ from snclr.evaluation import confusion, features, finetune, knn, labels, linear,
 from snclr.evaluation.task import Task
 from snclr.loader import whole_images
 from snclr.running import distributed, process_group
+from snclr.running.batch_norm import synchronise_batch_norm
 from snclr.running.lock import hold
 from snclr.running.precision import resolve_amp
 from snclr.running.preemption import end_at_once, handlers_given_back
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> None:
     train, encoder = train.to(device), encoder.to(device)
     load = partial(whole_images, size=args.img_size, device=device, workers=args.workers)
     if args.encoder == "untrained":
-        encoder = knn.calibrated_copy(encoder, train, load)
+        encoder = knn.calibrated_copy(synchronise_batch_norm(encoder, device), train, load)
     distributed.on_rank_zero(lambda: hold(args.workdir, "main_lincls"))
     if is_rank_zero:
         run_info = {"world_size": distributed.world_size(), "amp_used": amp}

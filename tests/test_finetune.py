@@ -233,6 +233,17 @@ def test_rates_fall_from_layer_to_layer(monkeypatch):
         finetune.build_optimizer(finetune.Classifier(build("resnet8"), 5), "sgd", 1, 1, 0, 0.5)
 
 
+def test_a_skipped_first_step_leaves_the_momentum_at_zero():
+    model = finetune.Classifier(build("resnet8"), 5)
+    optimizer = finetune.build_optimizer(model, "sgd", 1.0, 1.0, 0.0, 1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    optimizer.found_inf = torch.ones(())  # as GradScaler.step sets it for a fused optimiser
+    optimizer.step()
+    buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
+    assert buffers and not any(buffer.any() for buffer in buffers)
+
+
 def test_transfer_to_a_torchvision_set_of_photographs(pretrained, tmp_path):
     from test_sources import save_pets
 

@@ -10,7 +10,6 @@ from torch.nn.functional import cross_entropy
 
 from .. import augment, optim
 from ..loader import EpochLoader
-from ..optim import parameter_groups
 from ..running import distributed
 from ..running.batch_norm import synchronise_batch_norm
 from ..running.errors import UsageError
@@ -127,7 +126,7 @@ def build_optimizer(
     all layers have the same rate. Raises UsageError if the encoder has no grouping.
     """
     if layer_decay == 1:
-        groups = parameter_groups(model.encoder.named_parameters(), weight_decay)
+        groups = optim.parameter_groups(model.encoder.named_parameters(), weight_decay)
     elif hasattr(model.encoder, "group_matcher"):
         groups = timm.optim.param_groups_layer_decay(
             model.encoder, weight_decay, layer_decay=layer_decay
@@ -136,12 +135,10 @@ def build_optimizer(
         raise UsageError(
             f"--layer-decay {layer_decay} is for encoders that name their layers: leave it out"
         )
-    groups = [{**group, "peak": lr * group.pop("lr_scale", 1.0)} for group in groups]
-    head = parameter_groups(model.head.named_parameters(), weight_decay)
+    groups = [{**group, "peak": lr * group.get("lr_scale", 1.0)} for group in groups]
+    head = optim.parameter_groups(model.head.named_parameters(), weight_decay)
     groups += [{**group, "peak": head_lr} for group in head]
-    if optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    return optim.of_groups(optimizer, groups)
 
 
 @torch.no_grad()
