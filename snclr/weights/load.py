@@ -32,9 +32,8 @@ DEFAULTS = OF_ENCODER | dict(arch=None, img_size=224, channels=3, mean=IMAGENET[
 
 
 def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Module, dict]:
-    """The backbone in a file, in eval mode on the CPU, and its info.
-
-    The backbone maps images (B, C, S, S) to features (B, F).
+    """The backbone in a file, in eval mode on the CPU, and its info. The backbone maps images
+    (B, C, S, S) to features (B, F).
 
     branch     'online' or 'momentum', for files with both encoders; 'untrained': the same
                architecture with random weights
@@ -69,9 +68,7 @@ def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Modu
 
 
 def open_by_flags(args: Namespace, path: str, branch: str) -> tuple[nn.Module, dict]:
-    """open_encoder with the backbone and data flags of a command. Afterwards `args` has the size,
-    channels and normalisation of the encoder, in which `sources.open_data` opens the images.
-    """
+    """open_encoder by a command's flags; then `args` has the encoder's size and normalisation."""
     settings = {name: getattr(args, name) for name in DEFAULTS}
     encoder, info = open_encoder(path, branch, **settings)
     for name in ("img_size", "channels", "mean", "std", "grey_range"):
@@ -185,9 +182,7 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
 
 
 def _missing(tensors, own):
-    """Names of the backbone's tensors that the file lacks. Batch norms' counters may be absent, as
-    in old files.
-    """
+    """Names of tensors that the file lacks. Old files lack the counters of batch norms: allowed."""
     return [
         name for name in own if name not in tensors and not name.endswith("num_batches_tracked")
     ]
