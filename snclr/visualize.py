@@ -103,8 +103,8 @@ def main(argv: list[str]) -> None:
             # its batch norms get the statistics of the training images
             module = knn.calibrated_copy(module, train, whole)
         epoch = f", epoch {info['epoch']}" if info["epoch"] else ""
-        file = os.path.join(*path.split(os.sep)[-2:])
-        name = f"{info['arch']} ({info['encoder']}{epoch}) of {file}"
+        short_path = os.path.join(*path.split(os.sep)[-2:])
+        name = f"{info['arch']} ({info['encoder']}{epoch}) of {short_path}"
         name = f"{letter}: {name}" if len(opened) > 1 else name
         encoders.append(Encoder(module, info, name, whole))
     pictures = _draw(args, encoders, train, val)
