@@ -8,7 +8,7 @@
 
 FILE is a checkpoint of main_snclr.py or any other file that load_encoder reads.
 
-Reads from top to bottom: settings, encoder, data, kNN, probe or fine-tuning, results.
+This file reads from top to bottom: settings, encoder, data, kNN, probe or fine-tuning, results.
 """
 
 import os
@@ -71,6 +71,7 @@ def main(argv: list[str]) -> None:
     train, encoder = train.to(device), encoder.to(device)
     load = partial(whole_images, size=args.img_size, device=device, workers=args.workers)
     if args.encoder == "untrained":
+        # its batch norms get the statistics of training images, over all ranks
         encoder = knn.calibrated_copy(synchronise_batch_norm(encoder, device), train, load)
     distributed.on_rank_zero(lambda: hold(args.workdir, "main_lincls"))
     if is_rank_zero:
