@@ -27,7 +27,7 @@ if __name__ == "__main__":
         check_packages()
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from snclr import augment, optim
 from snclr.builder import SNCLR, build_model
@@ -35,7 +35,7 @@ from snclr.datasets import sources
 from snclr.datasets.images import ImageSet
 from snclr.evaluation import knn, label_free
 from snclr.evaluation.features import digest
-from snclr.loader import EpochLoader, whole_images
+from snclr.loader import Batch, EpochLoader, whole_images
 from snclr.pictures import report, steps
 from snclr.running import (
     bad_images,
@@ -47,13 +47,14 @@ from snclr.running import (
     preemption,
     process_group,
     settings,
+    step_graph,
     summary,
     tensor_files,
     workers,
 )
 from snclr.running.guard import Guard
 from snclr.running.log import Log
-from snclr.running.metrics import Waits, step_metrics
+from snclr.running.metrics import StepView, Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
 from snclr.weights import public
 from snclr.weights.load import choose_num_heads, load_backbone
@@ -76,6 +77,7 @@ class Run(NamedTuple):
     guard: Guard
     interruptions: preemption.Interruptions
     log: Log
+    graph: step_graph.StepGraph | None = None  # with --step-graph, where it has an effect
 
     @property
     def total_steps(self) -> int:
@@ -177,6 +179,7 @@ def main(argv: list[str]) -> None:
         guard=Guard(model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled()),
         interruptions=interruptions,
         log=log,
+        graph=step_graph.build(args, device, amp, optimizer, log.say),
     )
     log.say(
         f"{args.method} {args.arch}, {args.dataset} ({len(train)} images, {args.img_size} px), "
@@ -285,7 +288,7 @@ def setting_notes(args: argparse.Namespace, num_images: int, device: torch.devic
             f"--stop-grad-conv1 is for ViTs with a plain patch embedding: no effect on {args.arch}",
         ),
         (
-            args.compile == "graphs" and device.type != "cuda",
+            args.compile == "graphs" and not devices.has_graphs(device),
             "--compile graphs: only a GPU has graphs; the backbones are compiled",
         ),
     )
@@ -331,7 +334,6 @@ def train_epoch(run: Run, step: int) -> int:
         momentum = optim.encoder_momentum(
             step, start=args.snclr_m, total_steps=run.total_steps, cosine=args.snclr_m_cos
         )
-        optim.set_learning_rate(run.optimizer, lr)
         # dropout and the like depend on the step: a resumed run has no generator to restore
         torch.manual_seed(int(augment.keyed_bits(args.seed, step, distributed.rank())) >> 1)
         mass = optim.neighbour_mass(
@@ -341,20 +343,20 @@ def train_epoch(run: Run, step: int) -> int:
             warmup_epochs=args.nn_warmup_epochs,
             ramp_epochs=args.nn_ramp_epochs,
         )
-        with autocast(run.amp, loader.device):
-            loss, shown = run.network(batch.views, batch.ids, momentum, mass, step)
-        run.optimizer.zero_grad(set_to_none=True)
-        run.scaler.scale(loss).backward()
+        numbers = {"lr": lr, "momentum": momentum, "mass": mass}
+        take_step = partial(train_step, run, step=step)
+        if run.graph is None:
+            loss, shown, grad_norm = take_step(batch, **numbers)
+        else:
+            kind = (run.model.backbone_is_frozen,)
+            loss, shown, grad_norm = run.graph(take_step, batch, kind, **numbers)
+            optim.set_learning_rate(run.optimizer, lr)  # a number again, for the checkpoint
         step += 1
         log.advance()
         if run.interruptions.due():
             end = step
         is_logged = step % args.print_freq == 0 or step == end
-        run.scaler.unscale_(run.optimizer)
-        grad_norm = optim.gradient_norm(run.optimizer)
         run.guard.watch(loss, grad_norm, step)
-        optim.step_if_finite(run.optimizer, run.scaler, grad_norm)
-        run.scaler.update()
         slowest = max(slowest, time.perf_counter() - step_start)
 
         if is_logged:
@@ -397,6 +399,31 @@ def train_epoch(run: Run, step: int) -> int:
     if note := bad_images.record_bad_images(loader.images.image, loader.replaced, run.workdir):
         log.say(f"note: {note}")
     return step
+
+
+def train_step(
+    run: Run,
+    batch: Batch,
+    *,
+    lr: float | Tensor,
+    momentum: float | Tensor,
+    mass: float | Tensor,
+    step: int,
+) -> tuple[Tensor, StepView, Tensor]:
+    """Forward, backward and a step of the optimiser. Reads no value on the host.
+
+    Returns the loss (), what is shown of the step, and the norm () of the gradient.
+    """
+    optim.set_learning_rate(run.optimizer, lr)
+    with autocast(run.amp, run.loader.device):
+        loss, shown = run.network(batch.views, batch.ids, momentum, mass, step)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = optim.gradient_norm(run.optimizer)
+    optim.step_if_finite(run.optimizer, run.scaler, grad_norm)
+    run.scaler.update()
+    return loss.detach(), shown, grad_norm
 
 
 def save(run: Run, step: int) -> None:

@@ -49,8 +49,9 @@ part tests 100 70 "$PYTHON" -m pytest -m gpu -v --tb=short -p no:cacheprovider \
   tests/test_real_gpu.py
 part objective 25 20 "$PYTHON" benchmarks/objective.py --steps 10
 part kernels 45 30 "$PYTHON" benchmarks/kernels.py
-part runs 0 55 "$PYTHON" "${R[@]}" cifar cifar-graphs vit --limit 30 --steps 4
-part runs 180 0 "$PYTHON" "${R[@]}" cifar cifar-graphs vit vit-on vit-4096 cifar-256 embedded
+part runs 0 55 "$PYTHON" "${R[@]}" cifar cifar-step vit --limit 30 --steps 4
+part runs 180 0 "$PYTHON" "${R[@]}" cifar cifar-step vit vit-on vit-4096 cifar-256-step \
+  embedded-step cifar-256 embedded cifar-on-step --total 170
 part steps 35 0 "$PYTHON" benchmarks/step.py -b 128 --cifar-batch 512 --steps 10 \
   --only method optimiser
 part micro-batch 35 0 "$PYTHON" benchmarks/micro_batch.py -b 4096 --micro-batch 1024 \

@@ -31,12 +31,15 @@ from benchmarks.objective import Dense, Problem, Streamed
 from benchmarks.training import CIFAR, VIT, Training
 from snclr import memory_bank, options, streamed
 from snclr.datasets import sources
+from snclr.running import step_graph
 
 SMALL = "--dataset embedded --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 4000 -j 0"
 RECIPES = {
     "ResNet-18, configs/cifar10_resnet18.args": [CIFAR, *SMALL.split(), "-b", "4", "--width", "8"],
     "ViT-S/16, configs/vit_small_imagenet.args": [VIT, *SMALL.split(), "-b", "4"],
 }
+IN_GRAPH = "ResNet-18, the same with --step-graph"
+RECIPES[IN_GRAPH] = [*RECIPES["ResNet-18, configs/cifar10_resnet18.args"], "--step-graph"]
 # part of a step: the functions (or files) on the call stack that show it; the first part that fits
 LOG_LINE = "log line, every --print-freq steps"
 PARTS = {
@@ -138,6 +141,7 @@ def counting():
     stand_ins = [
         mock.patch.object(main_snclr, "autocast", lambda *_: Autocast()),
         mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["meta"]),
+        mock.patch.object(step_graph, "WARM_UP", 1),
     ]
     for sizes in (streamed.CHUNK_ELEMENTS, memory_bank.COSINES, memory_bank.CHUNK):
         stand_ins.append(mock.patch.dict(sizes, {DEVICE.type: sizes["cuda"]}))
@@ -153,6 +157,9 @@ def count(flags: list[str]) -> Counter:
         train = sources.open_data(options.parse(flags))[0].to(DEVICE)
         training = Training(flags, train, DEVICE, turn=1)
         training()  # the optimiser's state is made in the first step
+        if "--step-graph" in flags:
+            training()  # with a learning rate above 0
+            training()  # the graph is captured
         accelerator.counts.clear()
         training()
     return accelerator.counts

@@ -11,6 +11,7 @@ from snclr import augment, optim, options
 from snclr.builder import build_model
 from snclr.datasets.images import ImageSet
 from snclr.loader import EpochLoader
+from snclr.running import step_graph
 from snclr.running.devices import uses_bfloat16_bank
 from snclr.running.guard import Guard
 from snclr.running.log import Log
@@ -49,6 +50,8 @@ class Training:
         scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         guard = Guard(model, loader, os.curdir, limit=args.skip_non_finite, scaled=amp == "fp16")
         guard.try_forward = lambda *_: None  # once an epoch, so no part of a step
+        log = Log(os.curdir, step=0, enabled=False)
+        optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
         self.run = main_snclr.Run(
             args=args,
             workdir=os.curdir,
@@ -59,11 +62,12 @@ class Training:
             loader=loader,
             fingerprint="",
             val=None,
-            optimizer=optim.build_optimizer(args.optimizer, model, args.wd),
+            optimizer=optimizer,
             scaler=scaler,
             guard=guard,
             interruptions=Interruptions(0, args.timeout_minutes),
-            log=Log(os.curdir, step=0, enabled=False),
+            log=log,
+            graph=step_graph.build(args, device, amp, optimizer, log.say),
         )
 
     def __call__(self):

@@ -24,6 +24,7 @@ from .objectives import (
     restrict,
     snclr_loss,
 )
+from .optim import move_averages
 from .running.compilation import begin_step, compiled
 from .running.devices import send
 from .running.distributed import all_gather, rank, world_size
@@ -90,9 +91,11 @@ class SNCLR(nn.Module):
             base_encoder, besides=base_encoder.projector
         )
         # a frozen patch embedding or position embedding stays frozen
-        in_projector = {*map(id, base_encoder.projector.parameters())}
+        head = f"{projector_name(base_encoder)}."
         self.trained_backbone = [
-            p for p in base_encoder.parameters() if p.requires_grad and id(p) not in in_projector
+            name
+            for name, parameter in base_encoder.named_parameters()
+            if parameter.requires_grad and not name.startswith(head)
         ]
         self.backbone_is_frozen = False
         self.attention = None
@@ -107,8 +110,8 @@ class SNCLR(nn.Module):
         after this call: it waits for the gradient of each parameter that had one at its start.
         """
         self.backbone_is_frozen = frozen
-        for parameter in self.trained_backbone:
-            parameter.requires_grad_(not frozen)
+        for name in self.trained_backbone:
+            self.base_encoder.get_parameter(name).requires_grad_(not frozen)
 
     def train(self, mode: bool = True) -> "SNCLR":
         """As nn.Module's; but a frozen backbone stays in eval mode, and mocov2's momentum encoder
@@ -126,8 +129,8 @@ class SNCLR(nn.Module):
         self,
         views: list[Tensor],
         ids: Tensor,
-        momentum: float,
-        neighbour_mass: float = 1.0,
+        momentum: float | Tensor,
+        neighbour_mass: float | Tensor = 1.0,
         step: int = 0,
     ) -> tuple[Tensor, StepView]:
         """The loss () of a step, this rank's mean, and what the log and the pictures show of it.
@@ -140,6 +143,9 @@ class SNCLR(nn.Module):
         neighbour_mass  sum of the weights of an image's neighbours (optim.neighbour_mass); 0: the
                         bank is filled, but not searched
         step            number of completed steps, a part of the key of random numbers
+
+        In a CUDA graph, momentum and neighbour_mass are float64 tensors () on the device, and the
+        mass is above 0.
         """
         begin_step(self.args.compile)
         compute = {
@@ -163,7 +169,7 @@ class SNCLR(nn.Module):
         z = [self.predictor(projection) for projection in y]
         keys = self._momentum_projections(momentum, key_views)
         num = len(keys)
-        scores, rows = self._search(torch.cat(keys), ids.repeat(num), args.topk, mass > 0)
+        scores, rows = self._search(torch.cat(keys), ids.repeat(num), args.topk, mass)
         scores, rows = scores.chunk(num), rows.chunk(num)
         neighbours = [gather_neighbours(bank.features, rows[k]) for k in range(num)]
         positives = [self._positives(neighbours[k], keys[k], step, k) for k in range(num)]
@@ -246,7 +252,7 @@ class SNCLR(nn.Module):
         y = self._project(self.base_encoder, views)
         z = [self.predictor(projection) for projection in y]
         searched = unit(torch.cat(y[:2])).detach()
-        scores, rows = self._search(searched, ids.repeat(2), 1, mass > 0)
+        scores, rows = self._search(searched, ids.repeat(2), 1, mass)
         # an image without an eligible row in the bank is its own neighbour
         nearest = self.memory_bank.features[rows[:, 0].clamp(min=0)].to(searched.dtype)
         neighbours = torch.where(rows >= 0, nearest, searched).chunk(2)
@@ -286,13 +292,13 @@ class SNCLR(nn.Module):
 
     @torch.no_grad()
     def _momentum_projections(self, momentum, views):
-        online = list(self.base_encoder.parameters())
-        torch._foreach_lerp_(list(self.momentum_encoder.parameters()), online, 1 - momentum)
+        averages, new = (
+            list(encoder.parameters()) for encoder in (self.momentum_encoder, self.base_encoder)
+        )
         if self.args.method == "mocov2":
-            buffers = zip(self.momentum_encoder.buffers(), self.base_encoder.buffers(), strict=True)
-            for average, new in buffers:
-                if average.is_floating_point():
-                    average.lerp_(new, 1 - momentum)
+            for tensors, encoder in ((averages, self.momentum_encoder), (new, self.base_encoder)):
+                tensors += [x for x in encoder.buffers() if x.is_floating_point()]
+        move_averages(averages, new, momentum)
         return self._project(self.momentum_encoder, views)
 
     def _project(self, encoder, views):
@@ -314,8 +320,8 @@ class SNCLR(nn.Module):
             return torch.cat([self.embed(encoder, part) for part in parts])
         return torch.cat([recomputed(self.embed, encoder, part, module=encoder) for part in parts])
 
-    def _search(self, queries, ids, k, use_neighbours):
-        if not use_neighbours:
+    def _search(self, queries, ids, k, mass):
+        if not isinstance(mass, Tensor) and mass == 0:
             rows = torch.full((len(queries), k), -1, device=queries.device)
             return torch.full(rows.shape, float("-inf"), device=queries.device), rows
         return self.memory_bank.search(queries, k, ids if self.args.exclude_own_image else None)

@@ -33,6 +33,18 @@ def encoder_momentum(step: int, *, start: float, total_steps: int, cosine: bool)
     return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
+def move_averages(
+    averages: list[torch.Tensor], new: list[torch.Tensor], momentum: float | torch.Tensor
+) -> None:
+    """averages <- momentum * averages + (1 - momentum) * new, in place, for all tensors at once."""
+    if not isinstance(momentum, torch.Tensor):
+        torch._foreach_lerp_(averages, new, 1 - momentum)
+    else:  # torch's lerp of a list takes its weight from the host
+        differences = torch._foreach_sub(new, averages)
+        torch._foreach_mul_(differences, (1 - momentum).to(averages[0].dtype))
+        torch._foreach_add_(averages, differences)
+
+
 def neighbour_mass(
     step: int,
     *,
@@ -132,8 +144,13 @@ def of_groups(name: str, groups: list[dict]) -> torch.optim.Optimizer:
     return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group: lr times its 'lr_scale', if it has one."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float | torch.Tensor) -> None:
+    """Set the learning rate of every group: lr times its 'lr_scale', if it has one.
+
+    lr may be a tensor () on the device of the parameters, which a CUDA graph reads.
+    """
+    if isinstance(lr, torch.Tensor):
+        lr = lr.to(torch.get_default_dtype())  # the only one that torch's fused optimisers read
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 

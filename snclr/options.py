@@ -341,6 +341,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         g,
+        "--step-graph",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="on one GPU, replay the whole step as a CUDA graph, which saves the host's time on "
+        "small images; has never run on a GPU",
+        on_resume="free",
+    )
+    flag(
+        g,
         "--seed",
         type=seed,
         default=0,

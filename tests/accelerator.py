@@ -6,12 +6,16 @@ is recorded. Kernels, streams, 16-bit formats, NCCL and pinned memory are not si
 GPU a non-blocking copy of a large source that is not pinned may still wait.
 """
 
+import contextlib
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from snclr.running import devices, step_graph
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("meta")
@@ -65,7 +69,7 @@ class Accelerator(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.waits = []
+        self.waits, self.captured = [], None
 
     def __enter__(self):
         Accelerator.active = self
@@ -76,10 +80,20 @@ class Accelerator(TorchDispatchMode):
         torch.as_tensor = lambda x, device="cpu", **how: keep(x, **how).to(device)
         torch.Tensor.new_tensor = lambda like, x: make(x, dtype=like.dtype).to(like.device)
         torch.Tensor.tolist = lambda x: read(x.cpu() if isinstance(x, Remote) else x)
+        self.stand_ins = contextlib.ExitStack()
+        for module, name, stand_in in (
+            (devices, "has_graphs", lambda device: True),
+            (step_graph, "has_graphs", lambda device: True),
+            (step_graph, "on_stream", lambda function, stream: function()),
+            (step_graph, "capture", self.capture),
+            (torch.cuda, "Stream", lambda device: None),
+        ):
+            self.stand_ins.enter_context(mock.patch.object(module, name, stand_in))
         return super().__enter__()
 
     def __exit__(self, *error):
         torch.tensor, torch.as_tensor, torch.Tensor.new_tensor, torch.Tensor.tolist = self.own
+        self.stand_ins.close()
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -92,7 +106,12 @@ class Accelerator(TorchDispatchMode):
         asked = kwargs.get("device")
         wanted = any(remote) if asked is None else torch.device(asked) == DEVICE
         device = {"device": torch.device("cpu")} if asked is not None and wanted else {}
-        out = function(*to_host(args), **to_host({**kwargs, **device}))
+        local = to_host((args, {**kwargs, **device}))
+        if self.captured is not None and (wanted or any(remote)):
+            self.captured.append((function, *local, _written(function, *local)))
+        out = function(*local[0], **local[1])
+        if self.captured is not None and (wanted or any(remote)):
+            self.captured[-1] += (out,)
         if name in ("_to_copy", "copy_"):
             here, there = remote[-1], remote[0] if name == "copy_" else wanted
             at_once = kwargs.get("non_blocking") or args[2:] == (True,)
@@ -114,8 +133,46 @@ class Accelerator(TorchDispatchMode):
         out = tree_map_only(torch.Tensor, lambda x: x if isinstance(x, Remote) else Remote(x), out)
         return return_and_correct_aliasing(function, args, kwargs, out)
 
+    def capture(self, function, stream):
+        """In the place of snclr.running.step_graph.capture.
+
+        As with a CUDA graph, the call changes nothing on the device, and each replay repeats its
+        operations on the same memory, with the numbers that the host had in this call.
+        """
+        self.captured, random = [], torch.get_rng_state()
+        try:
+            outputs = function()
+        finally:
+            captured, self.captured = self.captured, None
+            torch.set_rng_state(random)
+            for *_, written, _ in reversed(captured):
+                for x, before in written:
+                    x.copy_(before)
+
+        def replay():
+            for operation, args, kwargs, _, out in captured:
+                again = operation(*args, **kwargs)
+                for x, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                    if isinstance(x, torch.Tensor) and x.data_ptr() != new.data_ptr():
+                        x.copy_(new)
+
+        return replay, outputs
+
     def wait(self, name):
+        if self.captured is not None:
+            raise RuntimeError(f"{name} is not permitted when a stream is capturing")
         self.waits.append(f"{name}, {_place()}")
+
+
+def _written(function, args, kwargs):
+    """Pairs of the tensors that an operation will write, and copies of them as they are now."""
+    names = [x.name for x in function._schema.arguments]
+    by_name = dict(zip(names, args, strict=False)) | kwargs
+    written = [x.name for x in function._schema.arguments if x.alias_info and x.alias_info.is_write]
+    if "batch_norm" in function.overloadpacket.__name__:  # its schema does not say so
+        written += ["running_mean", "running_var"]
+    tensors = tree_leaves([by_name.get(name) for name in written])
+    return [(x, x.clone()) for x in tensors if isinstance(x, torch.Tensor)]
 
 
 def _place():

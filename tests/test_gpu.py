@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,10 +20,17 @@ from test_ranks import CLOCK, read_lines
 import main_lincls
 import main_snclr
 from benchmarks import measure, step
-from snclr import augment, memory_bank, objectives, streamed, visualize
+from snclr import augment, memory_bank, objectives, optim, options, streamed, visualize
 from snclr.evaluation import finetune, linear, probe
 from snclr.evaluation.options import STATE_FILE
-from snclr.running import checkpoint, distributed, guard, process_group, tensor_files
+from snclr.running import (
+    checkpoint,
+    distributed,
+    guard,
+    process_group,
+    step_graph,
+    tensor_files,
+)
 
 RUN = (
     "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 1000 "
@@ -46,6 +54,13 @@ VARIANTS = (
     # larger than what a CPU augments in batches
     "--arch timm:test_efficientnet --img-size 80 --blur",
 )
+# flags of runs with --step-graph, and how many graphs they need
+GRAPHS = {
+    "--epochs 4 --optimizer adamw --nn-warmup-epochs 2 --nn-ramp-epochs 2 --snclr-m-cos": 2,
+    "--epochs 4 --method nnclr --lr-scale 0.5 --freeze-backbone-epochs 2 --eval-freq 2": 2,
+    "--method mocov2 --optimizer sgd": 1,
+    "--arch timm:test_vit --timm-kwargs drop_path_rate=0.5 --key-view weak --candidates unique": 1,
+}
 NO_OP = "ignore:.*which is a no-op"  # a warning about copies to the meta device
 PROBES = (
     ("vit", "--lrs 0.1 1"),
@@ -167,6 +182,79 @@ def test_a_run_is_that_of_a_cpu_and_its_steps_do_not_wait(
             assert one[name] == (
                 pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
             ), name
+
+
+@pytest.mark.filterwarnings(NO_OP)
+@pytest.mark.parametrize("flags, num_graphs", GRAPHS.items())
+def test_replayed_steps_are_those_of_a_cpu(
+    flags, num_graphs, folder, tmp_path, monkeypatch, accelerated
+):
+    argv = [folder, *RUN.split(), *flags.split(), "--print-freq", "1", "--workdir"]
+    main_snclr.main([*argv, str(tmp_path / "cpu")])
+    monkeypatch.setattr(step_graph, "WARM_UP", 1)
+    with accelerated():
+        monkeypatch.setattr(step_graph, "capture", Mock(side_effect=step_graph.capture))
+        main_snclr.main([*argv, str(tmp_path / "gpu"), "--step-graph"])
+        assert step_graph.capture.call_count == num_graphs
+    cpu, gpu = (
+        tensor_files.read(str(tmp_path / name / checkpoint.LAST)) for name in ("cpu", "gpu")
+    )
+    assert_close(gpu["state_dict"], cpu["state_dict"])
+    assert gpu["optimizer"]["param_groups"] == cpu["optimizer"]["param_groups"]
+    cpu, gpu = (
+        [line["loss"] for line in read_lines(tmp_path / name, CLOCK) if "loss" in line]
+        for name in ("cpu", "gpu")
+    )
+    assert gpu == pytest.approx(cpu, rel=1e-4)
+
+
+@pytest.mark.filterwarnings(NO_OP)
+def test_a_step_that_reads_a_value_runs_without_a_graph(
+    folder, tmp_path, monkeypatch, capsys, accelerated
+):
+    monkeypatch.setattr(step_graph, "WARM_UP", 1)
+    step_if_finite = optim.step_if_finite
+
+    def read_and_step(optimizer, scaler, grad_norm):
+        assert grad_norm.item() > 0
+        step_if_finite(optimizer, scaler, grad_norm)
+
+    monkeypatch.setattr(optim, "step_if_finite", read_and_step)
+    states = []
+    for number, flags in enumerate([[], ["--step-graph"]]):
+        workdir = tmp_path / str(number)
+        with accelerated():
+            main_snclr.main([folder, *RUN.split(), *flags, "--workdir", str(workdir)])
+        states.append(tensor_files.read(str(workdir / checkpoint.LAST))["state_dict"])
+    assert_close(*states)
+    assert capsys.readouterr().out.count("note: --step-graph has no effect: _local_scalar_d") == 1
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        ("", "only a GPU has graphs"),
+        ("--amp fp16", "with fp16"),
+        ("--micro-batch 3", "--micro-batch and"),
+        ("--grad-checkpointing", "--micro-batch and"),
+        ("--mix-neighbours", "--mix-neighbours draws"),
+        ("--compile graphs", "--compile graphs makes"),
+    ],
+)
+def test_where_a_step_cannot_be_a_graph(flags, reason, monkeypatch):
+    device, notes = torch.device("cuda" if flags else "cpu"), []
+
+    def build(flags, amp="bf16"):
+        return step_graph.build(options.parse(flags), device, amp, None, notes.append)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    flags = flags.split()
+    assert build(flags) is None and notes == []
+    assert build([*flags, "--step-graph"], "fp16" if "fp16" in flags else "bf16") is None
+    assert len(notes) == 1 and notes[0].startswith(f"note: --step-graph has no effect: {reason}")
+    assert (build(["--step-graph"]) is None) == (not flags)
+    monkeypatch.setattr(step_graph, "world_size", lambda: 2)
+    assert build(["--step-graph"]) is None
 
 
 @pytest.mark.filterwarnings(NO_OP)

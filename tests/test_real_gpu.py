@@ -18,7 +18,7 @@ from snclr.datasets import sources
 from snclr.loader import EpochLoader
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import positiveness, snclr_loss
-from snclr.running import checkpoint, process_group, tensor_files
+from snclr.running import checkpoint, process_group, step_graph, tensor_files
 from snclr.running.devices import uses_bfloat16_bank
 
 pytestmark = [
@@ -86,6 +86,18 @@ def test_objective_and_bank_are_those_of_float64_on_a_cpu(amp):
     assert cosine_similarity(gradient, exact_gradient).min() > 0.99999
 
 
+@pytest.mark.parametrize("flags", ["--nn-warmup-epochs 2", "--method nnclr --amp bf16"])
+def test_replayed_steps_train_as_eager_ones(flags, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(step_graph, "WARM_UP", 2)
+    flags = ["--epochs", "4", "--optimizer", "adamw", "--lr", "1e-3", *flags.split()]
+    _, expected = train(folder, tmp_path / "eager", *flags)
+    whole, actual = train(folder, tmp_path / "whole", *flags, "--step-graph")
+    assert actual == pytest.approx(expected, rel=1e-3)
+    train(folder, tmp_path / "parts", *flags, "--step-graph", "--stop-after-steps", "3")
+    parts, _ = train(folder, tmp_path / "parts", *flags, "--step-graph", "--resume", "auto")
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+
+
 @pytest.mark.parametrize("size", [32, 96])
 def test_augmentation_is_that_of_a_cpu(size):
     views = augment.moco_v3_views(size, 0.2, blur=True)
@@ -149,3 +161,9 @@ def test_compiled_backbones_in_graphs_train_as_eager_ones(flags, folder, tmp_pat
     _, expected = train(folder, tmp_path / "eager", *flags.split())
     _, actual = train(folder, tmp_path / "compiled", *flags.split(), "--compile", "graphs")
     assert actual == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_host_does_not_wait_for_replayed_steps(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step_graph, "WARM_UP", 1)
+    test_no_step_makes_the_host_wait("--epochs 3 --step-graph", folder, tmp_path, monkeypatch)
+    assert "--step-graph has no effect" not in capsys.readouterr().out

@@ -44,7 +44,7 @@ LONGER = {
     "snclr.evaluation.options": 360,
     "snclr.objectives": 305,
     "snclr.operations": 280,
-    "snclr.options": 570,
+    "snclr.options": 578,
     "snclr.running.checkpoint": 275,
     "snclr.shared_options": 420,
     "snclr.weights.libraries": 315,

@@ -13,6 +13,11 @@ def on_host(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def has_graphs(device: torch.device) -> bool:
+    """Whether a sequence of kernels can be recorded there, to be launched as one (a CUDA graph)."""
+    return device.type == "cuda"
+
+
 def send(x: Tensor, device: torch.device) -> Tensor:
     """x, from the host's memory, on the device. The host does not wait for the copy, as it would if
     a GPU copied from pageable memory.
