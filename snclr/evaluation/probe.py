@@ -113,8 +113,7 @@ def new_heads(
 ) -> LinearGrid:
     """Heads with the learning rates lrs * batch/256. dims: width of each kind of features."""
     rates = [lr * task.args.batch_size / 256 for lr in lrs]
-    heads = LinearGrid(dims, len(task.train.classes), rates, task.args.seed, norms)
-    return heads.to(task.device)
+    return LinearGrid(dims, len(task.train.classes), rates, task.args.seed, norms).to(task.device)
 
 
 def train_heads(
