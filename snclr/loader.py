@@ -165,7 +165,7 @@ class EpochLoader(ViewLoader):
         return self.load(self.requests(epoch, first), ahead)
 
     def requests(self, epoch: int, first: int = 0) -> list[tuple[int, np.ndarray]]:
-        """The same as requests: the epoch, and the numbers of this rank's images of a batch."""
+        """What `epoch` requests: for each batch the epoch and the numbers of this rank's images."""
         order = augment.epoch_order(self.recipe.seed, epoch, len(self.images))
         starts = [step * self.global_batch_size for step in range(first, self.steps_per_epoch)]
         return [(epoch, share(order[start : start + self.global_batch_size])) for start in starts]
