@@ -28,7 +28,7 @@ from snclr.datasets.files import FileImages
 from snclr.datasets.folders import Paths
 from snclr.datasets.images import ResidentImages
 from snclr.loader import EpochLoader, whole_images
-from snclr.running.errors import RunError
+from snclr.running.errors import RunError, UsageError
 from snclr.running.workers import WorkerBatches, keep_freed_memory
 
 CPU = torch.device("cpu")
@@ -284,7 +284,7 @@ def test_workers_begin_the_next_epoch_before_the_last_one_has_ended(
 
 @pytest.mark.parametrize("kind", ["resident", "files"])
 def test_an_epoch_shows_no_image_twice_and_leaves_out_only_the_remainder(image_sets, load, kind):
-    for global_batch_size, steps in [(8, 3), (30, 1), (7, 4), (31, 0)]:
+    for global_batch_size, steps in [(8, 3), (30, 1), (7, 4)]:
         batches = load(image_sets[kind], global_batch_size=global_batch_size)
         seen = [number for ids, _, _ in batches for number in ids.tolist()]
         assert (
@@ -293,6 +293,8 @@ def test_an_epoch_shows_no_image_twice_and_leaves_out_only_the_remainder(image_s
             == EpochLoader(image_sets[kind], RECIPE, global_batch_size, CPU, 0).steps_per_epoch
         )
         assert len(set(seen)) == len(seen) == steps * global_batch_size
+    with pytest.raises(UsageError, match="--batch-size 31 exceeds the 30 training images"):
+        load(image_sets[kind], global_batch_size=31)
 
 
 def test_epochs_and_seeds_differ_in_order_and_in_views(image_sets, load):
