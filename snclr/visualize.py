@@ -94,7 +94,13 @@ def main(argv: list[str]) -> None:
         opened.append((args.file, *load.open_encoder(args.file, "untrained")))
     elif args.against is not None:
         opened.append((args.against, *load.open_encoder(args.against, args.encoder)))
-    train, val, _ = sources.open_data(args)
+    train, val, notes = sources.open_data(args)
+    grey_range = opened[-1][2]["grey_range"]
+    if grey_range not in (None, args.grey_range):
+        low, high = grey_range
+        notes.append(f"{args.against} has --grey-range {low:g} {high:g}; that of FILE is used")
+    for note in notes:
+        print(f"note: {note}")
     encoders = []
     for letter, (path, module, info) in zip("AB", opened, strict=False):
         whole = partial(whole_images, size=info["img_size"], device=device, workers=args.workers)

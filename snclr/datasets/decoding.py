@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
-from .high_bit_depth import FORMATS, read_array, read_pixels, to_8_bits
+from .high_bit_depth import FORMATS, read_array, read_pixels, restore_layout, to_8_bits
 from .reading import unreadable
 
 MODES = {1: "L", 3: "RGB"}  # number of channels: PIL's mode with them
@@ -102,9 +102,10 @@ def _channels_first(array, channels):
 
 def _page(picture, encoded, grey_range) -> Image.Image:
     """The current page of a picture with 8 bits per channel, upright."""
+    restore_layout(picture)
     # of 16 bits per colour PIL reads the upper 8, which are enough without a range
     if picture.mode[0] in "IF" or grey_range:
-        pixels = read_pixels(picture, encoded)
+        pixels = read_pixels(picture, encoded, as_stored=grey_range is not None)
         if pixels is not None:
             return Image.fromarray(to_8_bits(pixels, grey_range))
     return ImageOps.exif_transpose(picture)

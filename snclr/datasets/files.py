@@ -19,10 +19,10 @@ from ..running.safe_files import open_text
 from . import hugging_face, shards
 from .decoding import decode
 from .folders import EXTENSIONS, Paths, extensions, images_below, read_list
-from .high_bit_depth import little_used_range
+from .high_bit_depth import RANGE_ADVICE, little_used_range
 from .images import EncodedImages, ImageSet, ResidentImages
 
-SAMPLED = 8  # number of images of a set whose grey values are checked at the start
+SAMPLED = 32  # number of images of a set whose grey values are checked at the start
 
 
 class FileImages(EncodedImages):
@@ -30,13 +30,12 @@ class FileImages(EncodedImages):
 
     files       reads them: files.read(number) returns the name of an image, for messages, and its
                 bytes (n,) uint8, or raises RunError. It has their paths, and names or sizes in
-                bytes (size), an array each
+                bytes (size), an array each; and states(numbers), see EncodedImages.file_states
     numbers     (n,) of the images in `files`
     grey_range  see decoding.decode
     """
 
     per_image = ("labels", "numbers")
-    grey_range: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -62,6 +61,9 @@ class FileImages(EncodedImages):
     @property
     def paths(self) -> np.ndarray:
         return self.files.paths[self.numbers]
+
+    def file_states(self) -> object:
+        return self.files.states(self.numbers)
 
     def encoded(self, index: int) -> tuple[str, np.ndarray]:
         """The name of an image, for messages, and its bytes (n,) uint8. Raises RunError."""
@@ -90,7 +92,8 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
         val_path = args.data if hugging_face.validation_split(args.data) else None
     elif args.dataset == "shards" and val_path is None:
         val_path = args.data if 1 in _index(args.data, args).split else None  # 1: val
-    train, names, notes = _open_part(train_path, args.labels, args, "train")
+    check_range = args.grey_range is None
+    train, names, notes = _open_part(train_path, args.labels, args, "train", check_range)
     if names is None:
         return train, None, [*notes, "the images have no labels: no kNN, no neighbour purity"]
     # by name, then numbers by value
@@ -102,7 +105,8 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
         return train, None, notes  # sources.open_data takes them out of the training images
     val, val_names = None, None
     if val_path:
-        val, val_names, val_notes = _open_part(val_path, args.val_labels, args, "val")
+        check_range &= RANGE_ADVICE not in " ".join(notes)  # advice once is enough
+        val, val_names, val_notes = _open_part(val_path, args.val_labels, args, "val", check_range)
         notes += val_notes
     if val_names is None:
         return train, None, [*notes, "there are no validation images with labels: no kNN"]
@@ -121,7 +125,9 @@ def _numbers(names, classes):
     return torch.tensor([numbers[name] for name in names])
 
 
-def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | None, list[str]]:
+def _open_part(
+    path, labels, args, split, check_range
+) -> tuple[ImageSet, list[str | None] | None, list[str]]:
     """Images at path, only those of a split if path has several; the class name of each (None for
     an image without a class), or None if no image has one; notes.
     """
@@ -161,7 +167,7 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
     images.channels = args.channels
     if ignored:
         notes.append(f"{ignored} files in {path} are not images and are ignored")
-    if args.grey_range is None and (note := little_used_range(_samples(images))):
+    if check_range and (note := little_used_range(_samples(images))):
         notes.append(f"{path}: {note}")
     try:
         images = images.resident()

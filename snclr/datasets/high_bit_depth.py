@@ -3,7 +3,8 @@ values to 8.
 
 Grey images have PIL's modes I;16, I;16B, I (integers) and F (floating point). From PNG and TIFF
 files with 16 bits per colour PIL reads only the upper byte; with the byte order swapped it reads
-the lower byte.
+the lower byte. It misreads most TIFF files with more than 8 bits in a plane for each channel,
+unless it is told their layout.
 """
 
 import io
@@ -16,8 +17,13 @@ from PIL import Image, ImageOps
 # PIL would read others too, and start Ghostscript for a file that begins like PostScript
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 INTEGERS, FLOATS = (0.0, 65535.0), (0.0, 1.0)  # the ranges without --grey-range
+RANGE_ADVICE = "Give the range of all images: --grey-range LOW HIGH"
 # PIL's names of byte orders: little-endian, big-endian, native
 SWAPPED = {";16L": ";16B", ";16B": ";16L", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
+COLOURS = ("RGB", "RGBA", "RGBX", *"RGBA")  # layouts of which both bytes can be read
+# TIFF's tags: bits of a number; 2: a plane for each channel; the kind of numbers
+BITS, PLANES, NUMBERS = 258, 284, 339
+UNSIGNED, SIGNED, FLOATING = 1, 2, 3  # kinds of numbers
 
 
 def read_array(encoded: np.ndarray) -> np.ndarray | None:
@@ -33,22 +39,47 @@ def read_array(encoded: np.ndarray) -> np.ndarray | None:
     return array
 
 
-def read_pixels(picture: Image.Image, encoded: np.ndarray) -> np.ndarray | None:
+def restore_layout(picture: Image.Image) -> None:
+    """Tell PIL the layout of the planes of the current page, before it is loaded.
+
+    Of uncompressed planes PIL keeps only the first letter of it: R of RGB;16L, which means 8 bits.
+    """
+    tags = getattr(picture, "tag_v2", {})
+    bits, numbers = tags.get(BITS, (8,))[0], tags.get(NUMBERS, (UNSIGNED,))[0]
+    if tags.get(PLANES) != 2 or bits <= 8 or (bits > 16 and numbers == UNSIGNED):
+        return
+    little = "" if picture.mode[0] in "IF" else "L"
+    order = "B" if tags.prefix == b"MM" else little
+    end = f";{bits}{order}{ {SIGNED: 'S', FLOATING: 'F'}.get(numbers, '') }"
+    layouts = [(tile, _layout(tile)) for tile in picture.tile]
+    picture.tile = [_with_layout(t, x + end) if len(x) == 1 else t for t, x in layouts]
+
+
+def read_pixels(
+    picture: Image.Image, encoded: np.ndarray, as_stored: bool = False
+) -> np.ndarray | None:
     """Grey (H, W) or RGB (H, W, 3) pixels with all bits, upright; None for an image of 8 bits.
 
-    picture: opened from the bytes `encoded`, its current page not yet loaded. Raises ValueError
-    for 16 bits in a layout that cannot be read (with premultiplied alpha, grey with alpha, CMYK).
+    picture: opened from the bytes `encoded`, its current page not yet loaded. as_stored: refuse
+    grey values that PIL scales. Raises ValueError for 16 bits in a layout that cannot be read
+    (with premultiplied alpha, grey with alpha, CMYK, compressed planes of a TIFF file, PPM).
     """
-    if picture.mode[0] in "IF":
+    restore_layout(picture)
+    layouts, codecs = [*map(_layout, picture.tile)], {tile[0] for tile in picture.tile}
+    # args of a PPM file: the layout and the largest value
+    is_scaled = bool(codecs & {"ppm", "ppm_plain"}) and picture.tile[0][3][1] > 255
+    if picture.mode[0] in "IF" and not (is_scaled and as_stored):
         return np.asarray(ImageOps.exif_transpose(picture))
-    rawmodes = {args if isinstance(args, str) else args[0] for *_, args in picture.tile if args}
-    if not any(str(rawmode).endswith(tuple(SWAPPED)) for rawmode in rawmodes):
+    if not is_scaled and not any(layout.endswith(tuple(SWAPPED)) for layout in layouts):
         return None
-    if not all(rawmode[:-4] in ("RGB", "RGBA", "RGBX") for rawmode in rawmodes):
-        raise ValueError(f"only 8 of its 16 bits can be read ({', '.join(rawmodes)})")
+    # of planes, libtiff gives the upper bytes whatever the layout says
+    is_unswappable = "libtiff" in codecs and picture.tag_v2.get(PLANES) == 2
+    if is_scaled or is_unswappable or not all(layout[:-4] in COLOURS for layout in layouts):
+        raise ValueError(f"only 8 of its 16 bits can be read ({', '.join({*layouts})})")
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as lower:
         lower.seek(picture.tell())
-        lower.tile = [_with_swapped_bytes(tile) for tile in lower.tile]
+        swapped = [layout[:-4] + SWAPPED[layout[-4:]] for layout in layouts]
+        lower.tile = [*map(_with_layout, lower.tile, swapped)]
         upper, lower = (
             np.asarray(ImageOps.exif_transpose(part).convert("RGB")).astype(np.uint16)
             for part in (picture, lower)
@@ -56,15 +87,15 @@ def read_pixels(picture: Image.Image, encoded: np.ndarray) -> np.ndarray | None:
     return upper << 8 | lower
 
 
-def _with_swapped_bytes(tile):
-    """A tile of a PIL image with the byte order swapped.
+def _layout(tile) -> str:
+    """The layout of the encoded pixels in a tile of a PIL image: its args, or the first of them."""
+    args = tile[3] or ""  # PIL calls it the raw mode
+    return args if isinstance(args, str) else str(args[0])
 
-    Its args are the layout of the encoded pixels, or a sequence whose first entry is the layout.
-    """
+
+def _with_layout(tile, layout):
     codec, extents, offset, args = tile
-    rawmode = args if isinstance(args, str) else args[0]
-    swapped = rawmode[:-4] + SWAPPED[rawmode[-4:]]
-    fields = codec, extents, offset, swapped if isinstance(args, str) else (swapped, *args[1:])
+    fields = codec, extents, offset, layout if isinstance(args, str) else (layout, *args[1:])
     return tile._make(fields) if hasattr(tile, "_make") else fields  # a plain tuple until PIL 11
 
 
@@ -96,7 +127,10 @@ def little_used_range(samples: Iterable[tuple[str, np.ndarray]]) -> str | None:
             pixels = read_array(encoded)
             if pixels is None:
                 with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
-                    pixels = read_pixels(picture, encoded)
+                    try:
+                        pixels = read_pixels(picture, encoded)
+                    except ValueError:  # the upper byte shows the range as well
+                        pixels = np.asarray(picture.convert("RGB")).astype(np.uint16) * 255
         except Exception:  # an unreadable image is reported when it is used
             continue
         if pixels is None or pixels.dtype == np.uint8:
@@ -110,5 +144,5 @@ def little_used_range(samples: Iterable[tuple[str, np.ndarray]]) -> str | None:
         return None
     return (
         f"{len(lines)} of {count} sampled images use little of the range of their pixel format: "
-        f"{lines[0]}. Give the range of all images: --grey-range LOW HIGH"
+        f"{lines[0]}. {RANGE_ADVICE}"
     )

@@ -25,7 +25,7 @@ from .archives import (
     tar_members,
     zip_members,
 )
-from .reading import inflate, read_encoded
+from .reading import file_states, inflate, read_encoded
 
 # what tarfile, zipfile and numpy raise for a damaged file, or for sizes that no file has
 UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, struct.error)
@@ -81,6 +81,10 @@ class Shards:
         name = f"of {size} bytes at offset {offset} in {path}"
         content = read_encoded(path, name, offset, packed or size)
         return name, inflate(content, size, name) if packed else content
+
+    def states(self, numbers: np.ndarray) -> object:
+        rows = [column[numbers].tolist() for column in self.index[1:5]]
+        return file_states(self.index.files), rows
 
 
 def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -> Index:

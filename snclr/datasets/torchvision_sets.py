@@ -14,7 +14,7 @@ from ..running.distributed import local_rank_zero_first
 from ..running.errors import UsageError, first_line
 from .decoding import to_rgb
 from .images import EncodedImages, ImageSet, ResidentImages
-from .reading import unreadable
+from .reading import file_states, unreadable
 
 # torchvision's class; the arguments of the parts that form the training set; those of the test set
 TORCHVISION = {
@@ -43,6 +43,10 @@ class TorchvisionImages(EncodedImages):
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def file_states(self) -> object:
+        paths = [path for dataset in self.dataset.datasets for path in _image_paths(dataset)]
+        return file_states(paths[number] for number in self.numbers)
 
     def image(self, index: int) -> Tensor:
         number = int(self.numbers[index])
@@ -94,6 +98,13 @@ def _open_parts(name, parts, args) -> ImageSet:
     if images.shape[-1] == 3:  # CIFAR's; STL-10 and SVHN have the channels first
         images = images.transpose(0, 3, 1, 2).copy()
     return ResidentImages(images, labels, classes, IMAGENET)
+
+
+def _image_paths(dataset) -> Sequence[str]:
+    for name in ("_image_files", "_images"):  # torchvision has no common name here either
+        if hasattr(dataset, name):
+            return getattr(dataset, name)
+    raise AttributeError(f"{type(dataset).__name__} does not say where its images are")
 
 
 def _labels(dataset) -> Sequence[int]:
