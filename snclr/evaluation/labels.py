@@ -8,7 +8,7 @@ import numpy as np
 from ..datasets.images import ImageSet
 from ..datasets.split import class_share, image_keys
 from ..running.errors import UsageError, first_few
-from ..running.safe_files import read_text
+from ..running.safe_files import open_text
 
 
 def select_labelled(
@@ -52,8 +52,8 @@ def _listed(images, path):
             f"--label-list {path}: images of this --dataset have no file names; "
             "use --label-fraction"
         )
-    lines = map(str.strip, read_text(path, limit=2**32).split("\n"))
-    wanted = {os.path.basename(line) for line in lines if line}
+    with open_text(path) as file:
+        wanted = {os.path.basename(line.strip()) for line in file if line.strip()}
     is_listed = np.isin(images.names, sorted(wanted))
     if absent := wanted - {*images.names[is_listed].tolist()}:
         raise UsageError(
