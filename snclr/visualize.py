@@ -95,6 +95,7 @@ def main(argv: list[str]) -> None:
     elif args.against is not None:
         opened.append((args.against, *load.open_encoder(args.against, args.encoder)))
     train, val, notes = sources.open_data(args)
+    notes = [note for _, _, info in opened for note in info["notes"]] + notes
     grey_range = opened[-1][2]["grey_range"]
     if grey_range not in (None, args.grey_range):
         low, high = grey_range

@@ -40,6 +40,15 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture
+def shallow(monkeypatch):
+    """Let all ViTs have 2 blocks, where their depth does not matter."""
+    from snclr import backbones
+
+    for arch, (width, _, *others) in backbones.VITS.items():
+        monkeypatch.setitem(backbones.VITS, arch, (width, 2, *others))
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """A folder of 40 + 10 small images in two classes."""

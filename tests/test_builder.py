@@ -163,6 +163,7 @@ def oracle(model, views, ids):
     return loss.detach(), dict(zip(parameters, gradients, strict=True))
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("arch", ["resnet8", "vit_tiny"])
 @pytest.mark.parametrize("method", ["snclr", "mocov3", "nnclr"])
 @pytest.mark.parametrize("local", [0, 1, 3])

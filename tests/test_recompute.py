@@ -15,7 +15,7 @@ from snclr.running.guard import Guard
 B = 8
 FLAGS = "--img-size 32 --patch-size 16 --width 8 --snclr-dim 8 --snclr-mlp-dim 16 --blur"
 FLAGS += " --bank-size 20 --topk 3"
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("float64", "shallow")
 
 
 def model_of(flags):

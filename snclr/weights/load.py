@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import nn
 
 from ..backbones import (
     ARCHS,
@@ -17,23 +17,25 @@ from ..backbones import (
     projector_name,
     sincos_position_embedding,
 )
-from ..choices import IMAGENET, NUM_HEADS
+from ..choices import IMAGENET
 from ..options import OF_ENCODER
 from ..running.errors import UsageError, first_few, first_line
 from ..running.tensor_files import not_finite
+from .fit import check_fit, missing, unknown
 from .hf_names import from_hf_names
 from .layouts import EncoderFile, read_encoder
+from .num_heads import choose_num_heads
 
-# attention heads in timm, DeiT and DINO, if NUM_HEADS has another number
-LIBRARY_NUM_HEADS = {"vit_small": 6}
-
+# largest relative difference of features between two models with the same weights
+TOLERANCE = 1e-3
 # settings of an encoder, if neither the caller nor the file has them
 DEFAULTS = OF_ENCODER | dict(arch=None, img_size=224, channels=3, mean=IMAGENET[0], std=IMAGENET[1])
 
 
 def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Module, dict]:
-    """The backbone in a file, in eval mode on the CPU, and its info. The backbone maps images
-    (B, C, S, S) to features (B, F).
+    """The backbone in a file, in eval mode on the CPU, and its info.
+
+    The backbone maps images (B, C, S, S) to features (B, F).
 
     branch     'online' or 'momentum', for files with both encoders; 'untrained': the same
                architecture with random weights
@@ -46,8 +48,13 @@ def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Modu
 
     Raises UsageError if the file and the settings do not fit.
     """
-    is_trained = branch != "untrained"
-    file = read_encoder(path, branch if is_trained else "online")
+    return _open(
+        read_encoder(path, "online" if branch == "untrained" else branch), branch, settings
+    )
+
+
+def _open(file, branch, settings):
+    is_trained, path = branch != "untrained", file.path
     info = _merge(file, {name: value for name, value in settings.items() if value is not None})
     epoch = file.saved.get("epoch")
     info["epoch"] = epoch if is_trained and isinstance(epoch, int) else None
@@ -59,6 +66,11 @@ def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Modu
         notes = [f"the architecture of {path} with random weights", *notes]
     if not len(info["mean"]) == len(info["std"]) == info["channels"]:
         raise UsageError(f"{path}: --mean and --std need {info['channels']} numbers each")
+    if settings.get("mean") is None and file.settings.get("mean") is None:
+        notes.append(
+            "ImageNet's mean and std of images; the file does not say them, --mean and --std change"
+            " them"
+        )
     encoder.set_submodule(projector_name(encoder), nn.Identity())
     if is_trained and file.saved.get("encoder") == "momentum":  # a file with only a backbone
         branch = "momentum"
@@ -76,42 +88,47 @@ def open_by_flags(args: Namespace, path: str, branch: str) -> tuple[nn.Module, d
     return encoder, info
 
 
-def choose_num_heads(
-    file: EncoderFile, arch: str, num_heads: int | None
-) -> tuple[int | None, list[str]]:
-    """The number of attention heads for the weights of a file, and a line with the reason.
+@torch.no_grad()
+def check_start(
+    file: EncoderFile, encoder: nn.Module, arch: str, img_size: int, num_heads: int | None
+) -> None:
+    """Raise UsageError if an encoder with the weights of a file computes other features than the
+    architecture that the file names: other settings can fit its tensors.
 
-    No tensor shows this number. In this order it is: num_heads, if the caller chose one; that of
-    the file's settings; for weights with a library's names that of the library's model; that of
-    this project, the same as MoCo v3's. If arch has no such setting: num_heads and no line.
+    arch, img_size, num_heads: of the encoder. The file's number of heads may have been replaced.
     """
-    if arch not in NUM_HEADS:
-        return num_heads, []
-    if num_heads is not None:
-        reason = "as --num-heads asks for"
-    elif file.settings.get("num_heads") is not None:
-        num_heads = file.settings["num_heads"]
-        reason = f"as {file.path} has" if file.is_library else "as the file says"
-    else:
-        num_heads, source = NUM_HEADS[arch], "MoCo v3 and this project"
-        if file.is_library:
-            num_heads, source = LIBRARY_NUM_HEADS.get(arch, num_heads), "timm, DeiT and DINO"
-        reason = f"as {arch} has in {source}; the file does not say it, --num-heads changes it"
-    return num_heads, [f"{num_heads} attention heads, {reason}"]
+    if (own_arch := _known_arch(file)) is None:
+        return
+    settings = {"img_size": img_size, "num_heads": num_heads if arch == own_arch else None}
+    with torch.random.fork_rng(devices=[]):
+        own, info = _open(file, "online", settings)
+        images = torch.randn(2, info["channels"], img_size, img_size)
+    expected, actual = own.embed(images), encoder.eval().embed(images)
+    encoder.train()
+    if not (actual - expected).abs().max() <= TOLERANCE * expected.abs().max():
+        raise UsageError(
+            f"--init-from {file.path} holds {own_arch}, whose features are others than those of "
+            f"{arch} here: give the settings of the file, such as --arch and --small-stem"
+        )
 
 
 def _merge(file, chosen):
     """Settings: the caller's (chosen), else those of the file, else DEFAULTS."""
-    saved = {"arch": file.saved.get("arch"), **file.settings}
-    info = DEFAULTS | {name: saved[name] for name in DEFAULTS if saved.get(name) is not None}
-    arch = info["arch"]
-    if arch not in ARCHS and not (isinstance(arch, str) and arch.startswith(TIMM)):
-        info["arch"] = arch = None  # another library's name
+    saved = {name: x for name, x in file.settings.items() if name in DEFAULTS and x is not None}
+    info = DEFAULTS | saved
+    info["arch"] = arch = _known_arch(file)
     if arch is None and "arch" not in chosen:
         raise UsageError(f"{file.path} does not say its architecture: give --arch")
     if arch not in (None, chosen.get("arch", arch)):
         raise UsageError(f"{file.path} holds {arch}, not --arch {chosen['arch']}: leave --arch out")
     return info | chosen
+
+
+def _known_arch(file):
+    """The architecture that a file names; None if it names none, or has another library's name."""
+    arch = file.settings.get("arch", file.saved.get("arch"))
+    is_known = isinstance(arch, str) and (arch in ARCHS or arch.startswith(TIMM))
+    return arch if is_known else None
 
 
 def _build(path, info):
@@ -153,13 +170,14 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
     Returns lines that say what was loaded and what was ignored. A position embedding for another
     number of patches is interpolated, or computed again if it is this project's sin-cos embedding.
     timm's own function converts the weights of a timm: model if they have its authors' names.
-    Raises UsageError if a tensor of the backbone is missing or has another shape.
+    Raises UsageError if a tensor of the backbone is missing or has another shape, or if the file
+    has weights inside the backbone's modules that the backbone lacks.
     """
     head = projector_name(encoder) + "."
     own = backbone_tensors(encoder)
-    tensors, notes = _convert_names(encoder, dict(file.tensors), own)
+    tensors, notes = _convert_names(encoder, dict(file.tensors), own, head)
     notes += _adapt_position_embedding(encoder, tensors, own)
-    _check_fit(file, tensors, own)
+    check_fit(file, tensors, own, head)
     loaded = {name: tensors[name] for name in own if name in tensors}
     if names := not_finite(loaded):
         raise UsageError(
@@ -172,6 +190,10 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
     others = [name for name in ignored if name not in heads] + file.others
     count = f"{len(loaded)} of {len(own)} backbone tensors from {file.path}: {file.layout}"
     notes = [count, *notes]
+    num_heads = {getattr(module, "num_heads", None) for module in encoder.modules()} - {None}
+    if isinstance(encoder, TimmEncoder) and num_heads and not _known_arch(file):
+        number = " or ".join(map(str, sorted(num_heads)))
+        notes.append(f"{number} attention heads, as this model has in timm; no tensor shows it")
     if len(loaded) < len(own):
         notes.append("counters of batch norms are not in the file and start at 0")
     if heads:
@@ -181,42 +203,11 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
     return notes
 
 
-def _missing(tensors, own):
-    """Names of tensors that the file lacks. Old files lack the counters of batch norms: allowed."""
-    return [
-        name for name in own if name not in tensors and not name.endswith("num_batches_tracked")
-    ]
-
-
-def _check_fit(file, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    missing, problems = _missing(tensors, own), []
-    stem = next((name for name, tensor in own.items() if tensor.ndim == 4), None)  # first filters
-    if stem in tensors and tensors[stem].shape[1:2] != own[stem].shape[1:2]:
-        raise UsageError(
-            f"{file.path} is for images with {tensors[stem].shape[1]} channels, not "
-            f"{own[stem].shape[1]}: give the same number as --channels"
-        )
-    differing = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if missing:
-        problems.append(f"{len(missing)} of {len(own)} tensors are missing: {first_few(missing)}")
-    if differing:
-        problems.append(f"{len(differing)} have another shape: {first_few(differing)}")
-    if problems:
-        raise UsageError(
-            f"{file.path} ({file.layout}) does not fit the backbone: {'; '.join(problems)}; "
-            "is --arch the right one?"
-        )
-
-
-def _convert_names(encoder, tensors, own):
+def _convert_names(encoder, tensors, own, head):
     """The tensors under timm's names, if the weights of a timm: model have other names, and lines
     about it.
     """
-    if not _missing(tensors, own):
+    if not missing(tensors, own) and not unknown(tensors, own, head):
         return tensors, []
     renamed = from_hf_names(tensors, list(own))
     if renamed.keys() != tensors.keys():
@@ -243,7 +234,7 @@ def _adapt_position_embedding(encoder, tensors, own):
     is_fixed = isinstance(encoder, VisionTransformer)  # this project's is computed, not learned
     if saved is not None:
         if saved.ndim != 3 or saved.shape[2] != own[name].shape[2]:
-            return []  # _check_fit reports it
+            return []  # check_fit reports it
         no_class_position = getattr(encoder, "no_embed_class", False)
         num_prefix_tokens = 0 if no_class_position else encoder.num_prefix_tokens
         positions = saved.shape[1]
