@@ -8,7 +8,7 @@
 
 FILE is a checkpoint of main_snclr.py or any other file that load_encoder reads.
 
-Reads from top to bottom: settings, encoder, data, kNN, probe or fine-tuning, results.
+This file reads from top to bottom: settings, encoder, data, kNN, probe or fine-tuning, results.
 """
 
 import os
@@ -23,26 +23,25 @@ if __name__ == "__main__":
         lincls_options.parse(sys.argv[1:])  # reports a wrong flag before the slow imports
         check_packages()
 
-import argparse
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from snclr.datasets import sources
 from snclr.evaluation import confusion, features, finetune, knn, labels, linear, probe
 from snclr.evaluation.task import Task
 from snclr.loader import whole_images
 from snclr.running import distributed, process_group
+from snclr.running.batch_norm import synchronise_batch_norm
 from snclr.running.lock import hold
 from snclr.running.precision import resolve_amp
 from snclr.running.preemption import end_at_once, handlers_given_back
 from snclr.running.provenance import versions_and_commit
 from snclr.running.safe_files import save_json, writing
 from snclr.running.settings import save_settings
-from snclr.weights.load import DEFAULTS
-from snclr.weights.load import open_encoder as open_file
+from snclr.weights.load import open_by_flags
 
 KNN_K = (10, 20, 100, 200)
 
@@ -59,9 +58,11 @@ def main(argv: list[str]) -> None:
     log = print if is_rank_zero else lambda line: None
 
     # -- encoder -------------------------------------------------------------------------------
-    encoder, info = open_encoder(args)
-    args.img_size, args.grey_range = info["img_size"], info["grey_range"]
-    args.mean, args.std, args.channels = info["mean"], info["std"], info["channels"]
+    branch = "untrained" if args.encoder == "pixels" else args.encoder
+    encoder, info = open_by_flags(args, args.pretrained, branch)
+    if args.encoder == "pixels":
+        encoder = features.Pixels(info["channels"], info["img_size"]).eval()
+        info |= {"arch": "none", "encoder": "pixels", "notes": []}
 
     # -- data ----------------------------------------------------------------------------------
     train, val, notes = sources.open_data(args)
@@ -70,7 +71,8 @@ def main(argv: list[str]) -> None:
     train, encoder = train.to(device), encoder.to(device)
     load = partial(whole_images, size=args.img_size, device=device, workers=args.workers)
     if args.encoder == "untrained":
-        encoder = knn.calibrated_copy(encoder, train, load)
+        # its batch norms get the statistics of training images, over all ranks
+        encoder = knn.calibrated_copy(synchronise_batch_norm(encoder, device), train, load)
     distributed.on_rank_zero(lambda: hold(args.workdir, "main_lincls"))
     if is_rank_zero:
         run_info = {"world_size": distributed.world_size(), "amp_used": amp}
@@ -94,8 +96,8 @@ def main(argv: list[str]) -> None:
     }
     identity = {"args": settings, "encoder_digest": digest}
     task = Task(args, encoder, info, identity, embed, load, train, val, device, amp, log)
-    named_top1, knn_top1 = evaluate_knn(task, train_share, val_share)
-    for name, top1 in knn_top1.items():
+    knn_top1 = evaluate_knn(task, train_share, val_share)
+    for name, top1 in knn_top1["knn"].items():
         log(f"kNN {name:<23} {top1:.2f} %")
 
     # -- probe or fine-tuning ------------------------------------------------------------------
@@ -107,7 +109,7 @@ def main(argv: list[str]) -> None:
     # -- results -------------------------------------------------------------------------------
     if is_rank_zero:
         class_top1 = confusion.class_accuracies(counts)
-        result |= named_top1 | {
+        result |= knn_top1 | {
             "mean_per_class_top1": float(
                 np.mean([top1 for top1 in class_top1 if top1 is not None])
             ),
@@ -119,13 +121,11 @@ def main(argv: list[str]) -> None:
             "dataset": args.dataset,
             "training_images": len(train),
             "label_fraction": args.label_fraction,
-            "knn": knn_top1,
             "per_class_top1": dict(zip(map(str, train.classes), class_top1, strict=True)),
             **versions_and_commit(),
         }
-        results_path, picture_path = (
-            os.path.join(args.workdir, name) for name in ("results.json", "confusion.png")
-        )
+        results_path = os.path.join(args.workdir, "results.json")
+        picture_path = os.path.join(args.workdir, "confusion.png")
         save_json(results_path, result)
         kind, top1 = "linear probe", result.get("linear_top1")
         if args.finetune:
@@ -139,39 +139,30 @@ def main(argv: list[str]) -> None:
     process_group.stop()
 
 
-def open_encoder(args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """The encoder that the flags name, and its info."""
-    encoder, info = open_file(
-        args.pretrained,
-        "untrained" if args.encoder == "pixels" else args.encoder,
-        **{name: getattr(args, name) for name in DEFAULTS},
-    )
-    if args.encoder == "pixels":
-        encoder = features.Pixels(info["channels"], info["img_size"]).eval()
-        info |= {"arch": "none", "encoder": "pixels", "notes": []}
-    return encoder, info
-
-
 def evaluate_knn(
     task: Task, train_share: tuple[Tensor, Tensor], val_share: tuple[Tensor, Tensor]
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> dict:
     """Top-1 in percent of kNN with the class token or the pooled features, from one search.
 
-    Returns the votes of knn.NAMED_VOTES, and a table: every k, weighted and plain, and k = 200 with
-    T = 0.1.
+    Returns the entries of results.json: the votes of knn.NAMED_VOTES, and "knn", a table of every
+    k, weighted and plain, and of k = 200 with T = 0.1.
     """
-    width = task.encoder.num_features
-    shares = [(x[:, :width], y) for x, y in (train_share, val_share)]
-    votes = {}
+    width, votes = task.encoder.num_features, {}
     for k in sorted({min(k, len(task.train)) for k in KNN_K}):
         votes[f"k={k} weighted"] = knn.Vote(k, knn.NAMED_VOTES["knn_top1"].temperature)
         votes[f"k={k} plain"] = knn.Vote(k, None)
     k, temperature = knn.NAMED_VOTES["knn200_top1"]
     votes[f"k={k} weighted, T={temperature}"] = knn.Vote(k, temperature)
     top1 = knn.table(
-        *shares, len(task.val), len(task.train.classes), votes | knn.NAMED_VOTES, task.device
+        (train_share[0][:, :width], train_share[1]),
+        val_share[0][:, :width],
+        task.val.labels,
+        len(task.train.classes),
+        votes | knn.NAMED_VOTES,
+        task.device,
     )
-    return {name: top1[name] for name in knn.NAMED_VOTES}, {name: top1[name] for name in votes}
+    named = {name: top1[name] for name in knn.NAMED_VOTES}
+    return named | {"knn": {name: top1[name] for name in votes}}
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from snclr.datasets import sources
 from snclr.datasets.images import ImageSet
 from snclr.evaluation import knn, label_free
 from snclr.evaluation.features import digest
-from snclr.loader import Batch, TwoViewLoader, whole_images
+from snclr.loader import Batch, EpochLoader, whole_images
 from snclr.pictures import report, steps
 from snclr.running import (
     bad_images,
@@ -70,7 +70,7 @@ class Run(NamedTuple):
     amp: str  # precision of the encoders: 'off', 'bf16' or 'fp16'
     model: SNCLR
     network: nn.Module  # the model, on several ranks within DistributedDataParallel
-    loader: TwoViewLoader
+    loader: EpochLoader
     fingerprint: str  # of the training images
     val: ImageSet | None
     optimizer: torch.optim.Optimizer
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
         )
     train = train.to(device)
     recipe = augment.Recipe(args.seed, augment.build_views(args))
-    loader = TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
+    loader = EpochLoader(train, recipe, args.batch_size, device, args.workers)
     steps_per_epoch = loader.steps_per_epoch
 
     # -- model and optimiser -----------------------------------------------------------------------

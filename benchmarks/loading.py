@@ -84,7 +84,7 @@ def load(images, recipe, workers, batch, request):
     watching = threading.Thread(target=watch)
     watching.start()
     start, used = time.perf_counter(), sum(os.times()[:4])
-    loader = snclr.loader.TwoViewLoader(images, recipe, batch, device, workers)
+    loader = snclr.loader.EpochLoader(images, recipe, batch, device, workers)
     batches = loader.epoch(0)
     next(batches)
     first = time.perf_counter() - start

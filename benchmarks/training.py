@@ -10,7 +10,7 @@ import main_snclr
 from snclr import augment, optim, options
 from snclr.builder import build_model
 from snclr.datasets.images import ImageSet
-from snclr.loader import TwoViewLoader
+from snclr.loader import EpochLoader
 from snclr.running import step_graph
 from snclr.running.devices import uses_bfloat16_bank
 from snclr.running.guard import Guard
@@ -46,7 +46,7 @@ class Training:
                 torch.full((len(bank),), -1, device=device),
             )
         recipe = augment.Recipe(args.seed, augment.build_views(args))
-        loader = TwoViewLoader(train, recipe, args.batch_size, device, args.workers)
+        loader = EpochLoader(train, recipe, args.batch_size, device, args.workers)
         scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         guard = Guard(model, loader, os.curdir, limit=args.skip_non_finite, scaled=amp == "fp16")
         guard.try_forward = lambda *_: None  # once an epoch, so no part of a step

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from snclr.pictures import runs as records
 from snclr.pictures.canvas import BLUE, FAINT, GREY, INK, MARGIN, ORANGE, font, page
-from snclr.pictures.compare import MAIN, comparison, markdown
+from snclr.pictures.runs import MAIN, comparison, markdown
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCALE = 2  # drawn larger and reduced, for smooth lines

@@ -22,7 +22,7 @@ from .running.packages import check_posix
 from .running.precision import resolve_amp
 from .running.safe_files import check_new_path
 from .shared_options import add_backbone_flags, add_data_flags, resolve_data
-from .weights import load
+from .weights.load import open_by_flags
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -74,12 +74,8 @@ def main(argv: list[str]) -> None:
     device = process_group.start()
     amp, is_rank_zero = resolve_amp(args.amp, device), distributed.rank() == 0
     log = print if is_rank_zero else lambda line: None
-    encoder, info = load.open_encoder(
-        args.file, args.encoder, **{name: getattr(args, name) for name in load.DEFAULTS}
-    )
+    encoder, info = open_by_flags(args, args.file, args.encoder)
     check_tokens(encoder, args.tokens, args.layers)
-    args.mean, args.std, args.grey_range = info["mean"], info["std"], info["grey_range"]
-    args.channels = info["channels"]
     train, val, notes = sources.open_data(args)
     images = train if args.split == "train" else val
     if images is None:

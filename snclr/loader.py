@@ -20,12 +20,12 @@ from . import augment, operations
 from .augment import Recipe
 from .datasets.images import EncodedImages, ImageSet
 from .running.distributed import share, world_size
-from .running.errors import RunError
+from .running.errors import RunError, UsageError
 from .running.workers import LastingWorkers, WorkerBatches, check_shared_memory, keep_freed_memory
 
 EVALUATION_BATCH = 256  # images per rank
 REQUEST = 256  # most images that a worker loads at a time
-SAMPLE_EPOCH = -1  # keys the views of TwoViewLoader.sample
+SAMPLE_EPOCH = -1  # keys the views of EpochLoader.sample
 
 
 class Batch(NamedTuple):
@@ -127,11 +127,12 @@ class ViewLoader:
         return torch.cat(ids), groups
 
 
-class TwoViewLoader(ViewLoader):
+class EpochLoader(ViewLoader):
     """Epochs of batches with all views of each image.
 
     Global batch b is the b-th slice of the epoch's permutation; an incomplete last one is dropped.
-    Each rank gets a contiguous part of it, so gathering in rank order restores the batch.
+    Each rank gets a contiguous part of it, so gathering in rank order restores the batch. Raises
+    UsageError if there is no whole batch.
     """
 
     def __init__(
@@ -142,6 +143,10 @@ class TwoViewLoader(ViewLoader):
         device: torch.device,
         workers: int,
     ):
+        if global_batch_size > len(images):
+            raise UsageError(
+                f"--batch-size {global_batch_size} exceeds the {len(images)} training images"
+            )
         if isinstance(images, EncodedImages):
             image_bytes = sum(images.channels * view.size**2 for view in recipe.views)
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -156,10 +161,11 @@ class TwoViewLoader(ViewLoader):
 
         go_on: the next call is for the next epoch, so the workers may begin it.
         """
-        ahead = self._requests(epoch + 1, 0) if go_on else []
-        return self.load(self._requests(epoch, first), ahead)
+        ahead = self.requests(epoch + 1) if go_on else []
+        return self.load(self.requests(epoch, first), ahead)
 
-    def _requests(self, epoch, first):
+    def requests(self, epoch: int, first: int = 0) -> list[tuple[int, np.ndarray]]:
+        """What `epoch` requests: for each batch the epoch and the numbers of this rank's images."""
         order = augment.epoch_order(self.recipe.seed, epoch, len(self.images))
         starts = [step * self.global_batch_size for step in range(first, self.steps_per_epoch)]
         return [(epoch, share(order[start : start + self.global_batch_size])) for start in starts]

@@ -123,15 +123,19 @@ def build_optimizer(
     weight_decay: float,
     scales: Mapping[str, float] = MappingProxyType({}),
 ) -> torch.optim.Optimizer:
-    """The optimiser `name` (choices.OPTIMIZERS) of the trainable parameters, with learning rate 0.
+    """The optimiser `name` of the trainable parameters, see of_groups. scales: of layer_scales."""
+    return of_groups(name, parameter_groups(module.named_parameters(), weight_decay, scales))
 
-    scales: of layer_scales. Raises ValueError for an unknown name.
+
+def of_groups(name: str, groups: list[dict]) -> torch.optim.Optimizer:
+    """The optimiser `name` (choices.OPTIMIZERS) of groups of parameters, with learning rate 0.
+
+    Raises ValueError for an unknown name.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimiser {name!r}; known are {', '.join(OPTIMIZERS)}")
     path, arguments = OPTIMIZERS[name]
     package, _, kind = path.rpartition(".")
-    groups = parameter_groups(module.named_parameters(), weight_decay, scales)
     optimizer = getattr(importlib.import_module(package), kind)(groups, lr=0.0, **arguments)
     if isinstance(optimizer, torch.optim.SGD) and arguments.get("momentum"):
         # if torch's fused kernel skipped the first step, it would leave new buffers uninitialised

@@ -20,7 +20,7 @@ import torch
 
 from . import options
 from .arguments import new_parser, number, read_recipes, seed
-from .pictures import compare, report, runs
+from .pictures import report, runs
 from .running.errors import Interrupted, RunError, UsageError, one_clear_line
 from .running.jobs import DONE, FAILED, WAITS, Job, run_jobs
 from .running.lock import hold
@@ -100,9 +100,9 @@ def summarise(jobs: Sequence[Job], workdir: str) -> str:
     groups: dict[str, list[runs.Run]] = {}
     for name, run in finished.items():
         groups.setdefault(name.rpartition("-seed")[0], []).append(run)
-        content[name] |= {title: runs.value(run, *column) for title, *column in compare.MAIN}
-    heads, rows = compare.comparison(groups, compare.MAIN)
-    table = compare.markdown(heads, rows) if groups else "no run is finished\n"
+        content[name] |= {title: runs.value(run, *column) for title, *column in runs.MAIN}
+    heads, rows = runs.comparison(groups, runs.MAIN)
+    table = runs.markdown(heads, rows) if groups else "no run is finished\n"
     save_json(os.path.join(workdir, "sweep.json"), {"runs": content})
     save_text(os.path.join(workdir, "sweep.md"), table)
     save_text(os.path.join(workdir, "report.html"), report.page(list(finished.values())))

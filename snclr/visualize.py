@@ -9,7 +9,6 @@ photo.jpg, the images nearest to the photo. The same flags and seed give the sam
 import argparse
 import contextlib
 import importlib.util
-import itertools
 import os
 import sys
 from functools import partial
@@ -89,34 +88,33 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     device = process_group.own_device()
     torch.manual_seed(args.seed)  # decides the weights of an untrained encoder
-    loader_args = {"device": device, "workers": args.workers}
     # the flags on architecture, size and normalisation concern only the first encoder
-    settings = {name: getattr(args, name) for name in load.DEFAULTS}
-    encoders = [_open_encoder(args.file, args.encoder, settings)]
+    opened = [(args.file, *load.open_by_flags(args, args.file, args.encoder))]
     if args.against == "untrained":
-        encoders.append(_open_encoder(args.file, "untrained", {}))
+        opened.append((args.file, *load.open_encoder(args.file, "untrained")))
     elif args.against is not None:
-        encoders.append(_open_encoder(args.against, args.encoder, {}))
-    for note in itertools.chain.from_iterable(encoder.info["notes"] for encoder in encoders):
-        print(f"note: {note}")
-    info = encoders[0].info
-    args.mean, args.std, args.grey_range = info["mean"], info["std"], info["grey_range"]
-    args.channels = info["channels"]
+        opened.append((args.against, *load.open_encoder(args.against, args.encoder)))
     train, val, notes = sources.open_data(args)
-    if encoders[-1].info["grey_range"] not in (None, args.grey_range):
-        low, high = encoders[-1].info["grey_range"]
+    notes = [note for _, _, info in opened for note in info["notes"]] + notes
+    grey_range = opened[-1][2]["grey_range"]
+    if grey_range not in (None, args.grey_range):
+        low, high = grey_range
         notes.append(f"{args.against} has --grey-range {low:g} {high:g}; that of FILE is used")
     for note in notes:
         print(f"note: {note}")
-    for position, (module, info, name) in enumerate(encoders):
+    encoders = []
+    for letter, (path, module, info) in zip("AB", opened, strict=False):
+        whole = partial(whole_images, size=info["img_size"], device=device, workers=args.workers)
         module = module.to(device)
         if info["encoder"] == "untrained":
             # its batch norms get the statistics of the training images
-            load_whole = partial(whole_images, size=info["img_size"], **loader_args)
-            module = knn.calibrated_copy(module, train, load_whole)
-        name = f"{'AB'[position]}: {name}" if len(encoders) > 1 else name
-        encoders[position] = Encoder(module, info, name)
-    pictures = _draw(args, encoders, train, val, loader_args)
+            module = knn.calibrated_copy(module, train, whole)
+        epoch = f", epoch {info['epoch']}" if info["epoch"] else ""
+        short_path = os.path.join(*path.split(os.sep)[-2:])
+        name = f"{info['arch']} ({info['encoder']}{epoch}) of {short_path}"
+        name = f"{letter}: {name}" if len(opened) > 1 else name
+        encoders.append(Encoder(module, info, name, whole))
+    pictures = _draw(args, encoders, train, val)
     out = args.out or os.path.join(os.path.dirname(os.path.abspath(args.file)), "pictures")
     with writing(out):
         os.makedirs(out, exist_ok=True)
@@ -127,40 +125,24 @@ def main(argv: list[str]) -> None:
             print(path)
 
 
-def _open_encoder(path: str, branch: str, settings: dict) -> Encoder:
-    """The encoder of a file, and its name in the pictures."""
-    module, info = load.open_encoder(path, branch, **settings)
-    epoch = f", epoch {info['epoch']}" if info["epoch"] else ""
-    name = f"{info['arch']} ({branch}{epoch}) of {os.path.join(*path.split(os.sep)[-2:])}"
-    return Encoder(module, info, name)
-
-
 def _draw(
-    args: argparse.Namespace,
-    encoders: list[Encoder],
-    train: ImageSet,
-    val: ImageSet | None,
-    loader_args: dict,
+    args: argparse.Namespace, encoders: list[Encoder], train: ImageSet, val: ImageSet | None
 ) -> dict[str, Image.Image]:
     """All pictures, by file name without suffix."""
-    size, queries = encoders[0].info["img_size"], train if val is None else val
+    queries = train if val is None else val
     pool, chosen = _choose(train, args.pool, args.seed), _choose(queries, args.count, args.seed)
     pool.sort()
     if len(pool) < 3:
         raise UsageError(
             f"neighbours and a map need at least three training images, found {len(pool)}"
         )
-    features = {encoder.name: encoder.features(train, pool, **loader_args) for encoder in encoders}
+    of_pool = {encoder.name: encoder.features(train, pool) for encoder in encoders}
 
     def retrieval(images, indices, title):
-        pairs = {
-            encoder.name: (
-                encoder.features(images, indices, **loader_args),
-                features[encoder.name],
-            )
-            for encoder in encoders
-        }
-        return retrieval_picture(images, indices, train, pool, pairs, args.topk, size, title)
+        pairs = {x.name: (x.features(images, indices), of_pool[x.name]) for x in encoders}
+        return retrieval_picture(
+            images, indices, train, pool, pairs, args.topk, args.img_size, title
+        )
 
     pictures = {"neighbours": retrieval(queries, chosen, f"Nearest of {len(pool)} training images")}
     if args.image is not None:
@@ -172,14 +154,14 @@ def _draw(
         print("drawing the map by UMAP takes about half a minute: its library compiles each time")
     maps = {
         f"{method} of {name}": points
-        for name, of_pool in features.items()
-        for method, points in projections(of_pool, args.seed).items()
+        for name, features in of_pool.items()
+        for method, points in projections(features, args.seed).items()
     }
     labels = None if train.labels is None else train.labels[pool].numpy()
     pictures["map"] = map_picture(maps, labels, train.classes)
     for encoder, suffix in zip(encoders, ("", "_against"), strict=False):
         if isinstance(encoder.module, VisionTransformer):
-            batch = next(encoder.batches(queries, chosen, **loader_args))
+            batch = next(encoder.batches(queries, chosen))
             attention = attention_maps(encoder.module, batch).cpu()
             pixels = denormalize(batch, queries.mean, queries.std)
             pictures[f"attention{suffix}"] = attention_picture(attention, pixels, encoder.name)

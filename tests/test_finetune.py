@@ -10,7 +10,7 @@ from test_linear import interrupted_after
 import main_lincls
 from snclr.backbones import ResNet
 from snclr.evaluation import features, finetune
-from snclr.evaluation import state as evaluation_state
+from snclr.evaluation.task import Task
 from snclr.running.errors import UsageError
 from snclr.weights import load as weights
 
@@ -70,7 +70,7 @@ def test_resumed_fine_tuning_equals_the_uninterrupted_one(
     images, pretrained, tmp_path, monkeypatch
 ):
     whole = tune(images, pretrained, tmp_path / "whole")
-    monkeypatch.setattr(evaluation_state, "save", interrupted_after(2))
+    monkeypatch.setattr(Task, "save", interrupted_after(2))
     with pytest.raises(KeyboardInterrupt):
         tune(images, pretrained, tmp_path / "parts")
     assert tune(images, pretrained, tmp_path / "parts", "--resume", "auto") == whole
@@ -231,6 +231,17 @@ def test_rates_fall_from_layer_to_layer(monkeypatch):
     monkeypatch.delattr(ResNet, "group_matcher")
     with pytest.raises(UsageError, match=r"--layer-decay 0\.5 is for encoders that name their"):
         finetune.build_optimizer(finetune.Classifier(build("resnet8"), 5), "sgd", 1, 1, 0, 0.5)
+
+
+def test_a_skipped_first_step_leaves_the_momentum_at_zero():
+    model = finetune.Classifier(build("resnet8"), 5)
+    optimizer = finetune.build_optimizer(model, "sgd", 1.0, 1.0, 0.0, 1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    optimizer.found_inf = torch.ones(())  # as GradScaler.step sets it for a fused optimiser
+    optimizer.step()
+    buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
+    assert buffers and not any(buffer.any() for buffer in buffers)
 
 
 def test_transfer_to_a_torchvision_set_of_photographs(pretrained, tmp_path):

@@ -11,7 +11,7 @@ from snclr import mean_std
 from snclr.augment import Recipe, moco_v3_views
 from snclr.datasets import sources
 from snclr.evaluation import label_free
-from snclr.loader import TwoViewLoader
+from snclr.loader import EpochLoader
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ def test_view_agreement_is_the_overlap_of_the_nearest_others():
 
 def test_the_sample_is_the_same_each_time_and_part_of_no_epoch(tmp_path):
     images, _, _ = sources.open_data(mean_std.parse([str(write_images(tmp_path))]))
-    loader = TwoViewLoader(images, Recipe(0, moco_v3_views(16, 0.2, False)), 8, CPU, 0)
+    loader = EpochLoader(images, Recipe(0, moco_v3_views(16, 0.2, False)), 8, CPU, 0)
     first, again = (list(loader.sample(20)) for _ in range(2))
     assert sum(len(batch.ids) for batch in first) == 20
     assert all(

@@ -12,6 +12,7 @@ from test_ranks import start_ranks
 
 ARCHS = ("resnet8", "vit_tiny")
 PROBES = {"fresh": [], "cached": ["--cache-features"]}
+UNTRAINED = "--encoder untrained --epochs 1 -b 8 -j 0 --lrs 0.1 --amp off"
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,8 @@ def two_ranks(images, pretrain, tmp_path_factory):
         for name, flags in PROBES.items():
             jobs.append(f"{command} {PROBE} --workdir {out}/{arch}/{name} {' '.join(flags)}")
         jobs.append(f"{command} {TUNE} --workdir {out}/{arch}/tuned")
+    command = f"main_lincls:float64:{images} --pretrained {pretrain('resnet8')}"
+    jobs.append(f"{command} {UNTRAINED} --workdir {out}/untrained")
     jobs.append(f"embed:{pretrain(ARCHS[0])} {images} --out {out}/embedded.npz --workers 1")
     start_ranks(2, out, jobs)
     return out
@@ -37,6 +40,15 @@ def test_a_probe(images, pretrain, two_ranks, tmp_path, float64, arch, name):
     actual = state(two_ranks / arch / name)
     for key, tensor in state(tmp_path).items():
         torch.testing.assert_close(actual[key], tensor, rtol=1e-9, atol=1e-9)
+
+
+def test_an_untrained_encoder_has_the_batch_statistics_of_all_ranks(
+    images, pretrain, two_ranks, tmp_path, float64
+):
+    probe(images, pretrain("resnet8"), tmp_path, *UNTRAINED.split())
+    actual = state(two_ranks / "untrained")
+    for name, tensor in state(tmp_path).items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -16,7 +16,6 @@ from snclr.datasets.split import class_share
 from snclr.evaluation import confusion, features, knn, linear
 from snclr.evaluation import options as lincls_options
 from snclr.evaluation import probe as probes
-from snclr.evaluation import state as evaluation_state
 from snclr.evaluation.task import Task
 from snclr.loader import ViewLoader, whole_images
 from snclr.running.errors import RunError, UsageError
@@ -149,7 +148,7 @@ def test_knn_table_equals_the_loops():
     votes = {f"k={k} weighted": knn.Vote(k, 0.07) for k in (3, 10)}
     votes |= {f"k={k} plain": knn.Vote(k, None) for k in (3, 10)}
     votes["cooler"] = knn.Vote(7, 0.1)
-    top1 = knn.table((3 * stored, labels), (2 * queries, truth), 25, 4, votes, CPU)
+    top1 = knn.table((3 * stored, labels), 2 * queries, truth, 4, votes, CPU)
     assert top1.keys() == votes.keys()
     for name, (k, temperature) in votes.items():
         right = 0
@@ -235,8 +234,8 @@ def test_a_probe_writes_its_results(images, pretrained, tmp_path, capsys):
 
 
 def interrupted_after(epochs):
-    """A state.save that raises KeyboardInterrupt after so many epochs."""
-    saves, save = [], evaluation_state.save
+    """A Task.save that raises KeyboardInterrupt after so many epochs."""
+    saves, save = [], Task.save
 
     def interrupted(*args, **kwargs):
         save(*args, **kwargs)
@@ -249,7 +248,7 @@ def interrupted_after(epochs):
 
 def test_a_resumed_probe_equals_the_uninterrupted_one(images, pretrained, tmp_path, monkeypatch):
     whole = probe(images, pretrained, tmp_path / "whole")
-    monkeypatch.setattr(evaluation_state, "save", interrupted_after(2))
+    monkeypatch.setattr(Task, "save", interrupted_after(2))
     with pytest.raises(KeyboardInterrupt):
         probe(images, pretrained, tmp_path / "parts")
     assert not (tmp_path / "parts/results.json").exists()
@@ -430,7 +429,7 @@ def test_the_published_protocol_equals_a_plain_loop(images, pretrained, tmp_path
 def test_the_best_epoch_survives_an_interruption(images, pretrained, tmp_path, monkeypatch):
     whole = published(images, pretrained, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation_state, "save", interrupted_after(2))
+        patch.setattr(Task, "save", interrupted_after(2))
         with pytest.raises(KeyboardInterrupt):
             published(images, pretrained, tmp_path / "parts")
     assert published(images, pretrained, tmp_path / "parts", "--resume", "auto") == whole
@@ -481,7 +480,7 @@ def test_the_chosen_head_is_trained_again_on_all_images(images, pretrained, tmp_
 def test_an_interrupted_retraining_is_resumed(images, pretrained, tmp_path, monkeypatch):
     whole = probe(images, pretrained, tmp_path / "whole", "--retrain")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation_state, "save", interrupted_after(6))
+        patch.setattr(Task, "save", interrupted_after(6))
         with pytest.raises(KeyboardInterrupt):
             probe(images, pretrained, tmp_path / "parts", "--retrain")
     resumed = probe(images, pretrained, tmp_path / "parts", "--retrain", "--resume", "auto")

@@ -27,8 +27,8 @@ from snclr.datasets import sources
 from snclr.datasets.files import FileImages
 from snclr.datasets.folders import Paths
 from snclr.datasets.images import ResidentImages
-from snclr.loader import TwoViewLoader, whole_images
-from snclr.running.errors import RunError
+from snclr.loader import EpochLoader, whole_images
+from snclr.running.errors import RunError, UsageError
 from snclr.running.workers import WorkerBatches, keep_freed_memory
 
 CPU = torch.device("cpu")
@@ -70,9 +70,7 @@ def load(monkeypatch):
                 monkeypatch.setattr(f"{module}.world_size", lambda: ranks)
             shares.append(
                 list(
-                    TwoViewLoader(images, recipe, global_batch_size, CPU, workers).epoch(
-                        epoch, first
-                    )
+                    EpochLoader(images, recipe, global_batch_size, CPU, workers).epoch(epoch, first)
                 )
             )
         return [
@@ -130,7 +128,7 @@ def test_a_longer_table_gives_more_views_of_other_sizes_and_leaves_the_first_as_
 ):
     small = View(8, 0.05, 0.25, jitter_p=0.8, blur_p=0.5)
     more = RECIPE._replace(views=(*RECIPE.views, small, small, View(24, 0.5)))
-    loaders = [TwoViewLoader(image_sets[kind], r, 8, CPU, workers) for r in (RECIPE, more)]
+    loaders = [EpochLoader(image_sets[kind], r, 8, CPU, workers) for r in (RECIPE, more)]
     for two, five in zip(*(loader.epoch(3) for loader in loaders), strict=True):
         assert [tuple(view.shape) for view in five.views] == [
             (8, 3, side, side) for side in (16, 16, 8, 8, 24)
@@ -167,7 +165,7 @@ def test_with_a_stream_of_its_own_each_batch_is_made_in_it_and_kept_for_the_step
         "record_stream",
         lambda _, by: calls.append("kept") if by is training else None,
     )
-    loader = TwoViewLoader(image_sets["resident"], RECIPE, 8, CPU, 0)
+    loader = EpochLoader(image_sets["resident"], RECIPE, 8, CPU, 0)
     loader.stream = object()
     for _ in loader.epoch(1):
         calls.append("step")
@@ -190,7 +188,7 @@ def test_workers_are_children_of_the_rank_whatever_python_prefers(image_sets):
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("forkserver", force=True)  # the default since Python 3.14
     try:
-        loader = TwoViewLoader(image_sets["files"], RECIPE, 8, CPU, workers=2)
+        loader = EpochLoader(image_sets["files"], RECIPE, 8, CPU, workers=2)
         next(loader.epoch(0))
         children = multiprocessing.active_children()
     finally:
@@ -204,7 +202,7 @@ def test_workers_are_children_of_the_rank_whatever_python_prefers(image_sets):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_after_an_abandoned_one_is_unaffected(image_sets, load, workers):
-    loader = TwoViewLoader(image_sets["files"], RECIPE, 8, CPU, workers)
+    loader = EpochLoader(image_sets["files"], RECIPE, 8, CPU, workers)
     next(loader.epoch(0))
     next(loader.epoch(0, first=2))
     batches = [(batch.ids, *batch.views) for batch in loader.epoch(1)]
@@ -240,16 +238,16 @@ def test_requests_are_bounded_and_shared_memory_is_checked_for_that(image_sets, 
         asked.append(len(indices)) or type(files).views(files, recipe, epoch, indices)
     )
     monkeypatch.setattr("snclr.loader.check_shared_memory", lambda *case: needed.append(case))
-    for batch in TwoViewLoader(files, RECIPE, 18, CPU, 0).epoch(0):
+    for batch in EpochLoader(files, RECIPE, 18, CPU, 0).epoch(0):
         assert len(batch.ids) == len({*batch.ids.tolist()}) == 18
-    TwoViewLoader(files, RECIPE, 5, CPU, 3)
+    EpochLoader(files, RECIPE, 5, CPU, 3)
     assert asked == [6] * 3
     assert needed == [(8 * 2 * 3 * 16**2, 0, 1), (5 * 2 * 3 * 16**2, 3, 1)]
 
 
 def test_workers_load_few_images_ahead_of_a_large_batch(image_sets, monkeypatch):
     monkeypatch.setattr("snclr.loader.REQUEST", 1)
-    loader = TwoViewLoader(image_sets["files"], RECIPE, 15, CPU, workers=2)
+    loader = EpochLoader(image_sets["files"], RECIPE, 15, CPU, workers=2)
     next(loader.epoch(0))
     assert len(loader.loader.queue) == 30 - 15 - 2 * 2  # of 15 other images each worker has two
 
@@ -261,7 +259,7 @@ def test_workers_begin_the_next_epoch_before_the_last_one_has_ended(
     starts = []
     restart = WorkerBatches.__iter__
     monkeypatch.setattr(WorkerBatches, "__iter__", lambda w: starts.append(1) or restart(w))
-    loader = TwoViewLoader(image_sets["files"], RECIPE, 8, CPU, workers)
+    loader = EpochLoader(image_sets["files"], RECIPE, 8, CPU, workers)
 
     def read(epoch, **how):
         batches = loader.epoch(epoch, **how)
@@ -286,15 +284,17 @@ def test_workers_begin_the_next_epoch_before_the_last_one_has_ended(
 
 @pytest.mark.parametrize("kind", ["resident", "files"])
 def test_an_epoch_shows_no_image_twice_and_leaves_out_only_the_remainder(image_sets, load, kind):
-    for global_batch_size, steps in [(8, 3), (30, 1), (7, 4), (31, 0)]:
+    for global_batch_size, steps in [(8, 3), (30, 1), (7, 4)]:
         batches = load(image_sets[kind], global_batch_size=global_batch_size)
         seen = [number for ids, _, _ in batches for number in ids.tolist()]
         assert (
             len(batches)
             == steps
-            == TwoViewLoader(image_sets[kind], RECIPE, global_batch_size, CPU, 0).steps_per_epoch
+            == EpochLoader(image_sets[kind], RECIPE, global_batch_size, CPU, 0).steps_per_epoch
         )
         assert len(set(seen)) == len(seen) == steps * global_batch_size
+    with pytest.raises(UsageError, match="--batch-size 31 exceeds the 30 training images"):
+        load(image_sets[kind], global_batch_size=31)
 
 
 def test_epochs_and_seeds_differ_in_order_and_in_views(image_sets, load):
@@ -394,7 +394,7 @@ def assert_stopped_with_one_clear_line(run):
 def test_an_unreadable_file_stops_the_epoch_with_its_name(tmp_path, image_sets, kind, workers):
     damage(tmp_path / "broken.png", kind)
     paths = [*image_sets["files"].paths[:5], str(tmp_path / "broken.png")]
-    loader = TwoViewLoader(FileImages(Paths(paths), None, [], MOMENTS), RECIPE, 3, CPU, workers)
+    loader = EpochLoader(FileImages(Paths(paths), None, [], MOMENTS), RECIPE, 3, CPU, workers)
     assert_stopped_with_one_clear_line(lambda: list(loader.epoch(0)))
 
 
@@ -419,7 +419,7 @@ def test_workers_end_with_the_last_reference_to_their_loader(tmp_path, image_set
     gc.disable()
     try:
         images = FileImages(Paths(paths), None, [], MOMENTS)
-        loader = TwoViewLoader(images, RECIPE, 3, CPU, workers=1)
+        loader = EpochLoader(images, RECIPE, 3, CPU, workers=1)
         with contextlib.suppress(RunError):
             for _ in loader.epoch(0):
                 workers = {*multiprocessing.active_children()} - others
@@ -440,7 +440,7 @@ def test_workers_that_cannot_start_are_one_line(image_sets, monkeypatch):
     monkeypatch.setattr(multiprocessing.context.BaseContext, "Event", full)
     monkeypatch.setattr(sys, "unraisablehook", ignored.append)
     with pytest.raises(RunError, match="No space left"):
-        list(TwoViewLoader(image_sets["files"], RECIPE, 3, CPU, workers=1).epoch(0))
+        list(EpochLoader(image_sets["files"], RECIPE, 3, CPU, workers=1).epoch(0))
     gc.collect()
     assert not ignored
 

@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity, normalize
 import main_snclr
 from snclr import augment, operations, options
 from snclr.datasets import sources
-from snclr.loader import TwoViewLoader
+from snclr.loader import EpochLoader
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import positiveness, snclr_loss
 from snclr.running import checkpoint, process_group, step_graph, tensor_files
@@ -118,7 +118,7 @@ def test_batches_arrive_whole_while_the_gpu_is_busy(folder):
     images, recipe = sources.open_data(args)[0], augment.Recipe(0, augment.build_views(args))
     seen = []
     for device in (GPU, CPU):
-        loader, batches = TwoViewLoader(images.to(device), recipe, 8, device, workers=2), []
+        loader, batches = EpochLoader(images.to(device), recipe, 8, device, workers=2), []
         for epoch in range(8):
             for batch in loader.epoch(epoch):
                 if device == GPU:

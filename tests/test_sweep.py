@@ -16,7 +16,7 @@ from test_report import Page, write_run
 import main_snclr
 from snclr import sweep
 from snclr.arguments import read_recipes
-from snclr.pictures import compare, report
+from snclr.pictures import report, runs
 from snclr.pictures.runs import load
 from snclr.running import jobs
 from snclr.running.errors import Interrupted, RunError, UsageError
@@ -56,9 +56,9 @@ def test_differences_are_paired_by_seed(tmp_path):
         for name, values in knn.items()
     }
     expected = [knn["other"][s] - knn["base"][s] for s in (2, 0, 1)]
-    assert compare.paired_differences(groups["other"], groups["base"], *KNN) == expected
+    assert runs.paired_differences(groups["other"], groups["base"], *KNN) == expected
     error = np.std(expected, ddof=1) / np.sqrt(len(expected))
-    heads, rows = compare.comparison(groups)
+    heads, rows = runs.comparison(groups)
     cells = dict(zip(heads, rows[1], strict=True))
     text = f"+{np.mean(expected):.2f} ± {error:.2f}"
     assert cells["kNN top-1 % against base"] == text == "+2.33 ± 0.60"
@@ -72,16 +72,16 @@ def test_differences_are_paired_by_seed(tmp_path):
     "differences, text", [([], ""), ([1.5], "+1.50"), ([-0.02, -0.04], "-0.030 ± 0.010")]
 )
 def test_a_difference_has_an_error_if_there_are_two_seeds(differences, text):
-    assert compare.difference_text(differences) == text
+    assert runs.difference_text(differences) == text
 
 
 def test_groups_without_a_common_seed_are_not_compared(tmp_path):
     groups = {
         name: [load(str(write_run(tmp_path / name, seed=s)))] for name, s in (("a", 0), ("b", 1))
     }
-    heads, rows = compare.comparison(groups)
+    heads, rows = runs.comparison(groups)
     assert not any("against" in head for head in heads)
-    lines = compare.markdown(heads, rows).splitlines()
+    lines = runs.markdown(heads, rows).splitlines()
     assert len(lines) == 4 and len({len(text) for text in lines}) == 1
     assert [cell.strip() for cell in lines[3].split("|")[1:4]] == ["b", "1", "50.0"]
 

@@ -4,7 +4,6 @@ done: an interrupted run goes on, and the features may be larger than the memory
 
 import contextlib
 import io
-import itertools
 import os
 import shutil
 import sys
@@ -137,9 +136,11 @@ def join_parts(out: str, paths: list[str], images: ImageSet) -> tuple[int, ...]:
     names = np.arange(len(images)).astype(str) if images.paths is None else images.paths
     folder = os.path.dirname(paths[0])
     joined = os.path.join(folder, "joined")  # a killed process leaves no file beside `out`
+    shape = (len(images), *_read(paths[0]).shape[1:])
+    write = WRITERS[out.rpartition(".")[2]]
     with writing(out):
         with new_file(joined) as file:
-            shape = WRITERS[out.rpartition(".")[2]](file, map(_read, paths), names, images)
+            write(file, map(_read, paths), shape, names, images)
         os.replace(joined, out)
     shutil.rmtree(folder, ignore_errors=True)
     return shape
@@ -169,11 +170,15 @@ def _read(path):
 
 
 def write_npz(
-    file: BinaryIO, parts: Iterator[np.ndarray], names: np.ndarray, images: ImageSet
-) -> tuple[int, ...]:
+    file: BinaryIO,
+    parts: Iterator[np.ndarray],
+    shape: tuple[int, ...],
+    names: np.ndarray,
+    images: ImageSet,
+) -> None:
     """Write names (n,), features (n, ...) and, with labels, labels (n,) (-1: none) and classes.
 
-    Returns the shape of the features.
+    shape: of the features, of which each part has some rows.
     """
     arrays = {"names": names}
     if images.labels is not None:
@@ -183,21 +188,22 @@ def write_npz(
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.save(member, array)
         with archive.open("features.npy", "w", force_zip64=True) as member:
-            first = next(parts)
-            shape = len(names), *first.shape[1:]
-            header = {"descr": first.dtype.str, "fortran_order": False, "shape": shape}
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
-            for part in itertools.chain([first], parts):
-                member.write(part.tobytes())
-    return shape
+            for part in parts:
+                member.write(part.astype("<f4", copy=False).tobytes())
 
 
 def write_parquet(
-    file: BinaryIO, parts: Iterator[np.ndarray], names: np.ndarray, images: ImageSet
-) -> tuple[int, ...]:
+    file: BinaryIO,
+    parts: Iterator[np.ndarray],
+    shape: tuple[int, ...],
+    names: np.ndarray,
+    images: ImageSet,
+) -> None:
     """Write the columns names, features and, with labels, labels: the class, or null.
 
-    Returns the shape of the features.
+    shape: of the features, of which each part has some rows.
     """
     import pyarrow  # optional
     from pyarrow import parquet
@@ -206,7 +212,7 @@ def write_parquet(
     for part in parts:
         chosen = slice(start, start := start + len(part))
         features = pyarrow.array(part.reshape(-1))
-        for width in reversed(part.shape[1:]):
+        for width in reversed(shape[1:]):
             features = pyarrow.FixedSizeListArray.from_arrays(features, width)
         columns = {"names": names[chosen], "features": features}
         if images.labels is not None:
@@ -217,7 +223,6 @@ def write_parquet(
         writer = writer or parquet.ParquetWriter(file, table.schema)
         writer.write_table(table)
     writer.close()
-    return start, *part.shape[1:]
 
 
 WRITERS = {"npz": write_npz, "parquet": write_parquet}

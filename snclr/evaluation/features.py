@@ -15,7 +15,7 @@ CHUNK = 256  # images that a rank encodes at a time, where that matters
 
 
 class Pixels(nn.Module):
-    """The flattened pixels as features: the baseline of every encoder."""
+    """The flattened pixels as features: a baseline for every encoder."""
 
     def __init__(self, channels: int, img_size: int):
         super().__init__()

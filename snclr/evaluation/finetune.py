@@ -9,16 +9,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .. import augment, optim
-from ..loader import ViewLoader
-from ..optim import parameter_groups
+from ..loader import EpochLoader
 from ..running import distributed
 from ..running.batch_norm import synchronise_batch_norm
 from ..running.errors import UsageError
 from ..running.precision import autocast, widen
-from . import state
 from .features import encode_share
 from .options import STATE_FILE
-from .task import Task, rank_batches, report_epoch, steps_per_epoch
+from .task import Task
 
 # peak learning rates of encoder and head for a batch of 256, and weight decay
 DEFAULTS = {"sgd": (0.02, 0.2, 0.0), "adamw": (5e-4, 5e-3, 0.05)}
@@ -50,27 +48,26 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
     Validation images choose nothing.
     """
     args, train, device = task.args, task.train, task.device
-    steps, settings = steps_per_epoch(train, args.batch_size), resolve_settings(task)
+    settings = resolve_settings(task)
+    loader = EpochLoader(train, task.recipe, args.batch_size, device, args.workers)
     model = Classifier(task.encoder, len(train.classes)).to(device)
     model = synchronise_batch_norm(model, device)
     rates = {name: settings[name] * args.batch_size / 256 for name in ("lr", "head_lr")}
     optimizer = build_optimizer(model, **settings | rates)
     scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
-    epoch, _ = state.resume(args, task.identity, STATE_FILE, model, optimizer)
+    epoch, _ = task.resume(STATE_FILE, model, optimizer)
     network = distributed.replicate(model, device)
-    loader = ViewLoader(train, task.recipe, device, args.workers)
     labels = train.labels.to(device)
     start = time.perf_counter()
     while epoch < args.epochs:
         network.train()
-        requests = [(epoch, part, (0,)) for part in rank_batches(task, train, epoch)]
-        for batch, (ids, (x,)) in enumerate(loader.load(requests)):
-            step = epoch * steps + batch
+        for batch, (ids, (x,)) in enumerate(loader.epoch(epoch)):
+            step = epoch * loader.steps_per_epoch + batch
             for group in optimizer.param_groups:
                 group["lr"] = optim.learning_rate(
                     step,
                     peak=group["peak"],
-                    steps_per_epoch=steps,
+                    steps_per_epoch=loader.steps_per_epoch,
                     warmup_epochs=args.warmup_epochs,
                     epochs=args.epochs,
                 )
@@ -86,8 +83,8 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
         epoch += 1
         if epoch % max(1, args.epochs // 5) == 0 or epoch == args.epochs:
             top1, _, _ = evaluate_classifier(task, model)
-            report_epoch(task, train, loader.replaced, epoch, f"top-1 {top1:.2f} %", start)
-        state.save(args, task.identity, STATE_FILE, model, optimizer, epoch, history=[])
+            task.report_epoch(train, loader.replaced, epoch, f"top-1 {top1:.2f} %", start)
+        task.save(STATE_FILE, model, optimizer, epoch, history=[])
     top1, top5, counts = evaluate_classifier(task, model)
     task.log(
         f"fine-tuned: top-1 {top1:.2f} %, top-5 {top5:.2f} % on {len(task.val)} images, "
@@ -129,7 +126,7 @@ def build_optimizer(
     all layers have the same rate. Raises UsageError if the encoder has no grouping.
     """
     if layer_decay == 1:
-        groups = parameter_groups(model.encoder.named_parameters(), weight_decay)
+        groups = optim.parameter_groups(model.encoder.named_parameters(), weight_decay)
     elif hasattr(model.encoder, "group_matcher"):
         groups = timm.optim.param_groups_layer_decay(
             model.encoder, weight_decay, layer_decay=layer_decay
@@ -138,12 +135,10 @@ def build_optimizer(
         raise UsageError(
             f"--layer-decay {layer_decay} is for encoders that name their layers: leave it out"
         )
-    groups = [{**group, "peak": lr * group.pop("lr_scale", 1.0)} for group in groups]
-    head = parameter_groups(model.head.named_parameters(), weight_decay)
+    groups = [{**group, "peak": lr * group.get("lr_scale", 1.0)} for group in groups]
+    head = optim.parameter_groups(model.head.named_parameters(), weight_decay)
     groups += [{**group, "peak": head_lr} for group in head]
-    if optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    return optim.of_groups(optimizer, groups)
 
 
 @torch.no_grad()

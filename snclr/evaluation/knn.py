@@ -70,18 +70,23 @@ def _pad(x: Tensor, columns: int, value: float) -> Tensor:
 
 def table(
     train: tuple[Tensor, Tensor],
-    val: tuple[Tensor, Tensor],
-    num_val: int,
+    val_features: Tensor,
+    val_labels: Tensor,
     num_classes: int,
     votes: dict[str, Vote],
     device: torch.device,
 ) -> dict[str, float]:
     """Top-1 in percent of each vote, by its name, from one search.
 
-    train, val: features (n_r, F) and labels (n_r,) of this rank's share, from encode_share.
-    num_val: number of validation images on all ranks.
+    train: features (m_r, F) and labels (m_r,) of this rank's share, from encode_share;
+    val_features (n_r, F): of this rank's share; val_labels (n,): of all validation images.
     """
-    queries, truth = (join_shares(x.to(device), num_val) for x in (unit(val[0]), val[1]))
+    longest = -(-len(val_labels) // world_size())
+    share = unit(val_features).to(device)
+    share = torch.cat([share, share.new_zeros(longest - len(share), share.shape[1])])
+    # rank r has image r and every world_size-th image after it: bring them into order
+    queries = all_gather(share).unflatten(0, (-1, longest)).transpose(0, 1).flatten(0, 1)
+    queries, truth = queries[: len(val_labels)], val_labels.to(device)
     max_k = max(k for k, _ in votes.values())
     cosines, labels = nearest(queries, unit(train[0]).to(device), train[1].to(device), max_k)
     top1 = {}
@@ -103,20 +108,9 @@ def accuracy(
     every rank. Images without a label are left out. embed, load: see features.encode_share.
     """
     train, val = train.labelled(), val.labelled()
-    shares = (encode_share(embed, images, load) for images in (train, val))
-    return table(*shares, len(val), len(train.classes), votes, device)
-
-
-def join_shares(x: Tensor, total: int) -> Tensor:
-    """All `total` rows, those of rank 0 first; the same on every rank. x: the share of this rank,
-    every world_size-th row.
-    """
-    longest = -(-total // world_size())
-    padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
-    shares = all_gather(padded).chunk(world_size())
-    return torch.cat(
-        [share[: len(range(number, total, world_size()))] for number, share in enumerate(shares)]
-    )
+    train_share = encode_share(embed, train, load)
+    val_features, _ = encode_share(embed, val, load)
+    return table(train_share, val_features, val.labels, len(train.classes), votes, device)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..loader import TwoViewLoader
+from ..loader import EpochLoader
 from ..running.distributed import all_gather
 from ..running.precision import full_precision, unit, widen
 
@@ -16,7 +16,7 @@ NEIGHBOURS = 10
 
 
 @torch.no_grad()
-def signals(embed: Callable[[Tensor], Tensor], loader: TwoViewLoader) -> dict[str, float] | None:
+def signals(embed: Callable[[Tensor], Tensor], loader: EpochLoader) -> dict[str, float] | None:
     """effective_rank and view_agreement of the same sample of training images in every epoch and on
     every rank; None if the features are not finite.
 

@@ -145,11 +145,10 @@ class LinearGrid(nn.Module):
             counts += torch.bincount(cells, minlength=classes**2)
         return counts.view(classes, classes)
 
+    @torch.no_grad()
     def _evaluate(self, features, labels, chunk):
         """(logits, labels) of one chunk after another, in eval mode."""
         self.eval()
         for x, y in zip(features.split(chunk), labels.split(chunk), strict=True):
-            with torch.no_grad():
-                logits = self.logits(x.to(self.rates.device))
-            yield logits, y.to(self.rates.device)
+            yield self.logits(x.to(self.rates.device)), y.to(self.rates.device)
         self.train()

@@ -19,12 +19,17 @@ from ..shared_options import (
 
 # 0.001 to 10, three a decade
 RATES = tuple(round(10 ** (-3 + step / 3), 6) for step in range(13))
-PROTOCOLS = ("grid", "mocov3")
 STATE_FILE = "lincls_last.pth.tar"  # in the workdir
 
 # Defaults of the grid's settings that --protocol mocov3 fixes: there these flags are refused.
-GRID = {"lrs": list(RATES), "select": "heldout", "heldout": 0.1}
-GRID |= {"retrain": False, "cache_features": False, "cache_copies": 1}
+GRID = {
+    "lrs": list(RATES),
+    "select": "heldout",
+    "heldout": 0.1,
+    "retrain": False,
+    "cache_features": False,
+    "cache_copies": 1,
+}
 SMALL = 64  # px; up to this size, the grid trains on whole images by default
 CROP_MIN, SMALL_CROP_MIN = 0.08, 1.0
 
@@ -116,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         g,
         "--protocol",
-        choices=PROTOCOLS,
+        choices=("grid", "mocov3"),
         default="grid",
         help="grid: train one head for each learning rate, and choose the best on held-out "
         "training images; mocov3: as published, one head at one rate on all images, in float32",

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..datasets.images import ImageSet
 from ..datasets.split import hold_out
-from ..loader import ViewLoader
+from ..loader import EpochLoader
 from ..running import distributed
 from ..running.devices import send
-from . import cache, features, state
+from . import cache, features
 from .linear import NORMS, LinearGrid, kinds_of
 from .options import NOT_IN_FEATURES, STATE_FILE
-from .task import Task, rank_batches, report_epoch, steps_per_epoch
+from .task import Task
 
 RETRAIN_FILE = "retrain_last.pth.tar"  # in the workdir
 MOCOV3_RATES = {"vit": 3.0, "resnet": 0.1}  # Chen et al. 2021 and their code, by kind of encoder
@@ -63,7 +63,8 @@ def run_grid(task: Task, train_share: Share, val_share: Share) -> tuple[dict, np
         )
     grid = new_heads(task, kinds_of(task.encoder), args.lrs)
     (top1, _), _ = train_heads(task, grid, images, selection, STATE_FILE, f"best {args.select}")
-    heads, best = results_of(task, grid, args.lrs, val_share), int(top1.argmax())
+    heads = results_of(grid, args.lrs, accuracies(grid, *val_share))
+    best = int(top1.argmax())
     for head, percent in zip(heads, top1.tolist(), strict=True):
         head[f"{args.select}_top1"] = percent
     protocol = f"grid: best of {len(heads)} heads on {choice}; {describe_training(task)}"
@@ -77,8 +78,8 @@ def retrain(task: Task, head: dict, val_share: Share) -> dict:
     """Train only the chosen head of the grid again, on all training images."""
     kind, lrs = head["features"], [head["lr"]]
     heads = new_heads(task, {kind: kinds_of(task.encoder)[kind]}, lrs, (head["norm"],))
-    train_heads(task, heads, task.train, val_share, RETRAIN_FILE, "retrained, val")
-    (retrained,) = results_of(task, heads, lrs, val_share)
+    percents, _ = train_heads(task, heads, task.train, val_share, RETRAIN_FILE, "retrained, val")
+    (retrained,) = results_of(heads, lrs, percents)
     protocol = f"retrained on all {len(task.train)} training images; {describe_training(task)}"
     report(task, "retrained probe", retrained, protocol)
     result = {"retrained_protocol": protocol, "retrained_top1": retrained["val_top1"]}
@@ -94,8 +95,8 @@ def run_mocov3(task: Task, val_share: Share) -> tuple[dict, np.ndarray]:
     kind, width = next(iter(kinds_of(task.encoder).items()))
     lrs = [MOCOV3_RATES[getattr(task.encoder, "kind", "resnet")]]
     heads = new_heads(task, {kind: width}, lrs, ("plain",))
-    _, history = train_heads(task, heads, task.train, val_share, STATE_FILE, "val")
-    (head,) = results_of(task, heads, lrs, val_share)
+    percents, history = train_heads(task, heads, task.train, val_share, STATE_FILE, "val")
+    (head,) = results_of(heads, lrs, percents)
     best = int(np.argmax(history))
     protocol = (
         f"mocov3: one head on all {len(task.train)} training images, after the last epoch; "
@@ -113,8 +114,7 @@ def new_heads(
 ) -> LinearGrid:
     """Heads with the learning rates lrs * batch/256. dims: width of each kind of features."""
     rates = [lr * task.args.batch_size / 256 for lr in lrs]
-    heads = LinearGrid(dims, len(task.train.classes), rates, task.args.seed, norms)
-    return heads.to(task.device)
+    return LinearGrid(dims, len(task.train.classes), rates, task.args.seed, norms).to(task.device)
 
 
 def train_heads(
@@ -126,27 +126,26 @@ def train_heads(
     head's top-1 after each epoch. title: name of that top-1 in the lines that show progress.
     """
     args, labels = task.args, images.labels.to(task.device)
-    steps = steps_per_epoch(images, args.batch_size)
+    loader = EpochLoader(images, task.recipe, args.batch_size, task.device, args.workers)
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
-    epoch, history = state.resume(args, task.identity, state_file, heads, optimizer)
-    loader = ViewLoader(images, task.recipe, task.device, args.workers)
+    epoch, history = task.resume(state_file, heads, optimizer)
     cached = cached_features(task, loader) if args.cache_features else None
     correct, start = accuracies(heads, *evaluated), time.perf_counter()
     while epoch < args.epochs:
-        for step, (ids, x) in enumerate(epoch_features(task, images, loader, epoch, cached)):
-            position = epoch if args.protocol == "mocov3" else epoch + step / steps
+        for step, (ids, x) in enumerate(epoch_features(task, loader, epoch, cached)):
+            position = epoch if args.protocol == "mocov3" else epoch + step / loader.steps_per_epoch
             optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * position / args.epochs))
             heads.train_step(optimizer, x, labels[ids])
         epoch += 1
         correct = accuracies(heads, *evaluated)
         history.append(correct[0].max().item())
         text = f"{title} top-1 {history[-1]:.2f} %"
-        report_epoch(task, images, loader.replaced, epoch, text, start)
-        state.save(args, task.identity, state_file, heads, optimizer, epoch, history)
+        task.report_epoch(images, loader.replaced, epoch, text, start)
+        task.save(state_file, heads, optimizer, epoch, history)
     return correct, history
 
 
-def cached_features(task: Task, loader: ViewLoader) -> Tensor:
+def cached_features(task: Task, loader: EpochLoader) -> Tensor:
     """Features (copies, n, F) float32 of all images of a loader, the same on every rank.
 
     --cache-copies 1: the view that evaluation uses; more: that many random crops of each image,
@@ -157,7 +156,7 @@ def cached_features(task: Task, loader: ViewLoader) -> Tensor:
     def load_parts(copy, parts):
         if args.cache_copies == 1:
             return task.load(images, np.concatenate(parts), chunk=features.CHUNK)
-        return (x for _, (x,) in loader.load([(copy, part, (0,)) for part in parts]))
+        return (x for _, (x,) in loader.load([(copy, part) for part in parts]))
 
     def chunks():
         for copy in range(args.cache_copies):
@@ -182,15 +181,14 @@ def cache_key(task: Task, images: ImageSet) -> str:
 
 
 def epoch_features(
-    task: Task, images: ImageSet, loader: ViewLoader, epoch: int, cached: Tensor | None
+    task: Task, loader: EpochLoader, epoch: int, cached: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's (ids, features) of each batch: from the cache, or of crops, encoded now."""
-    parts = rank_batches(task, images, epoch)
     if cached is None:
-        for ids, (x,) in loader.load([(epoch, part, (0,)) for part in parts]):
+        for ids, (x,) in loader.epoch(epoch):
             yield ids, task.embed(x)
         return
-    for part in parts:
+    for _, part in loader.requests(epoch):
         ids, x = torch.from_numpy(part), cached[epoch % len(cached), part]
         yield send(ids, task.device), send(x, task.device)
 
@@ -201,12 +199,13 @@ def accuracies(heads: LinearGrid, x: Tensor, labels: Tensor) -> Tensor:
     return 100 * distributed.all_sum(heads.correct(x, labels)).cpu().double() / total.cpu()
 
 
-def results_of(task: Task, heads: LinearGrid, lrs: list[float], val_share: Share) -> list[dict]:
-    """Features, norm, base rate, and top-1 and top-5 on the validation images, of each head."""
-    percents = accuracies(heads, *val_share).tolist()
+def results_of(heads: LinearGrid, lrs: list[float], percents: Tensor) -> list[dict]:
+    """Features, norm, base rate, top-1 and top-5 of each head. percents (2, heads): top-1 and top-5
+    on the validation images.
+    """
     return [
         {"features": kind, "norm": norm, "lr": lrs[rate], "val_top1": top1, "val_top5": top5}
-        for (kind, norm, rate), top1, top5 in zip(heads.names(), *percents, strict=True)
+        for (kind, norm, rate), top1, top5 in zip(heads.names(), *percents.tolist(), strict=True)
     ]
 
 

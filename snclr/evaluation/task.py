@@ -1,21 +1,25 @@
-"""The encoder and images of an evaluation, and the batches of its training images. Probe and
-fine-tuning share them.
-"""
+"""What probe and fine-tuning share: encoder and images, saving and resuming, progress."""
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import augment
 from ..datasets.images import ImageSet
+from ..running import distributed, optimizer_state, tensor_files
 from ..running.bad_images import record_bad_images
-from ..running.distributed import share
-from ..running.errors import UsageError
+from ..running.errors import UsageError, first_line
+from ..running.preemption import signals_wait
+from ..running.provenance import versions_and_commit
+from ..running.settings import differ
+
+# entries of a state file
+KINDS = dict(epoch=int, model=dict, optimizer=dict, history=list, args=dict, encoder_digest=str)
 
 
 class Task(NamedTuple):
@@ -39,30 +43,80 @@ class Task(NamedTuple):
         args = self.args
         return augment.Recipe(args.seed, (augment.View(args.img_size, args.crop_min),))
 
+    def save(
+        self,
+        name: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        epoch: int,
+        history: list[float],
+    ) -> None:
+        """Write the state after `epoch` completed epochs to workdir/name. All ranks call it.
 
-def steps_per_epoch(images: ImageSet, batch_size: int) -> int:
-    """Number of whole batches (global size) in an epoch. Raises UsageError if there is none."""
-    if batch_size > len(images):
-        raise UsageError(f"--batch-size {batch_size} exceeds the {len(images)} training images")
-    return len(images) // batch_size
+        history: top-1 in percent after each epoch; empty when fine-tuning.
+        """
+        if distributed.rank() == 0:
+            content = {
+                "epoch": epoch,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "history": history,
+                **self.identity,
+                "provenance": versions_and_commit(),
+            }
+            with signals_wait():
+                tensor_files.save(os.path.join(self.args.workdir, name), content)
+        distributed.barrier()
 
+    def resume(
+        self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[int, list[float]]:
+        """Load what `save` wrote, if --resume asks for it and the file exists.
 
-def rank_batches(task: Task, images: ImageSet, epoch: int) -> list[np.ndarray]:
-    """This rank's part of each batch of an epoch: indices into images."""
-    size = task.args.batch_size
-    order = augment.epoch_order(task.args.seed, epoch, len(images))
-    starts = range(0, size * steps_per_epoch(images, size), size)
-    return [share(order[start : start + size]) for start in starts]
+        Returns the number of completed epochs and the history; 0 and [] if nothing was loaded.
 
+        Raises UsageError if the file is of another evaluation, or does not fit.
+        """
+        args, path = self.args, os.path.join(self.args.workdir, name)
+        if args.resume is None or not os.path.exists(path):
+            return 0, []
+        content = tensor_files.read(path)
+        if tensor_files.wrong_entries(content, KINDS):
+            raise UsageError(f"{path} is not the state of an evaluation; choose a new --workdir")
+        saved = content["args"].items()
+        changed = [str(name) for name, value in saved if differ(value, vars(args).get(name))]
+        changed += ["the encoder"] * (content["encoder_digest"] != self.identity["encoder_digest"])
+        if changed:
+            raise UsageError(
+                f"{path} is of another evaluation: {', '.join(changed)} changed; choose a new "
+                "--workdir"
+            )
+        try:
+            epoch, history = content["epoch"], content["history"]
+            if epoch not in range(args.epochs + 1):
+                raise ValueError("its epoch is not between 0 and --epochs")
+            if tensor_files.plain_tensors(content["model"]).keys() != content["model"].keys():
+                raise ValueError("its weights are not tensors")
+            if not all(type(top1) is float for top1 in history):
+                raise ValueError("its history has entries that are not numbers")
+            if len(history) != (0 if args.finetune else epoch):
+                raise ValueError("its history does not have one number for each epoch")
+            model.load_state_dict(content["model"])
+        except Exception as error:  # the file may hold anything, so torch may raise anything
+            raise UsageError(
+                f"{path} does not fit this evaluation: {first_line(error)}; choose a new --workdir"
+            ) from error
+        optimizer_state.load_optimizer(path, content["optimizer"], optimizer)
+        return epoch, history
 
-def report_epoch(
-    task: Task, images: ImageSet, replaced: set[int], epoch: int, text: str, start: float
-) -> None:
-    """Print progress about ten times during training, and report images that could not be read. All
-    ranks call it.
-    """
-    epochs = task.args.epochs
-    if note := record_bad_images(images.image, replaced, task.args.workdir):
-        task.log(f"note: {note}")
-    if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
-        task.log(f"epoch {epoch}/{epochs}  {text}  {time.perf_counter() - start:.0f} s")
+    def report_epoch(
+        self, images: ImageSet, replaced: set[int], epoch: int, text: str, start: float
+    ) -> None:
+        """Print progress about ten times during training, and report images that could not be read.
+        All ranks call it.
+        """
+        epochs = self.args.epochs
+        if note := record_bad_images(images.image, replaced, self.args.workdir):
+            self.log(f"note: {note}")
+        if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
+            self.log(f"epoch {epoch}/{epochs}  {text}  {time.perf_counter() - start:.0f} s")

@@ -118,8 +118,10 @@ def neighbour_tiles(
     images are read.
     """
     name = _class_name(queries, query)
-    tiles = [Tile(_pixels(queries, [query], size)[0], [name] if name else ())]
-    images = _pixels(pool, [index for index, *_ in neighbours], size)
+    image = in_colour(queries.whole(np.array([query]), size))[0]
+    tiles = [Tile(image, [name] if name else ())]
+    indices = np.array([index for index, *_ in neighbours], dtype=np.int64)  # also if it is empty
+    images = in_colour(pool.whole(indices, size))
     for image, (index, *lines) in zip(images, neighbours, strict=True):
         other = _class_name(pool, index)
         frame = GREY if "" in (name, other) else BLUE if name == other else ORANGE
@@ -131,12 +133,6 @@ def frame_key(rows: Sequence[Sequence[Tile]]) -> list[tuple[Colour, str]]:
     """The colours of the frames in a picture, with their meaning."""
     present = {tile.frame for row in rows for tile in row}
     return [(colour, name) for colour, name in FRAMES if colour in present]
-
-
-def _pixels(images: ImageSet, indices: Sequence[int], size: int) -> np.ndarray:
-    """Images as (n, S, S, 3) uint8."""
-    indices = np.array(indices, dtype=np.int64)
-    return in_colour(images.whole(indices, size))
 
 
 def in_colour(images: Tensor) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Pictures of what encoders have learned: nearest images, attention, a map of the features."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .. import augment
 from ..datasets.images import ImageSet
-from ..loader import whole_images
 from ..running.precision import unit
 from .canvas import (
     BLUE,
@@ -34,24 +33,22 @@ MAP_SIDE, DOT = 460, 2.5  # pixels
 
 
 class Encoder(NamedTuple):
-    """An encoder, its info (of snclr.weights.load.open_encoder), and its name in pictures."""
+    """An encoder, and how pictures show it."""
 
     module: nn.Module
-    info: dict
-    name: str
+    info: dict  # of snclr.weights.load.open_encoder
+    name: str  # in the pictures
+    load: Callable[[ImageSet, np.ndarray], Iterator[Tensor]]  # loader.whole_images in its size
 
-    def batches(self, images: ImageSet, indices: np.ndarray, **loader_args) -> Iterator[Tensor]:
-        """Batches of the images `indices`, in the size and normalisation of the encoder's training.
-
-        loader_args: device and workers, for whole_images.
-        """
+    def batches(self, images: ImageSet, indices: np.ndarray) -> Iterator[Tensor]:
+        """Batches of the images `indices`, in the size and normalisation of its training."""
         images.mean, images.std = torch.tensor(self.info["mean"]), torch.tensor(self.info["std"])
-        return whole_images(images, indices, size=self.info["img_size"], **loader_args)
+        return self.load(images, indices)
 
     @torch.no_grad()
-    def features(self, images: ImageSet, indices: np.ndarray, **loader_args) -> Tensor:
+    def features(self, images: ImageSet, indices: np.ndarray) -> Tensor:
         """Features (n, C) of the images `indices`, unit rows on the CPU."""
-        batches = self.batches(images, indices, **loader_args)
+        batches = self.batches(images, indices)
         return torch.cat([unit(self.module.embed(batch)).cpu() for batch in batches])
 
 

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 from ..options import ON_RESUME
 from ..running.errors import UsageError
 from ..running.safe_files import read_bytes, save_text
-from .compare import comparison
 from .curves import curve, key
-from .runs import ABOUT, FEW, Run, differences, group, load
+from .runs import ABOUT, FEW, Run, comparison, differences, group, load
 
 CURVES = (
     ("kNN top-1 in percent", "knn_top1"),

@@ -1,6 +1,7 @@
-"""Reads finished and running runs from their workdirs: the numbers of a run, and groups of runs.
+"""Reads runs from their workdirs, and compares them: the numbers of a run, groups of runs, a table.
 
-A workdir may come from someone else: any file in it may be missing or have any content.
+A run may not have ended. A workdir may come from someone else: any file in it may be missing or
+have any content.
 """
 
 import glob
@@ -17,6 +18,25 @@ from ..running.safe_files import json_object, read_bytes, read_json_lines
 # entries of args.json that are not settings
 ABOUT = ("command", "versions", "git", "world_size", "amp_used", "device")
 FEW = 3  # runs are named by the settings in which they differ, unless these are more
+# title, metric, and kind of value (see `value`)
+COLUMNS = (
+    ("kNN top-1 %", "knn_top1", "last"),
+    ("untrained %", "knn_top1", "untrained"),
+    ("start (from --init-from) %", "knn_top1", "start"),
+    ("raw pixels %", "raw_pixels_knn_top1", "last"),
+    ("linear probe %", "linear_top1", "results"),
+    ("loss / chance", "loss_ratio", "mean"),
+    ("purity", "neighbour_purity", "mean"),
+    ("weighted purity", "weighted_purity", "mean"),
+    ("weights' entropy", "positiveness_entropy", "mean"),
+    ("feature std", "feature_std", "mean"),
+    ("effective rank", "effective_rank", "last"),
+    ("images/s", "images_per_s", "median"),
+)
+# titles of columns that have differences beside them
+COMPARED = ("kNN top-1 %", "linear probe %", "purity", "weighted purity")
+# the columns of a small table
+MAIN = [column for column in COLUMNS if column[0] in (*COMPARED, "weights' entropy")]
 
 
 class Run(NamedTuple):
@@ -71,10 +91,9 @@ def number(line: dict, name: str) -> float | None:
 def value(run: Run, metric: str, kind: str) -> float | None:
     """One number of a run for a table; None if it has none. kind:
 
-    last        of the last evaluation
-    first       of the evaluation before training
-    untrained   the same, if the encoder was untrained
-    start       the same, if the encoder had the weights of --init-from
+    last        of the last evaluation that has it
+    untrained   of the evaluation before training, if the encoder was untrained
+    start       of the evaluation before training, if it had the weights of --init-from
     mean        over the last epoch
     median      over all lines
     results     of an evaluation by main_lincls.py
@@ -83,10 +102,9 @@ def value(run: Run, metric: str, kind: str) -> float | None:
         results = [number(result, metric) for _, result in run.results]
         return next((x for x in results if x is not None), None)
     lines = [line for line in run.lines if number(line, metric) is not None]
-    if kind in ("first", "untrained", "start"):
+    if kind in ("untrained", "start"):
         lines = [line for line in lines if line["epoch"] == 0]
-    if kind in ("untrained", "start"):  # main_snclr.py writes 'start (from FILE)'
-        is_start = kind == "start"
+        is_start = kind == "start"  # main_snclr.py writes 'start (from FILE)'
         lines = [x for x in lines if str(x.get("encoder")).startswith("start") == is_start]
     if not lines:
         return None
@@ -146,3 +164,54 @@ def differences(runs: Sequence[Run], ignored: Collection[str]) -> list[str]:
 def _relevant_settings(run: Run, ignored: Collection[str]) -> dict:
     """The settings of a run by which it is grouped."""
     return {name: x for name, x in run.settings.items() if name not in (*ABOUT, *ignored)}
+
+
+def comparison(
+    groups: dict[str, list[Run]], columns: Sequence[tuple] = COLUMNS
+) -> tuple[list[str], list[tuple]]:
+    """Heads and rows of the table, a row for each group. Columns without any value are left out.
+
+    A column 'against NAME' has the mean difference from the first group, NAME, over the seeds that
+    both have, and its standard error.
+    """
+    first = next(iter(groups), "")
+    table = {}  # from the head of a column to its cells
+    for title, *column in columns:
+        values = [[value(run, *column) for run in members] for members in groups.values()]
+        table[title] = list(map(mean_and_deviation, values))
+        if title in COMPARED:
+            paired = [paired_differences(x, groups[first], *column) for x in groups.values()]
+            table[f"{title} against {first}"] = ["", *map(difference_text, paired[1:])]
+    table = {head: cells for head, cells in table.items() if any(cells)}
+    sizes = map(len, groups.values())
+    return ["", "runs", *table], list(zip(groups, sizes, *table.values(), strict=True))
+
+
+def paired_differences(
+    members: Sequence[Run], base: Sequence[Run], metric: str, kind: str
+) -> list[float]:
+    """The metric of each run minus that of the run of the same seed in `base`, if there is one."""
+    by_seed = {str(run.settings.get("seed")): value(run, metric, kind) for run in base}
+    pairs = [
+        (value(run, metric, kind), by_seed.get(str(run.settings.get("seed")))) for run in members
+    ]
+    return [x - y for x, y in pairs if x is not None and y is not None]
+
+
+def difference_text(differences: Sequence[float]) -> str:
+    """'+mean ± standard error of the mean'; without the error for one value, '' for none."""
+    if not differences:
+        return ""
+    mean = statistics.fmean(differences)
+    digits = 3 if abs(mean) < 0.1 else 2
+    errors = [statistics.stdev(differences) / len(differences) ** 0.5] if differences[1:] else []
+    return f"{mean:+.{digits}f}" + "".join(f" ± {error:.{digits}f}" for error in errors)
+
+
+def markdown(heads: Sequence, rows: Iterable[Sequence]) -> str:
+    """The table as Markdown, with aligned columns."""
+    cells = [["" if cell is None else str(cell) for cell in row] for row in (heads, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = (" | ".join(map(str.ljust, row, widths)) for row in cells)
+    return "".join(f"| {line} |\n" for line in lines)

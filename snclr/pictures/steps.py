@@ -77,8 +77,8 @@ def bank_ages(counts: Tensor, step: int, batch_size: int) -> Tensor:
     """The age in steps of each bank row that the global batch of a step picked: (picks,) floats.
 
     counts (M,): number of picks of each row; step: its number, from 1. Key n of the run is in row n
-    modulo M. The last key of the previous step has age 1, and older keys of a step of B keys 1 / B
-    more each.
+    modulo M. The last key of the previous step has age 1; with B keys a step, the key before it is
+    1 / B of a step older, and so on.
     """
     rows = counts.nonzero()[:, 0]
     ages = ((step - 1) * batch_size - 1 - rows) % len(counts) / batch_size + 1

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..loader import Batch, TwoViewLoader
+from ..loader import Batch, EpochLoader
 from .distributed import all_gather, rank
 from .errors import RunError, first_few
 from .precision import autocast
@@ -29,7 +29,7 @@ class Guard:
     """
 
     def __init__(
-        self, model: nn.Module, loader: TwoViewLoader, workdir: str, *, limit: int, scaled: bool
+        self, model: nn.Module, loader: EpochLoader, workdir: str, *, limit: int, scaled: bool
     ):
         self.loader, self.workdir, self.limit, self.scaled = loader, workdir, limit, scaled
         norms = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]

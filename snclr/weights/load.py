@@ -1,6 +1,7 @@
 """Loads an encoder's named tensors into a backbone, and reports what was loaded."""
 
 import math
+from argparse import Namespace
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -76,6 +77,15 @@ def _open(file, branch, settings):
     info |= {"num_features": encoder.num_features, "encoder": branch, "notes": notes}
     info["settings"] = file.settings
     return encoder.eval(), info
+
+
+def open_by_flags(args: Namespace, path: str, branch: str) -> tuple[nn.Module, dict]:
+    """open_encoder by a command's flags; then `args` has the encoder's size and normalisation."""
+    settings = {name: getattr(args, name) for name in DEFAULTS}
+    encoder, info = open_encoder(path, branch, **settings)
+    for name in ("img_size", "channels", "mean", "std", "grey_range"):
+        setattr(args, name, info[name])
+    return encoder, info
 
 
 @torch.no_grad()

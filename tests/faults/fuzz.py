@@ -37,8 +37,8 @@ from snclr.datasets import decoding, files, folders, hugging_face, shards, sourc
 from snclr.datasets.images import ResidentImages
 from snclr.evaluation import embedding, linear
 from snclr.evaluation import options as lincls_options
-from snclr.evaluation import state as probe_state
 from snclr.evaluation.options import STATE_FILE
+from snclr.evaluation.task import Task
 from snclr.running import checkpoint, log
 from snclr.running.errors import RunError, UsageError
 from snclr.weights import load as weights
@@ -272,7 +272,8 @@ def probe_content(seeds, random):
     seeds.write(STATE_FILE, seeds.saved(state))
     settings = argparse.Namespace(**seeds.probe["args"], workdir=str(seeds.folder), resume="auto")
     grid, optimizer = seeds.fresh_probe()
-    probe_state.resume(settings, {"encoder_digest": "x"}, STATE_FILE, grid, optimizer)
+    task = argparse.Namespace(args=settings, identity={"encoder_digest": "x"})
+    Task.resume(task, STATE_FILE, grid, optimizer)
     grid.train_step(optimizer, torch.randn(4, 4), torch.arange(4) % 3)
 
 
