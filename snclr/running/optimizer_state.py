@@ -17,11 +17,8 @@ def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
     expected, groups = _state_after_a_step(optimizer), optimizer.state_dict()["param_groups"]
     try:
         for number, values in state["state"].items():
-            if values.keys() != expected[number].keys():
-                raise ValueError(f"parameter {number} has another state")
-            for name, value in values.items():
-                if not _is_alike(value, expected[number][name]):
-                    raise ValueError(f"{name} of parameter {number} has another shape or type")
+            if _kinds(values) != _kinds(expected[number]):
+                raise ValueError(f"parameter {number} has another state, by names, shapes or types")
         groups = [
             saved | {**group, "params": saved["params"]}
             for saved, group in zip(state["param_groups"], groups, strict=True)
@@ -43,7 +40,6 @@ def _state_after_a_step(optimizer):
     return trial.state_dict()["state"]
 
 
-def _is_alike(value, expected):
-    if isinstance(expected, torch.Tensor):
-        return is_plain(value) and value.shape == expected.shape
-    return type(value) is type(expected)
+def _kinds(values):
+    """The shape of each tensor of a state, and the type of each other value."""
+    return {name: x.shape if is_plain(x) else type(x) for name, x in values.items()}

@@ -26,10 +26,11 @@ def check_packages() -> None:
         import torch  # noqa: F401
         import torchvision  # noqa: F401
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        versions = []
-        for name in ("torch", "torchvision", "timm"):
-            found = [package.version for package in metadata.distributions(name=name)]
-            versions.append(f"{name} {found[0] if found else '(missing)'}")
+        found = {
+            name: [package.version for package in metadata.distributions(name=name)]
+            for name in ("torch", "torchvision", "timm")
+        }
+        versions = [f"{name} {(known or ['(missing)'])[0]}" for name, known in found.items()]
         raise UsageError(
             f"{', '.join(versions)} cannot be imported together: {first_line(error)}; install"
             " builds that belong together: pip install --force-reinstall torch torchvision timm"
