@@ -429,11 +429,11 @@ def test_each_step_is_logged_once_after_a_crash_and_a_resume(tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
     log = run_log.Log(str(tmp_path), step=0, enabled=False)
-    log.progress(3, 0, "epoch")
-    log.advance()
+    bar = log.progress(3, 0, "epoch")
+    bar.update()
     log.line({"step": 1})
     log.say("hello")
-    log.end_progress()
+    bar.close()
     log.close()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 

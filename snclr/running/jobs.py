@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .errors import UsageError
 from .lock import is_held
-from .preemption import SIGNALS
+from .preemption import handle_signals
 from .safe_files import json_object, open_to_append, read_bytes, save_json, writing
 
 WAITS, RUNS, DONE, FAILED = "waits", "runs", "finished", "failed"
@@ -45,14 +45,7 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], seconds: float) -> str:
     SIGINT kills this process, which does not wait for a job that hangs.
     """
     received: list[int] = []
-
-    def receive(number, frame):
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    for each in SIGNALS:
-        signal.signal(each, receive)
+    handle_signals(received.append)
     free, reason, height, deadline = list(gpus), "", 0, time.monotonic() + seconds
     for job in jobs:
         with contextlib.suppress(UsageError):  # the files of a job that has not run
@@ -113,13 +106,13 @@ def update(job: Job, is_stopped: bool) -> None:
 
 
 def last_line(job: Job, beginning: str = "") -> str:
-    """The last line of a job's output that is not empty and begins like this; '' if none does."""
-    try:
-        with open(f"{job.workdir}/console.txt", "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
-            lines = file.read(TAIL).decode(errors="replace").split("\n")
-    except OSError:  # somebody removed it, which stops no job
-        return ""
+    """The last line of a job's output that is not empty and begins like this; '' if none does, or
+    if somebody removed the output.
+    """
+    lines = []
+    with contextlib.suppress(OSError), open(f"{job.workdir}/console.txt", "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+        lines = file.read(TAIL).decode(errors="replace").split("\n")
     return next((line for line in reversed(lines) if line and line.startswith(beginning)), "")
 
 

@@ -14,10 +14,13 @@ from functools import partial
 from .distributed import LaggedMaximum, shared_store, world_size
 from .errors import Interrupted, first_line
 
-NAMES = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
-SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has two
-if signal.getsignal(SIGNALS[-1]) == signal.SIG_IGN:  # nohup ignores SIGHUP
-    SIGNALS.pop()
+SIGNALS = [
+    each
+    for each in signal.Signals  # Windows has only two of these
+    if each.name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+    # nohup makes a program ignore SIGHUP
+    and not (each.name == "SIGHUP" and signal.getsignal(each) == signal.SIG_IGN)
+]
 
 
 @contextlib.contextmanager
@@ -27,12 +30,10 @@ def handlers_given_back() -> Iterator[None]:
     The block must include failures_named: otherwise the launcher's SIGTERM would end the process
     before it reports which rank was lost.
     """
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
+    with contextlib.ExitStack() as at_end:
+        for number in SIGNALS:
+            at_end.callback(signal.signal, number, signal.getsignal(number))
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -62,7 +63,7 @@ class Interruptions:
         self.agreed = 0  # 1: all ranks save after this step; 1 + a signal: they end the run as well
         self.saved()
         self.maximum = LaggedMaximum(timeout_minutes)
-        _handle_signals(partial(setattr, self, "signal"))
+        handle_signals(partial(setattr, self, "signal"))
 
     def due(self) -> bool:
         """Whether all ranks save after this step. Each rank calls it in each step; no GPU waits."""
@@ -99,7 +100,7 @@ class Interruptions:
     def nothing_unsaved(self) -> Iterator[None]:
         """During the block, which may take long, a signal ends the run at once."""
         with handlers_given_back():
-            _handle_signals(lambda number: interrupt(number, self.outcome))
+            handle_signals(lambda number: interrupt(number, self.outcome))
             if self.signal:
                 interrupt(self.signal, self.outcome)
             yield
@@ -115,10 +116,10 @@ def interrupt_like_other_ranks() -> None:
 
 def end_at_once() -> None:
     """From now on a signal ends the run at once: for work that never leaves a file half written."""
-    _handle_signals(lambda number: interrupt(number, "ended"))
+    handle_signals(lambda number: interrupt(number, "ended"))
 
 
-def _handle_signals(react: Callable[[int], None]) -> None:
+def handle_signals(react: Callable[[int], None]) -> None:
     """Call react(number) when a signal arrives. A second SIGINT kills the process."""
 
     def receive(number, frame):

@@ -21,7 +21,7 @@ from snclr.datasets import decoding, sources
 from snclr.evaluation import knn
 from snclr.evaluation import probe as linear_probe
 from snclr.evaluation.options import STATE_FILE
-from snclr.running import log, preemption, provenance
+from snclr.running import preemption, provenance
 from snclr.running.errors import Interrupted, RunError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -47,7 +47,8 @@ def signalled(function, call, *numbers):
 
 def signal_in_step(monkeypatch, step, *numbers):
     """Send signals to this process while a run is in its step `step`."""
-    monkeypatch.setattr(log.Log, "advance", signalled(log.Log.advance, step, *numbers))
+    due = preemption.Interruptions.due  # called once in each step
+    monkeypatch.setattr(preemption.Interruptions, "due", signalled(due, step, *numbers))
 
 
 @pytest.fixture(scope="module")
