@@ -38,9 +38,8 @@ from snclr.running import distributed, process_group
 from snclr.running.lock import hold
 from snclr.running.precision import resolve_amp
 from snclr.running.preemption import end_at_once, handlers_given_back
-from snclr.running.provenance import versions_and_commit
 from snclr.running.safe_files import save_json, writing
-from snclr.running.settings import save_settings
+from snclr.running.settings import save_settings, versions_and_commit
 from snclr.weights.load import DEFAULTS
 from snclr.weights.load import open_encoder as open_file
 

@@ -301,7 +301,7 @@ def test_file_with_content_of_another_kind_is_refused(changed, path):
 
 
 def test_missing_file_is_refused(path):
-    assert "does not exist" in refused(checkpoint.load, str(path))
+    assert "No such file" in refused(checkpoint.load, str(path))
 
 
 @pytest.mark.parametrize(

@@ -442,9 +442,8 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 
 def test_settings_are_saved_with_command_versions_and_commit(tmp_path):
-    folder = tmp_path / "new" / "run"
-    save_settings(str(folder), Namespace(topk=3, data=None), {"world_size": 2})
-    settings = json.loads((folder / "args.json").read_text())
+    save_settings(str(tmp_path), Namespace(topk=3, data=None), {"world_size": 2})
+    settings = json.loads((tmp_path / "args.json").read_text())
     assert (settings["topk"], settings["data"], settings["world_size"]) == (3, None, 2)
     assert {"command", "versions", "git"} <= set(settings)
 

@@ -8,8 +8,8 @@ from torch.nn.functional import normalize
 
 from snclr import builder, options
 from snclr.loader import Batch
-from snclr.running.compilation import compiled
 from snclr.running.errors import UsageError
+from snclr.running.forward import compiled
 from snclr.running.guard import Guard
 
 B = 8

@@ -8,11 +8,10 @@ from argparse import Namespace
 import torch
 from torch import nn
 
-from ..running import distributed, optimizer_state, tensor_files
+from ..running import distributed, tensor_files
 from ..running.errors import UsageError, first_line
 from ..running.preemption import signals_wait
-from ..running.provenance import versions_and_commit
-from ..running.settings import differ
+from ..running.settings import differ, versions_and_commit
 
 KINDS = dict(epoch=int, model=dict, optimizer=dict, history=list, args=dict, encoder_digest=str)
 
@@ -85,5 +84,5 @@ def resume(
         raise UsageError(
             f"{path} does not fit this evaluation: {first_line(error)}; choose a new --workdir"
         ) from error
-    optimizer_state.load_optimizer(path, content["optimizer"], optimizer)
+    tensor_files.load_optimizer(path, content["optimizer"], optimizer)
     return epoch, history

@@ -17,9 +17,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ..backbones import backbone_tensors
-from . import provenance, settings, tensor_files
+from . import settings, tensor_files
 from .errors import UsageError, first_few
-from .optimizer_state import load_optimizer
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
@@ -114,7 +113,7 @@ def pack(
         "args": vars(args),
         "images": images,
         "fingerprint": fingerprint,
-        "provenance": provenance.versions_and_commit(),
+        "provenance": settings.versions_and_commit(),
     }
 
 
@@ -131,7 +130,7 @@ def pack_encoder(encoder: nn.Module, kind: str, *, args: Namespace, epoch: int) 
         "args": vars(args),
         "encoder": kind,
         "state_dict": backbone_tensors(encoder),
-        "provenance": provenance.versions_and_commit(),
+        "provenance": settings.versions_and_commit(),
     }
 
 
@@ -167,7 +166,7 @@ def resume(
         )
     load_strictly(path, state["state_dict"], model)
     _check_values(path, state, args)  # after the shapes: a few bytes can claim terabytes
-    load_optimizer(path, state["optimizer"], optimizer)
+    tensor_files.load_optimizer(path, state["optimizer"], optimizer)
     if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     return state["step"], changes

@@ -1,17 +1,22 @@
-"""Errors as a user sees them: one line, and an exit code that scripts can rely on."""
+"""Errors as a user sees them: one line, and an exit code that scripts can rely on. Imports nothing
+slow.
+"""
 
 import contextlib
 import difflib
+import errno
 import multiprocessing
 import os
 import re
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .console import console_may_vanish
-from .worker_failures import describe_failure
+
+SENDING_FAILED = 64  # plus errno: exit code of a worker that could not send a batch
+MORE_MEMORY = "out of memory? fewer --workers need less of it"
 
 
 class UsageError(ValueError):
@@ -73,6 +78,50 @@ def out_of_memory(error: Exception) -> str | None:
         f"not enough memory ({sentence}): smaller --batch-size, --micro-batch, --img-size or"
         " --bank-size need less"
     )
+
+
+def describe_failure(error: Exception, exit_codes: Sequence[int | None] = ()) -> str | None:
+    """The line for the user if an error means that a DataLoader worker was lost or cannot start;
+    None if it means anything else, such as a bug in a worker.
+
+    When a worker ends, torch raises RuntimeError at any point of the rank's code. When a batch
+    cannot be received from a worker that has ended, it raises OSError or EOFError. exit_codes: of
+    the workers, if they are known.
+    """
+    text, messages = str(error), ("DataLoader worker", "Too many open files")
+    if "Caught MemoryError in DataLoader worker" in text:
+        return f"a DataLoader worker has no memory left: {MORE_MEMORY}"
+    is_lost = isinstance(error, OSError | EOFError) or text.startswith(messages)
+    if text.startswith("Caught ") or not is_lost:
+        return None
+    sentence = text.partition(".")[0] or type(error).__name__
+    if not text.startswith("DataLoader worker"):
+        sentence = f"a DataLoader worker was lost or cannot start ({sentence})"
+    codes = [*map(int, re.findall(r"exit code (\d+)", text)), *filter(None, exit_codes)]
+    numbers = [code - SENDING_FAILED for code in codes] + [getattr(error, "errno", None)]
+    if "Bus error" in text:
+        numbers.append(errno.ENOSPC)
+    return f"{sentence}: {_advice(numbers)}"
+
+
+def _advice(numbers):
+    """What the user can do about errors with these numbers."""
+    if errno.ENOSPC in numbers:  # semaphores are in shared memory too
+        return "/dev/shm is full: enlarge it (docker run --shm-size=8g), or choose fewer --workers"
+    if errno.EMFILE in numbers or not _descriptors_left():
+        return "the limit of open files is too low: raise it (ulimit -n 4096)"
+    return MORE_MEMORY
+
+
+def _descriptors_left() -> bool:
+    """Whether this process can open ten more files, as it must to receive a batch."""
+    with contextlib.ExitStack() as opened:
+        try:
+            for _ in range(10):
+                opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        except OSError:
+            return False
+    return True
 
 
 def kill_children() -> None:

@@ -41,10 +41,9 @@ def signals_wait() -> Iterator[None]:
     """Delay signals that arrive during the block until its end, because an exception inside torch's
     file writer would abort the process.
     """
-    received = []
+    received: list[int] = []
     with handlers_given_back():
-        for number in SIGNALS:
-            signal.signal(number, lambda number, frame: received.append(number))
+        handle_signals(received.append)
         yield
     for number in received:
         signal.raise_signal(number)
@@ -60,7 +59,7 @@ class Interruptions:
     def __init__(self, save_every_minutes: float, timeout_minutes: float):
         self.interval = 60 * save_every_minutes or float("inf")
         self.signal = 0  # the one that asks for the end of the run
-        self.agreed = 0  # 1: all ranks save after this step; 1 + a signal: they end the run as well
+        self.ending = 0  # the signal at which all ranks end the run after this step
         self.saved()
         self.maximum = LaggedMaximum(timeout_minutes)
         handle_signals(partial(setattr, self, "signal"))
@@ -69,8 +68,9 @@ class Interruptions:
         """Whether all ranks save after this step. Each rank calls it in each step; no GPU waits."""
         waited = time.monotonic() - self.last_save
         wanted = 1 + self.signal if self.signal else int(waited > self.interval)
-        self.agreed = self.maximum(wanted)
-        return self.agreed > 0
+        agreed = self.maximum(wanted)  # 1: save; 1 + a signal: save and end
+        self.ending = max(agreed - 1, 0)
+        return agreed > 0
 
     def saved(self, outcome: str = "saved") -> None:
         """Restart the interval. outcome: what rank 0 reports if a signal then ends the run."""
@@ -88,13 +88,8 @@ class Interruptions:
             with contextlib.suppress(RuntimeError):  # the launcher may be gone, and its store
                 shared_store().set("signal", f"{self.signal} {outcome}")
             interrupt(self.signal, outcome)
-        self.agreed = 1 + self.signal if self.signal else 0
-        return self.agreed > 0
-
-    @property
-    def ending(self) -> int:
-        """The signal at which all ranks end the run after this step, or 0."""
-        return max(self.agreed - 1, 0)
+        self.ending = self.signal
+        return self.ending > 0
 
     @contextlib.contextmanager
     def nothing_unsaved(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ The functions here check what it returns.
 """
 
 import contextlib
+import copy
 import glob
 import itertools
 import os
@@ -12,6 +13,7 @@ import zipfile
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .errors import RunError, UsageError, first_line
 from .safe_files import new_file, open_regular
@@ -70,8 +72,6 @@ def read(path: str) -> object:
 
 def verify(path: str) -> None:
     """Compare every record of a file with its checksum in the zip. Raises UsageError as `read`."""
-    if not os.path.lexists(path):
-        raise UsageError(f"checkpoint {path} does not exist")
     with open_regular(path) as file:
         try:
             if file.read(2) == b"\x80\x02":  # torch before 1.6: a plain pickle without checksums
@@ -131,3 +131,39 @@ def not_finite(tensors: dict[str, Tensor]) -> list[str]:
         for name, x in tensors.items()
         if isinstance(x, Tensor) and not bool(x.isfinite().all())
     ]
+
+
+def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
+    """Load an optimiser's state, but not its settings: those of this start apply.
+
+    Raises UsageError if this optimiser keeps another state for these parameters.
+    """
+    expected, groups = _state_after_a_step(optimizer), optimizer.state_dict()["param_groups"]
+    try:
+        for number, values in state["state"].items():
+            if _kinds(values) != _kinds(expected[number]):
+                raise ValueError(f"parameter {number} has another state, by names, shapes or types")
+        groups = [
+            saved | {**group, "params": saved["params"]}
+            for saved, group in zip(state["param_groups"], groups, strict=True)
+        ]
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    except Exception as error:  # torch checks little, so wrong content can raise anything
+        raise UsageError(f"{path} does not fit the optimiser: {first_line(error)}") from error
+
+
+def _state_after_a_step(optimizer):
+    """The state of each parameter, by its number in the state_dict, after a step of a copy of the
+    optimiser.
+    """
+    trial = copy.deepcopy(optimizer)
+    for group in trial.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    trial.step()
+    return trial.state_dict()["state"]
+
+
+def _kinds(values):
+    """The shape of each tensor of a state, and the type of each other value."""
+    return {name: x.shape if is_plain(x) else type(x) for name, x in values.items()}
