@@ -24,11 +24,9 @@ class GlobalBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(x)
-        axes = [0, *range(2, x.dim())]
-        shape = [1, -1] + [1] * (x.dim() - 2)
+        wide = widen(x).movedim(1, -1)  # (B, ..., C)
         count = x.numel() // x.shape[1] * world_size()
-        wide = widen(x)
-        variances, means = torch.var_mean(wide, axes, correction=0)
+        variances, means = torch.var_mean(wide, tuple(range(x.dim() - 1)), correction=0)
         means, variances = all_gather_with_grad(torch.stack([means, variances])[None]).unbind(1)
         mean, variance = means.mean(0), variances.mean(0) + torch.var(means, 0, correction=0)
         if self.track_running_stats:
@@ -41,10 +39,10 @@ class GlobalBatchNorm(_BatchNorm):
                 self.running_var += factor * (
                     unbiased.to(self.running_var.dtype) - self.running_var
                 )
-        out = (wide - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
+        out = (wide - mean) * torch.rsqrt(variance + self.eps)
         if self.affine:
-            out = out * self.weight.view(shape) + self.bias.view(shape)
-        return out.to(x.dtype)
+            out = out * self.weight + self.bias
+        return out.movedim(-1, 1).to(x.dtype)
 
 
 class GlobalBatchNormAct(GlobalBatchNorm):

@@ -28,7 +28,7 @@ class RunError(RuntimeError):
 
 
 class Interrupted(BaseException):
-    """A signal ended the run, and everything is saved. Exit code 75 (EX_TEMPFAIL: try again).
+    """A signal ended the run; the same command continues it. Exit code 75 (EX_TEMPFAIL: try again).
 
     Like KeyboardInterrupt it is no Exception, so that `except Exception` around the decoding of an
     image does not catch it.

@@ -26,7 +26,7 @@ from .safe_files import (
     writing,
 )
 
-# TensorBoard group of each metric of a training or evaluation line; all others: loss
+# the group of each metric in TensorBoard; a metric that is not listed is in the group loss
 GROUPS = {
     "optim": ("lr", "momentum", "grad_norm"),
     "bank": ("bank_fill", "distinct_rows", "largest_count"),

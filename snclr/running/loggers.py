@@ -17,7 +17,7 @@ IDS = "logger_ids.json"  # in the workdir: the id of the run in each library
 
 
 class Logger(NamedTuple):
-    """A run of a library, which `id` continues."""
+    """A run in a library; a resumed training run continues it by its id."""
 
     id: str
     log: Callable[[dict[str, float], int], object]  # values by name, step

@@ -1,7 +1,7 @@
 """Files of tensors: written whole or not at all, verified before they are read, content checked.
 
 A file may come from anyone, and torch.load(weights_only=True) only guarantees that no code runs.
-The functions here check what it returns.
+The functions here check what it returns, also if it is the state of an optimiser.
 """
 
 import contextlib

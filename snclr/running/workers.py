@@ -192,7 +192,8 @@ def check_shared_memory(request_bytes: int, workers: int, ranks: int) -> None:
 def _start_worker(worker: int) -> None:
     Queue._on_queue_feeder_error = staticmethod(_end_without_sending)
     sys.excepthook = _print_unless_disconnected
-    # the rank decides what a signal that ends the run means, except for a SIGTERM from the rank
+    # terminals and SLURM send their signals to the workers, too, but the rank needs batches until
+    # its step is done: only a SIGTERM that the rank itself sends ends a worker
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # which returns the sender; macOS does not have it
