@@ -15,8 +15,7 @@ import os
 import sys
 
 from snclr.evaluation import options as lincls_options
-from snclr.running.errors import one_clear_line
-from snclr.running.packages import check_packages
+from snclr.running.errors import check_packages, one_clear_line
 
 if __name__ == "__main__":
     with one_clear_line("main_lincls.py"):

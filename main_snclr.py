@@ -18,8 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from snclr import options
-from snclr.running.errors import RunError, UsageError, one_clear_line
-from snclr.running.packages import check_packages
+from snclr.running.errors import RunError, UsageError, check_packages, one_clear_line
 
 if __name__ == "__main__":
     with one_clear_line("main_snclr.py"):

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 
 from .console import console_may_vanish
 
@@ -67,6 +68,37 @@ def needed_by(user: str, *packages: str) -> Iterator[None]:
         raise UsageError(f"{user} needs {names}") from error
 
 
+def check_posix() -> None:
+    """Raise UsageError on a system that is not POSIX: it lacks the locks and signals in use."""
+    if not hasattr(os, "lockf"):
+        raise UsageError(
+            "this command needs POSIX: Linux, macOS, or WSL on Windows; loading and exporting"
+            " weights does not"
+        )
+
+
+def check_packages() -> None:
+    """Raise UsageError on a system that is not POSIX, and if torch, torchvision or timm cannot be
+    imported, as builds that do not belong together: pip does not see it, since it only compares
+    version numbers.
+    """
+    check_posix()
+    try:
+        import timm  # noqa: F401
+        import torch  # noqa: F401
+        import torchvision  # noqa: F401
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        found = {
+            name: [package.version for package in metadata.distributions(name=name)]
+            for name in ("torch", "torchvision", "timm")
+        }
+        versions = [f"{name} {(known or ['(missing)'])[0]}" for name, known in found.items()]
+        raise UsageError(
+            f"{', '.join(versions)} cannot be imported together: {first_line(error)}; install"
+            " builds that belong together: pip install --force-reinstall torch torchvision timm"
+        ) from error
+
+
 def out_of_memory(error: Exception) -> str | None:
     """The line for the user if an error of torch or numpy means a lack of memory, else None."""
     text = first_line(error)
@@ -115,13 +147,11 @@ def _advice(numbers):
 
 def _descriptors_left() -> bool:
     """Whether this process can open ten more files, as it must to receive a batch."""
-    with contextlib.ExitStack() as opened:
-        try:
-            for _ in range(10):
-                opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
-        except OSError:
-            return False
-    return True
+    with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+        for _ in range(10):
+            opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        return True
+    return False
 
 
 def kill_children() -> None:

@@ -33,8 +33,9 @@ class Guard:
         self, model: nn.Module, loader: TwoViewLoader, workdir: str, *, limit: int, scaled: bool
     ):
         self.loader, self.workdir, self.limit, self.scaled = loader, workdir, limit, scaled
-        norms = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
-        self.statistics = [x for norm in norms for x in (norm.running_mean, norm.running_var)]
+        self.statistics = [
+            x for name, x in model.named_buffers() if name.endswith(("running_mean", "running_var"))
+        ]
         self.saved_statistics = [x.clone() for x in self.statistics]
         # loss and gradient norm (2,) of each step since the last check
         self.watched: dict[int, Tensor] = {}

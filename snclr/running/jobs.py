@@ -49,8 +49,8 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], seconds: float) -> str:
     free, reason, height, deadline = list(gpus), "", 0, time.monotonic() + seconds
     for job in jobs:
         with contextlib.suppress(UsageError):  # the files of a job that has not run
-            marker = json_object(read_bytes(f"{job.workdir}/finished.json"))
-            if marker.get("settings") == job.settings:
+            finished = json_object(read_bytes(f"{job.workdir}/finished.json"))
+            if finished.get("settings") == job.settings:
                 job.state, job.message = DONE, last_line(job, "epoch ")
     while True:
         if not reason and (received or time.monotonic() > deadline):

@@ -3,8 +3,7 @@
 import os
 import socket
 
-from .errors import UsageError
-from .packages import check_posix
+from .errors import UsageError, check_posix
 from .safe_files import descriptor_of, open_regular, writing
 
 
