@@ -57,8 +57,11 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
     Damaged checkpoints of later steps are renamed to NAME.damaged, with a line about each. Raises
     UsageError if all checkpoints are damaged.
     """
-    paths = glob.glob(os.path.join(glob.escape(workdir), "checkpoint_*.pth.tar"))
-    paths = {path for path in paths if os.path.basename(path) != UNSOUND}
+    paths = [
+        path
+        for path in glob.glob(os.path.join(glob.escape(workdir), "checkpoint_*.pth.tar"))
+        if os.path.basename(path) != UNSOUND
+    ]
     damaged = {}
     for path in sorted(paths, key=lambda x: (-_step(x), os.path.basename(x) != LAST, x)):
         try:

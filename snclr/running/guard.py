@@ -77,9 +77,12 @@ class Guard:
             current.copy_(torch.where(current.isfinite(), current, saved))
         self.bad_steps |= bad_steps
         count, step = len(self.bad_steps), min(self.bad_steps)
-        what, ranks = "gradient is not finite", self.bad_steps[step]
-        if ranks:
-            what = f"loss is not finite (on rank {', '.join(map(str, ranks))})"
+        ranks = self.bad_steps[step]
+        what = (
+            f"loss is not finite (on rank {', '.join(map(str, ranks))})"
+            if ranks
+            else "gradient is not finite"
+        )
         message = f"step {step}: the {what}; {count} such steps were skipped"
         if count <= self.limit:
             return message

@@ -78,7 +78,6 @@ def start(job: Job, gpu: str) -> None:
     with writing(job.workdir):
         os.makedirs(job.workdir, exist_ok=True)
         console = open_to_append(f"{job.workdir}/console.txt")
-    is_linux = sys.platform == "linux"
     with console:
         job.process = subprocess.Popen(
             job.command,
@@ -88,7 +87,11 @@ def start(job: Job, gpu: str) -> None:
             env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
             start_new_session=True,  # Ctrl-C reaches only this process, which stops its jobs
             # PR_SET_PDEATHSIG: the job gets a SIGTERM, and saves, when this process is killed
-            preexec_fn=(lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)) if is_linux else None,
+            preexec_fn=(
+                (lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM))
+                if sys.platform == "linux"
+                else None
+            ),
         )
     job.state, job.gpu, job.message = RUNS, gpu, ""
 

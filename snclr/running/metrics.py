@@ -106,8 +106,9 @@ def step_metrics(
         if len(shown.row_candidates):
             candidates = shown.row_candidates[rows] * valid.double()
         # a row that c images of the global batch picked comes up c times
-        each = candidates / shown.counts[rows].clamp(min=1)
-        rows_by_label = _by_label(neighbour_labels, each, num_labels)
+        rows_by_label = _by_label(
+            neighbour_labels, candidates / shown.counts[rows].clamp(min=1), num_labels
+        )
     terms = {f"term_{name}": term for name, term in shown.terms.items()}
     sums = {
         "loss": loss.detach(),

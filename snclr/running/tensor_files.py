@@ -138,7 +138,12 @@ def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
 
     Raises UsageError if this optimiser keeps another state for these parameters.
     """
-    expected, groups = _state_after_a_step(optimizer), optimizer.state_dict()["param_groups"]
+    trial = copy.deepcopy(optimizer)  # its state after a step is what is expected
+    for group in trial.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    trial.step()
+    expected, groups = trial.state_dict()["state"], optimizer.state_dict()["param_groups"]
     try:
         for number, values in state["state"].items():
             if _kinds(values) != _kinds(expected[number]):
@@ -150,18 +155,6 @@ def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     except Exception as error:  # torch checks little, so wrong content can raise anything
         raise UsageError(f"{path} does not fit the optimiser: {first_line(error)}") from error
-
-
-def _state_after_a_step(optimizer):
-    """The state of each parameter, by its number in the state_dict, after a step of a copy of the
-    optimiser.
-    """
-    trial = copy.deepcopy(optimizer)
-    for group in trial.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    trial.step()
-    return trial.state_dict()["state"]
 
 
 def _kinds(values):
