@@ -77,6 +77,7 @@ class WorkerBatches:
             yield batch
 
     def _call(self, function, *arguments):
+        """function(*arguments), in the time limit; RunError if a worker was lost meanwhile."""
         try:
             with self._time_limit():
                 return function(*arguments)
