@@ -15,8 +15,7 @@ import os
 import sys
 
 from snclr.evaluation import options as lincls_options
-from snclr.running.errors import one_clear_line
-from snclr.running.packages import check_packages
+from snclr.running.errors import check_packages, one_clear_line
 
 if __name__ == "__main__":
     with one_clear_line("main_lincls.py"):
@@ -38,9 +37,8 @@ from snclr.running.batch_norm import synchronise_batch_norm
 from snclr.running.lock import hold
 from snclr.running.precision import resolve_amp
 from snclr.running.preemption import end_at_once, handlers_given_back
-from snclr.running.provenance import versions_and_commit
 from snclr.running.safe_files import save_json, writing
-from snclr.running.settings import save_settings
+from snclr.running.settings import save_settings, versions_and_commit
 from snclr.weights.load import open_by_flags
 
 KNN_K = (10, 20, 100, 200)

@@ -18,8 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from snclr import options
-from snclr.running.errors import RunError, UsageError, one_clear_line
-from snclr.running.packages import check_packages
+from snclr.running.errors import RunError, UsageError, check_packages, one_clear_line
 
 if __name__ == "__main__":
     with one_clear_line("main_snclr.py"):
@@ -314,7 +313,7 @@ def train_epoch(run: Run, step: int) -> int:
         labels = labels.to(loader.device, non_blocking=True)
     go_on = end < run.last_step and not is_evaluation_due(run, end)
     batch, batches = None, loader.epoch(epoch, inside, go_on=go_on)
-    log.progress(loader.steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
+    bar = log.progress(loader.steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
     waits = Waits(loader.device)
     logged_step, logged_at, slowest = step, time.perf_counter(), 0.0
 
@@ -357,7 +356,7 @@ def train_epoch(run: Run, step: int) -> int:
             loss, shown, grad_norm = run.graph(take_step, batch, kind, **numbers)
             optim.set_learning_rate(run.optimizer, lr)  # a number again, for the checkpoint
         step += 1
-        log.advance()
+        bar.update()
         if run.interruptions.due():
             end = step
         is_logged = step % args.print_freq == 0 or step == end
@@ -394,7 +393,7 @@ def train_epoch(run: Run, step: int) -> int:
             log.say(summary.describe(metrics, args.epochs, run.total_steps))
             logged_step, logged_at, slowest = step, time.perf_counter(), 0.0
 
-    log.end_progress()
+    bar.close()
     if batch is not None:
         run.guard.try_forward(step, run.model, batch, args.snclr_m, run.amp)
     epoch, inside = divmod(step, loader.steps_per_epoch)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import heads
 from .choices import ARCHS, NUM_HEADS, check_num_heads
 from .running.errors import UsageError, close_names, first_line
-from .running.recompute import recomputed
+from .running.forward import recomputed
 
 
 class ConvStem(PatchEmbed):

@@ -25,13 +25,12 @@ from .objectives import (
     snclr_loss,
 )
 from .optim import move_averages
-from .running.compilation import begin_step, compiled
 from .running.devices import send
 from .running.distributed import all_gather, rank, world_size
 from .running.errors import UsageError, first_line
+from .running.forward import begin_step, compiled, recomputed
 from .running.metrics import StepView
 from .running.precision import unit
-from .running.recompute import recomputed
 
 
 def pairs(num_views: int, num_keys: int = 2) -> list[tuple[int, int]]:

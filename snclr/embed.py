@@ -17,8 +17,7 @@ from .datasets import sources
 from .evaluation.embedding import TOKENS, WRITERS, check_tokens, embedder, encode_parts, join_parts
 from .evaluation.features import digest, key_of
 from .running import distributed, process_group
-from .running.errors import UsageError, one_clear_line
-from .running.packages import check_posix
+from .running.errors import UsageError, check_posix, one_clear_line
 from .running.precision import resolve_amp
 from .running.safe_files import check_new_path
 from .shared_options import add_backbone_flags, add_data_flags, resolve_data

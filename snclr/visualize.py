@@ -36,8 +36,7 @@ from .pictures.encoders import (
 )
 from .pictures.steps import denormalize
 from .running import process_group
-from .running.errors import RunError, UsageError, one_clear_line
-from .running.packages import check_posix
+from .running.errors import RunError, UsageError, check_posix, one_clear_line
 from .running.safe_files import new_file, writing
 from .shared_options import add_backbone_flags, add_data_flags, resolve_data
 from .weights import load

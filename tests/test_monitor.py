@@ -429,11 +429,11 @@ def test_each_step_is_logged_once_after_a_crash_and_a_resume(tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
     log = run_log.Log(str(tmp_path), step=0, enabled=False)
-    log.progress(3, 0, "epoch")
-    log.advance()
+    bar = log.progress(3, 0, "epoch")
+    bar.update()
     log.line({"step": 1})
     log.say("hello")
-    log.end_progress()
+    bar.close()
     log.close()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 
@@ -442,9 +442,8 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 
 def test_settings_are_saved_with_command_versions_and_commit(tmp_path):
-    folder = tmp_path / "new" / "run"
-    save_settings(str(folder), Namespace(topk=3, data=None), {"world_size": 2})
-    settings = json.loads((folder / "args.json").read_text())
+    save_settings(str(tmp_path), Namespace(topk=3, data=None), {"world_size": 2})
+    settings = json.loads((tmp_path / "args.json").read_text())
     assert (settings["topk"], settings["data"], settings["world_size"]) == (3, None, 2)
     assert {"command", "versions", "git"} <= set(settings)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from snclr import optim, options
 from snclr.builder import SNCLR
-from snclr.running import optimizer_state
+from snclr.running import tensor_files
 from snclr.running.errors import UsageError
 
 # -- schedules -------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def test_a_resumed_optimiser_equals_the_uninterrupted_one(name, steps, tmp_path)
     resumed = Trained(name)
     resumed.model.load_state_dict(run.model.state_dict())
     state = torch.load(tmp_path / "state", weights_only=True)
-    optimizer_state.load_optimizer("file", state, resumed.optimizer)
+    tensor_files.load_optimizer("file", state, resumed.optimizer)
     assert_same(resumed.state(), run.state())
     assert_same(resumed.step(2).step(3).state(), run.step(2).step(3).state())
 
@@ -397,11 +397,11 @@ def test_a_state_of_another_shape_or_type_is_refused(name):
             changed = copy.deepcopy(state)
             changed["state"][number][key] = other
             with pytest.raises(UsageError, match="file does not fit the optimiser"):
-                optimizer_state.load_optimizer("file", changed, Trained(name).optimizer)
+                tensor_files.load_optimizer("file", changed, Trained(name).optimizer)
     if entries:
         del state["state"][number][key]
         with pytest.raises(UsageError, match=f"parameter {number} has another state"):
-            optimizer_state.load_optimizer("file", state, Trained(name).optimizer)
+            tensor_files.load_optimizer("file", state, Trained(name).optimizer)
 
 
 # -- the momentum encoder --------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def test_a_lock_is_not_written_through_a_link_nor_into_a_fifo(tmp_path):
         lock.hold(str(tmp_path), "x")
     assert victim.read_text() == "old"
     os.mkfifo(tmp_path / "y.lock")
-    with pytest.raises(UsageError, match="not a regular file"):
+    with pytest.raises(RunError, match=r"cannot write .*: it is not a regular file"):
         lock.hold(str(tmp_path), "y")
 
 

@@ -18,7 +18,6 @@ GROUND = {
     for name in (
         "errors",
         "console",
-        "worker_failures",
         "safe_files",
         "distributed",
         "precision",

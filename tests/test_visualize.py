@@ -400,10 +400,10 @@ def test_flags_and_places_come_in_any_order(order, tmp_path):
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["nowhere.pth"], "nowhere.pth does not exist"),
+        (["nowhere.pth"], "cannot read nowhere.pth: No such file"),
         (["{file}", "--image", "nowhere.jpg"], "--image nowhere.jpg: there is no such file"),
         (["{file}", "--count", "0"], "--count must be above 0"),
-        (["{file}", "--against", "nowhere.pth"], "nowhere.pth does not exist"),
+        (["{file}", "--against", "nowhere.pth"], "cannot read nowhere.pth: No such file"),
         (["{file}", "nowhere"], "nowhere"),
         (["{file}", "--pool", "2", "--workers", "0"], "at least three training images, found 2"),
     ],

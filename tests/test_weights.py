@@ -324,7 +324,7 @@ def test_what_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path):
     assert "truncated or not a checkpoint" in refused(encoder, tmp_path / "half.pth")
     (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "is not a complete safetensors file" in refused(encoder, tmp_path / "half.safetensors")
-    assert "does not exist" in refused(encoder, tmp_path / "nowhere.pth")
+    assert "No such file" in refused(encoder, tmp_path / "nowhere.pth")
     online = {
         f"module.base_encoder.{name}": tensor for name, tensor in tiny(1).state_dict().items()
     }

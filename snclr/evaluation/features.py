@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..datasets.images import ImageSet, ResidentImages
 from ..running.distributed import all_gather, on_rank_zero, rank, share, world_size
-from ..running.provenance import versions_and_commit
+from ..running.settings import versions_and_commit
 
 CHUNK = 256  # images that a rank encodes at a time, where that matters
 

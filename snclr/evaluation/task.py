@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from .. import augment
 from ..datasets.images import ImageSet
-from ..running import distributed, optimizer_state, tensor_files
+from ..running import distributed, tensor_files
 from ..running.bad_images import record_bad_images
 from ..running.errors import UsageError, first_line
 from ..running.preemption import signals_wait
-from ..running.provenance import versions_and_commit
-from ..running.settings import differ
+from ..running.settings import differ, versions_and_commit
 
 # entries of a state file
 KINDS = dict(epoch=int, model=dict, optimizer=dict, history=list, args=dict, encoder_digest=str)
@@ -106,7 +105,7 @@ class Task(NamedTuple):
             raise UsageError(
                 f"{path} does not fit this evaluation: {first_line(error)}; choose a new --workdir"
             ) from error
-        optimizer_state.load_optimizer(path, content["optimizer"], optimizer)
+        tensor_files.load_optimizer(path, content["optimizer"], optimizer)
         return epoch, history
 
     def report_epoch(

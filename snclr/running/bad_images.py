@@ -18,7 +18,7 @@ def record_bad_images(
     there are new ones. Collective.
 
     image: reads an image, by its index, or raises RunError. replaced: indices of the images that
-    this rank replaced since the last call; becomes empty.
+    this rank replaced since the last call; it is emptied.
     """
     indices = union(replaced)
     replaced.clear()

@@ -3,33 +3,30 @@
 import torch
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .distributed import all_gather_with_grad, world_size
 from .precision import widen
 
 
-class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+class GlobalBatchNorm(_BatchNorm):
     """Batch norm with the statistics of all ranks' batches, on any device. Heads and probes use it.
 
-    torch's SyncBatchNorm refuses CPU tensors and makes the host wait for its GPU; this one does
-    not. All ranks need the same batch size. The ranks exchange the means and variances of their
-    parts of the batch in forward, and the gradients of these in backward. The variance of the whole
-    batch is the mean of the variances plus the variance of the means. No large sums are subtracted,
-    so 1 and 4 ranks agree to rounding.
+    torch's SyncBatchNorm refuses CPU tensors, and it makes the host wait for its GPU; this one does
+    neither. All ranks need the same batch size. In forward the ranks exchange the means and
+    variances of their parts of the batch, and in backward the gradients of these. The variance of
+    the whole batch is the mean of the variances plus the variance of the means. No large sums are
+    subtracted, so 1 and 4 ranks agree to rounding.
     """
 
-    def _check_input_dim(self, x: Tensor) -> None:
-        if x.dim() < 2:
-            raise ValueError(f"expected an input of (B, C, ...), found {tuple(x.shape)}")
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim  # at least (B, C)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(x)
-        axes = [0, *range(2, x.dim())]
-        shape = [1, -1] + [1] * (x.dim() - 2)
+        wide = widen(x).movedim(1, -1)  # (B, ..., C)
         count = x.numel() // x.shape[1] * world_size()
-        wide = widen(x)
-        variances, means = torch.var_mean(wide, axes, correction=0)
+        variances, means = torch.var_mean(wide, tuple(range(x.dim() - 1)), correction=0)
         means, variances = all_gather_with_grad(torch.stack([means, variances])[None]).unbind(1)
         mean, variance = means.mean(0), variances.mean(0) + torch.var(means, 0, correction=0)
         if self.track_running_stats:
@@ -42,15 +39,15 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_var += factor * (
                     unbiased.to(self.running_var.dtype) - self.running_var
                 )
-        out = (wide - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
+        out = (wide - mean) * torch.rsqrt(variance + self.eps)
         if self.affine:
-            out = out * self.weight.view(shape) + self.bias.view(shape)
-        return out.to(x.dtype)
+            out = out * self.weight + self.bias
+        return out.movedim(-1, 1).to(x.dtype)
 
 
 class GlobalBatchNormAct(GlobalBatchNorm):
-    """The same for timm's batch norm that contains an activation (in EfficientNets, RegNets and
-    others).
+    """GlobalBatchNorm in place of timm's batch norm with an activation, as EfficientNets, RegNets
+    and others have it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,25 +55,21 @@ class GlobalBatchNormAct(GlobalBatchNorm):
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Let every batch norm in module see the whole global batch; with one rank it already does.
-    Names and buffers stay the same.
+    """Make every batch norm in module use the statistics of the global batch; with one rank it
+    already does. Names and buffers stay the same.
 
     On CUDA the batch norms of backbones become torch's SyncBatchNorm, which is fused and takes less
     memory, but makes the host wait.
     """
     if world_size() == 1:
         return module
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, GlobalBatchNorm) or not isinstance(
-                child, nn.modules.batchnorm._BatchNorm
-            ):
-                continue
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, GlobalBatchNorm):
             if device.type == "cuda":
                 # timm's function, because torch's drops the activation of a BatchNormAct2d
-                setattr(parent, name, convert_sync_batchnorm(child))
+                module.set_submodule(name, convert_sync_batchnorm(layer))
             else:  # same parameters, buffers and settings; only forward differs
-                child.__class__ = (
-                    GlobalBatchNormAct if isinstance(child, BatchNormAct2d) else GlobalBatchNorm
+                layer.__class__ = (
+                    GlobalBatchNormAct if isinstance(layer, BatchNormAct2d) else GlobalBatchNorm
                 )
     return module

@@ -17,9 +17,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ..backbones import backbone_tensors
-from . import provenance, settings, tensor_files
+from . import settings, tensor_files
 from .errors import UsageError, first_few
-from .optimizer_state import load_optimizer
 
 FORMAT = 1
 LAST = "checkpoint_last.pth.tar"
@@ -36,20 +35,17 @@ def load(path: str) -> dict:
     kinds = dict(
         epoch=int, step=int, arch=str, state_dict=dict, optimizer=dict, args=dict, images=int
     )
-    missing = [key for key in kinds if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise UsageError(f"checkpoint {path} cannot be resumed: it has no {', '.join(missing)}")
+    if wrong := tensor_files.wrong_entries(state, kinds):
+        raise UsageError(f"checkpoint {path} cannot be resumed: it has no valid {', '.join(wrong)}")
     if state.get("format", 1) not in range(1, FORMAT + 1):
         raise UsageError(
             f"checkpoint {path} has format {state['format']}; this version reads up to {FORMAT}"
         )
-    invalid = tensor_files.wrong_entries(state, kinds)
-    if not invalid:
-        tensors = state["state_dict"]
-        invalid = [str(name) for name in tensors.keys() - tensor_files.plain_tensors(tensors)]
+    tensors = state["state_dict"]
+    invalid = sorted(map(str, tensors.keys() - tensor_files.plain_tensors(tensors)))
     if invalid or state["step"] < 0:
         raise UsageError(
-            f"checkpoint {path} cannot be resumed: invalid {first_few(sorted(invalid) or ['step'])}"
+            f"checkpoint {path} cannot be resumed: invalid {first_few(invalid or ['step'])}"
         )
     return state
 
@@ -61,23 +57,26 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
     Damaged checkpoints of later steps are renamed to NAME.damaged, with a line about each. Raises
     UsageError if all checkpoints are damaged.
     """
-    paths = glob.glob(os.path.join(glob.escape(workdir), "checkpoint_*.pth.tar"))
-    paths = {path for path in paths if os.path.basename(path) != UNSOUND}
-    damaged = []
+    paths = [
+        path
+        for path in glob.glob(os.path.join(glob.escape(workdir), "checkpoint_*.pth.tar"))
+        if os.path.basename(path) != UNSOUND
+    ]
+    damaged = {}
     for path in sorted(paths, key=lambda x: (-_step(x), os.path.basename(x) != LAST, x)):
         try:
             tensor_files.verify(path)
         except UsageError as error:
-            damaged.append((path, error))
-            continue
-        for other, _ in damaged:
-            os.replace(other, f"{other}.damaged")
-        return path, [
-            f"{str(error).partition('; take')[0]}: renamed to .damaged, {path} is taken"
-            for _, error in damaged
-        ]
+            damaged[path] = error
+        else:
+            for other in damaged:
+                os.replace(other, f"{other}.damaged")
+            return path, [
+                f"{str(error).partition('; take')[0]}: renamed to .damaged, {path} is taken"
+                for error in damaged.values()
+            ]
     if damaged:
-        raise UsageError(f"no whole checkpoint in {workdir}: {damaged[0][1]}")
+        raise UsageError(f"no whole checkpoint in {workdir}: {next(iter(damaged.values()))}")
     return None, []
 
 
@@ -117,7 +116,7 @@ def pack(
         "args": vars(args),
         "images": images,
         "fingerprint": fingerprint,
-        "provenance": provenance.versions_and_commit(),
+        "provenance": settings.versions_and_commit(),
     }
 
 
@@ -134,7 +133,7 @@ def pack_encoder(encoder: nn.Module, kind: str, *, args: Namespace, epoch: int) 
         "args": vars(args),
         "encoder": kind,
         "state_dict": backbone_tensors(encoder),
-        "provenance": provenance.versions_and_commit(),
+        "provenance": settings.versions_and_commit(),
     }
 
 
@@ -159,9 +158,7 @@ def resume(
     refused, changes = settings.changes(state["args"], args, on_resume)
     if state["images"] != images:
         refused.append(f"training images {state['images']} -> {images}")
-    elif (
-        None not in (fingerprint, state.get("fingerprint")) and state["fingerprint"] != fingerprint
-    ):
+    elif state.get("fingerprint") not in (None, fingerprint):
         refused.append(
             "training images of the same number, but with other names or in another order"
         )
@@ -172,7 +169,7 @@ def resume(
         )
     load_strictly(path, state["state_dict"], model)
     _check_values(path, state, args)  # after the shapes: a few bytes can claim terabytes
-    load_optimizer(path, state["optimizer"], optimizer)
+    tensor_files.load_optimizer(path, state["optimizer"], optimizer)
     if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     return state["step"], changes
@@ -205,7 +202,7 @@ def _check_values(path: str, state: dict, args: Namespace) -> None:
     """Raise UsageError for values that no run saves: training with them would fail or never end."""
     steps_per_epoch = state["images"] // args.batch_size
     epochs = state["args"].get("epochs")
-    if type(epochs) is int and not 0 <= state["step"] <= epochs * steps_per_epoch:
+    if type(epochs) is int and state["step"] > epochs * steps_per_epoch:
         raise UsageError(
             f"{path} cannot be resumed: it is of step {state['step']} of {epochs * steps_per_epoch}"
         )
@@ -215,12 +212,16 @@ def _check_values(path: str, state: dict, args: Namespace) -> None:
             f"{path} cannot be resumed: {len(names)} tensors are not finite:"
             f" {first_few(names)}; take an older checkpoint"
         )
-    bounds = {"ids": (-1, state["images"] - 1)}
-    if (ids := tensors.get(f"{BANK}ids")) is not None:
-        bounds |= {"filled": (0, len(ids)), "pointer": (0, len(ids) - 1)} if ids.dim() else {}
+    if (ids := tensors.get(f"{BANK}ids")) is None:
+        return
+    bounds = {
+        "ids": (-1, state["images"] - 1),
+        "filled": (0, len(ids)),
+        "pointer": (0, len(ids) - 1),
+    }
     for name, (low, high) in bounds.items():
-        tensor = tensors.get(BANK + name)
-        if tensor is not None and not bool(((tensor >= low) & (tensor <= high)).all()):
+        tensor = tensors[BANK + name]
+        if not bool(((tensor >= low) & (tensor <= high)).all()):
             raise UsageError(
                 f"{path} cannot be resumed: {BANK}{name} must be {low} .. {high} in the memory bank"
             )

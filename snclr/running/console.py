@@ -14,9 +14,15 @@ lost: dict[str, str] = {}  # for each stream that was lost a line, until the log
 
 
 class Console:
-    """A text stream whose errors are recorded rather than raised."""
+    """A text stream whose errors are recorded rather than raised.
+
+    stream: None if it was closed before the program started.
+    """
 
     def __init__(self, stream, name: str):
+        if stream is None:
+            lost[name] = f"{name} is lost (closed)"
+            stream = open(os.devnull, "w")  # noqa: SIM115 - open as long as the process lives
         self.stream, self.name, self.failed = stream, name, False
 
     def write(self, text: str) -> int:
@@ -52,24 +58,18 @@ class Console:
 @contextlib.contextmanager
 def console_may_vanish() -> Iterator[None]:
     """During the block sys.stdout and sys.stderr are Consoles."""
-    for number in (0, 1, 2):
-        # if the descriptor is closed, the next file to be opened would receive C++ code's messages
-        with contextlib.suppress(OSError):
-            while (opened := os.open(os.devnull, os.O_RDWR)) <= number:
-                pass
-            os.close(opened)
-    before = sys.stdout, sys.stderr
-    for name, stream in zip(("stdout", "stderr"), before, strict=True):
-        if stream is None:  # it was closed before the program started
-            lost[name] = f"{name} is lost (closed)"
-            stream = open(os.devnull, "w")  # noqa: SIM115 - open as long as the process lives
-        setattr(sys, name, Console(stream, name))
-    try:
-        yield
-    finally:
-        for console in (sys.stdout, sys.stderr):
-            if isinstance(console, Console):
+    # if descriptor 0, 1 or 2 is closed, the next file to be opened would get its number, and then
+    # receive the messages of C++ code
+    with contextlib.suppress(OSError):
+        while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(opened)
+    consoles = Console(sys.stdout, "stdout"), Console(sys.stderr, "stderr")
+    with contextlib.redirect_stdout(consoles[0]), contextlib.redirect_stderr(consoles[1]):
+        try:
+            yield
+        finally:
+            for console in consoles:
                 console.flush()
                 if console.failed:
                     console.discard()
-        sys.stdout, sys.stderr = before

@@ -100,7 +100,7 @@ def union(items: set) -> set:
 
 @contextlib.contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """Let one process of each machine run the block before the others, which may read its files."""
+    """Let one process of each machine run the block first; the others then read what it wrote."""
     first = local_rank_zero()
     if not first:
         barrier()

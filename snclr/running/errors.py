@@ -1,17 +1,23 @@
-"""Errors as a user sees them: one line, and an exit code that scripts can rely on."""
+"""Errors as a user sees them: one line, and an exit code that scripts can rely on. Imports nothing
+slow.
+"""
 
 import contextlib
 import difflib
+import errno
 import multiprocessing
 import os
 import re
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib import metadata
 
 from .console import console_may_vanish
-from .worker_failures import describe_failure
+
+SENDING_FAILED = 64  # plus errno: exit code of a worker that could not send a batch
+MORE_MEMORY = "out of memory? fewer --workers need less of it"
 
 
 class UsageError(ValueError):
@@ -23,7 +29,7 @@ class RunError(RuntimeError):
 
 
 class Interrupted(BaseException):
-    """A signal ended the run, and everything is saved. Exit code 75 (EX_TEMPFAIL: try again).
+    """A signal ended the run; the same command continues it. Exit code 75 (EX_TEMPFAIL: try again).
 
     Like KeyboardInterrupt it is no Exception, so that `except Exception` around the decoding of an
     image does not catch it.
@@ -62,6 +68,37 @@ def needed_by(user: str, *packages: str) -> Iterator[None]:
         raise UsageError(f"{user} needs {names}") from error
 
 
+def check_posix() -> None:
+    """Raise UsageError on a system that is not POSIX: it lacks the locks and signals in use."""
+    if not hasattr(os, "lockf"):
+        raise UsageError(
+            "this command needs POSIX: Linux, macOS, or WSL on Windows; loading and exporting"
+            " weights does not"
+        )
+
+
+def check_packages() -> None:
+    """Raise UsageError on a system that is not POSIX, and if torch, torchvision or timm cannot be
+    imported, as builds that do not belong together: pip does not see it, since it only compares
+    version numbers.
+    """
+    check_posix()
+    try:
+        import timm  # noqa: F401
+        import torch  # noqa: F401
+        import torchvision  # noqa: F401
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        found = {
+            name: [package.version for package in metadata.distributions(name=name)]
+            for name in ("torch", "torchvision", "timm")
+        }
+        versions = [f"{name} {(known or ['(missing)'])[0]}" for name, known in found.items()]
+        raise UsageError(
+            f"{', '.join(versions)} cannot be imported together: {first_line(error)}; install"
+            " builds that belong together: pip install --force-reinstall torch torchvision timm"
+        ) from error
+
+
 def out_of_memory(error: Exception) -> str | None:
     """The line for the user if an error of torch or numpy means a lack of memory, else None."""
     text = first_line(error)
@@ -73,6 +110,48 @@ def out_of_memory(error: Exception) -> str | None:
         f"not enough memory ({sentence}): smaller --batch-size, --micro-batch, --img-size or"
         " --bank-size need less"
     )
+
+
+def describe_failure(error: Exception, exit_codes: Sequence[int | None] = ()) -> str | None:
+    """The line for the user if an error means that a DataLoader worker was lost or cannot start;
+    None if it means anything else, such as a bug in a worker.
+
+    When a worker ends, torch raises RuntimeError at any point of the rank's code. When a batch
+    cannot be received from a worker that has ended, it raises OSError or EOFError. exit_codes: of
+    the workers, if they are known.
+    """
+    text, messages = str(error), ("DataLoader worker", "Too many open files")
+    if "Caught MemoryError in DataLoader worker" in text:
+        return f"a DataLoader worker has no memory left: {MORE_MEMORY}"
+    is_lost = isinstance(error, OSError | EOFError) or text.startswith(messages)
+    if text.startswith("Caught ") or not is_lost:
+        return None
+    sentence = text.partition(".")[0] or type(error).__name__
+    if not text.startswith("DataLoader worker"):
+        sentence = f"a DataLoader worker was lost or cannot start ({sentence})"
+    codes = [*map(int, re.findall(r"exit code (\d+)", text)), *filter(None, exit_codes)]
+    numbers = [code - SENDING_FAILED for code in codes] + [getattr(error, "errno", None)]
+    if "Bus error" in text:
+        numbers.append(errno.ENOSPC)
+    return f"{sentence}: {_advice(numbers)}"
+
+
+def _advice(numbers):
+    """What the user can do about errors with these numbers."""
+    if errno.ENOSPC in numbers:  # semaphores are in shared memory too
+        return "/dev/shm is full: enlarge it (docker run --shm-size=8g), or choose fewer --workers"
+    if errno.EMFILE in numbers or not _descriptors_left():
+        return "the limit of open files is too low: raise it (ulimit -n 4096)"
+    return MORE_MEMORY
+
+
+def _descriptors_left() -> bool:
+    """Whether this process can open ten more files, as it must to receive a batch."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+        for _ in range(10):
+            opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        return True
+    return False
 
 
 def kill_children() -> None:

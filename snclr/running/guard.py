@@ -18,7 +18,8 @@ PATIENCE = 10  # logged steps in a row
 
 
 class Guard:
-    """Counts the non-finite steps on the device, and reports them when a step is logged.
+    """Notes loss and gradient of each step, and reports those that are not finite when a step is
+    logged.
 
     A step whose gradient is not finite changes neither weights nor optimiser (optim.step_if_finite;
     the gradient is the mean over the ranks, so all ranks skip the step). The momentum encoder
@@ -32,29 +33,25 @@ class Guard:
         self, model: nn.Module, loader: EpochLoader, workdir: str, *, limit: int, scaled: bool
     ):
         self.loader, self.workdir, self.limit, self.scaled = loader, workdir, limit, scaled
-        norms = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
-        self.statistics = [x for norm in norms for x in (norm.running_mean, norm.running_var)]
+        self.statistics = [
+            x for name, x in model.named_buffers() if name.endswith(("running_mean", "running_var"))
+        ]
         self.saved_statistics = [x.clone() for x in self.statistics]
-        # since the last check without a bad step: the first step with a bad loss, the first with a
-        # bad gradient (-1: none), the number of bad steps; and the last bad step of the run
-        self.counters = torch.tensor([-1, -1, 0, -1], device=loader.device)
-        self.last_bad_step = -1  # as of the last check
+        # loss and gradient norm (2,) of each step since the last check
+        self.watched: dict[int, Tensor] = {}
+        # the bad steps since the last check that found none, each with the ranks of a bad loss
+        self.bad_steps: dict[int, list[int]] = {}
         self.unusable_step = -1  # the last step after which a forward pass was not finite
         self.saved_step: int | None = None  # of the newest checkpoint
-        self.num_reported = 0  # how many of these bad steps are in the log
         self.num_collapsed = 0  # logged steps of collapse in a row
 
     def watch(self, loss: Tensor, grad_norm: Tensor, step: int) -> None:
-        """Note whether loss () and grad_norm () of a step are finite; does not wait for the device.
+        """Keep loss () and grad_norm () of a step for the next check; does not wait for the device.
 
         step: its number, from 1.
         """
-        bad = ~torch.stack([loss.detach(), grad_norm]).isfinite()
-        if self.scaled:
-            bad[1] = False
-        first, count, last = self.counters.split([2, 1, 1])
-        first, is_bad = first.masked_fill((first < 0) & bad, step), bad.any()
-        self.counters = torch.cat([first, count + is_bad, last.masked_fill(is_bad, step)])
+        loss = loss.detach()
+        self.watched[step] = torch.stack([loss, loss if self.scaled else grad_norm])
 
     def check(self) -> str | None:
         """A line for the log if steps were skipped since the last call. Collective.
@@ -62,24 +59,38 @@ class Guard:
         Raises RunError if there were more than the limit; the indices of the images of the first
         bad step are then written to workdir/non_finite.json.
         """
-        counters = all_gather(self.counters[None]).tolist()
-        losses, gradients, counts, last_steps = zip(*counters, strict=True)
-        count, self.last_bad_step = max(counts), max(last_steps)
-        if count == self.num_reported:
+        if not self.watched:
+            return None
+        watched = torch.stack([*self.watched.values()])[None]  # (1, steps, 2)
+        is_finite = all_gather(watched).isfinite().cpu()
+        bad_steps = {
+            step: (~of_ranks[:, 0]).nonzero().flatten().tolist()
+            for step, of_ranks in zip(self.watched, is_finite.unbind(1), strict=True)
+            if not of_ranks.all()
+        }
+        self.watched = {}
+        if not bad_steps:
             torch._foreach_copy_(self.saved_statistics, self.statistics)
-            self.counters[:3], self.num_reported = self.counters.new_tensor([-1, -1, 0]), 0
+            self.bad_steps = {}
             return None
         for current, saved in zip(self.statistics, self.saved_statistics, strict=True):
             current.copy_(torch.where(current.isfinite(), current, saved))
-        self.num_reported = count
-        step = min(number for number in losses + gradients if number > 0)
-        ranks = [number for number, first in enumerate(losses) if first == step]
-        what = "gradient is not finite"
-        if ranks:
-            what = f"loss is not finite (on rank {', '.join(map(str, ranks))})"
+        self.bad_steps |= bad_steps
+        count, step = len(self.bad_steps), min(self.bad_steps)
+        ranks = self.bad_steps[step]
+        what = (
+            f"loss is not finite (on rank {', '.join(map(str, ranks))})"
+            if ranks
+            else "gradient is not finite"
+        )
         message = f"step {step}: the {what}; {count} such steps were skipped"
         if count <= self.limit:
             return message
+        advice = ""  # what to do if the last sound checkpoint does not help
+        if self.saved_step is None:
+            advice = ": start again with a lower --lr"
+        elif step == self.saved_step + 1 and max(self.bad_steps) == self.saved_step + count:
+            advice = ", but no step after it was finite: an older one may be needed"
         path = os.path.join(self.workdir, "non_finite.json")
         if rank() == 0:
             images = self.loader.indices(step).tolist()
@@ -89,7 +100,7 @@ class Guard:
                 path = f"no file: {error}"
         raise RunError(
             f"{message}, more than --skip-non-finite {self.limit};"
-            f" {self.last_sound_checkpoint}{self._advice(step, count)};"
+            f" {self.last_sound_checkpoint}{advice};"
             f" the images are listed in {path}"
         )
 
@@ -118,26 +129,17 @@ class Guard:
             return "there is no sound checkpoint yet"
         return f"the last sound checkpoint is of step {self.saved_step}"
 
-    def _advice(self, first_bad_step, count):
-        """What the user can do if that checkpoint does not help; else an empty text."""
-        if self.saved_step is None:
-            return ": start again with a lower --lr"
-        if first_bad_step == self.saved_step + 1 and self.last_bad_step == self.saved_step + count:
-            return ", but no step after it was finite: an older one may be needed"
-        return ""
-
     def what_is_unsound(self, step: int, model: nn.Module, optimizer: Optimizer) -> str | None:
         """Why the state after step `step` must not become a checkpoint; None if it may.
 
         Call `check` and `try_forward` first.
         """
-        if self.last_bad_step == step:
+        if step in self.bad_steps:
             return f"step {step} was not finite"
         tensors = dict(model.state_dict())
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{name} of parameter {number}": value for name, value in state.items()}
-        names = not_finite(tensors)
-        if names:
+        if names := not_finite(tensors):
             return f"not finite after step {step}: {first_few(names)}"
         if self.unusable_step == step:
             return f"with the weights after step {step} the loss is not finite"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .errors import UsageError
 from .lock import is_held
-from .preemption import SIGNALS
+from .preemption import handle_signals
 from .safe_files import json_object, open_to_append, read_bytes, save_json, writing
 
 WAITS, RUNS, DONE, FAILED = "waits", "runs", "finished", "failed"
@@ -45,19 +45,12 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], seconds: float) -> str:
     SIGINT kills this process, which does not wait for a job that hangs.
     """
     received: list[int] = []
-
-    def receive(number, frame):
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    for each in SIGNALS:
-        signal.signal(each, receive)
+    handle_signals(received.append)
     free, reason, height, deadline = list(gpus), "", 0, time.monotonic() + seconds
     for job in jobs:
         with contextlib.suppress(UsageError):  # the files of a job that has not run
-            marker = json_object(read_bytes(f"{job.workdir}/finished.json"))
-            if marker.get("settings") == job.settings:
+            finished = json_object(read_bytes(f"{job.workdir}/finished.json"))
+            if finished.get("settings") == job.settings:
                 job.state, job.message = DONE, last_line(job, "epoch ")
     while True:
         if not reason and (received or time.monotonic() > deadline):
@@ -85,7 +78,6 @@ def start(job: Job, gpu: str) -> None:
     with writing(job.workdir):
         os.makedirs(job.workdir, exist_ok=True)
         console = open_to_append(f"{job.workdir}/console.txt")
-    is_linux = sys.platform == "linux"
     with console:
         job.process = subprocess.Popen(
             job.command,
@@ -95,7 +87,11 @@ def start(job: Job, gpu: str) -> None:
             env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
             start_new_session=True,  # Ctrl-C reaches only this process, which stops its jobs
             # PR_SET_PDEATHSIG: the job gets a SIGTERM, and saves, when this process is killed
-            preexec_fn=(lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)) if is_linux else None,
+            preexec_fn=(
+                (lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM))
+                if sys.platform == "linux"
+                else None
+            ),
         )
     job.state, job.gpu, job.message = RUNS, gpu, ""
 
@@ -113,13 +109,13 @@ def update(job: Job, is_stopped: bool) -> None:
 
 
 def last_line(job: Job, beginning: str = "") -> str:
-    """The last line of a job's output that is not empty and begins like this; '' if none does."""
-    try:
-        with open(f"{job.workdir}/console.txt", "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
-            lines = file.read(TAIL).decode(errors="replace").split("\n")
-    except OSError:  # somebody removed it, which stops no job
-        return ""
+    """The last line of a job's output that is not empty and begins like this; '' if none does, or
+    if somebody removed the output.
+    """
+    lines = []
+    with contextlib.suppress(OSError), open(f"{job.workdir}/console.txt", "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+        lines = file.read(TAIL).decode(errors="replace").split("\n")
     return next((line for line in reversed(lines) if line and line.startswith(beginning)), "")
 
 

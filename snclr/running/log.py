@@ -26,7 +26,7 @@ from .safe_files import (
     writing,
 )
 
-# TensorBoard group of each metric of a training or evaluation line; all others: loss
+# the group of each metric in TensorBoard; a metric that is not listed is in the group loss
 GROUPS = {
     "optim": ("lr", "momentum", "grad_norm"),
     "bank": ("bank_fill", "distinct_rows", "largest_count"),
@@ -54,7 +54,6 @@ class Log:
 
     def __init__(self, workdir: str, *, step: int, enabled: bool, args: Namespace | None = None):
         self.enabled = enabled
-        self.bar = tqdm(disable=True)
         if not enabled:
             return
         self.path, self.pending = os.path.join(workdir, "metrics.jsonl"), b""
@@ -116,15 +115,12 @@ class Log:
         durable: before a checkpoint is saved, the lines up to it must be safe from a crash of the
         machine; raises RunError if they cannot be written.
         """
-        try:
-            with writing(self.path):
-                while self.pending:
-                    self.pending = self.pending[self.file.write(self.pending) :]
-                if durable:
-                    os.fsync(self.file.fileno())
-        except RunError:
+        ignored = () if durable else (RunError,)
+        with contextlib.suppress(*ignored), writing(self.path):
+            while self.pending:
+                self.pending = self.pending[self.file.write(self.pending) :]
             if durable:
-                raise
+                os.fsync(self.file.fileno())
 
     def last_evaluation(self) -> int | None:
         """The step of the last evaluation in metrics.jsonl."""
@@ -150,12 +146,11 @@ class Log:
                     picture.save(file, format="png")
                 self.events.add_image(name, np.asarray(picture), step, dataformats="HWC")
             for name, values in histograms.items():
-                if not values.isfinite().all():
+                if values.isfinite().all():
+                    values = values.float().cpu().numpy()
+                    self.events.add_histogram(f"neighbours/{name}", values, step, bins=60)
+                else:
                     self.say(f"note: no histogram of {name} at step {step}: it is not finite")
-                    continue
-                self.events.add_histogram(
-                    f"neighbours/{name}", values.float().cpu().numpy(), step, bins=60
-                )
         except (OSError, RunError, ValueError) as error:  # the run can continue without pictures
             self.say(f"note: no pictures of step {step}: {first_line(error)}")
 
@@ -166,9 +161,9 @@ class Log:
             tqdm.write(text.encode(errors="replace").decode(), file=sys.stdout)
             sys.stdout.flush()
 
-    def progress(self, total: int, done: int, label: str) -> None:
-        """Start a progress bar on a terminal; elsewhere only the lines of `say` appear."""
-        self.bar = tqdm(
+    def progress(self, total: int, done: int, label: str) -> tqdm:
+        """A new progress bar, on a terminal; elsewhere only the lines of `say` appear."""
+        return tqdm(
             total=total,
             initial=done,
             desc=label,
@@ -177,14 +172,6 @@ class Log:
             dynamic_ncols=True,
             disable=not (self.enabled and sys.stderr.isatty()),
         )
-
-    def advance(self) -> None:
-        """Move the progress bar by one step."""
-        self.bar.update()
-
-    def end_progress(self) -> None:
-        """Remove the progress bar."""
-        self.bar.close()
 
     def close(self) -> None:
         """Flush and close the files."""

@@ -17,7 +17,7 @@ IDS = "logger_ids.json"  # in the workdir: the id of the run in each library
 
 
 class Logger(NamedTuple):
-    """A run of a library, which `id` continues."""
+    """A run in a library; a resumed training run continues it by its id."""
 
     id: str
     log: Callable[[dict[str, float], int], object]  # values by name, step
@@ -28,18 +28,17 @@ def open_wandb(workdir: str, config: dict, run_id: str | None) -> Logger:
     """A run of Weights & Biases, whose files are in the workdir."""
     import wandb
 
-    run_id = run_id or secrets.token_hex(4)
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "snclr"),
         name=os.path.basename(os.path.abspath(workdir)),
         dir=workdir,
-        id=run_id,
+        id=run_id or secrets.token_hex(4),
         resume="allow",
         config=config,
     )
     # wandb's own counter would refuse the steps that a resumed run repeats
     run.define_metric("*", step_metric="step")
-    return Logger(run_id, lambda values, step: run.log({"step": step, **values}), run.finish)
+    return Logger(run.id, lambda values, step: run.log({"step": step, **values}), run.finish)
 
 
 def open_mlflow(workdir: str, config: dict, run_id: str | None) -> Logger:

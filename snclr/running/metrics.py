@@ -22,7 +22,7 @@ class StepView(NamedTuple):
     neighbour_ids   (B, K) data-set indices, -1 for none
     weights         (B, K) positiveness, before --normalise-positives
     counts          (M,) how often the global batch picked each bank row
-    num_candidates  () of one sample
+    num_candidates  () how many candidates the denominator of an image has
     bank_fill       () share of the bank's rows that were written before this step; None: no bank
     terms           further terms of the loss by name, scalars (), this rank's mean; the model adds
                     them to the loss, and the log has them as term_NAME
@@ -73,7 +73,7 @@ def step_metrics(
     neighbour_similarity    mean cosine of the neighbours
     positiveness_entropy    entropy of the weights, as a share of that of uniform weights
     distinct_rows           how many bank rows were picked
-    largest_count           how often the row that most images picked was picked
+    largest_count           how often the most popular bank row was picked
 
     With labels, of pairs in which both the image and the other one have a label:
 
@@ -106,8 +106,9 @@ def step_metrics(
         if len(shown.row_candidates):
             candidates = shown.row_candidates[rows] * valid.double()
         # a row that c images of the global batch picked comes up c times
-        each = candidates / shown.counts[rows].clamp(min=1)
-        rows_by_label = _by_label(neighbour_labels, each, num_labels)
+        rows_by_label = _by_label(
+            neighbour_labels, candidates / shown.counts[rows].clamp(min=1), num_labels
+        )
     terms = {f"term_{name}": term for name, term in shown.terms.items()}
     sums = {
         "loss": loss.detach(),
@@ -126,8 +127,12 @@ def step_metrics(
         **terms,
     }
     scalars = torch.stack([x.double() for x in sums.values()])
-    vectors = [projection.sum(dim=0), projection.square().sum(dim=0)]
-    vectors += [images_by_label, rows_by_label]
+    vectors = [
+        projection.sum(dim=0),
+        projection.square().sum(dim=0),
+        images_by_label,
+        rows_by_label,
+    ]
     total = all_sum(torch.cat([scalars, *vectors]))
     scalars, first, second, *by_label = total.split([len(sums), *map(len, vectors)])
     total = dict(zip(sums, scalars.tolist(), strict=True))
@@ -185,11 +190,9 @@ class Waits:
         self.on_gpu, self.times = device.type == "cuda", []
 
     def _mark(self, *_):
+        now = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
         if self.on_gpu:
-            now = torch.cuda.Event(enable_timing=True)
             now.record()
-        else:
-            now = time.perf_counter()
         self.times.append(now)
 
     __enter__ = __exit__ = _mark

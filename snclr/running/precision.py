@@ -18,9 +18,7 @@ def unit(x: Tensor) -> Tensor:
 
 def full_precision(function: Callable) -> Callable:
     """Decorator: run a function outside autocast, so that nothing in it is computed in 16 bits."""
-    for kind in ("cpu", "cuda"):
-        function = torch.autocast(kind, enabled=False)(function)
-    return function
+    return torch.autocast("cpu", enabled=False)(torch.autocast("cuda", enabled=False)(function))
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:

@@ -14,10 +14,13 @@ from functools import partial
 from .distributed import LaggedMaximum, shared_store, world_size
 from .errors import Interrupted, first_line
 
-NAMES = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
-SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has two
-if signal.getsignal(SIGNALS[-1]) == signal.SIG_IGN:  # nohup ignores SIGHUP
-    SIGNALS.pop()
+SIGNALS = [
+    each
+    for each in signal.Signals  # Windows has only two of these
+    if each.name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+    # nohup makes a program ignore SIGHUP
+    and not (each.name == "SIGHUP" and signal.getsignal(each) == signal.SIG_IGN)
+]
 
 
 @contextlib.contextmanager
@@ -27,12 +30,10 @@ def handlers_given_back() -> Iterator[None]:
     The block must include failures_named: otherwise the launcher's SIGTERM would end the process
     before it reports which rank was lost.
     """
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
+    with contextlib.ExitStack() as at_end:
+        for number in SIGNALS:
+            at_end.callback(signal.signal, number, signal.getsignal(number))
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -40,10 +41,9 @@ def signals_wait() -> Iterator[None]:
     """Delay signals that arrive during the block until its end, because an exception inside torch's
     file writer would abort the process.
     """
-    received = []
+    received: list[int] = []
     with handlers_given_back():
-        for number in SIGNALS:
-            signal.signal(number, lambda number, frame: received.append(number))
+        handle_signals(received.append)
         yield
     for number in received:
         signal.raise_signal(number)
@@ -59,17 +59,18 @@ class Interruptions:
     def __init__(self, save_every_minutes: float, timeout_minutes: float):
         self.interval = 60 * save_every_minutes or float("inf")
         self.signal = 0  # the one that asks for the end of the run
-        self.agreed = 0  # 1: all ranks save after this step; 1 + a signal: they end the run as well
+        self.ending = 0  # the signal at which all ranks end the run after this step
         self.saved()
         self.maximum = LaggedMaximum(timeout_minutes)
-        _handle_signals(partial(setattr, self, "signal"))
+        handle_signals(partial(setattr, self, "signal"))
 
     def due(self) -> bool:
         """Whether all ranks save after this step. Each rank calls it in each step; no GPU waits."""
         waited = time.monotonic() - self.last_save
         wanted = 1 + self.signal if self.signal else int(waited > self.interval)
-        self.agreed = self.maximum(wanted)
-        return self.agreed > 0
+        agreed = self.maximum(wanted)  # 1: save; 1 + a signal: save and end
+        self.ending = max(agreed - 1, 0)
+        return agreed > 0
 
     def saved(self, outcome: str = "saved") -> None:
         """Restart the interval. outcome: what rank 0 reports if a signal then ends the run."""
@@ -87,19 +88,14 @@ class Interruptions:
             with contextlib.suppress(RuntimeError):  # the launcher may be gone, and its store
                 shared_store().set("signal", f"{self.signal} {outcome}")
             interrupt(self.signal, outcome)
-        self.agreed = 1 + self.signal if self.signal else 0
-        return self.agreed > 0
-
-    @property
-    def ending(self) -> int:
-        """The signal at which all ranks end the run after this step, or 0."""
-        return max(self.agreed - 1, 0)
+        self.ending = self.signal
+        return self.ending > 0
 
     @contextlib.contextmanager
     def nothing_unsaved(self) -> Iterator[None]:
         """During the block, which may take long, a signal ends the run at once."""
         with handlers_given_back():
-            _handle_signals(lambda number: interrupt(number, self.outcome))
+            handle_signals(lambda number: interrupt(number, self.outcome))
             if self.signal:
                 interrupt(self.signal, self.outcome)
             yield
@@ -115,10 +111,10 @@ def interrupt_like_other_ranks() -> None:
 
 def end_at_once() -> None:
     """From now on a signal ends the run at once: for work that never leaves a file half written."""
-    _handle_signals(lambda number: interrupt(number, "ended"))
+    handle_signals(lambda number: interrupt(number, "ended"))
 
 
-def _handle_signals(react: Callable[[int], None]) -> None:
+def handle_signals(react: Callable[[int], None]) -> None:
     """Call react(number) when a signal arrives. A second SIGINT kills the process."""
 
     def receive(number, frame):

@@ -12,6 +12,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
+from functools import partial
 from typing import BinaryIO, TextIO
 
 from .errors import RunError, UsageError, first_line
@@ -59,26 +60,23 @@ def check_new_path(out: str) -> None:
         raise UsageError(f"--out {out}: its folder does not exist or is not writable")
 
 
-def _regular(path: str, flags: int) -> int:
-    """An opener for `open` that raises OSError if `path` is not a regular file."""
+def descriptor_of(path: str, flags: int, *, follow: bool) -> int:
+    """Open a file as os.open does. Raises OSError also if `path` is not a regular file and, unless
+    `follow`, if it is a link.
+    """
     # without O_NONBLOCK, opening a fifo waits for its other end
-    descriptor = os.open(path, flags | NONBLOCK, 0o666)
+    descriptor = os.open(path, flags | NONBLOCK | (0 if follow else NOFOLLOW), 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError("it is not a regular file")
     return descriptor
 
 
-def _regular_no_link(path: str, flags: int) -> int:
-    """The same; a link raises OSError as well."""
-    return _regular(path, flags | NOFOLLOW)
-
-
 def open_to_append(path: str) -> BinaryIO:
     """Open a file, or create it, to write at its end without a buffer. Raises OSError, also if
     `path` is a link or not a regular file.
     """
-    return open(path, "ab", buffering=0, opener=_regular_no_link)
+    return open(path, "ab", buffering=0, opener=partial(descriptor_of, follow=False))
 
 
 def save_bytes(path: str, content: bytes) -> None:
@@ -104,35 +102,29 @@ def open_regular(path: str, *, follow: bool = True) -> BinaryIO:
     follow: whether path may be a link.
     """
     try:
-        return open(path, "rb", opener=_regular if follow else _regular_no_link)
+        return open(path, "rb", opener=partial(descriptor_of, follow=follow))
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UsageError(f"cannot read {path}: {reason}") from error
 
 
-def open_text(path: str, *, errors: str = "replace") -> TextIO:
-    """Open a UTF-8 file for reading lines. Raises UsageError as open_regular does, and if it has
-    more than 4 GiB.
-
-    errors: how to handle bytes that are not UTF-8, as in `open`.
-    """
-    file = open_regular(path)
-    if os.fstat(file.fileno()).st_size > 2**32:
-        file.close()
-        raise UsageError(f"cannot read {path}: it has more than 4 GiB")
-    return io.TextIOWrapper(file, encoding="utf-8", errors=errors)
-
-
 def read_bytes(path: str, limit: int = LIMIT, *, follow: bool = True) -> bytes:
     """The bytes of a file. Raises UsageError if it cannot be read or is longer than `limit`."""
     with open_regular(path, follow=follow) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise UsageError(f"cannot read {path}: it has more than {limit} bytes")
         try:
-            content = file.read(limit + 1)
+            return file.read(limit)
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    if len(content) > limit:
-        raise UsageError(f"cannot read {path}: it has more than {limit} bytes")
-    return content
+
+
+def open_text(path: str, *, errors: str = "replace") -> TextIO:
+    """The lines of a UTF-8 file of at most 4 GiB. Raises UsageError as read_bytes does.
+
+    errors: how to handle bytes that are not UTF-8, as in `open`.
+    """
+    return io.TextIOWrapper(io.BytesIO(read_bytes(path, 2**32)), encoding="utf-8", errors=errors)
 
 
 def read_text(path: str, limit: int = LIMIT) -> str:

@@ -1,20 +1,26 @@
-"""The settings of a run: saved at its start, compared when it is resumed."""
+"""What a run was started with: its settings, which are compared when it is resumed, the versions of
+its packages and the git commit of the code.
+"""
 
+import contextlib
+import functools
 import os
+import platform
 import shlex
+import subprocess
 import sys
 from argparse import Namespace
+from importlib import metadata
 
+from .. import __version__
 from ..choices import NUM_HEADS
-from .provenance import versions_and_commit
-from .safe_files import save_json
+from .safe_files import json_object, save_json
 
 
 def save_settings(workdir: str, args: Namespace, more: dict) -> None:
     """Write args.json into workdir: every setting by name, `more`, and the command, versions and
     git commit of this start. Raises RunError.
     """
-    os.makedirs(workdir, exist_ok=True)
     start = {"command": shlex.join([sys.executable, *sys.argv]), **versions_and_commit()}
     save_json(os.path.join(workdir, "args.json"), {**vars(args), **more, **start})
 
@@ -40,3 +46,31 @@ def differ(saved: object, now: object) -> bool:
         return bool(saved != now)
     except Exception:  # as for a tensor of several values
         return True
+
+
+@functools.cache  # the code as it was loaded, as its files may change while it runs
+def versions_and_commit() -> dict:
+    """Versions of python, torch, torchvision, timm, numpy and this package, and the git commit of
+    the code (None if it is not known).
+    """
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
+    versions |= {"python": platform.python_version(), "snclr": __version__}
+    return {"versions": versions, "git": _commit()}
+
+
+def _commit():
+    """The commit of the repository that holds this file, or from which pip installed it."""
+    with contextlib.suppress(OSError):  # a container may have no git
+        # an installation can be in a folder of another repository, which does not track it
+        if _git("ls-files", __file__):
+            return _git("describe", "--always", "--dirty") or None
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        origin = metadata.distribution("snclr").read_text("direct_url.json") or ""
+        return json_object(origin).get("vcs_info", {}).get("commit_id")
+    return None
+
+
+def _git(*words):
+    command, folder = ["git", *words], os.path.dirname(os.path.abspath(__file__))
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.strip()

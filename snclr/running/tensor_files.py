@@ -1,10 +1,11 @@
 """Files of tensors: written whole or not at all, verified before they are read, content checked.
 
 A file may come from anyone, and torch.load(weights_only=True) only guarantees that no code runs.
-The functions here check what it returns.
+The functions here check what it returns, also if it is the state of an optimiser.
 """
 
 import contextlib
+import copy
 import glob
 import itertools
 import os
@@ -12,6 +13,7 @@ import zipfile
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .errors import RunError, UsageError, first_line
 from .safe_files import new_file, open_regular
@@ -70,8 +72,6 @@ def read(path: str) -> object:
 
 def verify(path: str) -> None:
     """Compare every record of a file with its checksum in the zip. Raises UsageError as `read`."""
-    if not os.path.lexists(path):
-        raise UsageError(f"checkpoint {path} does not exist")
     with open_regular(path) as file:
         try:
             if file.read(2) == b"\x80\x02":  # torch before 1.6: a plain pickle without checksums
@@ -126,12 +126,37 @@ def wrong_entries(content: object, kinds: dict[str, type]) -> list[str]:
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
     """The names of the tensors that contain a value that is not finite; ignores other entries."""
-    names = [
+    return [
         name
         for name, x in tensors.items()
-        if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+        if isinstance(x, Tensor) and not bool(x.isfinite().all())
     ]
-    if not names:
-        return []
-    finite = torch.stack([tensors[name].isfinite().all().cpu() for name in names])
-    return [name for name, is_finite in zip(names, finite.tolist(), strict=True) if not is_finite]
+
+
+def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
+    """Load an optimiser's state, but not its settings: those of this start apply.
+
+    Raises UsageError if this optimiser keeps another state for these parameters.
+    """
+    trial = copy.deepcopy(optimizer)  # its state after a step is what is expected
+    for group in trial.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    trial.step()
+    expected, groups = trial.state_dict()["state"], optimizer.state_dict()["param_groups"]
+    try:
+        for number, values in state["state"].items():
+            if _kinds(values) != _kinds(expected[number]):
+                raise ValueError(f"parameter {number} has another state, by names, shapes or types")
+        groups = [
+            saved | {**group, "params": saved["params"]}
+            for saved, group in zip(state["param_groups"], groups, strict=True)
+        ]
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    except Exception as error:  # torch checks little, so wrong content can raise anything
+        raise UsageError(f"{path} does not fit the optimiser: {first_line(error)}") from error
+
+
+def _kinds(values):
+    """The shape of each tensor of a state, and the type of each other value."""
+    return {name: x.shape if is_plain(x) else type(x) for name, x in values.items()}

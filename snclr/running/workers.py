@@ -21,8 +21,7 @@ from multiprocessing.queues import Queue
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from .errors import RunError, UsageError, kill_children
-from .worker_failures import SENDING_FAILED, describe_failure, not_started
+from .errors import SENDING_FAILED, RunError, UsageError, describe_failure, kill_children
 
 PREFETCH = 2  # requests that a worker has at a time
 LIMIT = 30 * 60  # seconds without a batch after which a rank gives up
@@ -73,27 +72,25 @@ class WorkerBatches:
         )
 
     def __iter__(self) -> Iterator:
-        try:
-            with self._time_limit():
-                batches = iter(self.loader)
-        except OSError as error:
-            # it holds what torch has begun to build, whose destructor would print a traceback
-            _NOT_STARTED.append(error)
-            raise RunError(not_started(error)) from error
-        while (batch := self._next(batches)) is not _END:
+        batches = self._call(iter, self.loader)
+        while (batch := self._call(next, batches, _END)) is not _END:
             yield batch
 
-    def _next(self, batches):
+    def _call(self, function, *arguments):
+        """function(*arguments), in the time limit; RunError if a worker was lost meanwhile."""
         try:
             with self._time_limit():
-                return next(batches, _END)
+                return function(*arguments)
         except (OSError, EOFError, MemoryError, RuntimeError) as error:
-            workers = getattr(batches, "_workers", [])
+            workers = getattr(arguments[0], "_workers", [])
             for worker in workers:
                 worker.join(0.5)  # a worker with a broken connection ends soon
             message = describe_failure(error, [worker.exitcode for worker in workers])
             if message is None:  # such as Stalled
                 raise
+            if function is iter:
+                # it holds what torch has begun to build, whose destructor would print a traceback
+                _NOT_STARTED.append(error)
             raise RunError(message) from error
 
     @contextlib.contextmanager
@@ -136,7 +133,7 @@ class LastingWorkers:
             dataset, self.queue, workers, persistent=True, pin_memory=pin_memory
         )
         self.batches: Iterator = iter(())
-        self.begun: Sequence[tuple] = ()  # requests after those of the last call
+        self.expected: deque[tuple] = deque()  # the requests that `batches` will answer
 
     def load(self, requests: Sequence[tuple], ahead: Sequence[tuple]) -> Iterator:
         """dataset[request] for each of the requests, in order.
@@ -144,18 +141,17 @@ class LastingWorkers:
         ahead: the requests of the next call if they are known. The processes go on with them while
         the last answers of this call are used.
         """
-        if not _equal(requests, self.begun):
+        if not _equal(requests, self.expected):
             self.queue.clear()
             deque(self.batches, maxlen=0)  # wait for what the processes have begun
             self.queue.extend(requests)
+            self.expected = deque(requests)
             self.batches = iter(self.workers)
         self.queue.extend(ahead)
-        self.begun = ()  # if this call is not read to its end, the next one starts anew
-        for number in range(1, len(requests) + 1):
-            batch = next(self.batches)
-            if number == len(requests):
-                self.begun = ahead
-            yield batch
+        self.expected.extend(ahead)
+        for _ in requests:
+            self.expected.popleft()
+            yield next(self.batches)
 
 
 class _Queue(deque):
@@ -197,7 +193,8 @@ def check_shared_memory(request_bytes: int, workers: int, ranks: int) -> None:
 def _start_worker(worker: int) -> None:
     Queue._on_queue_feeder_error = staticmethod(_end_without_sending)
     sys.excepthook = _print_unless_disconnected
-    # the rank decides what a signal that ends the run means, except for a SIGTERM from the rank
+    # terminals and SLURM send their signals to the workers, too, but the rank needs batches until
+    # its step is done: only a SIGTERM that the rank itself sends ends a worker
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # which returns the sender; macOS does not have it

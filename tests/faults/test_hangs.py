@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import needs_root, one_line
 
-from snclr.running import worker_failures, workers
-from snclr.running.errors import UsageError
+from snclr.running import workers
+from snclr.running.errors import UsageError, describe_failure
 
 
 @needs_root
@@ -142,7 +142,7 @@ def test_errors_in_a_worker(error):
 
 
 def test_reasons_of_lost_workers():
-    reason = worker_failures.describe_failure
+    reason = describe_failure
     lost = "DataLoader worker (pid 7) exited unexpectedly with exit code {}. Details are lost."
     assert "/dev/shm is full" in reason(RuntimeError(lost.format(64 + 28)))
     assert "ulimit -n" in reason(RuntimeError(lost.format(64 + 24)))

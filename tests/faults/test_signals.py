@@ -21,7 +21,7 @@ from snclr.datasets import decoding, sources
 from snclr.evaluation import knn
 from snclr.evaluation import probe as linear_probe
 from snclr.evaluation.options import STATE_FILE
-from snclr.running import log, preemption, provenance
+from snclr.running import preemption, settings
 from snclr.running.errors import Interrupted, RunError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -47,7 +47,8 @@ def signalled(function, call, *numbers):
 
 def signal_in_step(monkeypatch, step, *numbers):
     """Send signals to this process while a run is in its step `step`."""
-    monkeypatch.setattr(log.Log, "advance", signalled(log.Log.advance, step, *numbers))
+    due = preemption.Interruptions.due  # called once in each step
+    monkeypatch.setattr(preemption.Interruptions, "due", signalled(due, step, *numbers))
 
 
 @pytest.fixture(scope="module")
@@ -277,9 +278,7 @@ def test_without_scontrol_the_job_is_not_requeued_and_a_note_is_printed(
 ):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("PATH", "")  # nor is there git
-    monkeypatch.setattr(
-        provenance, "versions_and_commit", provenance.versions_and_commit.__wrapped__
-    )
+    monkeypatch.setattr(settings, "versions_and_commit", settings.versions_and_commit.__wrapped__)
     signal_in_step(monkeypatch, 1, signal.SIGUSR1)
     with pytest.raises(
         Interrupted, match=r"SIGUSR1: saved; .* \(requeue of job 77 failed: .*scontrol.*\)"

@@ -22,9 +22,9 @@ def signal_in_step(rank, step, number):
 
     import torch.distributed as dist
 
-    from snclr.running import log, preemption, process_group
+    from snclr.running import preemption, process_group
 
-    advance, steps, groups = log.Log.advance, [], []
+    due, steps, groups = preemption.Interruptions.due, [], []
     start_group = preemption.LaggedMaximum
 
     def recorded(minutes):
@@ -35,7 +35,7 @@ def signal_in_step(rank, step, number):
             assert backend.options._timeout == datetime.timedelta(minutes=minutes)
         return maximum
 
-    def advance_and_signal(self):
+    def signal_and_ask(self):
         steps.append(1)
         if len(steps) == step and os.environ["RANK"] == rank:
             os.kill(os.getpid(), number)
@@ -43,10 +43,10 @@ def signal_in_step(rank, step, number):
             warnings.simplefilter("ignore")  # about the name of the next function
             for group in groups:
                 dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=2), group)
-        advance(self)
+        return due(self)
 
     process_group.GRACE = 1  # there are only two ranks, of which one is lost
-    log.Log.advance, preemption.LaggedMaximum = advance_and_signal, recorded
+    preemption.Interruptions.due, preemption.LaggedMaximum = signal_and_ask, recorded
 
 
 if "RANK" in os.environ:  # not the launcher

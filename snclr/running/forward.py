@@ -1,9 +1,12 @@
-"""Compilation of the backbones, a choice of --compile."""
+"""How the forward pass of a backbone runs: compiled, or with less memory for its activations."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def compiled(function: Callable, choice: str) -> Callable:
@@ -30,3 +33,27 @@ def begin_step(choice: str) -> None:
     """
     if choice == "graphs":
         torch.compiler.cudagraph_mark_step_begin()
+
+
+def recomputed(function: Callable[..., Tensor], *inputs, module: nn.Module) -> Tensor:
+    """function(*inputs) with the same value and gradients, but its activations are not kept.
+
+    Backward runs the function a second time, with the same random numbers and autocast. This time
+    it leaves the buffers of `module`, such as the running statistics of batch norms, as they are.
+    """
+    return checkpoint(
+        function,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _buffers_restored(module)),
+    )
+
+
+@contextlib.contextmanager
+def _buffers_restored(module) -> Iterator[None]:
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, saved in before:
+            buffer.copy_(saved)
