@@ -111,10 +111,11 @@ def open_regular(path: str, *, follow: bool = True) -> BinaryIO:
 def read_bytes(path: str, limit: int = LIMIT, *, follow: bool = True) -> bytes:
     """The bytes of a file. Raises UsageError if it cannot be read or is longer than `limit`."""
     with open_regular(path, follow=follow) as file:
-        if os.fstat(file.fileno()).st_size > limit:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
             raise UsageError(f"cannot read {path}: it has more than {limit} bytes")
         try:
-            return file.read(limit)
+            return file.read(size)
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from error
 
