@@ -368,6 +368,7 @@ def test_the_calibrated_copy_evaluates_and_no_longer_moves():
     features = calibrated.embed(torch.rand(5, 3, 8, 8))
     torch.testing.assert_close(calibrated.embed(torch.rand(5, 3, 8, 8)).shape, features.shape)
     assert torch.equal(calibrated.norm.running_mean, before)
+    assert calibrated.norm.momentum == 0.1  # trained later, it averages over the last steps
 
 
 def test_an_encoder_without_batch_norm_is_copied_without_a_pass():

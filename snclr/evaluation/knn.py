@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from ..datasets.images import ImageSet
 from ..running.distributed import all_gather, rank, world_size
@@ -113,7 +114,6 @@ def accuracy(
     return table(train_share, val_features, val.labels, len(train.classes), votes, device)
 
 
-@torch.no_grad()
 def calibrated_copy(
     encoder: nn.Module,
     images: ImageSet,
@@ -126,16 +126,11 @@ def calibrated_copy(
     New batch norms have running means of 0 and variances of 1, whatever the network computes. With
     these, the accuracy of an untrained encoder would mostly show how wrong they are.
     """
-    encoder, batch_norm = copy.deepcopy(encoder).train(), nn.modules.batchnorm._BatchNorm
-    norms = [module for module in encoder.modules() if isinstance(module, batch_norm)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
+    encoder = copy.deepcopy(encoder)
+    encoder.forward = encoder.embed  # all that update_bn calls: a projector is not needed
     share = min(count, len(images)) // world_size()  # synchronised norms need equal batches
     # only full batches, since the average gives each batch the same weight
     share = share // CHUNK * CHUNK or share
     indices = np.arange(share) * world_size() + rank()
-    if norms:
-        for batch in load(images, indices, chunk=CHUNK):
-            encoder.embed(batch)
+    update_bn(load(images, indices, chunk=CHUNK), encoder)
     return encoder.eval()
