@@ -127,10 +127,11 @@ def calibrated_copy(
     these, the accuracy of an untrained encoder would mostly show how wrong they are.
     """
     encoder = copy.deepcopy(encoder)
-    encoder.forward = encoder.embed  # all that update_bn calls: a projector is not needed
+    encoder.forward = encoder.embed  # which update_bn calls; a projector is not needed
     share = min(count, len(images)) // world_size()  # synchronised norms need equal batches
     # only full batches, since the average gives each batch the same weight
     share = share // CHUNK * CHUNK or share
     indices = np.arange(share) * world_size() + rank()
     update_bn(load(images, indices, chunk=CHUNK), encoder)
+    del encoder.forward
     return encoder.eval()
