@@ -184,7 +184,8 @@ def _missing(tensors, own):
 def _check_fit(file, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     missing, problems = _missing(tensors, own), []
     stem = next((name for name, tensor in own.items() if tensor.ndim == 4), None)  # first filters
-    if stem in tensors and tensors[stem].shape[1:2] != own[stem].shape[1:2]:
+    is_stem = stem in tensors and tensors[stem].ndim == 4
+    if is_stem and tensors[stem].shape[1] != own[stem].shape[1]:
         raise UsageError(
             f"{file.path} is for images with {tensors[stem].shape[1]} channels, not "
             f"{own[stem].shape[1]}: give the same number as --channels"
@@ -219,12 +220,9 @@ def _convert_names(encoder, tensors, own):
     converted, notes = encoder.from_authors_names(tensors), []
     if converted.keys() != tensors.keys():
         notes.append("names of the model's authors, converted by timm's checkpoint_filter_fn")
-    embeddings = [named.get("pos_embed") for named in (tensors, converted)]
-    if all(x is not None and x.ndim == 3 for x in embeddings):
-        before, after = (math.isqrt(x.shape[1]) for x in embeddings)
-        if before != after:
-            sides = f"from {before} x {before} to {after} x {after}"
-            notes.append(f"pos_embed: interpolated {sides} patches")
+    sizes = [[*named["pos_embed"].shape] for named in (tensors, converted) if "pos_embed" in named]
+    if len(sizes) == 2 and sizes[0] != sizes[1]:
+        notes.append(f"pos_embed: interpolated from {sizes[0]} to {sizes[1]}")
     return converted, notes
 
 
@@ -233,26 +231,25 @@ def _adapt_position_embedding(encoder, tensors, own):
     name, saved = "pos_embed", tensors.get("pos_embed")
     if name not in own or (saved is not None and saved.shape == own[name].shape):
         return []
-    is_fixed = isinstance(encoder, VisionTransformer)  # this project's is computed, not learned
+    is_computed = isinstance(encoder, VisionTransformer)  # this project's is not learned
     if saved is not None:
-        if saved.ndim != 3 or saved.shape[2] != own[name].shape[2]:
+        only_patches = getattr(encoder, "no_embed_class", False)
+        num_prefix_tokens = 0 if only_patches else encoder.num_prefix_tokens
+        num_patches = saved.shape[1] - num_prefix_tokens if saved.ndim == 3 else 0
+        side = math.isqrt(max(num_patches, 0))
+        if not side or side**2 != num_patches or saved.shape[2] != own[name].shape[2]:
             return []  # _check_fit reports it
-        no_class_position = getattr(encoder, "no_embed_class", False)
-        num_prefix_tokens = 0 if no_class_position else encoder.num_prefix_tokens
-        positions = saved.shape[1]
-        side = math.isqrt(max(positions - num_prefix_tokens, 0))
-        if not side or side**2 + num_prefix_tokens != positions:
-            return []
         # Weights depend on the embedding that they were trained with. A learned one is
         # interpolated, and so is MoCo v3's sin-cos embedding, which exchanges rows and columns.
-        if not is_fixed or not torch.allclose(
+        if not is_computed or not torch.allclose(
             saved.float(), sincos_position_embedding(side, side, saved.shape[2]), atol=1e-3
         ):
             tensors[name] = resample_abs_pos_embed(
                 saved, encoder.patch_embed.grid_size, num_prefix_tokens=num_prefix_tokens
             )
-            return [f"{name}: interpolated from {positions} to {own[name].shape[1]} positions"]
-    elif not is_fixed:
+            counts = f"from {saved.shape[1]} to {own[name].shape[1]} positions"
+            return [f"{name}: interpolated {counts}"]
+    elif not is_computed:
         return []
     tensors[name] = own[name]
     return [f"{name}: sin-cos, computed for this image size"]
