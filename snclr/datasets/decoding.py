@@ -108,9 +108,3 @@ def _page(picture, encoded, grey_range) -> Image.Image:
         if pixels is not None:
             return Image.fromarray(to_8_bits(pixels, grey_range))
     return ImageOps.exif_transpose(picture)
-
-
-def to_rgb(picture: Image.Image) -> Tensor:
-    """(3, H, W) uint8, turned upright by EXIF; also from grey, palette, CMYK and alpha."""
-    upright = ImageOps.exif_transpose(picture)
-    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)

@@ -95,20 +95,20 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
     for path in files:
         open_regular(path).close()
     stats = [os.stat(path) for path in files]
-    names = [os.path.relpath(path, source) for path in files]
-    key = json.dumps(
-        [extensions]
-        + [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
-    )
+    facts = [
+        [os.path.relpath(path, source), stat.st_size, stat.st_mtime_ns]
+        for path, stat in zip(files, stats, strict=True)
+    ]
+    key = json.dumps([extensions, *facts])
     is_folder = os.path.isdir(source)
     index_paths = [os.path.join(source, "snclr_index.npz") if is_folder else f"{source}.index.npz"]
     if fallback is not None:
         source_name = os.path.basename(os.path.abspath(source))
         index_paths.append(os.path.join(fallback, f"index_{source_name}.npz"))
+    sizes = np.array([stat.st_size for stat in stats])
     for path in index_paths:
-        index = _load(path, key)
-        if index is not None and _fits(index, np.array([stat.st_size for stat in stats])):
-            return index._replace(files=np.array(files))
+        if (index := _load(path, key, np.array(files))) is not None and _fits(index, sizes):
+            return index
     index = _scan(files, extensions)
     fields = {name: getattr(index, name) for name in Index._fields[1:]}
     for path in index_paths:
@@ -161,13 +161,11 @@ def _scan(files, extensions) -> Index:
                 "uncompressed tar file, or a zip file without a password"
             ) from error
     if not images:
-        kind = files[0][-3:]
-        raise UsageError(
-            f"no image in the {len(files)} {kind} files of {os.path.dirname(files[0])}"
-        )
+        folder, kind = os.path.dirname(files[0]), files[0][-3:]
+        raise UsageError(f"no image in the {len(files)} {kind} files of {folder}")
     shards, members, samples = zip(*images, strict=True)
-    numbers = split_numbers([os.path.basename(path) for path in files])
-    splits = np.array([numbers[shard] for shard in shards])
+    shards = np.array(shards)
+    splits = np.array(split_numbers([os.path.basename(path) for path in files]))[shards]
     names = [class_names.get(key) for key in zip(shards, samples, strict=True)]
     if files[0].endswith(".zip"):
         folders = folders_of([member.name for member in members])
@@ -176,18 +174,17 @@ def _scan(files, extensions) -> Index:
             folders = [folder[1:] for folder in folders] if splits.any() else folders
         if all(folders) and len({folder[0] for folder in folders}) > 1:
             names = [folder[0] for folder in folders]
+    stems = [member.stem for member in members]
+    names, samples, stems = (np.array(x, object) for x in (names, samples, stems))
     for split in {*splits.tolist()}:
-        rows = np.flatnonzero(splits == split)
-        stems = [members[row].stem for row in rows]
-        if any(names[row] for row in rows) or not name_classes([samples[n] for n in rows], stems):
-            continue
-        for row, stem in zip(rows, stems, strict=True):
-            names[row] = stem
+        rows = splits == split
+        if not any(names[rows]) and name_classes(samples[rows], stems[rows]):
+            names[rows] = stems[rows]
     classes = sorted({*names} - {None})
     numbers = {name: number for number, name in enumerate(classes)} | {None: -1}
     return Index(
         np.array(files),
-        np.array(shards),
+        shards,
         *np.array([member[1:4] for member in members], dtype=np.int64).T.copy(),
         np.array([numbers[name] for name in names]),
         splits,
@@ -197,7 +194,7 @@ def _scan(files, extensions) -> Index:
     )
 
 
-def _load(path, key) -> Index | None:
+def _load(path, key, files) -> Index | None:
     """A saved index; None if it is absent, damaged, or of other shards or another version."""
     damaged = (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile)
     with (
@@ -208,7 +205,7 @@ def _load(path, key) -> Index | None:
         # a compressed one is not ours: it may unfold to terabytes
         is_plain = not any(record.compress_type for record in file.zip.infolist())
         if is_plain and file["key"].item() == key:
-            return Index(np.empty(0), *(file[name] for name in Index._fields[1:]))
+            return Index(files, *(file[name] for name in Index._fields[1:]))
     return None
 
 
