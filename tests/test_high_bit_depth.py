@@ -17,8 +17,7 @@ import main_lincls
 import main_snclr
 from snclr import load_encoder, mean_std
 from snclr.datasets import sources
-from snclr.datasets.decoding import decode
-from snclr.datasets.high_bit_depth import to_8_bits
+from snclr.datasets.decoding import decode, to_8_bits
 from snclr.running.errors import RunError, UsageError
 
 TWELVE_BITS = (0.0, 4095.0)

@@ -8,7 +8,7 @@ import re
 import struct
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 from ..running.errors import UsageError
@@ -105,7 +105,7 @@ def zip_members(file: BinaryIO, path: str) -> Iterator[Member]:
         yield Member(info.filename, offset, info.file_size, packed, stem)
 
 
-def name_classes(samples: np.ndarray, stems: np.ndarray) -> bool:
+def name_classes(samples: Sequence[str], stems: Sequence[str]) -> bool:
     """Whether the tar files, of which each image has the stem, are named by class.
 
     There must be several, and no name may end in a digit (shard-000001), unless all names of images

@@ -3,10 +3,9 @@
 Classes are read by name, and numbered in the same way for training and validation.
 """
 
-import contextlib
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,12 +16,9 @@ from ..running.distributed import local_rank_zero_first
 from ..running.errors import RunError, UsageError, first_few
 from ..running.safe_files import open_text
 from . import hugging_face, shards
-from .decoding import decode
+from .decoding import decode, little_used_range
 from .folders import EXTENSIONS, Paths, extensions, images_below, read_list
-from .high_bit_depth import little_used_range
 from .images import EncodedImages, ImageSet, ResidentImages
-
-SAMPLED = 8  # number of images of a set whose grey values are checked at the start
 
 
 class FileImages(EncodedImages):
@@ -161,7 +157,7 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
     images.channels = args.channels
     if ignored:
         notes.append(f"{ignored} files in {path} are not images and are ignored")
-    if args.grey_range is None and (note := little_used_range(_samples(images))):
+    if args.grey_range is None and (note := little_used_range(images.encoded, len(images))):
         notes.append(f"{path}: {note}")
     try:
         images = images.resident()
@@ -180,13 +176,6 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
 def _index(path, args) -> shards.Index:
     with local_rank_zero_first():  # it writes the index that the other ranks read
         return shards.open_index(path, extensions(args.channels), fallback=args.workdir)
-
-
-def _samples(images: FileImages) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and encoded files of a few images, evenly spread over the set."""
-    for index in np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(int)):
-        with contextlib.suppress(RunError):  # an unreadable image is reported when it is used
-            yield images.encoded(index)
 
 
 def _read_labels(path, source, count):

@@ -5,7 +5,6 @@ time, and cropped, by worker processes. Both have the methods `views` and `whole
 of indices, so the loaders treat both alike. sources.py opens the sets.
 """
 
-import contextlib
 import copy
 import hashlib
 import os
@@ -241,34 +240,24 @@ class EncodedImages(ImageSet):
         if shape.numel() * len(self) > RESIDENT_LIMIT:
             return self
         images, errors = torch.empty(len(self), *shape, dtype=torch.uint8), np.full(len(self), None)
-        decoded = self._decode_all(shape)
-        with contextlib.closing(decoded):
-            for index, (image, errors[index]) in enumerate(decoded):
+
+        def decode(indices):
+            for index in indices:
+                image, errors[index] = self._image_or_grey(index, shape)
                 if image.shape != shape:
-                    return self
+                    return False
                 images[index] = image
+            return True
+
+        threads = ThreadPoolExecutor(os.cpu_count())
+        try:
+            if not all(threads.map(decode, np.array_split(range(len(self)), -(-len(self) // 16)))):
+                return self
+        finally:
+            # waits for the threads: Python aborts if it ends while one of them decodes
+            threads.shutdown(cancel_futures=True)
         resident = ResidentImages(images, self.labels, self.classes, (self.mean, self.std))
         resident.names, resident.paths = self.names, self.paths
         resident.skip_bad = self.skip_bad
         resident.errors = errors if any(errors) else None
         return resident
-
-    def _decode_all(self, shape, chunk=16):
-        """All images as `_image_or_grey` returns them, decoded by threads.
-
-        Closing the generator waits for the threads, because Python aborts if it ends while a thread
-        decodes.
-        """
-        threads = ThreadPoolExecutor(os.cpu_count())
-        try:
-            starts = range(0, len(self), chunk)
-            for part in threads.map(
-                lambda start: [
-                    self._image_or_grey(index, shape)
-                    for index in range(start, min(start + chunk, len(self)))
-                ],
-                starts,
-            ):
-                yield from part
-        finally:
-            threads.shutdown(cancel_futures=True)

@@ -184,8 +184,7 @@ def _missing(tensors, own):
 def _check_fit(file, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     missing, problems = _missing(tensors, own), []
     stem = next((name for name, tensor in own.items() if tensor.ndim == 4), None)  # first filters
-    is_stem = stem in tensors and tensors[stem].ndim == 4
-    if is_stem and tensors[stem].shape[1] != own[stem].shape[1]:
+    if stem in tensors and tensors[stem].shape[1:2] != own[stem].shape[1:2]:
         raise UsageError(
             f"{file.path} is for images with {tensors[stem].shape[1]} channels, not "
             f"{own[stem].shape[1]}: give the same number as --channels"
