@@ -47,8 +47,9 @@ FILE_SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    settings = {name: getattr(args, name, None) for name in DEFAULTS}
-    encoder, info = open_encoder(args.file, args.encoder, **settings)
+    encoder, info = open_encoder(
+        args.file, args.encoder, **{name: getattr(args, name, None) for name in DEFAULTS}
+    )
     if info["channels"] != 3 and args.format in RGB_ONLY:
         raise UsageError(
             f"{args.format} has only models of RGB images, not of {info['channels']} channels: "
@@ -59,10 +60,9 @@ def main(argv: list[str]) -> None:
     export = to_library(encoder, info, as_folder=True) if is_folder else to_library(encoder, info)
     # the metadata names the file without its folder, which differs from reader to reader
     name = os.path.basename(os.path.abspath(args.out))
-    saved = {"build": export.build(name), "version": __version__}
-    saved |= {name: info[name] for name in (*DEFAULTS, "encoder", "epoch")}
-    shape = (info["channels"], info["img_size"], info["img_size"])
-    difference = write_checked(export, saved, args.out, encoder, shape)
+    settings = {name: info[name] for name in (*DEFAULTS, "encoder", "epoch")}
+    settings |= {"build": export.build(name), "version": __version__}
+    difference = write_checked(export, settings, args.out, encoder)
     card = card_path(args.out, export.configs is not None)
     save_text(
         card,
@@ -136,13 +136,11 @@ def card_path(out: str, is_folder: bool) -> str:
 
 
 @torch.no_grad()
-def write_checked(
-    export: Export, settings: dict, out: str, encoder: nn.Module, shape: tuple[int, int, int]
-) -> float:
+def write_checked(export: Export, settings: dict, out: str, encoder: nn.Module) -> float:
     """Write `out`, but only if the library's model computes the encoder's features from it.
 
-    Both encode one random image of that shape. Returns the largest difference of features, divided
-    by the largest feature. Raises RunError above TOLERANCE.
+    Both encode one random image. Returns the largest difference of features, divided by the largest
+    feature. Raises RunError above TOLERANCE. settings: as in write.
     """
     parent, name = os.path.split(os.path.abspath(out))
     with writing(out):
@@ -150,7 +148,8 @@ def write_checked(
     with folder:
         unchecked = os.path.join(folder.name, name)
         write(export, settings, unchecked)
-        x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+        shape = (1, settings["channels"], settings["img_size"], settings["img_size"])
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         expected = encoder.embed(x)
         features = export.read(unchecked)(x)
         difference = ((features - expected).abs().max() / expected.abs().max()).item()

@@ -28,8 +28,16 @@ from .archives import (
 from .reading import inflate, read_encoded
 
 # what tarfile, zipfile and numpy raise for a damaged file, or for sizes that no file has
-UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, struct.error)
-UNREADABLE += (NotImplementedError, OverflowError, MemoryError)
+UNREADABLE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    OSError,
+    ValueError,
+    struct.error,
+    NotImplementedError,
+    OverflowError,
+    MemoryError,
+)
 
 
 class Index(NamedTuple):

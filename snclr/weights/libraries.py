@@ -38,8 +38,10 @@ def to_timm(encoder: nn.Module, info: dict, as_folder: bool = False) -> Export:
             "folder: choose a file, as in --out weights.safetensors"
         )
     original = timm.get_pretrained_cfg(name)
-    names = ("first_conv", "classifier", "pool_size", "fixed_input_size")
-    copied = {key: getattr(original, key) for key in names}
+    copied = {
+        key: getattr(original, key)
+        for key in ("first_conv", "classifier", "pool_size", "fixed_input_size")
+    }
     config = {
         "architecture": name,
         "num_classes": 0,

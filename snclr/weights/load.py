@@ -49,8 +49,6 @@ def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Modu
     is_trained = branch != "untrained"
     file = read_encoder(path, branch if is_trained else "online")
     info = _merge(file, {name: value for name, value in settings.items() if value is not None})
-    epoch = file.saved.get("epoch")
-    info["epoch"] = epoch if is_trained and isinstance(epoch, int) else None
     info["num_heads"], notes = choose_num_heads(file, info["arch"], settings.get("num_heads"))
     encoder = _build(path, info)
     if is_trained:
@@ -62,8 +60,14 @@ def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Modu
     encoder.set_submodule(projector_name(encoder), nn.Identity())
     if is_trained and file.saved.get("encoder") == "momentum":  # a file with only a backbone
         branch = "momentum"
-    info |= {"num_features": encoder.num_features, "encoder": branch, "notes": notes}
-    info["settings"] = file.settings
+    epoch = file.saved.get("epoch")
+    info |= {
+        "num_features": encoder.num_features,
+        "encoder": branch,
+        "epoch": epoch if is_trained and isinstance(epoch, int) else None,
+        "settings": file.settings,
+        "notes": notes,
+    }
     return encoder.eval(), info
 
 
@@ -161,8 +165,10 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
     ignored = [name for name in tensors if name not in own]
     heads = [name for name in ignored if name.startswith(head)]
     others = [name for name in ignored if name not in heads] + file.others
-    count = f"{len(loaded)} of {len(own)} backbone tensors from {file.path}: {file.layout}"
-    notes = [count, *notes]
+    notes = [
+        f"{len(loaded)} of {len(own)} backbone tensors from {file.path}: {file.layout}",
+        *notes,
+    ]
     if len(loaded) < len(own):
         notes.append("counters of batch norms are not in the file and start at 0")
     if heads:
@@ -228,27 +234,22 @@ def _convert_names(encoder, tensors, own):
 def _adapt_position_embedding(encoder, tensors, own):
     """Adapt the position embedding in tensors to the number of patches; a line that says how."""
     name, saved = "pos_embed", tensors.get("pos_embed")
-    if name not in own or (saved is not None and saved.shape == own[name].shape):
+    if name not in own or saved is None or saved.shape == own[name].shape:
         return []
-    is_computed = isinstance(encoder, VisionTransformer)  # this project's is not learned
-    if saved is not None:
-        only_patches = getattr(encoder, "no_embed_class", False)
-        num_prefix_tokens = 0 if only_patches else encoder.num_prefix_tokens
-        num_patches = saved.shape[1] - num_prefix_tokens if saved.ndim == 3 else 0
-        side = math.isqrt(max(num_patches, 0))
-        if not side or side**2 != num_patches or saved.shape[2] != own[name].shape[2]:
-            return []  # _check_fit reports it
-        # Weights depend on the embedding that they were trained with. A learned one is
-        # interpolated, and so is MoCo v3's sin-cos embedding, which exchanges rows and columns.
-        if not is_computed or not torch.allclose(
-            saved.float(), sincos_position_embedding(side, side, saved.shape[2]), atol=1e-3
-        ):
-            tensors[name] = resample_abs_pos_embed(
-                saved, encoder.patch_embed.grid_size, num_prefix_tokens=num_prefix_tokens
-            )
-            counts = f"from {saved.shape[1]} to {own[name].shape[1]} positions"
-            return [f"{name}: interpolated {counts}"]
-    elif not is_computed:
-        return []
-    tensors[name] = own[name]
-    return [f"{name}: sin-cos, computed for this image size"]
+    only_patches = getattr(encoder, "no_embed_class", False)
+    num_prefix_tokens = 0 if only_patches else encoder.num_prefix_tokens
+    num_patches = saved.shape[1] - num_prefix_tokens if saved.ndim == 3 else 0
+    side = math.isqrt(max(num_patches, 0))
+    if not side or side**2 != num_patches or saved.shape[2] != own[name].shape[2]:
+        return []  # _check_fit reports it
+    # Weights depend on the embedding that they were trained with. A learned one is interpolated,
+    # and so is MoCo v3's sin-cos embedding, which exchanges rows and columns.
+    if isinstance(encoder, VisionTransformer) and torch.allclose(
+        saved.float(), sincos_position_embedding(side, side, saved.shape[2]), atol=1e-3
+    ):
+        tensors[name] = own[name]
+        return [f"{name}: sin-cos, computed for this image size"]
+    tensors[name] = resample_abs_pos_embed(
+        saved, encoder.patch_embed.grid_size, num_prefix_tokens=num_prefix_tokens
+    )
+    return [f"{name}: interpolated from {saved.shape[1]} to {own[name].shape[1]} positions"]
