@@ -175,9 +175,8 @@ def write(export: Export, settings: dict, out: str) -> None:
         from safetensors.torch import save  # optional
 
         tensors = {name: tensor.contiguous() for name, tensor in export.content.items()}
-        metadata = {"format": "pt", "build": settings["build"]}
-        metadata[SETTINGS_KEY] = json.dumps(settings, default=str)
-        save_bytes(out, save(tensors, metadata))
+        line, text = settings["build"], json.dumps(settings, default=str)
+        save_bytes(out, save(tensors, {"format": "pt", "build": line, SETTINGS_KEY: text}))
     elif isinstance(export.content, bytes):
         save_bytes(out, export.content)
     elif all(isinstance(value, Tensor) for value in export.content.values()):

@@ -9,7 +9,7 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from ..running.errors import UsageError
 
@@ -18,14 +18,9 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those that are read in p
 SPLIT_NAME = re.compile(r"(?:^|[^a-z])(train|val|test)(?:ing|id|idation)?(?:[^a-z]|$)")
 
 
-class Member(NamedTuple):
-    """A file in a tar or zip file: see shards.Index. stem: that of the innermost tar file."""
-
-    name: str
-    offset: int
-    size: int
-    packed: int
-    stem: str
+# a file in a tar or zip file: its name there, its offset and size in bytes, its bytes there if it
+# is compressed, else 0, and the name of the innermost tar or zip file without its ending
+Member = tuple[str, int, int, int, str]
 
 
 def shards_below(folder: str) -> list[str]:
@@ -55,7 +50,7 @@ def split_numbers(names: list[str]) -> list[int]:
     return [SPLITS.index(match[1]) if match else 0 for match in found]
 
 
-def folders_of(names: list[str]) -> list[list[str]]:
+def folders_of(names: Sequence[str]) -> list[list[str]]:
     """The folders of each name, without those that all names begin with."""
     folders = [name.split("/")[:-1] for name in names]
     pairs = zip(min(folders), max(folders), strict=False)
@@ -78,7 +73,7 @@ def tar_members(file: BinaryIO, path: str, start: int = 0, depth: int = 0) -> It
                 inner = archive.extractfile(member)
                 yield from tar_members(inner, member.name, start + member.offset_data, depth + 1)
             elif member.isfile():
-                yield Member(member.name, start + member.offset_data, member.size, 0, stem)
+                yield member.name, start + member.offset_data, member.size, 0, stem
 
 
 def zip_members(file: BinaryIO, path: str) -> Iterator[Member]:
@@ -102,7 +97,7 @@ def zip_members(file: BinaryIO, path: str) -> Iterator[Member]:
                 raise ValueError(f"{info.filename} {obstacle}")
         offset = info.header_offset + 30 + sum(struct.unpack("<2H", lengths))
         packed = info.compress_size if info.compress_type == zipfile.ZIP_DEFLATED else 0
-        yield Member(info.filename, offset, info.file_size, packed, stem)
+        yield info.filename, offset, info.file_size, packed, stem
 
 
 def name_classes(samples: Sequence[str], stems: Sequence[str]) -> bool:

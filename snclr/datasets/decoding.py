@@ -22,7 +22,6 @@ from .reading import unreadable
 
 # PIL would read others too, and start Ghostscript for a file that begins like PostScript
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
-INTEGERS, FLOATS = (0.0, 65535.0), (0.0, 1.0)  # the ranges without --grey-range
 # PIL's names of byte orders: little-endian, big-endian, native
 SWAPPED = {";16L": ";16B", ";16B": ";16L", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
 SAMPLED = 8  # images of a set whose range of values is checked at the start
@@ -170,8 +169,8 @@ def _with_swapped_bytes(tile):
 
 
 def default_range(pixels: np.ndarray) -> tuple[float, float]:
-    """The range of a pixel format: 0..65535 for integers, 0..1 for floating point."""
-    return FLOATS if pixels.dtype.kind == "f" else INTEGERS
+    """The range without --grey-range: 0..1 for floating point, 0..65535 for integers."""
+    return (0.0, 1.0) if pixels.dtype.kind == "f" else (0.0, 65535.0)
 
 
 def to_8_bits(pixels: np.ndarray, grey_range: tuple[float, float] | None) -> np.ndarray:

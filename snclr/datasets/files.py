@@ -25,8 +25,8 @@ class FileImages(EncodedImages):
     """Images in files, or in parts of files.
 
     files       reads them: files.read(number) returns the name of an image, for messages, and its
-                bytes (n,) uint8, or raises RunError. It has their paths, and names or sizes in
-                bytes (size), an array each
+                bytes (n,) uint8, or raises RunError. It has num_images, their paths, and names or
+                sizes in bytes (size), an array each
     numbers     (n,) of the images in `files`
     grey_range  see decoding.decode
     """
@@ -36,13 +36,13 @@ class FileImages(EncodedImages):
 
     def __init__(
         self,
-        files: Paths | shards.Shards | hugging_face.Table,
+        files: Paths | shards.Index | hugging_face.Table,
         labels: np.ndarray | None = None,
         classes: Sequence[str] = (),
         mean_std: tuple = IMAGENET,
     ):
         super().__init__(labels, list(classes), mean_std)
-        self.files, self.numbers = files, np.arange(len(files))
+        self.files, self.numbers = files, np.arange(files.num_images)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -133,7 +133,7 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
                 f"{path} has {len(whole.size)} images; those for {split}, {len(index.size)}, are "
                 "recognised by the names of its files or folders"
             )
-        files, ignored = shards.Shards(index), int(index.ignored)
+        files, ignored = index, int(index.ignored)
         if len(index.classes):
             classes = [*index.classes.tolist(), None]  # label -1 takes the last one
             names = [classes[label] for label in index.label]

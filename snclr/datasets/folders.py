@@ -23,9 +23,7 @@ class Paths:
         # arrays are one block of memory; every worker would copy a list page by page
         self.paths = np.array(paths)
         self.names = np.array([os.path.basename(path) for path in paths])
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        self.num_images = len(paths)
 
     def read(self, number: int) -> tuple[str, np.ndarray]:
         path = str(self.paths[number])

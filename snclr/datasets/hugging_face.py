@@ -21,12 +21,9 @@ class Table:
 
         # in this format a row is read without decoding its image
         self.table = table.select_columns([column]).with_format("arrow")
-        self.column = column
+        self.column, self.num_images = column, len(table)
         encoded = compute.struct_field(self.table.data.column(column), "bytes")
         self.size = compute.binary_length(encoded).fill_null(0).to_numpy().astype(np.int64)
-
-    def __len__(self) -> int:
-        return len(self.table)
 
     @property
     def paths(self) -> np.ndarray:

@@ -41,7 +41,7 @@ UNREADABLE = (
 
 
 class Index(NamedTuple):
-    """The positions of n images in tar or zip files.
+    """The positions of n images in tar or zip files, which FileImages reads by them.
 
     files           (F,) paths of the tar or zip files
     shard           (n,) number of the image's file
@@ -64,28 +64,21 @@ class Index(NamedTuple):
     member: np.ndarray
     classes: np.ndarray
     ignored: np.ndarray
+    names = None  # the files have no names of their own
 
-
-class Shards:
-    """The images of an index, for FileImages."""
-
-    names = None
-
-    def __init__(self, index: Index):
-        self.index, self.size = index, index.size
-
-    def __len__(self) -> int:
-        return len(self.size)
+    @property
+    def num_images(self) -> int:
+        return len(self.shard)
 
     @property
     def paths(self) -> np.ndarray:
         """FILE/MEMBER of each image."""
-        pairs = zip(self.index.files[self.index.shard], self.index.member, strict=True)
+        pairs = zip(self.files[self.shard], self.member, strict=True)
         return np.array([f"{path}/{member.decode(errors='replace')}" for path, member in pairs])
 
     def read(self, number: int) -> tuple[str, np.ndarray]:
-        path = str(self.index.files[self.index.shard[number]])
-        offset, size, packed = (int(x[number]) for x in self.index[2:5])
+        path = str(self.files[self.shard[number]])
+        offset, size, packed = (int(x[number]) for x in (self.offset, self.size, self.packed))
         name = f"of {size} bytes at offset {offset} in {path}"
         content = read_encoded(path, name, offset, packed or size)
         return name, inflate(content, size, name) if packed else content
@@ -147,20 +140,20 @@ def _scan(files, extensions) -> Index:
     The members of a sample have the same name up to the first dot: an image, and in WebDataset's
     layout a .cls file with its class.
     """
-    images, ignored = [], 0  # (shard, member, name up to the first dot) of each image
+    images, ignored = [], 0
     class_names = {}  # by (shard, name up to the first dot)
     for shard, path in enumerate(files):
         try:
             with open(path, "rb") as file:
                 read = zip_members if path.endswith(".zip") else tar_members
-                for member in read(file, path):
-                    folder, base = os.path.split(member.name)
+                for member, offset, size, packed, stem in read(file, path):
+                    folder, base = os.path.split(member)
                     sample = os.path.join(folder, base.split(".")[0])
                     if base.lower().endswith(".cls") and read is tar_members:
-                        content = os.pread(file.fileno(), min(member.size, 2**16), member.offset)
+                        content = os.pread(file.fileno(), min(size, 2**16), offset)
                         class_names[shard, sample] = content.decode().strip()
                     elif base.lower().endswith(extensions) and not base.startswith("."):
-                        images.append((shard, member, sample))
+                        images.append((shard, offset, size, packed, member, stem, sample))
                     else:
                         ignored += 1
         except UNREADABLE as error:
@@ -171,32 +164,33 @@ def _scan(files, extensions) -> Index:
     if not images:
         folder, kind = os.path.dirname(files[0]), files[0][-3:]
         raise UsageError(f"no image in the {len(files)} {kind} files of {folder}")
-    shards, members, samples = zip(*images, strict=True)
-    shards = np.array(shards)
+    *numbers, members, stems, samples = zip(*images, strict=True)
+    shards, offsets, sizes, packed = np.array(numbers, np.int64)
     splits = np.array(split_numbers([os.path.basename(path) for path in files]))[shards]
-    names = [class_names.get(key) for key in zip(shards, samples, strict=True)]
+    names = [class_names.get(key) for key in zip(numbers[0], samples, strict=True)]
     if files[0].endswith(".zip"):
-        folders = folders_of([member.name for member in members])
+        folders = folders_of(members)
         if not splits.any():
             splits = np.array(split_numbers([(folder or [""])[0] for folder in folders]))
             folders = [folder[1:] for folder in folders] if splits.any() else folders
         if all(folders) and len({folder[0] for folder in folders}) > 1:
             names = [folder[0] for folder in folders]
-    stems = [member.stem for member in members]
     names, samples, stems = (np.array(x, object) for x in (names, samples, stems))
     for split in {*splits.tolist()}:
         rows = splits == split
         if not any(names[rows]) and name_classes(samples[rows], stems[rows]):
             names[rows] = stems[rows]
     classes = sorted({*names} - {None})
-    numbers = {name: number for number, name in enumerate(classes)} | {None: -1}
+    labels = {name: label for label, name in enumerate(classes)} | {None: -1}
     return Index(
         np.array(files),
         shards,
-        *np.array([member[1:4] for member in members], dtype=np.int64).T.copy(),
-        np.array([numbers[name] for name in names]),
+        offsets,
+        sizes,
+        packed,
+        np.array([labels[name] for name in names]),
         splits,
-        np.array([member.name.encode(errors="replace")[:255] for member in members]),
+        np.array([member.encode(errors="replace")[:255] for member in members]),
         np.array(classes, dtype=str),
         np.array(ignored),
     )
