@@ -41,7 +41,7 @@ class Views(NamedTuple):
 
 
 class ImageSet:
-    """n images, numbered 0 .. n - 1 in a fixed order.
+    """n = len(self) images, numbered 0 .. n - 1 in a fixed order.
 
     labels      (n,) int64, -1 for an image without a label; None if no image has one
     classes     names of the labels
@@ -62,9 +62,6 @@ class ImageSet:
         self.labels = None if labels is None else torch.as_tensor(labels)
         self.classes = classes
         self.mean, self.std = map(torch.as_tensor, mean_std)
-
-    def __len__(self) -> int:
-        raise NotImplementedError
 
     def select(self, indices: np.ndarray) -> "ImageSet":
         """A set of only the images `indices`, numbered in that order."""
