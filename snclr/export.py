@@ -23,8 +23,9 @@ from .running.safe_files import check_new_path, save_bytes, save_text, writing
 from .shared_options import add_backbone_flags
 from .weights import libraries
 from .weights.card import model_card, run_figures, run_settings
+from .weights.exported import Export
 from .weights.hf import to_hf
-from .weights.layouts import SETTINGS_KEY, Export
+from .weights.layouts import SETTINGS_KEY
 from .weights.load import DEFAULTS, open_encoder
 
 FORMATS = {

@@ -7,8 +7,8 @@ from torch import nn
 
 from ..backbones import RESNETS, VITS, VisionTransformer
 from ..running.errors import UsageError, needed_by
+from .exported import Export
 from .hf_names import to_hf_names
-from .layouts import Export
 
 
 def to_hf(encoder: nn.Module, info: dict) -> Export:

@@ -1,9 +1,8 @@
-"""Layouts of weight files: those from which an encoder is read, and what an export consists of."""
+"""Reads an encoder's named tensors from a file, in any of the known layouts."""
 
 import argparse
 import json
 import os
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,26 +53,6 @@ class EncoderFile(NamedTuple):
         """The settings with which this project made the weights; empty in files of others."""
         settings = self.saved.get("args")
         return settings if isinstance(settings, dict) else {}
-
-
-class Export(NamedTuple):
-    """What another library reads. build, read and hint get the path of the written file or folder.
-
-    content   the state dict, or a dictionary that holds it, as the library expects it in the file;
-              or the bytes of the file
-    build     returns Python code that builds the library's model as `model`
-    read      returns that model, or a function: images (B, C, S, S) to features (B, F)
-    configs   contents of the JSON files beside the weights, by name; None if one file is written
-    hint      returns one more line that helps the user of the file
-    features  Python code: the features of `images` (B, C, S, S), from `model`
-    """
-
-    content: dict | bytes
-    build: Callable[[str], str]
-    read: Callable[[str], Callable[[Tensor], Tensor]]
-    configs: dict[str, dict] | None = None
-    hint: Callable[[str], str] | None = None
-    features: str = "model.eval()(images)"
 
 
 def read_encoder(path: str, branch: str = "online") -> EncoderFile:

@@ -18,7 +18,8 @@ from torch import nn
 from ..backbones import RESNETS, TIMM, VITS, ConvStem, VisionTransformer, in_chans, timm_settings
 from ..running.errors import UsageError, needed_by
 from ..running.safe_files import json_object, read_text
-from .layouts import Export, read_encoder
+from .exported import Export
+from .layouts import read_encoder
 
 
 def to_timm(encoder: nn.Module, info: dict, as_folder: bool = False) -> Export:
