@@ -1,7 +1,8 @@
 """Weights for other libraries: python -m snclr.export FILE --format FORMAT --out OUT
 
-Prints the code that builds the library's model from the written file. The file gets its name only
-after the library has read it and computed the same features as the encoder for a random image.
+Prints a line of Python that builds the library's model from the written file. The file gets its
+name only after the library has read it and computed the same features as the encoder for a random
+image.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> None:
     print(f"{args.out}: {info['arch']} ({info['encoder']} encoder) for {args.format}")
     print(f"checked: loaded back, features of a random image agree to {difference:.1e} (relative)")
     print(f"images: {info['img_size']} px, mean {info['mean']}, std {info['std']}")
-    print(f"build: {export.build(args.out)}")
+    print(f"build: {export.line(args.out)}")
     if export.hint is not None:
         print(f"hint: {export.hint(args.out)}")
     print(f"model card: {card}")

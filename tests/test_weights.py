@@ -16,6 +16,7 @@ from test_ranks import SMALL
 import main_snclr
 from snclr.running.errors import UsageError
 from snclr.weights import load as weights
+from snclr.weights.hf_names import to_hf_names
 
 
 def tiny(seed=0, **settings):
@@ -611,6 +612,69 @@ def test_mmpretrains_files_have_the_backbone_below_a_prefix(tmp_path):
     twin.fc = torch.nn.Identity()
     assert_equal(dict(encoder.state_dict()), twin.state_dict())
     assert "ignored: 1 other tensors: head.fc.weight" in notes
+
+
+# -- weights of another architecture whose names contain those of the backbone --------------------
+
+
+def add_to(state, *names):
+    return state | {name: torch.ones(4) for name in names}
+
+
+@pytest.mark.parametrize(
+    "arch, state, extra",
+    [
+        ("resnet18", lambda: backbone(build("resnet34", width=4)), "layer1.2.conv1.weight"),
+        (
+            "resnet18",
+            lambda: to_hf_names(backbone(build("resnet34", width=4))),
+            "encoder.stages.0.layers.2.layer.0.convolution.weight",
+        ),
+        (  # squeeze and excitation, by timm's names
+            "resnet18",
+            lambda: add_to(backbone(tiny()), "layer1.0.se.fc1.weight"),
+            "layer1.0.se.fc1.weight",
+        ),
+        (  # DINOv2's layer scale
+            "vit_tiny",
+            lambda: add_to(backbone(build("vit_tiny"), "head"), "mask_token", "blocks.0.ls1.gamma"),
+            "blocks.0.ls1.gamma",
+        ),
+        (
+            "vit_tiny",
+            lambda: backbone(plain_vit("vit_tiny_patch16_224", img_size=32, depth=13), "head"),
+            "blocks.12.norm1.weight",
+        ),
+        (
+            "timm:test_vit",
+            lambda: add_to(timm.create_model("test_vit", img_size=32).state_dict(), "reg_token"),
+            "reg_token",
+        ),
+        (  # DINOv2 with registers, read as the model without them
+            "timm:test_vit",
+            lambda: add_to(
+                timm.create_model("test_vit", img_size=32).state_dict(), "register_tokens"
+            ),
+            "register_tokens",
+        ),
+    ],
+)
+def test_a_file_with_more_weights_of_the_backbone_than_arch_has_is_refused(
+    tmp_path, arch, state, extra
+):
+    """Every tensor that the architecture has is there, and the features would be others."""
+    torch.save(state(), tmp_path / "x.pth")
+    encoder = tiny() if arch == "resnet18" else build(arch)
+    message = refused(encoder, tmp_path / "x.pth")
+    assert f"of the file are not in the backbone: {extra}" in message
+    assert message.endswith("is --arch the right one?")
+
+
+def test_tensors_that_features_do_not_depend_on_are_ignored_by_name(tmp_path):
+    others = ["mask_token", "decoder_blocks.0.norm1.weight", "prototypes.weight"]
+    state = add_to(backbone(tiny()), *others, "layer1.0.attn_mask")
+    torch.save(state | {"layer1.0.relative_position_index": torch.ones(4).long()}, tmp_path / "x")
+    assert "ignored: 5 other tensors: mask_token, " in load(tiny(), tmp_path / "x")
 
 
 # -- whole runs ------------------------------------------------------------------------------------

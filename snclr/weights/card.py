@@ -9,6 +9,7 @@ from collections.abc import Callable
 from ..choices import PUBLIC
 from ..running.errors import one_line
 from ..running.safe_files import json_object, read_json_lines, read_text
+from .exported import packages_of
 
 # settings of a run that a reader of its weights wants to know
 SETTINGS = (
@@ -39,7 +40,6 @@ SETTINGS = (
     "weights",
     "positiveness_t",
 )
-PACKAGES = ("onnxruntime", "safetensors.torch", "timm", "torch", "torchvision", "transformers")
 CARD = """---
 pipeline_tag: image-feature-extraction
 {library_line}tags:
@@ -96,7 +96,7 @@ def model_card(
     training = {key: x for key, x in shown.items() if x not in (None, False)}
     if info["epoch"] is not None:
         training["epochs of these weights"] = info["epoch"]
-    packages = [package for package in PACKAGES if f"{package}." in f"{build} {features}"]
+    packages = packages_of(f"{build} {features}")
     hub_name = {"timm": "timm", "hf": "transformers"}.get(library)
     return CARD.format(
         **info,

@@ -5,6 +5,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+PACKAGES = ("onnxruntime", "safetensors.torch", "timm", "torch", "torchvision", "transformers")
+
+
+def packages_of(code: str) -> list[str]:
+    """The names of PACKAGES that Python code uses and must import."""
+    return [package for package in PACKAGES if f"{package}." in code]
+
 
 class Export(NamedTuple):
     """What a library reads. build, read and hint get the path of the written file or folder.
@@ -24,3 +31,8 @@ class Export(NamedTuple):
     configs: dict[str, dict] | None = None
     hint: Callable[[str], str] | None = None
     features: str = "model.eval()(images)"
+
+    def line(self, path: str) -> str:
+        """One line of Python that imports what it needs, and builds the model."""
+        build = self.build(path)
+        return f"import {', '.join(packages_of(build))}; {build}"

@@ -4,7 +4,7 @@ import math
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import nn
 
 from ..backbones import (
     ARCHS,
@@ -20,6 +20,7 @@ from ..choices import IMAGENET, NUM_HEADS
 from ..options import OF_ENCODER
 from ..running.errors import UsageError, first_few, first_line
 from ..running.tensor_files import not_finite
+from .fit import check_fit, missing, unknown
 from .hf_names import from_hf_names
 from .layouts import EncoderFile, read_encoder
 
@@ -148,13 +149,14 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
     Returns lines that say what was loaded and what was ignored. A position embedding for another
     number of patches is interpolated, or computed again if it is this project's sin-cos embedding.
     timm's own function converts the weights of a timm: model if they have its authors' names.
-    Raises UsageError if a tensor of the backbone is missing or has another shape.
+    Raises UsageError if a tensor of the backbone is missing or has another shape, or if the file
+    has weights inside the backbone's modules that the backbone lacks.
     """
     head = projector_name(encoder) + "."
     own = backbone_tensors(encoder)
-    tensors, notes = _convert_names(encoder, dict(file.tensors), own)
+    tensors, notes = _convert_names(encoder, dict(file.tensors), own, head)
     notes += _adapt_position_embedding(encoder, tensors, own)
-    _check_fit(file, tensors, own)
+    check_fit(file, tensors, own, head)
     loaded = {name: tensors[name] for name in own if name in tensors}
     if names := not_finite(loaded):
         raise UsageError(
@@ -178,44 +180,11 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
     return notes
 
 
-def _missing(tensors, own):
-    """Names of the backbone's tensors that the file lacks. Batch norms' counters may be absent, as
-    in old files.
-    """
-    return [
-        name for name in own if name not in tensors and not name.endswith("num_batches_tracked")
-    ]
-
-
-def _check_fit(file, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    missing, problems = _missing(tensors, own), []
-    stem = next((name for name, tensor in own.items() if tensor.ndim == 4), None)  # first filters
-    if stem in tensors and tensors[stem].shape[1:2] != own[stem].shape[1:2]:
-        raise UsageError(
-            f"{file.path} is for images with {tensors[stem].shape[1]} channels, not "
-            f"{own[stem].shape[1]}: give the same number as --channels"
-        )
-    differing = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if missing:
-        problems.append(f"{len(missing)} of {len(own)} tensors are missing: {first_few(missing)}")
-    if differing:
-        problems.append(f"{len(differing)} have another shape: {first_few(differing)}")
-    if problems:
-        raise UsageError(
-            f"{file.path} ({file.layout}) does not fit the backbone: {'; '.join(problems)}; "
-            "is --arch the right one?"
-        )
-
-
-def _convert_names(encoder, tensors, own):
+def _convert_names(encoder, tensors, own, head):
     """The tensors under timm's names, if the weights of a timm: model have other names, and lines
     about it.
     """
-    if not _missing(tensors, own):
+    if not missing(tensors, own) and not unknown(tensors, own, head):
         return tensors, []
     renamed = from_hf_names(tensors, list(own))
     if renamed.keys() != tensors.keys():
@@ -241,7 +210,7 @@ def _adapt_position_embedding(encoder, tensors, own):
     num_patches = saved.shape[1] - num_prefix_tokens if saved.ndim == 3 else 0
     side = math.isqrt(max(num_patches, 0))
     if not side or side**2 != num_patches or saved.shape[2] != own[name].shape[2]:
-        return []  # _check_fit reports it
+        return []  # check_fit reports it
     # Weights depend on the embedding that they were trained with. A learned one is interpolated,
     # and so is MoCo v3's sin-cos embedding, which exchanges rows and columns.
     if isinstance(encoder, VisionTransformer) and torch.allclose(
