@@ -85,8 +85,10 @@ def decode(
             if channels in MODES:
                 pixels = np.array(_page(picture, encoded, grey_range).convert(MODES[channels]))
             else:
-                pages = itertools.islice(ImageSequence.Iterator(picture), channels + 1)
-                pages = [_page(page, encoded, grey_range) for page in pages]
+                pages = [
+                    _page(page, encoded, grey_range)
+                    for page in itertools.islice(ImageSequence.Iterator(picture), channels + 1)
+                ]
                 pixels = np.dstack(
                     [page.convert("L") if page.mode in ("1", "P") else page for page in pages]
                 )

@@ -96,10 +96,10 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
     train.labels = _numbers(names, train.classes)
     if args.val_fraction:
         return train, None, notes  # sources.open_data takes them out of the training images
-    val, val_names = None, None
-    if val_path:
-        val, val_names, val_notes = _open_part(val_path, args.val_labels, args, "val")
-        notes += val_notes
+    val, val_names, val_notes = (
+        _open_part(val_path, args.val_labels, args, "val") if val_path else (None, None, [])
+    )
+    notes += val_notes
     if val_names is None:
         return train, None, [*notes, "there are no validation images with labels: no kNN"]
     only_one = sorted(({*val_names} ^ {*names}) - {None})
@@ -134,9 +134,8 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
                 "recognised by the names of its files or folders"
             )
         files, ignored = index, int(index.ignored)
-        if len(index.classes):
-            classes = [*index.classes.tolist(), None]  # label -1 takes the last one
-            names = [classes[label] for label in index.label]
+        classes = [*index.classes.tolist(), None]  # label -1 takes the last one
+        names = [classes[label] for label in index.label]
     else:
         paths, ignored = images_below(path, args.channels)
         expected = "image files in it or its subfolders"
@@ -170,7 +169,7 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
             f"{len(bad)} images in {path} are replaced, by other images in training and by grey in "
             f"evaluation; the first: {bad[0]}"
         )
-    return images, None if labels == "none" else names, notes
+    return images, names if labels != "none" and any(names or ()) else None, notes
 
 
 def _index(path, args) -> shards.Index:

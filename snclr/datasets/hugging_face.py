@@ -80,7 +80,7 @@ def open_split(source: str, split: str) -> tuple[Table, list[str | None] | None,
         raise UsageError(f"{source} has no column of images, only {first_few(list(features), 9)}")
     labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     labels += [name for name in ("label", "labels") if name in features]
-    names, note = [], f"{source}: split {name}, images of column {columns[0]}"
+    names, note = None, f"{source}: split {name}, images of column {columns[0]}"
     if labels:
         note += f", labels of column {labels[0]}"
         to_name = getattr(features[labels[0]], "int2str", str)
@@ -88,4 +88,4 @@ def open_split(source: str, split: str) -> tuple[Table, list[str | None] | None,
             names = [to_name(x) if x not in (None, -1) else None for x in tables[name][labels[0]]]
         except ValueError as error:  # of datasets, for a number without a name
             raise UsageError(f"{source}: column {labels[0]}: {first_line(error)}") from error
-    return Table(tables[name], columns[0]), names if any(names) else None, [note]
+    return Table(tables[name], columns[0]), names, [note]

@@ -73,10 +73,9 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """Hash of the names, or without names of the sizes in bytes, in order; reads no image."""
-        names = self.names
-        if names is None:
-            names = getattr(self, "size", np.arange(len(self)))
-        return hashlib.sha256(np.ascontiguousarray(names)).hexdigest()
+        other = getattr(self, "size", np.arange(len(self)))
+        identity = other if self.names is None else self.names
+        return hashlib.sha256(np.ascontiguousarray(identity)).hexdigest()
 
     def labelled(self) -> "ImageSet":
         """The images that have a label."""
@@ -205,8 +204,7 @@ class EncodedImages(ImageSet):
     channels: int = 3
 
     def _originals(self, indices, seed):
-        pairs = [self.readable(int(index), seed) for index in indices]
-        numbers, images = zip(*pairs, strict=True)
+        numbers, images = zip(*(self.readable(int(i), seed) for i in indices), strict=True)
 
         def crop(boxes, size):
             originals = images * (len(boxes) // len(images))

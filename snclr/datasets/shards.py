@@ -162,8 +162,9 @@ def _scan(files, extensions) -> Index:
                 "uncompressed tar file, or a zip file without a password"
             ) from error
     if not images:
-        folder, kind = os.path.dirname(files[0]), files[0][-3:]
-        raise UsageError(f"no image in the {len(files)} {kind} files of {folder}")
+        raise UsageError(
+            f"no image in the {len(files)} {files[0][-3:]} files of {os.path.dirname(files[0])}"
+        )
     *numbers, members, stems, samples = zip(*images, strict=True)
     shards, offsets, sizes, packed = np.array(numbers, np.int64)
     splits = np.array(split_numbers([os.path.basename(path) for path in files]))[shards]

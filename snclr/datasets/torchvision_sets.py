@@ -51,11 +51,10 @@ def read_torchvision(
     Raises UsageError if the files are not in DATA.
     """
     name, images_in, labels_in, train_parts, test_parts = TORCHVISION[args.dataset]
-    dataset_class = getattr(torchvision.datasets, name)
     try:
         with local_rank_zero_first():  # it downloads the files that the other ranks read
             parts = [
-                dataset_class(args.data, download=args.download, **part)
+                getattr(torchvision.datasets, name)(args.data, download=args.download, **part)
                 for part in (train_parts if is_training else test_parts)
             ]
     except ImportError as error:

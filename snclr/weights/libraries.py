@@ -84,8 +84,11 @@ def to_deit(encoder: nn.Module, info: dict) -> Export:
     if not isinstance(encoder, VisionTransformer):
         raise UsageError(f"--format deit is for ViTs, not for {info['arch']}")
     name, arguments = _timm_model(encoder, info)
-    arguments["pretrained_cfg_overlay"] = _timm_data(info)
-    return _timm_file({"model": encoder.state_dict()}, name.replace("vit_", "deit_"), arguments)
+    return _timm_file(
+        {"model": encoder.state_dict()},
+        name.replace("vit_", "deit_"),
+        arguments | {"pretrained_cfg_overlay": _timm_data(info)},
+    )
 
 
 def to_torchvision(encoder: nn.Module, info: dict) -> Export:

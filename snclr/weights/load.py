@@ -135,12 +135,8 @@ def _build(path, info):
             num_heads=info["num_heads"],
             channels=info["channels"],
         )
-    except UsageError:
-        raise
     except (TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
-        raise UsageError(
-            f"no encoder can be built from the settings in {path}: {first_line(error)}"
-        ) from error
+        raise UsageError(f"no encoder can be built for {path}: {first_line(error)}") from error
 
 
 def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
