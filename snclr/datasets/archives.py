@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from ..running.errors import UsageError
 
-SPLITS = ("train", "val", "test")  # split numbers in an index
+SPLITS = ("train", "val", "test")  # parts of a data set; an index has their numbers here
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those that are read in place
 SPLIT_NAME = re.compile(r"(?:^|[^a-z])(train|val|test)(?:ing|id|idation)?(?:[^a-z]|$)")
 
@@ -101,10 +101,12 @@ def zip_members(file: BinaryIO, path: str) -> Iterator[Member]:
 
 
 def name_classes(samples: Sequence[str], stems: Sequence[str]) -> bool:
-    """Whether the tar files, of which each image has the stem, are named by class.
+    """Whether tar or zip files are named by class.
 
     There must be several, and no name may end in a digit (shard-000001), unless all names of images
     start with the name of their tar file (n01440764).
+
+    samples: the name of each image up to its first dot; stems: that of its file, as in Member.
     """
     numbered = any(re.search(r"\d$", stem) for stem in stems)
     repeated = all(

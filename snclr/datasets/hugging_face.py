@@ -8,7 +8,7 @@ from ..running.distributed import local_rank_zero_first
 from ..running.errors import UsageError, first_few, first_line, needed_by
 from .reading import read_encoded, unreadable
 
-VALIDATION = ("validation", "val", "valid", "test")  # the first of these that there is
+VALIDATION = ("validation", "val", "valid", "test")  # of these splits the first that exists
 
 
 class Table:

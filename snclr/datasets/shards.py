@@ -41,7 +41,7 @@ UNREADABLE = (
 
 
 class Index(NamedTuple):
-    """The positions of n images in tar or zip files, which FileImages reads by them.
+    """Where n images are in tar or zip files, and how FileImages reads them.
 
     files           (F,) paths of the tar or zip files
     shard           (n,) number of the image's file
@@ -64,7 +64,7 @@ class Index(NamedTuple):
     member: np.ndarray
     classes: np.ndarray
     ignored: np.ndarray
-    names = None  # the files have no names of their own
+    names = None  # the images are not in files of their own
 
     @property
     def num_images(self) -> int:
@@ -122,8 +122,8 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
 
 
 def of_split(index: Index, split: str) -> Index:
-    """The images of one of SPLITS; the whole index if all its images are for training, since then
-    no name says otherwise.
+    """The images of one of SPLITS. If all images are for training, because no name says otherwise,
+    the whole index. Raises UsageError if there are only images of other parts.
     """
     if not index.split.any():
         return index
@@ -205,7 +205,7 @@ def _load(path, key, files) -> Index | None:
         open_regular(path) as opened,
         np.load(opened, allow_pickle=False) as file,
     ):
-        # a compressed one is not ours: it may unfold to terabytes
+        # this file writes no compressed index, and one could expand to terabytes
         is_plain = not any(record.compress_type for record in file.zip.infolist())
         if is_plain and file["key"].item() == key:
             return Index(files, *(file[name] for name in Index._fields[1:]))

@@ -126,7 +126,7 @@ def _cell(value):
 def run_settings(path: str, settings: dict) -> dict:
     """The settings of the run that wrote the file at path, with its recipes as 'recipe'.
 
-    settings: those in the file. Paths of data and weights are left out; they say nothing elsewhere.
+    settings: those in the file. Folders are left out: they mean nothing on another machine.
     """
     command = _json(os.path.join(os.path.dirname(path), "args.json")).get("command")
     words = []
