@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable
+from itertools import takewhile
 
 from .running.errors import UsageError
 from .running.safe_files import read_text
@@ -34,8 +35,8 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_intermixed_args(self._data_first(read_recipes(args, [])), namespace)
 
     def _data_first(self, words):
-        """Move the word after a list of numbers, such as DATA in --std 0.2 0.2 0.2 DATA, to the
-        beginning. argparse would take it as one more number.
+        """Move the words after a list of numbers, such as DATA in --std 0.2 0.2 0.2 DATA, to the
+        beginning. argparse would take them as more numbers.
         """
         lists = {
             name
@@ -43,19 +44,13 @@ class _Parser(argparse.ArgumentParser):
             if action.nargs == "+" and action.type not in (None, key_value)
             for name in action.option_strings
         }
-        moved, others, num_numbers = [], [], -1  # -1: not in a list
-        for word in words:
-            if word in lists:
-                num_numbers = 0
-            elif num_numbers >= 0 and _is_number(word):
-                num_numbers += 1
-            elif num_numbers > 0 and not word.startswith("-"):
-                moved.append(word)
-                continue
-            else:
-                num_numbers = -1
-            others.append(word)
-        return moved + others
+        for start in [i for i, word in enumerate(words) if word in lists]:
+            numbers = [*takewhile(_is_number, words[start + 1 :])]
+            end = start + 1 + len(numbers)
+            others = [*takewhile(lambda word: not word.startswith("-"), words[end:])]
+            if numbers:  # later lists keep their place
+                words = others + words[:end] + words[end + len(others) :]
+        return words
 
 
 def read_recipes(words: list[str], opened: list[str]) -> list[str]:
@@ -89,17 +84,14 @@ def read_recipes(words: list[str], opened: list[str]) -> list[str]:
 
 def check_environment() -> None:
     """Raise UsageError for numbers of ranks in the environment that no launcher sets."""
-    numbers = {"WORLD_SIZE": 1, "RANK": 0}
     for name, least in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
-        if (text := os.environ.get(name)) is None:
-            continue
+        text = os.environ.get(name, str(least))
         if not re.fullmatch("[0-9]{1,7}", text) or int(text) < least:
             raise UsageError(f"the environment's {name} must be {least} or more, found {text!r}")
-        numbers[name] = int(text)
-    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank >= world_size:
         raise UsageError(
-            f"the environment's RANK must be below WORLD_SIZE, {numbers['WORLD_SIZE']}, "
-            f"found {numbers['RANK']}"
+            f"the environment's RANK must be below WORLD_SIZE, {world_size}, found {rank}"
         )
 
 

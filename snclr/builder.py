@@ -275,8 +275,9 @@ class SNCLR(nn.Module):
           statistics of a common batch. This works on one GPU as on many. Dropout and drop-path are
           off in the key encoder.
         - The online encoder's batch norms take their statistics over all ranks, not per GPU.
-        - The bank is global and starts empty: until it is full there are fewer negatives. MoCo's
-          starts with random vectors. As in MoCo, an older key of the same image is a negative.
+        - The bank starts empty: until it is full there are fewer negatives. MoCo's starts with
+          random vectors. As in MoCo, it holds keys of all ranks, and an older key of the same image
+          is a negative.
         - The hidden width of the projector is --snclr-mlp-dim; MoCo v2's is that of the features.
         - Bottleneck ResNets start with zeros in the last norm of each branch, as MoCo v3's.
         - Optimiser, schedule, temperature, momentum and sizes are those of the flags.

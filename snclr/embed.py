@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     for note in info["notes"] + notes:
         log(f"note: {note}")
     log(f"{len(images)} images of {args.dataset} at {info['img_size']} px, amp {amp}")
-    facts = [digest(encoder), args.tokens, args.layers, amp, device.type, images.fingerprint()]
+    facts = [digest(encoder), args.tokens, args.layers, amp, device.type]
     facts += sorted((name, value) for name, value in info.items() if name != "notes")
     parts = encode_parts(
         embedder(encoder.to(device), args.tokens, args.layers, amp, device),

@@ -81,7 +81,8 @@ def main(argv: list[str]) -> None:
         print(f"note: {note}")
     print(f"{args.out}: {info['arch']} ({info['encoder']} encoder) for {args.format}")
     print(f"checked: loaded back, features of a random image agree to {difference:.1e} (relative)")
-    print(f"images: {info['img_size']} px, mean {info['mean']}, std {info['std']}")
+    grey_range = f", grey range {info['grey_range']}" if info["grey_range"] else ""
+    print(f"images: {info['img_size']} px, mean {info['mean']}, std {info['std']}{grey_range}")
     print(f"build: {export.line(args.out)}")
     if export.hint is not None:
         print(f"hint: {export.hint(args.out)}")

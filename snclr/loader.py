@@ -8,6 +8,7 @@ with the batch.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,17 @@ from .running.workers import LastingWorkers, WorkerBatches, check_shared_memory,
 EVALUATION_BATCH = 256  # images per rank
 REQUEST = 256  # most images that a worker loads at a time
 SAMPLE_EPOCH = -1  # keys the views of TwoViewLoader.sample
+
+
+class Batch(NamedTuple):
+    """Images on the device; in training this rank's part of a global batch.
+
+    ids     (B,) numbers of the images in the data set
+    views   (B, C, S, S) each, normalised, in the order of the table of views
+    """
+
+    ids: Tensor
+    views: list[Tensor]
 
 
 class ViewLoader:
@@ -46,7 +58,7 @@ class ViewLoader:
             keep_freed_memory()
         if isinstance(images, EncodedImages):
             self.loader = LastingWorkers(
-                _RequestedViews(images, recipe), workers, pin_memory=device.type == "cuda"
+                _Answers(partial(images.views, recipe)), workers, pin_memory=device.type == "cuda"
             )
 
     def stop_waiting_if(self, condition: Callable[[], bool]) -> None:
@@ -54,10 +66,8 @@ class ViewLoader:
         if self.loader is not None:
             self.loader.workers.stop_waiting = condition
 
-    def load(
-        self, requests: Sequence[tuple], ahead: Sequence[tuple] = ()
-    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """For each request the ids (B,) and the normalised views, (B, C, S, S) each, on the device.
+    def load(self, requests: Sequence[tuple], ahead: Sequence[tuple] = ()) -> Iterator[Batch]:
+        """For each request its batch.
 
         ahead: the requests of the next call, if they are known. The workers go on with them without
         a gap. Raises RunError if an image cannot be read and may not be replaced.
@@ -72,7 +82,7 @@ class ViewLoader:
                 # their memory must not be reused before the step has read it
                 for tensor in (ids, *groups):
                     tensor.record_stream(training)
-            yield ids, [view for group in groups for view in group]
+            yield Batch(ids, [view for group in groups for view in group])
 
     def _answers(self, requests, ahead):
         """The answers to all parts of the requests, in order."""
@@ -117,17 +127,6 @@ class ViewLoader:
         return torch.cat(ids), groups
 
 
-class Batch(NamedTuple):
-    """This rank's part of a global batch, on the device.
-
-    ids     (B,) numbers of the images in the data set
-    views   (B, C, S, S) each, normalised, in the order of the table of views
-    """
-
-    ids: Tensor
-    views: list[Tensor]
-
-
 class TwoViewLoader(ViewLoader):
     """Epochs of batches with all views of each image.
 
@@ -158,7 +157,7 @@ class TwoViewLoader(ViewLoader):
         go_on: the next call is for the next epoch, so the workers may begin it.
         """
         ahead = self._requests(epoch + 1, 0) if go_on else []
-        return self._batches(self._requests(epoch, first), ahead)
+        return self.load(self._requests(epoch, first), ahead)
 
     def _requests(self, epoch, first):
         order = augment.epoch_order(self.recipe.seed, epoch, len(self.images))
@@ -179,38 +178,21 @@ class TwoViewLoader(ViewLoader):
         order = augment.epoch_order(self.recipe.seed, SAMPLE_EPOCH, len(self.images))
         own = share(order[: min(count, len(order)) // world_size() * world_size()])
         parts = np.split(own, range(EVALUATION_BATCH, len(own), EVALUATION_BATCH))
-        return self._batches([(SAMPLE_EPOCH, part, (0, 1)) for part in parts])
-
-    def _batches(self, requests, ahead=()):
-        for ids, views in self.load(requests, ahead):
-            yield Batch(ids, views)
+        return self.load([(SAMPLE_EPOCH, part, (0, 1)) for part in parts])
 
 
-class _RequestedViews(Dataset):
-    """What a worker does: from a request to its views.
+class _Answers(Dataset):
+    """What a worker does: from a request to load(*request).
 
     A RunError is returned, not raised: torch would add the worker's traceback to its message.
     """
 
-    def __init__(self, images: EncodedImages, recipe: Recipe):
-        self.images, self.recipe = images, recipe
+    def __init__(self, load: Callable):
+        self.load = load
 
     def __getitem__(self, request):
         try:
-            return self.images.views(self.recipe, *request)
-        except RunError as error:
-            return error
-
-
-class _RequestedWholeImages(Dataset):
-    """The same for evaluation: from indices to whole images."""
-
-    def __init__(self, images: EncodedImages, size: int):
-        self.images, self.size = images, size
-
-    def __getitem__(self, indices):
-        try:
-            return self.images.whole(indices, self.size)
+            return self.load(*request)
         except RunError as error:
             return error
 
@@ -231,7 +213,8 @@ def whole_images(
     """
     chunks = np.split(indices, range(chunk, len(indices), chunk))
     if isinstance(images, EncodedImages):
-        batches = WorkerBatches(_RequestedWholeImages(images, size), chunks, workers)
+        requests = [(part, size) for part in chunks]
+        batches = WorkerBatches(_Answers(images.whole), requests, workers)
     else:
         batches = (images.whole(part, size) for part in chunks)
     for batch in batches:

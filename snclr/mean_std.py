@@ -46,13 +46,19 @@ def mean_std(images: ImageSet, size: int, workers: int) -> tuple[list[float], li
     return mean.tolist(), (second / count - mean.square()).sqrt().tolist()
 
 
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    train, _, notes = sources.open_data(args)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{len(train)} images of {args.dataset} at {args.img_size} px", file=sys.stderr)
+    mean, std = (
+        " ".join(f"{value:.4f}" for value in values)
+        for values in mean_std(train, args.img_size, args.workers)
+    )
+    print(f"--mean {mean} --std {std}")
+
+
 if __name__ == "__main__":
     with one_clear_line("snclr.mean_std"):
-        args = parse(sys.argv[1:])
-        train, _, _ = sources.open_data(args)
-        print(f"{len(train)} images of {args.dataset} at {args.img_size} px", file=sys.stderr)
-        mean, std = (
-            " ".join(f"{value:.4f}" for value in values)
-            for values in mean_std(train, args.img_size, args.workers)
-        )
-        print(f"--mean {mean} --std {std}")
+        main(sys.argv[1:])

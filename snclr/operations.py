@@ -52,7 +52,7 @@ def _apply_(x, p: ViewParameters):
     )
     _on_chosen_(x, p.solarize, solarize_)
     _on_chosen_(x, p.flip, flip)
-    _on_chosen_(x, p.flip_v, flip_v)
+    _on_chosen_(x, p.flip_v, partial(torch.flip, dims=(2,)))
     for quarters in (1, 2, 3):
         _on_chosen_(x, p.quarters == quarters, partial(torch.rot90, k=quarters, dims=(2, 3)))
 
@@ -260,10 +260,6 @@ def solarize_(x: Tensor) -> Tensor:
 
 def flip(x: Tensor) -> Tensor:
     return x.flip(-1)
-
-
-def flip_v(x: Tensor) -> Tensor:
-    return x.flip(-2)
 
 
 def _luma(x: Tensor) -> Tensor:

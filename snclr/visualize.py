@@ -99,7 +99,12 @@ def main(argv: list[str]) -> None:
     info = encoders[0].info
     args.mean, args.std, args.grey_range = info["mean"], info["std"], info["grey_range"]
     args.channels = info["channels"]
-    train, val, _ = sources.open_data(args)
+    train, val, notes = sources.open_data(args)
+    if encoders[-1].info["grey_range"] not in (None, args.grey_range):
+        low, high = encoders[-1].info["grey_range"]
+        notes.append(f"{args.against} has --grey-range {low:g} {high:g}; that of FILE is used")
+    for note in notes:
+        print(f"note: {note}")
     for position, (module, info, name) in enumerate(encoders):
         module = module.to(device)
         if info["encoder"] == "untrained":

@@ -526,6 +526,19 @@ def test_the_model_card_has_the_recipe_and_only_figures_of_these_weights(
     assert card.run_figures(str(file), info, lambda: "another") == {}
 
 
+def test_an_export_says_how_images_of_more_than_8_bits_are_scaled(checkpoints, tmp_path, capsys):
+    content = torch.load(checkpoints("vit"), weights_only=True)
+    content["args"]["grey_range"] = [-1000, 3095.5]
+    torch.save(content, tmp_path / "x-ray.pth.tar")
+    out = run(tmp_path / "x-ray.pth.tar", "mocov3", tmp_path / "x.pth")
+    assert "grey range [-1000.0, 3095.5]" in capsys.readouterr().out
+    assert snclr.load_encoder(str(out))[1]["grey_range"] == [-1000, 3095.5]
+    line = "Images of more than 8 bits are scaled first: -1000..3095.5 becomes 0..255;"
+    assert line in (tmp_path / "x.pth.md").read_text()
+    run(checkpoints("vit"), "mocov3", tmp_path / "photos.pth")
+    assert "8 bits" not in (tmp_path / "photos.pth.md").read_text()
+
+
 def test_an_existing_card_is_not_overwritten(checkpoints, tmp_path):
     (tmp_path / "x.pth.md").write_text("mine")
     with pytest.raises(UsageError, match=r"the model card .*x\.pth\.md exists: choose another"):

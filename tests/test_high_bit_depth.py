@@ -15,9 +15,10 @@ from test_ranks import SMALL
 
 import main_lincls
 import main_snclr
-from snclr import load_encoder, mean_std
+from snclr import load_encoder, mean_std, visualize
 from snclr.datasets import sources
-from snclr.datasets.decoding import decode, to_8_bits
+from snclr.datasets.decoding import decode
+from snclr.datasets.high_bit_depth import to_8_bits
 from snclr.running.errors import RunError, UsageError
 
 TWELVE_BITS = (0.0, 4095.0)
@@ -52,37 +53,57 @@ def png_16(pixels):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
-def tiff_16(pixels, order="<", compressed=False, orientation=1, start=0, following=0):
-    """A TIFF of (H, W, C) uint16 in one strip, which PIL cannot write for C = 3, 4.
+def tiff_16(pixels, order="<", compressed=False, orientation=1, start=0, following=0, planar=False):
+    """A TIFF of (H, W, C) uint16 or float32, which PIL cannot write for C = 3, 4.
 
-    start: its position in a file of several pages; following: that of the tags of the next page.
+    planar: each channel in a strip of its own, else one strip with all. start: its position in a
+    file of several pages; following: that of the tags of the next page.
     """
     height, width, channels = pixels.shape
-    strip = pixels.astype(f"{order}u2").tobytes()
-    strip = zlib.compress(strip) if compressed else strip
-    bits = struct.pack(f"{order}{channels}H", *[16] * channels)
+    planes = pixels.transpose(2, 0, 1) if planar else [pixels]
+    number = pixels.dtype.newbyteorder(order)
+    strips = [plane.astype(number).tobytes() for plane in planes]
+    strips = [zlib.compress(strip) if compressed else strip for strip in strips]
+    bits = struct.pack(f"{order}{channels}H", *[8 * number.itemsize] * channels)
+    sizes = struct.pack(f"{order}{len(strips)}I", *map(len, strips))
     tags = [  # number, type (3: 16 bits, 4: 32 bits), count, value
         (256, 3, 1, width),
         (257, 3, 1, height),
-        (258, 3, channels, None),  # bits per sample, behind the tags
+        # bits per sample, behind the tags
+        (258, 3, channels, None if channels > 1 else 8 * number.itemsize),
         (259, 3, 1, 8 if compressed else 1),
-        (262, 3, 1, 2),
-        (273, 4, 1, None),  # the strip, behind them
+        (262, 3, 1, 2 if channels > 1 else 1),
+        (273, 4, len(strips), None),  # the strips, behind them; of several, their places
         (274, 3, 1, orientation),
         (277, 3, 1, channels),
         (278, 3, 1, height),
-        (279, 4, 1, len(strip)),
-        (284, 3, 1, 1),
+        (279, 4, len(strips), len(strips[0])),
+        (284, 3, 1, 2 if planar else 1),
+        (339, 3, 1, 3 if number.kind == "f" else 1),
     ]
-    after_tags = 8 + 2 + 12 * len(tags) + 4
-    places = {258: start + after_tags, 273: start + after_tags + len(bits)}
+    after_bits = start + 8 + 2 + 12 * len(tags) + 4 + len(bits)
+    places = {273: after_bits}
+    if channels > 1:
+        places[258] = after_bits - len(bits)
+    if len(strips) > 1:
+        places[279] = after_bits + len(sizes)
+        offsets = [sum(map(len, strips[:number])) for number in range(channels)]
+        offsets = [after_bits + 2 * len(sizes) + offset for offset in offsets]
+        bits += struct.pack(f"{order}{channels}I", *offsets) + sizes
     file = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
     for number, kind, count, value in tags:
         file += struct.pack(f"{order}HHI", number, kind, count)
         value = places.get(number, value)
         short = kind == 3 and number not in places
         file += struct.pack(f"{order}HH", value, 0) if short else struct.pack(f"{order}I", value)
-    return file + struct.pack(f"{order}I", following) + bits + strip
+    return file + struct.pack(f"{order}I", following) + bits + b"".join(strips)
+
+
+def ppm_16(pixels, largest=65535):
+    """A PPM of (H, W, 3) uint16, a PGM of (H, W)."""
+    kind = "P6" if pixels.ndim == 3 else "P5"
+    header = f"{kind} {pixels.shape[1]} {pixels.shape[0]} {largest}\n"
+    return header.encode() + pixels.astype(">u2").tobytes()
 
 
 def big_endian(pixels):
@@ -127,6 +148,9 @@ COLOUR_FILES = {
     "alpha.tif": (tiff_16, 4),
     "compressed.tif": (lambda pixels: tiff_16(pixels, compressed=True), 3),
     "compressed-big-endian.tif": (lambda pixels: tiff_16(pixels, ">", compressed=True), 3),
+    "planar.tif": (lambda pixels: tiff_16(pixels, planar=True), 3),
+    "planar-big-endian.tif": (lambda pixels: tiff_16(pixels, ">", planar=True), 3),
+    "planar-alpha.tif": (lambda pixels: tiff_16(pixels, planar=True), 4),
 }
 
 
@@ -141,6 +165,14 @@ def test_16_bits_per_colour_keep_256_levels_with_the_range(name):
     assert np.array_equal(upper, pixels[..., :3] >> 8)
 
 
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_one_channel_in_a_plane_of_its_own_keeps_its_levels(order, dtype):
+    encoded = np.frombuffer(tiff_16(levels(channels=1).astype(dtype), order, planar=True), np.uint8)
+    expected = scaled_slowly(levels(), *TWELVE_BITS)
+    assert np.array_equal(decode(encoded, "x.tif", TWELVE_BITS)[0].numpy(), expected)
+
+
 def test_16_bits_per_colour_are_turned_upright():
     pixels = levels(channels=3)
     encoded = np.frombuffer(tiff_16(pixels, orientation=6), np.uint8)
@@ -149,17 +181,37 @@ def test_16_bits_per_colour_are_turned_upright():
     assert np.array_equal(decoded, expected)
 
 
-def test_16_bits_that_cannot_be_read_are_an_error_with_the_range():
-    encoded = np.frombuffer(png_16(levels(channels=2)), np.uint8)
+# of these PIL reads the upper byte only
+PARTLY_READ = {
+    "grey with alpha.png": lambda: png_16(levels(channels=2)),
+    "compressed planar.tif": lambda: tiff_16(levels(channels=3), compressed=True, planar=True),
+    "colours.ppm": lambda: ppm_16(levels(channels=3)),
+}
+
+
+@pytest.mark.parametrize("name", PARTLY_READ)
+def test_16_bits_that_cannot_be_read_are_noted_and_with_the_range_an_error(name, tmp_path):
+    encoded = np.frombuffer(PARTLY_READ[name](), np.uint8)
     assert decode(encoded, "x.png").shape == (3, 48, 96)
     with pytest.raises(RunError, match=r"cannot read image x.png: only 8 of its 16 bits"):
         decode(encoded, "x.png", TWELVE_BITS)
+    encoded.tofile(tmp_path / name)
+    (note,) = range_notes(open_set(tmp_path)[2])
+    assert f"{name} has grey values" in note
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "P", "1", "CMYK", "LA", "RGBA"])
+def test_a_pgm_that_pil_scales_is_an_error_with_the_range():
+    encoded = np.frombuffer(ppm_16(levels(), 4095), np.uint8)
+    assert np.array_equal(decode(encoded, "x.ppm")[0].numpy(), scaled_slowly(levels(), 0, 4095))
+    with pytest.raises(RunError, match=r"cannot read image x.ppm: only 8 of its 16 bits"):
+        decode(encoded, "x.ppm", TWELVE_BITS)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "1", "CMYK", "LA", "RGBA", "webp", "gif", "ppm"])
 def test_images_of_8_bits_do_not_depend_on_the_range(tmp_path, mode):
-    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    picture().convert(mode).save(path)
+    suffix = mode if mode.islower() else "tif" if mode == "CMYK" else "png"
+    path = tmp_path / f"x.{suffix}"
+    picture().convert("RGB" if mode.islower() else mode).save(path)
     encoded = np.fromfile(path, np.uint8)
     assert torch.equal(decode(encoded, "x", (0, 10)), decode(encoded, "x"))
 
@@ -209,13 +261,26 @@ def test_a_set_of_12_bits_is_noted_once_and_keeps_its_levels_with_the_flag(tmp_p
     save_set(tmp_path)
     train, _, notes = open_set(tmp_path)
     assert len(train.images.unique()) <= 17
-    train_note, val_note = range_notes(notes)  # one for each set
-    assert f"{tmp_path}/train: 8 of 8 sampled images use little of the range" in train_note
-    assert "000.png has grey values 0..4095 of 0..65535" in train_note and "\n" not in train_note
-    assert f"{tmp_path}/val: " in val_note
+    (note,) = range_notes(notes)  # one for both sets
+    assert f"{tmp_path}/train: 32 of 32 sampled images use little of the range" in note
+    assert "000.png has grey values 0..4095 of 0..65535" in note and "\n" not in note
     for path in (tmp_path, tmp_path / "train"):  # a tree, too
         train, _, notes = open_set(path, "--grey-range", 0, 4095)
         assert len(train.images.unique()) == 256 and range_notes(notes) == []
+
+
+def test_measuring_mean_and_std_shows_the_note_as_well(tmp_path, capsys):
+    mean_std.main([str(save_set(tmp_path)), "--workers", "0", "--img-size", "32"])
+    out, err = capsys.readouterr()
+    assert err.count("--grey-range LOW HIGH") == 1 and out.startswith("--mean 0.03")
+
+
+def test_12_bits_in_only_the_validation_images_are_noted(tmp_path):
+    save_set(tmp_path)
+    for path in (tmp_path / "train").rglob("*.png"):
+        Image.new("L", (32, 32)).save(path)
+    (note,) = range_notes(open_set(tmp_path)[2])
+    assert f"{tmp_path}/val: 8 of 8 sampled images" in note
 
 
 def test_a_list_and_shards_use_the_range_as_well(tmp_path):
@@ -277,13 +342,16 @@ def test_an_impossible_range_is_refused(tmp_path, low, high):
         open_set(tmp_path, "--grey-range", low, high)
 
 
-def test_a_run_keeps_its_range_and_hands_it_to_the_evaluation(tmp_path, capsys):
+def test_a_run_keeps_its_range_and_hands_it_to_the_evaluation(tmp_path, capsys, monkeypatch):
     data, run = str(save_set(tmp_path / "set")), str(tmp_path / "run")
     flags = [data, *SMALL.split(), "--workdir", run]
     main_snclr.main([*flags, "--stop-after-steps", "1"])
-    assert capsys.readouterr().out.count("--grey-range LOW HIGH") == 2  # training and validation
+    assert capsys.readouterr().out.count("--grey-range LOW HIGH") == 1
     with pytest.raises(UsageError, match=r"is of another run: grey_range None -> \[0.0, 4095.0\]"):
         main_snclr.main([*flags, "--resume", "auto", "--grey-range", "0", "4095"])
+    monkeypatch.setattr(visualize, "_draw", lambda *arguments: {})
+    visualize.main([f"{run}/checkpoint_last.pth.tar", data, "--workers", "0"])
+    assert capsys.readouterr().out.count("--grey-range LOW HIGH") == 1
     run = str(tmp_path / "ranged")
     main_snclr.main([data, *SMALL.split(), "--workdir", run, "--grey-range", "0", "4095"])
     assert "--grey-range LOW HIGH" not in capsys.readouterr().out

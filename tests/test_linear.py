@@ -475,6 +475,7 @@ def test_the_chosen_head_is_trained_again_on_all_images(images, pretrained, tmp_
     weight = state[f"weights.{head['features']}/{head['norm']}"]
     torch.testing.assert_close(weight[0], layer.weight.detach(), rtol=1e-8, atol=1e-10)
     assert result["retrained_top1"] == pytest.approx(history[-1])
+    assert result["retrained_protocol"].startswith("retrained on all 40 training images; 4 epochs")
 
 
 def test_an_interrupted_retraining_is_resumed(images, pretrained, tmp_path, monkeypatch):

@@ -16,8 +16,9 @@ from ..running.distributed import local_rank_zero_first
 from ..running.errors import RunError, UsageError, first_few
 from ..running.safe_files import open_text
 from . import hugging_face, shards
-from .decoding import decode, little_used_range
+from .decoding import decode
 from .folders import EXTENSIONS, Paths, extensions, images_below, read_list
+from .high_bit_depth import RANGE_ADVICE, little_used_range
 from .images import EncodedImages, ImageSet, ResidentImages
 
 
@@ -26,13 +27,13 @@ class FileImages(EncodedImages):
 
     files       reads them: files.read(number) returns the name of an image, for messages, and its
                 bytes (n,) uint8, or raises RunError. It has num_images, their paths, and names or
-                sizes in bytes (size), an array each
+                sizes in bytes (size), an array each; and states(numbers), see
+                EncodedImages.file_states
     numbers     (n,) of the images in `files`
     grey_range  see decoding.decode
     """
 
     per_image = ("labels", "numbers")
-    grey_range: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -58,6 +59,9 @@ class FileImages(EncodedImages):
     @property
     def paths(self) -> np.ndarray:
         return self.files.paths[self.numbers]
+
+    def file_states(self) -> object:
+        return self.files.states(self.numbers)
 
     def encoded(self, index: int) -> tuple[str, np.ndarray]:
         """The name of an image, for messages, and its bytes (n,) uint8. Raises RunError."""
@@ -86,7 +90,8 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
         val_path = args.data if hugging_face.validation_split(args.data) else None
     elif args.dataset == "shards" and val_path is None:
         val_path = args.data if 1 in _index(args.data, args).split else None  # 1: val
-    train, names, notes = _open_part(train_path, args.labels, args, "train")
+    check_range = args.grey_range is None
+    train, names, notes = _open_part(train_path, args.labels, args, "train", check_range)
     if names is None:
         return train, None, [*notes, "the images have no labels: no kNN, no neighbour purity"]
     # by name, then numbers by value
@@ -96,8 +101,11 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
     train.labels = _numbers(names, train.classes)
     if args.val_fraction:
         return train, None, notes  # sources.open_data takes them out of the training images
+    check_range &= RANGE_ADVICE not in " ".join(notes)  # advice once is enough
     val, val_names, val_notes = (
-        _open_part(val_path, args.val_labels, args, "val") if val_path else (None, None, [])
+        _open_part(val_path, args.val_labels, args, "val", check_range)
+        if val_path
+        else (None, None, [])
     )
     notes += val_notes
     if val_names is None:
@@ -117,7 +125,9 @@ def _numbers(names, classes):
     return torch.tensor([numbers[name] for name in names])
 
 
-def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | None, list[str]]:
+def _open_part(
+    path, labels, args, split, check_range
+) -> tuple[ImageSet, list[str | None] | None, list[str]]:
     """Images at path, only those of a split if path has several; the class name of each (None for
     an image without a class), or None if no image has one; notes.
     """
@@ -156,7 +166,7 @@ def _open_part(path, labels, args, split) -> tuple[ImageSet, list[str | None] | 
     images.channels = args.channels
     if ignored:
         notes.append(f"{ignored} files in {path} are not images and are ignored")
-    if args.grey_range is None and (note := little_used_range(images.encoded, len(images))):
+    if check_range and (note := little_used_range(images.encoded, len(images))):
         notes.append(f"{path}: {note}")
     try:
         images = images.resident()

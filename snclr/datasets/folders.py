@@ -6,7 +6,7 @@ import numpy as np
 
 from ..running.errors import UsageError
 from ..running.safe_files import open_text
-from .reading import read_encoded
+from .reading import file_states, read_encoded
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
 
@@ -28,6 +28,9 @@ class Paths:
     def read(self, number: int) -> tuple[str, np.ndarray]:
         path = str(self.paths[number])
         return path, read_encoded(path, path)
+
+    def states(self, numbers: np.ndarray) -> object:
+        return file_states(self.paths[numbers])
 
 
 def images_below(root: str, channels: int) -> tuple[list[str], int]:

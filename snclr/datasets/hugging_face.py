@@ -6,7 +6,7 @@ import numpy as np
 
 from ..running.distributed import local_rank_zero_first
 from ..running.errors import UsageError, first_few, first_line, needed_by
-from .reading import read_encoded, unreadable
+from .reading import file_states, read_encoded, unreadable
 
 VALIDATION = ("validation", "val", "valid", "test")  # of these splits the first that exists
 
@@ -40,6 +40,11 @@ class Table:
         if image["bytes"] is None:
             return image["path"], read_encoded(image["path"], image["path"])
         return name, np.frombuffer(bytearray(image["bytes"]), np.uint8)
+
+    def states(self, numbers: np.ndarray) -> object:
+        # the library writes a new file where the data have changed; an image may be in its own
+        files = [file["filename"] for file in self.table.cache_files]
+        return file_states(files), file_states(self.paths[numbers])
 
 
 @functools.cache

@@ -202,6 +202,14 @@ class EncodedImages(ImageSet):
     """Images of C channels that are decoded each time they are used. A subclass defines `image`."""
 
     channels: int = 3
+    grey_range: tuple[float, float] | None = None
+
+    def file_states(self) -> object:
+        """What changes if the images do: their files (reading.file_states) and places in them.
+
+        By default always another value, so that features in a file are never used again.
+        """
+        return os.urandom(16)
 
     def _originals(self, indices, seed):
         numbers, images = zip(*(self.readable(int(i), seed) for i in indices), strict=True)

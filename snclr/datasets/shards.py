@@ -25,7 +25,7 @@ from .archives import (
     tar_members,
     zip_members,
 )
-from .reading import inflate, read_encoded
+from .reading import file_states, inflate, read_encoded
 
 # what tarfile, zipfile and numpy raise for a damaged file, or for sizes that no file has
 UNREADABLE = (
@@ -82,6 +82,10 @@ class Index(NamedTuple):
         name = f"of {size} bytes at offset {offset} in {path}"
         content = read_encoded(path, name, offset, packed or size)
         return name, inflate(content, size, name) if packed else content
+
+    def states(self, numbers: np.ndarray) -> object:
+        columns = (self.shard, self.offset, self.size, self.packed)
+        return file_states(self.files), [column[numbers].tolist() for column in columns]
 
 
 def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -> Index:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -12,12 +12,19 @@ from ..running.errors import RunError
 from ..running.safe_files import new_file
 
 
-def keep(chunks: Iterable[Tensor], shape: tuple[int, ...], path: str, limit: float) -> Tensor:
+def keep(
+    chunks: Iterable[Tensor],
+    shape: tuple[int, ...],
+    folder: str,
+    key: Callable[[], str],
+    limit: float,
+) -> Tensor:
     """The chunks (c, F), the same on every rank, one after another as one array `shape` float32.
 
-    Above `limit` bytes the array is a memory-mapped file, one for all ranks of a machine. The file
-    gets its name only when it is complete, and a later start uses it again: so `path` must differ
-    if the features do. Raises RunError if the file cannot be written.
+    Above `limit` bytes the array is a memory-mapped file in `folder`, one for all ranks of a
+    machine. The file gets its name only when it is complete, and a later start uses it again: so
+    key(), which is part of the name, must differ if the features do. Raises RunError if the file
+    cannot be written.
     """
     num_bytes = 4 * math.prod(shape)
     if num_bytes <= limit:
@@ -26,6 +33,7 @@ def keep(chunks: Iterable[Tensor], shape: tuple[int, ...], path: str, limit: flo
             array.flatten(0, 1)[done : done + len(chunk)] = chunk
             done += len(chunk)
         return array
+    path = os.path.join(folder, f"features_{key()[:16]}.f32")
     if not os.path.exists(path) or os.path.getsize(path) != num_bytes:
         if local_rank_zero():
             _write(path, chunks)

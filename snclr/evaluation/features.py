@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..datasets.images import ImageSet
-from ..running.distributed import all_gather, rank, share, world_size
+from ..datasets.images import ImageSet, ResidentImages
+from ..running.distributed import all_gather, on_rank_zero, rank, share, world_size
+from ..running.provenance import versions_and_commit
 
 CHUNK = 256  # images that a rank encodes at a time, where that matters
 
@@ -37,15 +38,23 @@ def digest(module: nn.Module) -> str:
 
 
 def key_of(images: ImageSet, *facts: object) -> str:
-    """SHA-256 of the facts on which features depend, and of the number, labels and names of images.
+    """SHA-256 of all that features depend on: the given facts, the images, and the versions of the
+    code and of libraries; the same on every rank.
 
-    The contents of the images are not part of it: replacing a file under the same name is not
-    noticed.
+    Of images in memory the pixels are hashed; of files path, size and time of the last change,
+    since reading all of them takes as long as encoding them.
     """
-    sha = hashlib.sha256(repr((*facts, len(images))).encode())
-    sha.update(b"" if images.labels is None else images.labels.numpy().tobytes())
-    sha.update(b"" if images.names is None else images.names.tobytes())
-    return sha.hexdigest()
+
+    def key():
+        if isinstance(images, ResidentImages):
+            pixels = images.images.cpu().contiguous().numpy()
+            content = pixels.shape, hashlib.sha256(pixels).hexdigest()
+        else:
+            content = images.channels, images.grey_range, images.skip_bad, images.file_states()
+        parts = facts, content, images.mean.tolist(), images.std.tolist(), versions_and_commit()
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    return on_rank_zero(key)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@ held-out training images.
 """
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -80,8 +79,10 @@ def retrain(task: Task, head: dict, val_share: Share) -> dict:
     heads = new_heads(task, {kind: kinds_of(task.encoder)[kind]}, lrs, (head["norm"],))
     train_heads(task, heads, task.train, val_share, RETRAIN_FILE, "retrained, val")
     (retrained,) = results_of(task, heads, lrs, val_share)
-    report(task, "retrained probe", retrained, f"on all {len(task.train)} training images")
-    return {"retrained_top1": retrained["val_top1"], "retrained_top5": retrained["val_top5"]}
+    protocol = f"retrained on all {len(task.train)} training images; {describe_training(task)}"
+    report(task, "retrained probe", retrained, protocol)
+    result = {"retrained_protocol": protocol, "retrained_top1": retrained["val_top1"]}
+    return result | {"retrained_top5": retrained["val_top5"]}
 
 
 def run_mocov3(task: Task, val_share: Share) -> tuple[dict, np.ndarray]:
@@ -163,8 +164,8 @@ def cached_features(task: Task, loader: ViewLoader) -> Tensor:
             yield from features.encode_in_order(task.embed, len(images), partial(load_parts, copy))
 
     shape = (args.cache_copies, len(images), max(kinds_of(task.encoder).values()))
-    path = os.path.join(args.workdir, f"features_{cache_key(task, images)[:16]}.f32")
-    return cache.keep(chunks(), shape, path, args.cache_limit_gb * 2**30)
+    key = partial(cache_key, task, images)
+    return cache.keep(chunks(), shape, args.workdir, key, args.cache_limit_gb * 2**30)
 
 
 def cache_key(task: Task, images: ImageSet) -> str:
@@ -176,8 +177,7 @@ def cache_key(task: Task, images: ImageSet) -> str:
         images,
         sorted((name, x) for name, x in vars(task.args).items() if name not in NOT_IN_FEATURES),
         sorted((name, x) for name, x in task.info.items() if name not in ("epoch", "notes")),
-        task.identity["encoder_digest"],
-        (task.amp, task.device.type, torch.__version__),
+        (task.identity["encoder_digest"], task.amp, task.device.type),
     )
 
 

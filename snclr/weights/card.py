@@ -67,7 +67,7 @@ with torch.no_grad():
 ## Images
 
 {img_size} x {img_size} px, {kind}, divided by 255, then normalised.
-Mean {mean}, standard deviation {std}. Of an image of another
+{grey_range}Mean {mean}, standard deviation {std}. Of an image of another
 size, take a central square of 7/8 of the shorter side and resize it.
 
 ## Training
@@ -96,10 +96,17 @@ def model_card(
     training = {key: x for key, x in shown.items() if x not in (None, False)}
     if info["epoch"] is not None:
         training["epochs of these weights"] = info["epoch"]
+    grey_range = ""
+    if info["grey_range"]:
+        low, high = info["grey_range"]
+        grey_range = (
+            f"Images of more than 8 bits are scaled first: {low:g}..{high:g} becomes 0..255; other "
+            "values are clipped.\n"
+        )
     packages = packages_of(f"{build} {features}")
     hub_name = {"timm": "timm", "hf": "transformers"}.get(library)
     return CARD.format(
-        **info,
+        **info | {"grey_range": grey_range},
         name=name,
         library=library,
         kind="RGB" if info["channels"] == 3 else f"{info['channels']} channels",

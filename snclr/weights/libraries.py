@@ -176,7 +176,7 @@ def detectron2_name(name: str) -> str:
 
 def to_onnx(encoder: nn.Module, info: dict) -> Export:
     """An ONNX file with input images (B, C, S, S), output features (B, F), any B, and the mean,
-    standard deviation and input size of the images in its metadata.
+    standard deviation, input size and grey range of the images in its metadata.
     """
     with needed_by("--format onnx", "onnx", "onnxruntime"):
         import onnx
@@ -195,7 +195,8 @@ def to_onnx(encoder: nn.Module, info: dict) -> Export:
             dynamo=False,  # the other exporter needs onnxscript as well
         )
     model = onnx.load_from_string(file.getvalue())
-    data = {"input_size": size, "mean": info["mean"], "std": info["std"], "arch": info["arch"]}
+    data = {"input_size": size} | {name: info[name] for name in ("mean", "std", "arch")}
+    data |= {"grey_range": info["grey_range"]} if info["grey_range"] else {}
     onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in data.items()})
 
     def read(path):
