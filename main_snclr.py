@@ -57,7 +57,8 @@ from snclr.running.log import Log
 from snclr.running.metrics import StepView, Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
 from snclr.weights import public
-from snclr.weights.load import choose_num_heads, load_backbone
+from snclr.weights.load import check_start, load_backbone
+from snclr.weights.num_heads import choose_num_heads
 
 
 class Run(NamedTuple):
@@ -125,7 +126,11 @@ def main(argv: list[str]) -> None:
         if timm_model is not None:
             images = torch.randn(2, args.channels, args.img_size, args.img_size)
             public.check_features(args.init_from, timm_model, model.base_encoder, images)
-            start_notes += public.other_images(timm_model, args.mean, args.std)
+        else:
+            encoder = model.base_encoder
+            check_start(initial, encoder, args.arch, args.img_size, args.num_heads)
+        own_images = initial.settings if timm_model is None else timm_model.pretrained_cfg
+        start_notes += public.other_images(own_images, args.mean, args.std)
     elif args.init_from:
         start_notes += [f"--init-from {args.init_from} is ignored: {checkpoint_path} is resumed"]
     # in float32 on a CPU channels-last is not faster, and torch 2.15 crashes in the backward of

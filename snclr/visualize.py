@@ -9,6 +9,7 @@ photo.jpg, the images nearest to the photo. The same flags and seed give the sam
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import os
 import sys
 from functools import partial
@@ -96,6 +97,8 @@ def main(argv: list[str]) -> None:
         encoders.append(_open_encoder(args.file, "untrained", {}))
     elif args.against is not None:
         encoders.append(_open_encoder(args.against, args.encoder, {}))
+    for note in itertools.chain.from_iterable(encoder.info["notes"] for encoder in encoders):
+        print(f"note: {note}")
     info = encoders[0].info
     args.mean, args.std, args.grey_range = info["mean"], info["std"], info["grey_range"]
     args.channels = info["channels"]

@@ -17,7 +17,7 @@ from snclr import export, optim, options
 from snclr.backbones import backbone_tensors
 from snclr.builder import build_model
 from snclr.running.errors import UsageError
-from snclr.weights import load, public
+from snclr.weights import load, num_heads, public
 
 
 def train(images, workdir, *flags):
@@ -182,7 +182,7 @@ def timm_weights(tmp_path, monkeypatch):
 def opened(source, arch, img_size):
     """The encoder that --init-from builds and loads, in eval mode, and the notes."""
     file, model = public.read_start(source, img_size)
-    heads, notes = load.choose_num_heads(file, arch, None)
+    heads, notes = num_heads.choose_num_heads(file, arch, None)
     encoder = build(arch, img_size=img_size, num_heads=heads)
     notes += load.load_backbone(encoder, file)
     if model is not None:
@@ -259,6 +259,10 @@ def test_other_models_of_the_hub_are_refused(cached):
     cached.mkdir()
     (cached / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
     with pytest.raises(UsageError, match="'dinov2': of transformers' models only"):
+        public.read_start("hf:snclr/vit", 32)
+    config = {"model_type": "vit", "hidden_act": "quick_gelu"}
+    (cached / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="has hidden_act 'quick_gelu', not 'gelu'"):
         public.read_start("hf:snclr/vit", 32)
     (cached / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(UsageError, match="cannot be downloaded or read"):  # without its weights

@@ -48,7 +48,6 @@ LONGER = {
     "snclr.running.checkpoint": 275,
     "snclr.shared_options": 420,
     "snclr.weights.libraries": 315,
-    "snclr.weights.load": 265,
 }
 
 

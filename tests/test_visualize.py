@@ -289,7 +289,7 @@ def draw(trained, images, out, *flags):
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_the_command_draws_all_that_there_is_the_same_each_time(trained, images, tmp_path):
+def test_the_command_draws_all_that_there_is_the_same_each_time(trained, images, tmp_path, capsys):
     flags = ["--against", "untrained", "--image", str(images / "val/a/00.png"), "--seed", "3"]
     first = draw(trained, images, tmp_path / "1", *flags)
     expected = {
@@ -300,6 +300,8 @@ def test_the_command_draws_all_that_there_is_the_same_each_time(trained, images,
         "attention_against.png",
     }
     assert set(first) == expected
+    out = capsys.readouterr().out
+    assert f"backbone tensors from {trained}" in out and "attention heads, as the file says" in out
     assert draw(trained, images, tmp_path / "2", *flags) == first
     other = draw(trained, images, tmp_path / "3", "--seed", "4")
     assert (

@@ -616,6 +616,48 @@ def test_mmpretrains_files_have_the_backbone_below_a_prefix(tmp_path):
     assert "ignored: 1 other tensors: head.fc.weight" in notes
 
 
+@pytest.mark.parametrize("num_heads", [6, 12])
+def test_a_folder_of_transformers_is_read_with_the_heads_of_its_config(tmp_path, num_heads):
+    """The weights below 'vit', as a model with a classifier saves them."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = dict(num_attention_heads=num_heads, hidden_size=384, intermediate_size=1536)
+    config = transformers.ViTConfig(**config, image_size=32, layer_norm_eps=1e-6)
+    twin = transformers.ViTForImageClassification(config).eval()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    twin.save_pretrained(tmp_path)
+    encoder, info, notes = opened(tmp_path / "model.safetensors", "vit_small")
+    assert info["num_heads"] == num_heads and "names of transformers, converted" in notes
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = twin.vit(x).last_hidden_state[:, 0]
+    torch.testing.assert_close(encoder.embed(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_of_timm_is_read_with_the_heads_of_its_config(tmp_path):
+    torch.save(plain_vit("vit_small_patch16_224", img_size=32).state_dict(), tmp_path / "x.pth")
+    os.rename(tmp_path / "x.pth", tmp_path / "pytorch_model.bin")
+    for config, expected in (({"model_args": {"num_heads": 12}}, 12), ({"model_args": [1]}, 6)):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        _, info, _ = opened(tmp_path / "pytorch_model.bin", "vit_small")
+        assert info["num_heads"] == expected
+
+
+def test_transformers_resnet_with_a_classifier(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = dict(embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2])
+    config = transformers.ResNetConfig(**sizes, layer_type="basic")
+    twin = transformers.ResNetForImageClassification(config).eval()
+    twin.save_pretrained(tmp_path)
+    encoder, _, notes = opened(tmp_path / "model.safetensors", "resnet18")
+    assert "ignored: 2 other tensors: classifier.1." in notes
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = twin.resnet(x).pooler_output.flatten(1)
+    torch.testing.assert_close(encoder.embed(x), expected, rtol=1e-4, atol=1e-5)
+
+
 # -- weights of another architecture whose names contain those of the backbone --------------------
 
 
@@ -816,3 +858,40 @@ def test_a_run_from_a_librarys_vit_small_keeps_its_heads_and_reports_them(images
     assert go("--resume", "auto", "--stop-after-steps", 3) == 12
     _, info = weights.open_encoder(str(tmp_path / "run/encoder_last.pth.tar"))
     assert info["num_heads"] == 12
+
+
+def start_of(images, tmp_path, file, *flags):
+    run(images, tmp_path, "--init-from", file, "--stop-after-steps", 1, *flags)
+
+
+def test_a_start_from_weights_with_other_settings_that_fit_their_shapes_is_refused(
+    images, tmp_path, capsys
+):
+    """Names and shapes do not show them: the stem's stride, and the attention heads."""
+    torch.manual_seed(0)
+    state = build("vit_tiny", num_heads=12).state_dict()
+    args = {"arch": "vit_tiny", "num_heads": 12, "img_size": 32, "patch_size": 16}
+    vit = {"state_dict": state, "encoder": "online", "args": args}
+    torch.save(vit, tmp_path / "vit.pth")
+    with pytest.raises(UsageError, match="holds vit_tiny, whose features are others than those of"):
+        flags = ["--img-size", 32, "-a", "timm:vit_tiny_patch16_224"]
+        start_of(images, tmp_path / "run", tmp_path / "vit.pth", *flags)
+    state = build("resnet8", width=8).state_dict()
+    args = {"arch": "resnet8", "width": 8, "img_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
+    torch.save({"state_dict": state, "encoder": "online", "args": args}, tmp_path / "resnet.pth")
+    with pytest.raises(UsageError, match=r"holds resnet8, .* give the settings of the file"):
+        start_of(images, tmp_path / "run", tmp_path / "resnet.pth", "--small-stem")
+    start_of(images, tmp_path / "run", tmp_path / "resnet.pth")
+    assert "these weights were trained with --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25: the same" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_mean_that_is_assumed_is_reported(tmp_path):
+    torch.save(backbone(tiny()), tmp_path / "x.pth")
+    line = "ImageNet's mean and std of images; the file does not say them, --mean and --std change"
+    assert line in opened(tmp_path / "x.pth", "resnet18", width=4)[2]
+    chosen = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    assert "ImageNet" not in opened(tmp_path / "x.pth", "resnet18", width=4, **chosen)[2]
+    torch.save({"state_dict": backbone(tiny()), "args": chosen}, tmp_path / "x.pth")
+    assert "ImageNet" not in opened(tmp_path / "x.pth", "resnet18", width=4)[2]

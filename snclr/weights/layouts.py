@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..running import tensor_files
 from ..running.errors import UsageError, needed_by
+from ..running.safe_files import json_object, read_text
 
 # prefixes of the two encoders in the files of MoCo and its descendants
 PREFIXES = {
@@ -100,7 +101,20 @@ def read_encoder(path: str, branch: str = "online") -> EncoderFile:
     if any(name.startswith("backbone.") for name in tensors):
         tensors, rest = _select(tensors, "backbone.")
         layout, others = f"{layout}, backbone.*", others + rest
+    saved = {"args": _library_settings(path), **saved}
     return EncoderFile(path, tensors, layout, not is_own, others, saved)
+
+
+def _library_settings(path):
+    """What the config.json of transformers or timm says, which is beside their files of weights."""
+    folder, name = os.path.split(path)
+    config_path = os.path.join(folder, "config.json")
+    if name not in ("model.safetensors", "pytorch_model.bin") or not os.path.isfile(config_path):
+        return {}
+    config = json_object(read_text(config_path))
+    arguments = config.get("model_args")
+    num_heads = arguments.get("num_heads") if isinstance(arguments, dict) else None
+    return {"num_heads": config.get("num_attention_heads", num_heads)}
 
 
 def _select(tensors, prefix):

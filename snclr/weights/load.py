@@ -16,17 +16,17 @@ from ..backbones import (
     projector_name,
     sincos_position_embedding,
 )
-from ..choices import IMAGENET, NUM_HEADS
+from ..choices import IMAGENET
 from ..options import OF_ENCODER
 from ..running.errors import UsageError, first_few, first_line
 from ..running.tensor_files import not_finite
 from .fit import check_fit, missing, unknown
 from .hf_names import from_hf_names
 from .layouts import EncoderFile, read_encoder
+from .num_heads import choose_num_heads
 
-# attention heads in timm, DeiT and DINO, if NUM_HEADS has another number
-LIBRARY_NUM_HEADS = {"vit_small": 6}
-
+# largest relative difference of features between two models with the same weights
+TOLERANCE = 1e-3
 # settings of an encoder, if neither the caller nor the file has them
 DEFAULTS = OF_ENCODER | dict(arch=None, img_size=224, channels=3, mean=IMAGENET[0], std=IMAGENET[1])
 
@@ -47,8 +47,13 @@ def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Modu
 
     Raises UsageError if the file and the settings do not fit.
     """
-    is_trained = branch != "untrained"
-    file = read_encoder(path, branch if is_trained else "online")
+    return _open(
+        read_encoder(path, "online" if branch == "untrained" else branch), branch, settings
+    )
+
+
+def _open(file, branch, settings):
+    is_trained, path = branch != "untrained", file.path
     info = _merge(file, {name: value for name, value in settings.items() if value is not None})
     info["num_heads"], notes = choose_num_heads(file, info["arch"], settings.get("num_heads"))
     encoder = _build(path, info)
@@ -58,6 +63,11 @@ def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Modu
         notes = [f"the architecture of {path} with random weights", *notes]
     if not len(info["mean"]) == len(info["std"]) == info["channels"]:
         raise UsageError(f"{path}: --mean and --std need {info['channels']} numbers each")
+    if settings.get("mean") is None and file.settings.get("mean") is None:
+        notes.append(
+            "ImageNet's mean and std of images; the file does not say them, --mean and --std change"
+            " them"
+        )
     encoder.set_submodule(projector_name(encoder), nn.Identity())
     if is_trained and file.saved.get("encoder") == "momentum":  # a file with only a backbone
         branch = "momentum"
@@ -72,42 +82,47 @@ def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Modu
     return encoder.eval(), info
 
 
-def choose_num_heads(
-    file: EncoderFile, arch: str, num_heads: int | None
-) -> tuple[int | None, list[str]]:
-    """The number of attention heads for the weights of a file, and a line with the reason.
+@torch.no_grad()
+def check_start(
+    file: EncoderFile, encoder: nn.Module, arch: str, img_size: int, num_heads: int | None
+) -> None:
+    """Raise UsageError if an encoder with the weights of a file computes other features than the
+    architecture that the file names: other settings can fit its tensors.
 
-    No tensor shows this number. In this order it is: num_heads, if the caller chose one; that of
-    the file's settings; for weights with a library's names that of the library's model; that of
-    this project, the same as MoCo v3's. If arch has no such setting: num_heads and no line.
+    arch, img_size, num_heads: of the encoder. The file's number of heads may have been replaced.
     """
-    if arch not in NUM_HEADS:
-        return num_heads, []
-    if num_heads is not None:
-        reason = "as --num-heads asks for"
-    elif file.settings.get("num_heads") is not None:
-        num_heads = file.settings["num_heads"]
-        reason = f"as {file.path} has" if file.is_library else "as the file says"
-    else:
-        num_heads, source = NUM_HEADS[arch], "MoCo v3 and this project"
-        if file.is_library:
-            num_heads, source = LIBRARY_NUM_HEADS.get(arch, num_heads), "timm, DeiT and DINO"
-        reason = f"as {arch} has in {source}; the file does not say it, --num-heads changes it"
-    return num_heads, [f"{num_heads} attention heads, {reason}"]
+    if (own_arch := _known_arch(file)) is None:
+        return
+    settings = {"img_size": img_size, "num_heads": num_heads if arch == own_arch else None}
+    with torch.random.fork_rng(devices=[]):
+        own, info = _open(file, "online", settings)
+        images = torch.randn(2, info["channels"], img_size, img_size)
+    expected, actual = own.embed(images), encoder.eval().embed(images)
+    encoder.train()
+    if not (actual - expected).abs().max() <= TOLERANCE * expected.abs().max():
+        raise UsageError(
+            f"--init-from {file.path} holds {own_arch}, whose features are others than those of "
+            f"{arch} here: give the settings of the file, such as --arch and --small-stem"
+        )
 
 
 def _merge(file, chosen):
     """Settings: the caller's (chosen), else those of the file, else DEFAULTS."""
-    saved = {"arch": file.saved.get("arch"), **file.settings}
-    info = DEFAULTS | {name: saved[name] for name in DEFAULTS if saved.get(name) is not None}
-    arch = info["arch"]
-    if arch not in ARCHS and not (isinstance(arch, str) and arch.startswith(TIMM)):
-        info["arch"] = arch = None  # another library's name
+    saved = {name: x for name, x in file.settings.items() if name in DEFAULTS and x is not None}
+    info = DEFAULTS | saved
+    info["arch"] = arch = _known_arch(file)
     if arch is None and "arch" not in chosen:
         raise UsageError(f"{file.path} does not say its architecture: give --arch")
     if arch not in (None, chosen.get("arch", arch)):
         raise UsageError(f"{file.path} holds {arch}, not --arch {chosen['arch']}: leave --arch out")
     return info | chosen
+
+
+def _known_arch(file):
+    """The architecture that a file names; None if it names none, or has another library's name."""
+    arch = file.settings.get("arch", file.saved.get("arch"))
+    is_known = isinstance(arch, str) and (arch in ARCHS or arch.startswith(TIMM))
+    return arch if is_known else None
 
 
 def _build(path, info):
@@ -167,6 +182,10 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
         f"{len(loaded)} of {len(own)} backbone tensors from {file.path}: {file.layout}",
         *notes,
     ]
+    num_heads = {getattr(module, "num_heads", None) for module in encoder.modules()} - {None}
+    if isinstance(encoder, TimmEncoder) and num_heads and not _known_arch(file):
+        number = " or ".join(map(str, sorted(num_heads)))
+        notes.append(f"{number} attention heads, as this model has in timm; no tensor shows it")
     if len(loaded) < len(own):
         notes.append("counters of batch norms are not in the file and start at 0")
     if heads:

@@ -3,6 +3,7 @@ into their own caches, and only here.
 """
 
 import json
+from collections.abc import Mapping
 
 import timm
 import torch
@@ -14,6 +15,8 @@ from ..running.safe_files import read_text
 from .layouts import EncoderFile, read_encoder
 
 TIMM, HF = PUBLIC
+# settings of transformers' models that no tensor shows
+USUAL = {"downsample_in_first_stage": False, "downsample_in_bottleneck": False}
 # largest relative difference of features between timm's model and the encoder
 TOLERANCE = 1e-3
 
@@ -60,6 +63,13 @@ def _from_hub(source, img_size):
             f"--init-from {source} is a {config.get('model_type')!r}: of transformers' models "
             "only 'vit' and 'resnet' are known here; many others are timm's, as timm:NAME"
         )
+    usual = USUAL | {"hidden_act": "gelu" if config["model_type"] == "vit" else "relu"}
+    for name, value in usual.items():
+        if config.get(name, value) != value:
+            raise UsageError(
+                f"--init-from {source} has {name} {config[name]!r}, not {value!r}: its features "
+                "cannot be computed here"
+            )
     try:
         path = huggingface_hub.hf_hub_download(repo, "model.safetensors")
     except huggingface_hub.utils.EntryNotFoundError:
@@ -93,10 +103,13 @@ def check_features(source: str, model: nn.Module, encoder: nn.Module, images: Te
         )
 
 
-def other_images(model: nn.Module, mean: list[float], std: list[float]) -> list[str]:
-    """A line if timm's model was trained with images normalised by other numbers."""
-    own = {key: list(model.pretrained_cfg[key]) for key in ("mean", "std")}
-    if own == {"mean": list(mean), "std": list(std)}:
+def other_images(own: Mapping, mean: list[float], std: list[float]) -> list[str]:
+    """A line if weights were trained with images normalised by other numbers.
+
+    own: the 'mean' and 'std' of these images, if they are known.
+    """
+    own = {key: list(own[key]) for key in ("mean", "std") if own.get(key) is not None}
+    if own in ({}, {"mean": list(mean), "std": list(std)}):
         return []
     flags = " ".join(f"--{key} {' '.join(map(str, values))}" for key, values in own.items())
     return [f"these weights were trained with {flags}: the same numbers here fit them better"]
