@@ -199,7 +199,9 @@ class ResidentImages(ImageSet):
 
 
 class EncodedImages(ImageSet):
-    """Images of C channels that are decoded each time they are used. A subclass defines `image`."""
+    """Images of C channels that are decoded each time they are used. A subclass defines `image` and
+    `__len__`.
+    """
 
     channels: int = 3
     grey_range: tuple[float, float] | None = None
