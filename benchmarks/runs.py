@@ -75,6 +75,8 @@ def run(flags: str, workdir: Path, steps: int, every: int, limit: float) -> list
         problem = f"longer than {limit:g} s"
     else:
         problem = (done.stderr.strip().splitlines() or ["failed"])[-1] if done.returncode else ""
+        if not problem and "--step-graph has no effect" in done.stdout:
+            problem = "without a graph"
     log = workdir / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     lines = [line for line in lines if "images_per_s" in line]
@@ -85,7 +87,7 @@ def run(flags: str, workdir: Path, steps: int, every: int, limit: float) -> list
         for name in ("images_per_s", "data_wait")
     )
     first = max(line["slowest_step_s"] for line in lines)
-    return [f"{rate:.0f}" + " (unfinished)" * bool(problem), f"{wait:.1%}", f"{first:.1f}"]
+    return [f"{rate:.0f}" + f" ({problem})" * bool(problem), f"{wait:.1%}", f"{first:.1f}"]
 
 
 def main():

@@ -69,7 +69,7 @@ class Accelerator(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.waits, self.captured = [], None
+        self.waits, self.captured, self.broken = [], None, False
 
     def __enter__(self):
         Accelerator.active = self
@@ -86,6 +86,7 @@ class Accelerator(TorchDispatchMode):
             (step_graph, "has_graphs", lambda device: True),
             (step_graph, "on_stream", lambda function, stream: function()),
             (step_graph, "capture", self.capture),
+            (step_graph, "noted_waits", self.noted_waits),
             (torch.cuda, "Stream", lambda device: None),
         ):
             self.stand_ins.enter_context(mock.patch.object(module, name, stand_in))
@@ -100,6 +101,7 @@ class Accelerator(TorchDispatchMode):
         return self.call(function, args, kwargs or {})
 
     def call(self, function, args, kwargs):
+        assert not self.broken, "after a capture that failed, torch is not reliable"
         name = function.overloadpacket.__name__
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         remote = [isinstance(x, Remote) for x in tensors]
@@ -114,7 +116,8 @@ class Accelerator(TorchDispatchMode):
             self.captured[-1] += (out,)
         if name in ("_to_copy", "copy_"):
             here, there = remote[-1], remote[0] if name == "copy_" else wanted
-            at_once = kwargs.get("non_blocking") or args[2:] == (True,)
+            # a graph would copy from memory of the host that is used for something else by then
+            at_once = self.captured is None and (kwargs.get("non_blocking") or args[2:] == (True,))
             if (here and not there) or (there and not here and not at_once):
                 self.wait(name)
             return args[0] if name == "copy_" else Remote(out) if wanted else out
@@ -137,17 +140,20 @@ class Accelerator(TorchDispatchMode):
         """In the place of snclr.running.step_graph.capture.
 
         As with a CUDA graph, the call changes nothing on the device, and each replay repeats its
-        operations on the same memory, with the numbers that the host had in this call.
+        operations on the same memory, with the numbers that the host had in this call. After a
+        capture that fails, nothing works any more.
         """
-        self.captured, random = [], torch.get_rng_state()
+        self.captured, random, failed = [], torch.get_rng_state(), True
         try:
             outputs = function()
+            failed = False
         finally:
             captured, self.captured = self.captured, None
             torch.set_rng_state(random)
             for *_, written, _ in reversed(captured):
                 for x, before in written:
                     x.copy_(before)
+            self.broken = failed
 
         def replay():
             for operation, args, kwargs, _, out in captured:
@@ -157,6 +163,13 @@ class Accelerator(TorchDispatchMode):
                         x.copy_(new)
 
         return replay, outputs
+
+    @contextlib.contextmanager
+    def noted_waits(self):
+        """In the place of snclr.running.step_graph.noted_waits."""
+        before, waits = len(self.waits), []
+        yield waits
+        waits += self.waits[before:]
 
     def wait(self, name):
         if self.captured is not None:

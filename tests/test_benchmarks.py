@@ -93,7 +93,7 @@ def test_the_parts_of_the_gpu_script_parse_and_fit_into_their_time(flags, second
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     for name, _, line in parts:
         _, *words = shlex.split(line)
-        if name == "tests":
+        if name.endswith("tests"):
             assert (ROOT / words[-1]).exists()
             continue
         monkeypatch.setattr(sys, "argv", words)

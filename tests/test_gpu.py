@@ -5,6 +5,7 @@ import importlib
 import json
 import shlex
 import sys
+import warnings
 from functools import partial
 from unittest.mock import Mock
 
@@ -31,6 +32,7 @@ from snclr.running import (
     step_graph,
     tensor_files,
 )
+from snclr.running.errors import RunError
 
 RUN = (
     "--arch resnet8 --width 8 --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 1000 "
@@ -201,6 +203,9 @@ def test_replayed_steps_are_those_of_a_cpu(
     )
     assert_close(gpu["state_dict"], cpu["state_dict"])
     assert gpu["optimizer"]["param_groups"] == cpu["optimizer"]["param_groups"]
+    assert gpu["optimizer"]["state"].keys() == cpu["optimizer"]["state"].keys()
+    for number, state in cpu["optimizer"]["state"].items():
+        assert_close(gpu["optimizer"]["state"][number], state)
     cpu, gpu = (
         [line["loss"] for line in read_lines(tmp_path / name, CLOCK) if "loss" in line]
         for name in ("cpu", "gpu")
@@ -227,7 +232,40 @@ def test_a_step_that_reads_a_value_runs_without_a_graph(
             main_snclr.main([folder, *RUN.split(), *flags, "--workdir", str(workdir)])
         states.append(tensor_files.read(str(workdir / checkpoint.LAST))["state_dict"])
     assert_close(*states)
-    assert capsys.readouterr().out.count("note: --step-graph has no effect: _local_scalar_d") == 1
+    note = "note: --step-graph has no effect: a step reads a value (_local_scalar_d"
+    assert capsys.readouterr().out.count(note) == 1
+
+
+def read_in_capture(step_if_finite, optimizer, scaler, grad_norm):
+    if Accelerator.active.captured is not None:
+        grad_norm.item()
+    step_if_finite(optimizer, scaler, grad_norm)
+
+
+def send_in_capture(step_if_finite, optimizer, scaler, grad_norm):
+    grad_norm = grad_norm + torch.zeros(1).to(DEVICE, non_blocking=True)[0]
+    step_if_finite(optimizer, scaler, grad_norm)
+
+
+@pytest.mark.filterwarnings(NO_OP)
+@pytest.mark.parametrize("step", [read_in_capture, send_in_capture])
+def test_a_capture_that_fails_ends_the_run(step, folder, tmp_path, monkeypatch, accelerated):
+    monkeypatch.setattr(step_graph, "WARM_UP", 1)
+    monkeypatch.setattr(optim, "step_if_finite", partial(step, optim.step_if_finite))
+    with accelerated(), pytest.raises(RunError, match=r"captured.* \(.*permitted.*--no-step-graph"):
+        main_snclr.main([folder, *RUN.split(), "--step-graph", "--workdir", str(tmp_path)])
+
+
+def test_where_a_step_waits_is_noted(monkeypatch):
+    modes = [2]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[0])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with step_graph.noted_waits() as waits:
+        assert modes == [2, "warn"]
+        warnings.warn("something else", stacklevel=1)
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    assert modes == [2, "warn", 2]
+    assert len(waits) == 1 and waits[0].startswith("test_gpu.py, line ")
 
 
 @pytest.mark.parametrize(

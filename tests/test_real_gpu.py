@@ -89,6 +89,7 @@ def test_objective_and_bank_are_those_of_float64_on_a_cpu(amp):
 @pytest.mark.parametrize("flags", ["--nn-warmup-epochs 2", "--method nnclr --amp bf16"])
 def test_replayed_steps_train_as_eager_ones(flags, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(step_graph, "WARM_UP", 2)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # to compare bit for bit
     flags = ["--epochs", "4", "--optimizer", "adamw", "--lr", "1e-3", *flags.split()]
     _, expected = train(folder, tmp_path / "eager", *flags)
     whole, actual = train(folder, tmp_path / "whole", *flags, "--step-graph")

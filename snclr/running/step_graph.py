@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import os
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,7 +12,7 @@ from torch.optim import Optimizer
 from ..loader import Batch
 from .devices import has_graphs, send
 from .distributed import world_size
-from .errors import first_line
+from .errors import RunError, first_line
 
 WARM_UP = 3  # steps before the capture: in the first ones, torch's libraries prepare their kernels
 
@@ -28,7 +30,7 @@ def build(
     obstacles = {
         "only a GPU has graphs": not has_graphs(device),
         "with several ranks the host takes part in a step": world_size() > 1,
-        "with fp16 the host reads whether a gradient overflowed": amp == "fp16",
+        "with fp16 the scale of the loss is not in the graph": amp == "fp16",
         "--micro-batch and --grad-checkpointing take the state of random numbers from the host": (
             args.micro_batch is not None or args.grad_checkpointing
         ),
@@ -54,6 +56,9 @@ class StepGraph:
     another kind a new one is captured in its place.
 
     Steps that read a value on the host cannot be captured: they run without a graph, with a note.
+    This is found in the last call before the capture. A capture that fails ends the run: it leaves
+    torch's current stream, allocator and random numbers unfit for further steps. With torch 2.11,
+    memory that two streams used, as that of each batch, would never be freed again.
     """
 
     def __init__(self, optimizer: Optimizer, device: torch.device, say: Callable[[str], None]):
@@ -92,12 +97,23 @@ class StepGraph:
                 with capturable(self.optimizer):
                     self.replay, self.outputs = capture(call, self.stream)
             except RuntimeError as error:
-                self.can_capture = False
-                self.say(f"note: --step-graph has no effect: {first_line(error)}")
-        if self.replay is None:
+                # the end of an invalid capture raises a second error, which does not name the cause
+                reason = first_line(error.__context__ or error)
+                raise RunError(
+                    f"a step could not be captured as a CUDA graph ({reason}): resume with "
+                    "--no-step-graph"
+                ) from error
+        if self.replay is not None:
+            self.replay()
+            return self.outputs
+        if self.calls != WARM_UP or not self.can_capture:
             return on_stream(call, self.stream)
-        self.replay()
-        return self.outputs
+        with noted_waits() as waits:
+            outputs = on_stream(call, self.stream)
+        if waits:
+            self.can_capture = False
+            self.say(f"note: --step-graph has no effect: a step reads a value ({waits[0]})")
+        return outputs
 
 
 def on_stream(function: Callable, stream: torch.cuda.Stream) -> tuple:
@@ -113,13 +129,32 @@ def on_stream(function: Callable, stream: torch.cuda.Stream) -> tuple:
 def capture(function: Callable, stream: torch.cuda.Stream) -> tuple[Callable, tuple]:
     """The replay of function(), and the tensors that each replay writes. Nothing is computed yet.
 
-    Raises RuntimeError if the function reads a value on the host.
+    Raises RuntimeError if the function reads a value on the host, or if memory is short.
     """
     graph = torch.cuda.CUDAGraph()
     # thread_local: meanwhile a thread of the loader may pin memory
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         outputs = function()
     return graph.replay, outputs
+
+
+@contextlib.contextmanager
+def noted_waits() -> Iterator[list[str]]:
+    """A list that contains, after the block, where in it the host waited for a value of the GPU.
+
+    It has what torch.cuda.set_sync_debug_mode detects. Other warnings of the block are not shown.
+    """
+    mode, waits = torch.cuda.get_sync_debug_mode(), []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    for warning in caught:
+        if "called a synchronizing" in str(warning.message):
+            waits.append(f"{os.path.basename(warning.filename)}, line {warning.lineno}")
 
 
 @contextlib.contextmanager
