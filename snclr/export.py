@@ -48,8 +48,9 @@ FILE_SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    settings = {name: getattr(args, name, None) for name in DEFAULTS}
-    encoder, info = open_encoder(args.file, args.encoder, **settings)
+    encoder, info = open_encoder(
+        args.file, args.encoder, **{name: getattr(args, name, None) for name in DEFAULTS}
+    )
     if info["channels"] != 3 and args.format in RGB_ONLY:
         raise UsageError(
             f"{args.format} has only models of RGB images, not of {info['channels']} channels: "
@@ -60,10 +61,9 @@ def main(argv: list[str]) -> None:
     export = to_library(encoder, info, as_folder=True) if is_folder else to_library(encoder, info)
     # the metadata names the file without its folder, which differs from reader to reader
     name = os.path.basename(os.path.abspath(args.out))
-    saved = {"build": export.build(name), "version": __version__}
-    saved |= {name: info[name] for name in (*DEFAULTS, "encoder", "epoch")}
-    shape = (info["channels"], info["img_size"], info["img_size"])
-    difference = write_checked(export, saved, args.out, encoder, shape)
+    settings = {name: info[name] for name in (*DEFAULTS, "encoder", "epoch")}
+    settings |= {"build": export.build(name), "version": __version__}
+    difference = write_checked(export, settings, args.out, encoder)
     card = card_path(args.out, export.configs is not None)
     save_text(
         card,
@@ -138,13 +138,11 @@ def card_path(out: str, is_folder: bool) -> str:
 
 
 @torch.no_grad()
-def write_checked(
-    export: Export, settings: dict, out: str, encoder: nn.Module, shape: tuple[int, int, int]
-) -> float:
+def write_checked(export: Export, settings: dict, out: str, encoder: nn.Module) -> float:
     """Write `out`, but only if the library's model computes the encoder's features from it.
 
-    Both encode one random image of that shape. Returns the largest difference of features, divided
-    by the largest feature. Raises RunError above TOLERANCE.
+    Both encode one random image. Returns the largest difference of features, divided by the largest
+    feature. Raises RunError above TOLERANCE. settings: as in write.
     """
     parent, name = os.path.split(os.path.abspath(out))
     with writing(out):
@@ -152,7 +150,8 @@ def write_checked(
     with folder:
         unchecked = os.path.join(folder.name, name)
         write(export, settings, unchecked)
-        x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+        shape = (1, settings["channels"], settings["img_size"], settings["img_size"])
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         expected = encoder.embed(x)
         features = export.read(unchecked)(x)
         difference = ((features - expected).abs().max() / expected.abs().max()).item()
@@ -178,9 +177,8 @@ def write(export: Export, settings: dict, out: str) -> None:
         from safetensors.torch import save  # optional
 
         tensors = {name: tensor.contiguous() for name, tensor in export.content.items()}
-        metadata = {"format": "pt", "build": settings["build"]}
-        metadata[SETTINGS_KEY] = json.dumps(settings, default=str)
-        save_bytes(out, save(tensors, metadata))
+        line, text = settings["build"], json.dumps(settings, default=str)
+        save_bytes(out, save(tensors, {"format": "pt", "build": line, SETTINGS_KEY: text}))
     elif isinstance(export.content, bytes):
         save_bytes(out, export.content)
     elif all(isinstance(value, Tensor) for value in export.content.values()):

@@ -40,7 +40,7 @@ def test_a_zip_file_is_read_in_place_and_its_folders_are_the_classes(tmp_path, m
     names = ["top/b/0.bmp", "top/a/1.bmp", "top/a/deep/2.bmp", "top/readme.txt", "top/a/.3.bmp"]
     path = save_zip(tmp_path / "photos.zip", names, method)
     images, val, notes = open_data(path)
-    assert isinstance(images.files, shards.Shards) and val is None
+    assert isinstance(images.files, shards.Index) and val is None
     assert images.classes == ["a", "b"] and images.labels.tolist() == [1, 0, 0]
     assert same_images(images, [0, 1, 2])
     assert f"2 files in {path} are not images and are ignored" in notes
@@ -217,13 +217,13 @@ def test_a_bomb_and_damaged_bytes_are_unreadable_images(tmp_path, monkeypatch):
         images.image(1)  # no BMP
     sizes = images.files.size
     sizes[1] = small  # the member unfolds to more than it claims
-    with pytest.raises(RunError, match="it does not have its size"):
+    with pytest.raises(RunError, match=f"it does not unpack to {small} bytes"):
         images.encoded(1)
     sizes[1] = 2**40
     with pytest.raises(RunError, match="1099511627776 bytes are more than"):
         images.encoded(1)
     with open(path, "r+b") as file:
-        file.seek(images.files.index.offset[0])
+        file.seek(images.files.offset[0])
         file.write(b"\xff" * 8)
     with pytest.raises(RunError, match=f"cannot read image of {small} bytes .*invalid block type"):
         images.encoded(0)

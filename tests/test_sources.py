@@ -400,7 +400,7 @@ def test_webdataset_shards_give_images_and_labels_and_count_the_rest(tmp_path):
     save_webdataset(tmp_path / "train", [10, 9, 10, 9, 9])
     save_webdataset(tmp_path / "val", [9, 10, 9], first=5)
     train, val, notes = open_data(tmp_path)
-    assert isinstance(train.files, shards.Shards) and train.classes == val.classes == ["9", "10"]
+    assert isinstance(train.files, shards.Index) and train.classes == val.classes == ["9", "10"]
     assert train.labels.tolist() == [1, 0, 1, 0, 0] and val.labels.tolist() == [0, 1, 0]
     for index, image in enumerate(content(train)):
         assert torch.equal(image, rgb(picture(10, 9 + index, seed=index)))
@@ -526,7 +526,7 @@ def test_shards_that_cannot_be_read_are_refused_in_one_line(tmp_path, damage):
 def test_a_damaged_image_in_a_shard_is_named_by_shard_and_offset(tmp_path):
     save_webdataset(tmp_path, [0, 1, 0, 1])
     images, _, _ = open_data(tmp_path)
-    index = images.files.index
+    index = images.files
     path, offset = str(index.files[1]), int(index.offset[3])
     with open(path, "r+b") as file:
         file.seek(offset)

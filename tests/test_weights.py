@@ -305,6 +305,8 @@ def test_what_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path):
     assert "have another shape: conv1.weight (8, 3, 7, 7) instead of (4, 3, 7, 7)" in refused(
         encoder, tmp_path / "wider.pth"
     )
+    torch.save({**tiny(1).state_dict(), "conv1.weight": torch.zeros(4)}, tmp_path / "flat.pth")
+    assert "conv1.weight (4,) instead of (4, 3, 7, 7)" in refused(encoder, tmp_path / "flat.pth")
     torch.save(build("vit_tiny").state_dict(), tmp_path / "vit.pth")
     message = refused(encoder, tmp_path / "vit.pth")
     assert (

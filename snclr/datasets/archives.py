@@ -8,23 +8,19 @@ import re
 import struct
 import tarfile
 import zipfile
-from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
 from ..running.errors import UsageError
 
-SPLITS = ("train", "val", "test")  # split numbers in an index
+SPLITS = ("train", "val", "test")  # parts of a data set; an index has their numbers here
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those that are read in place
 SPLIT_NAME = re.compile(r"(?:^|[^a-z])(train|val|test)(?:ing|id|idation)?(?:[^a-z]|$)")
 
 
-class Member(NamedTuple):
-    """A file in a tar or zip file: see shards.Index. stem: that of the innermost tar file."""
-
-    name: str
-    offset: int
-    size: int
-    packed: int
-    stem: str
+# a file in a tar or zip file: its name there, its offset and size in bytes, its bytes there if it
+# is compressed, else 0, and the name of the innermost tar or zip file without its ending
+Member = tuple[str, int, int, int, str]
 
 
 def shards_below(folder: str) -> list[str]:
@@ -35,14 +31,12 @@ def shards_below(folder: str) -> list[str]:
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         subfolders.sort()
         paths += [os.path.join(parent, name) for name in sorted(names)]
-    shards = [path for path in paths if path.endswith(".tar")]
-    shards = shards or [path for path in paths if path.endswith(".zip")]
-    if not shards:
-        packed = [path for path in paths if re.search(r"\.(tgz|tar\.\w+)$", path)]
-        name = os.path.basename(packed[0]) if packed else None
-        hint = f"; {name} is compressed: unpack it to .tar" if packed else ""
-        raise UsageError(f"no .tar file in {folder}{hint}")
-    return shards
+    for ending in (".tar", ".zip"):
+        if shards := [path for path in paths if path.endswith(ending)]:
+            return shards
+    packed = [path for path in paths if re.search(r"\.(tgz|tar\.\w+)$", path)]
+    hint = f"; {os.path.basename(packed[0])} is compressed: unpack it to .tar" if packed else ""
+    raise UsageError(f"no .tar or .zip file in {folder}{hint}")
 
 
 def split_numbers(names: list[str]) -> list[int]:
@@ -51,13 +45,12 @@ def split_numbers(names: list[str]) -> list[int]:
     All are 0, training, unless some name says `train` and another one `val` or `test`.
     """
     found = [SPLIT_NAME.search(name.lower()) for name in names]
-    splits = [match[1] if match else "train" for match in found]
-    if not any(found) or not {"train"} < {match[1] for match in found if match}:
+    if not {"train"} < {match[1] for match in found if match}:
         return [0] * len(names)
-    return [SPLITS.index(split) for split in splits]
+    return [SPLITS.index(match[1]) if match else 0 for match in found]
 
 
-def folders_of(names: list[str]) -> list[list[str]]:
+def folders_of(names: Sequence[str]) -> list[list[str]]:
     """The folders of each name, without those that all names begin with."""
     folders = [name.split("/")[:-1] for name in names]
     pairs = zip(min(folders), max(folders), strict=False)
@@ -80,7 +73,7 @@ def tar_members(file: BinaryIO, path: str, start: int = 0, depth: int = 0) -> It
                 inner = archive.extractfile(member)
                 yield from tar_members(inner, member.name, start + member.offset_data, depth + 1)
             elif member.isfile():
-                yield Member(member.name, start + member.offset_data, member.size, 0, stem)
+                yield member.name, start + member.offset_data, member.size, 0, stem
 
 
 def zip_members(file: BinaryIO, path: str) -> Iterator[Member]:
@@ -89,29 +82,31 @@ def zip_members(file: BinaryIO, path: str) -> Iterator[Member]:
     for info in zipfile.ZipFile(file).infolist():
         if info.filename.endswith("/"):
             continue  # a folder
-        if info.flag_bits & 1:
-            raise ValueError(f"{info.filename} is encrypted")
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{info.filename} is compressed by another method than deflate")
-        if ".." in info.filename.split("/") or info.filename.startswith("/"):
-            raise ValueError(f"{info.filename} leads out of it")
         file.seek(info.header_offset)
         # the name and an extra field lie between the header and the content
         signature, lengths = struct.unpack("<4s22x4s", file.read(30))
-        if signature != b"PK\3\4":
-            raise ValueError(f"{info.filename} has no header")
-        if max(info.file_size, info.compress_size) >= 2**63:
-            raise ValueError(f"{info.filename} has an impossible size")
+        obstacles = {
+            "is encrypted": info.flag_bits & 1,
+            "is compressed by another method than deflate": info.compress_type not in METHODS,
+            "leads out of it": ".." in info.filename.split("/") or info.filename.startswith("/"),
+            "has no header": signature != b"PK\3\4",
+            "has an impossible size": max(info.file_size, info.compress_size) >= 2**63,
+        }
+        for obstacle, is_met in obstacles.items():
+            if is_met:
+                raise ValueError(f"{info.filename} {obstacle}")
         offset = info.header_offset + 30 + sum(struct.unpack("<2H", lengths))
         packed = info.compress_size if info.compress_type == zipfile.ZIP_DEFLATED else 0
-        yield Member(info.filename, offset, info.file_size, packed, stem)
+        yield info.filename, offset, info.file_size, packed, stem
 
 
-def name_classes(samples: list[str], stems: list[str]) -> bool:
-    """Whether the tar files, of which each image has the stem, are named by class.
+def name_classes(samples: Sequence[str], stems: Sequence[str]) -> bool:
+    """Whether tar or zip files are named by class.
 
     There must be several, and no name may end in a digit (shard-000001), unless all names of images
     start with the name of their tar file (n01440764).
+
+    samples: the name of each image up to its first dot; stems: that of its file, as in Member.
     """
     numbered = any(re.search(r"\d$", stem) for stem in stems)
     repeated = all(

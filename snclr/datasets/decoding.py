@@ -75,8 +75,10 @@ def decode(
             if channels in MODES:
                 pixels = np.array(_page(picture, encoded, grey_range).convert(MODES[channels]))
             else:
-                pages = itertools.islice(ImageSequence.Iterator(picture), channels + 1)
-                pages = [_page(page, encoded, grey_range) for page in pages]
+                pages = [
+                    _page(page, encoded, grey_range)
+                    for page in itertools.islice(ImageSequence.Iterator(picture), channels + 1)
+                ]
                 pixels = np.dstack(
                     [page.convert("L") if page.mode in ("1", "P") else page for page in pages]
                 )
@@ -109,9 +111,3 @@ def _page(picture, encoded, grey_range) -> Image.Image:
         if pixels is not None:
             return Image.fromarray(to_8_bits(pixels, grey_range))
     return ImageOps.exif_transpose(picture)
-
-
-def to_rgb(picture: Image.Image) -> Tensor:
-    """(3, H, W) uint8, turned upright by EXIF; also from grey, palette, CMYK and alpha."""
-    upright = ImageOps.exif_transpose(picture)
-    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)

@@ -3,10 +3,9 @@
 Classes are read by name, and numbered in the same way for training and validation.
 """
 
-import contextlib
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,15 +21,14 @@ from .folders import EXTENSIONS, Paths, extensions, images_below, read_list
 from .high_bit_depth import RANGE_ADVICE, little_used_range
 from .images import EncodedImages, ImageSet, ResidentImages
 
-SAMPLED = 32  # number of images of a set whose grey values are checked at the start
-
 
 class FileImages(EncodedImages):
     """Images in files, or in parts of files.
 
     files       reads them: files.read(number) returns the name of an image, for messages, and its
-                bytes (n,) uint8, or raises RunError. It has their paths, and names or sizes in
-                bytes (size), an array each; and states(numbers), see EncodedImages.file_states
+                bytes (n,) uint8, or raises RunError. It has num_images, their paths, and names or
+                sizes in bytes (size), an array each; and states(numbers), see
+                EncodedImages.file_states
     numbers     (n,) of the images in `files`
     grey_range  see decoding.decode
     """
@@ -39,13 +37,13 @@ class FileImages(EncodedImages):
 
     def __init__(
         self,
-        files: Paths | shards.Shards | hugging_face.Table,
+        files: Paths | shards.Index | hugging_face.Table,
         labels: np.ndarray | None = None,
         classes: Sequence[str] = (),
         mean_std: tuple = IMAGENET,
     ):
         super().__init__(labels, list(classes), mean_std)
-        self.files, self.numbers = files, np.arange(len(files))
+        self.files, self.numbers = files, np.arange(files.num_images)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -103,11 +101,13 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
     train.labels = _numbers(names, train.classes)
     if args.val_fraction:
         return train, None, notes  # sources.open_data takes them out of the training images
-    val, val_names = None, None
-    if val_path:
-        check_range &= RANGE_ADVICE not in " ".join(notes)  # advice once is enough
-        val, val_names, val_notes = _open_part(val_path, args.val_labels, args, "val", check_range)
-        notes += val_notes
+    check_range &= RANGE_ADVICE not in " ".join(notes)  # advice once is enough
+    val, val_names, val_notes = (
+        _open_part(val_path, args.val_labels, args, "val", check_range)
+        if val_path
+        else (None, None, [])
+    )
+    notes += val_notes
     if val_names is None:
         return train, None, [*notes, "there are no validation images with labels: no kNN"]
     only_one = sorted(({*val_names} ^ {*names}) - {None})
@@ -143,10 +143,9 @@ def _open_part(
                 f"{path} has {len(whole.size)} images; those for {split}, {len(index.size)}, are "
                 "recognised by the names of its files or folders"
             )
-        files, ignored = shards.Shards(index), int(index.ignored)
-        if len(index.classes):
-            classes = [*index.classes.tolist(), None]  # label -1 takes the last one
-            names = [classes[label] for label in index.label]
+        files, ignored = index, int(index.ignored)
+        classes = [*index.classes.tolist(), None]  # label -1 takes the last one
+        names = [classes[label] for label in index.label]
     else:
         paths, ignored = images_below(path, args.channels)
         expected = "image files in it or its subfolders"
@@ -167,7 +166,7 @@ def _open_part(
     images.channels = args.channels
     if ignored:
         notes.append(f"{ignored} files in {path} are not images and are ignored")
-    if check_range and (note := little_used_range(_samples(images))):
+    if check_range and (note := little_used_range(images.encoded, len(images))):
         notes.append(f"{path}: {note}")
     try:
         images = images.resident()
@@ -180,19 +179,12 @@ def _open_part(
             f"{len(bad)} images in {path} are replaced, by other images in training and by grey in "
             f"evaluation; the first: {bad[0]}"
         )
-    return images, None if labels == "none" else names, notes
+    return images, names if labels != "none" and any(names or ()) else None, notes
 
 
 def _index(path, args) -> shards.Index:
     with local_rank_zero_first():  # it writes the index that the other ranks read
         return shards.open_index(path, extensions(args.channels), fallback=args.workdir)
-
-
-def _samples(images: FileImages) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and encoded files of a few images, evenly spread over the set."""
-    for index in np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(int)):
-        with contextlib.suppress(RunError):  # an unreadable image is reported when it is used
-            yield images.encoded(index)
 
 
 def _read_labels(path, source, count):

@@ -23,9 +23,7 @@ class Paths:
         # arrays are one block of memory; every worker would copy a list page by page
         self.paths = np.array(paths)
         self.names = np.array([os.path.basename(path) for path in paths])
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        self.num_images = len(paths)
 
     def read(self, number: int) -> tuple[str, np.ndarray]:
         path = str(self.paths[number])
@@ -36,10 +34,10 @@ class Paths:
 
 
 def images_below(root: str, channels: int) -> tuple[list[str], int]:
-    """Sorted paths of all images of so many channels in a tree, and the number of other files.
+    """Sorted paths of all images in a tree, and the number of other files.
 
-    Hidden files are in neither. A folder is read once, even if several links lead to it, or a link
-    inside it leads back to it.
+    What is an image depends on the number of channels, see extensions. Hidden files are in neither.
+    A folder is read once, even if several links lead to it, or a link inside it leads back to it.
     """
     paths, others, seen, endings = [], 0, set(), extensions(channels)
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_unreadable_folder):

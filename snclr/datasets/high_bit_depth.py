@@ -9,14 +9,14 @@ unless it is told their layout.
 
 import io
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
 
 # PIL would read others too, and start Ghostscript for a file that begins like PostScript
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
-INTEGERS, FLOATS = (0.0, 65535.0), (0.0, 1.0)  # the ranges without --grey-range
+SAMPLED = 32  # images of a set whose range of values is checked at the start
 RANGE_ADVICE = "Give the range of all images: --grey-range LOW HIGH"
 # PIL's names of byte orders: little-endian, big-endian, native
 SWAPPED = {";16L": ";16B", ";16B": ";16L", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
@@ -100,8 +100,8 @@ def _with_layout(tile, layout):
 
 
 def default_range(pixels: np.ndarray) -> tuple[float, float]:
-    """The range of a pixel format: 0..65535 for integers, 0..1 for floating point."""
-    return FLOATS if pixels.dtype.kind == "f" else INTEGERS
+    """The range without --grey-range: 0..1 for floating point, 0..65535 for integers."""
+    return (0.0, 1.0) if pixels.dtype.kind == "f" else (0.0, 65535.0)
 
 
 def to_8_bits(pixels: np.ndarray, grey_range: tuple[float, float] | None) -> np.ndarray:
@@ -114,21 +114,23 @@ def to_8_bits(pixels: np.ndarray, grey_range: tuple[float, float] | None) -> np.
     return np.nan_to_num(scaled, nan=0).clip(0, 255).round().astype(np.uint8)
 
 
-def little_used_range(samples: Iterable[tuple[str, np.ndarray]]) -> str | None:
-    """A line that suggests --grey-range, if the range of the pixel format suits a sample badly.
+def little_used_range(encoded: Callable[[int], tuple[str, np.ndarray]], count: int) -> str | None:
+    """A line that suggests --grey-range, if the range of the pixel format suits an image badly.
 
-    samples: names and encoded files. The range suits an image badly if the image uses less than a
-    sixteenth of it (at most 16 of 256 levels), or if more than half of the pixels are outside.
+    encoded: from the number of an image to its name and bytes, see FileImages. SAMPLED of the
+    `count` images are checked, evenly spread. The range suits an image badly if the image uses less
+    than a sixteenth of it (at most 16 of 256 levels), or if more than half of the pixels are
+    outside.
     """
-    count, lines = 0, []
-    for name, encoded in samples:
-        count += 1
+    lines, sampled = [], np.unique(np.linspace(0, count - 1, SAMPLED).astype(int))
+    for index in sampled:
         try:
-            pixels = read_array(encoded)
+            name, content = encoded(index)
+            pixels = read_array(content)
             if pixels is None:
-                with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
+                with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
                     try:
-                        pixels = read_pixels(picture, encoded)
+                        pixels = read_pixels(picture, content)
                     except ValueError:  # the upper byte shows the range as well
                         pixels = np.asarray(picture.convert("RGB")).astype(np.uint16) * 255
         except Exception:  # an unreadable image is reported when it is used
@@ -143,6 +145,6 @@ def little_used_range(samples: Iterable[tuple[str, np.ndarray]]) -> str | None:
     if not lines:
         return None
     return (
-        f"{len(lines)} of {count} sampled images use little of the range of their pixel format: "
-        f"{lines[0]}. {RANGE_ADVICE}"
+        f"{len(lines)} of {len(sampled)} sampled images use little of the range of their pixel "
+        f"format: {lines[0]}. {RANGE_ADVICE}"
     )

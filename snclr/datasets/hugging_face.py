@@ -8,7 +8,7 @@ from ..running.distributed import local_rank_zero_first
 from ..running.errors import UsageError, first_few, first_line, needed_by
 from .reading import file_states, read_encoded, unreadable
 
-VALIDATION = ("validation", "val", "valid", "test")  # the first of these that there is
+VALIDATION = ("validation", "val", "valid", "test")  # of these splits the first that exists
 
 
 class Table:
@@ -21,23 +21,17 @@ class Table:
 
         # in this format a row is read without decoding its image
         self.table = table.select_columns([column]).with_format("arrow")
-        self.column = column
-        lengths = compute.binary_length(self._fields()["bytes"]).fill_null(0)
-        self.size = lengths.to_numpy().astype(np.int64)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def _fields(self):
-        column = self.table.data.column(self.column)  # of structures; flatten copies no images
-        return dict(zip((field.name for field in column.type), column.flatten(), strict=True))
+        self.column, self.num_images = column, len(table)
+        encoded = compute.struct_field(self.table.data.column(column), "bytes")
+        self.size = compute.binary_length(encoded).fill_null(0).to_numpy().astype(np.int64)
 
     @property
     def paths(self) -> np.ndarray:
         """The path that the table gives for each image, or else its row."""
-        return np.array(
-            [path or str(row) for row, path in enumerate(self._fields()["path"].to_pylist())]
-        )
+        from pyarrow import compute
+
+        paths = compute.struct_field(self.table.data.column(self.column), "path")
+        return np.array([path or str(row) for row, path in enumerate(paths.to_pylist())])
 
     def read(self, number: int) -> tuple[str, np.ndarray]:
         image, name = self.table[number][self.column][0].as_py(), f"in row {number} of the table"
@@ -91,13 +85,12 @@ def open_split(source: str, split: str) -> tuple[Table, list[str | None] | None,
         raise UsageError(f"{source} has no column of images, only {first_few(list(features), 9)}")
     labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     labels += [name for name in ("label", "labels") if name in features]
-    table, note = tables[name], f"{source}: split {name}, images of column {columns[0]}"
-    if not labels:
-        return Table(table, columns[0]), None, [note]
-    to_name = getattr(features[labels[0]], "int2str", str)
-    try:
-        names = [to_name(x) if x not in (None, -1) else None for x in table[labels[0]]]
-    except ValueError as error:  # of datasets, for a number without a name
-        raise UsageError(f"{source}: column {labels[0]}: {first_line(error)}") from error
-    note += f", labels of column {labels[0]}"
-    return Table(table, columns[0]), names if any(names) else None, [note]
+    names, note = None, f"{source}: split {name}, images of column {columns[0]}"
+    if labels:
+        note += f", labels of column {labels[0]}"
+        to_name = getattr(features[labels[0]], "int2str", str)
+        try:
+            names = [to_name(x) if x not in (None, -1) else None for x in tables[name][labels[0]]]
+        except ValueError as error:  # of datasets, for a number without a name
+            raise UsageError(f"{source}: column {labels[0]}: {first_line(error)}") from error
+    return Table(tables[name], columns[0]), names, [note]

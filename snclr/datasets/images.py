@@ -5,7 +5,6 @@ time, and cropped, by worker processes. Both have the methods `views` and `whole
 of indices, so the loaders treat both alike. sources.py opens the sets.
 """
 
-import contextlib
 import copy
 import hashlib
 import os
@@ -42,13 +41,13 @@ class Views(NamedTuple):
 
 
 class ImageSet:
-    """n images, numbered 0 .. n - 1 in a fixed order.
+    """n = len(self) images, numbered 0 .. n - 1 in a fixed order.
 
     labels      (n,) int64, -1 for an image without a label; None if no image has one
     classes     names of the labels
     mean, std   (C,) of the channels, in [0, 1]
     names       (n,) names of the files; None if the images are not in files of their own
-    paths       (n,) where each image is; None if the images have no such names
+    paths       (n,) the path of each image; None if there are none
     per_image   names of the attributes with one entry per image
     skip_bad    whether an unreadable image is replaced: in training by another, in evaluation by
                 grey
@@ -64,9 +63,6 @@ class ImageSet:
         self.classes = classes
         self.mean, self.std = map(torch.as_tensor, mean_std)
 
-    def __len__(self) -> int:
-        raise NotImplementedError
-
     def select(self, indices: np.ndarray) -> "ImageSet":
         """A set of only the images `indices`, numbered in that order."""
         chosen = copy.copy(self)
@@ -77,10 +73,9 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """Hash of the names, or without names of the sizes in bytes, in order; reads no image."""
-        names = self.names
-        if names is None:
-            names = getattr(self, "size", np.arange(len(self)))
-        return hashlib.sha256(np.ascontiguousarray(names)).hexdigest()
+        other = getattr(self, "size", np.arange(len(self)))
+        identity = other if self.names is None else self.names
+        return hashlib.sha256(np.ascontiguousarray(identity)).hexdigest()
 
     def labelled(self) -> "ImageSet":
         """The images that have a label."""
@@ -204,7 +199,9 @@ class ResidentImages(ImageSet):
 
 
 class EncodedImages(ImageSet):
-    """Images of C channels that are decoded each time they are used. A subclass defines `image`."""
+    """Images of C channels that are decoded each time they are used. A subclass defines `image` and
+    `__len__`.
+    """
 
     channels: int = 3
     grey_range: tuple[float, float] | None = None
@@ -217,8 +214,7 @@ class EncodedImages(ImageSet):
         return os.urandom(16)
 
     def _originals(self, indices, seed):
-        pairs = [self.readable(int(index), seed) for index in indices]
-        numbers, images = zip(*pairs, strict=True)
+        numbers, images = zip(*(self.readable(int(i), seed) for i in indices), strict=True)
 
         def crop(boxes, size):
             originals = images * (len(boxes) // len(images))
@@ -249,34 +245,24 @@ class EncodedImages(ImageSet):
         if shape.numel() * len(self) > RESIDENT_LIMIT:
             return self
         images, errors = torch.empty(len(self), *shape, dtype=torch.uint8), np.full(len(self), None)
-        decoded = self._decode_all(shape)
-        with contextlib.closing(decoded):
-            for index, (image, errors[index]) in enumerate(decoded):
+
+        def decode(indices):
+            for index in indices:
+                image, errors[index] = self._image_or_grey(index, shape)
                 if image.shape != shape:
-                    return self
+                    return False
                 images[index] = image
+            return True
+
+        threads = ThreadPoolExecutor(os.cpu_count())
+        try:
+            if not all(threads.map(decode, np.array_split(range(len(self)), -(-len(self) // 16)))):
+                return self
+        finally:
+            # waits for the threads: Python aborts if it ends while one of them decodes
+            threads.shutdown(cancel_futures=True)
         resident = ResidentImages(images, self.labels, self.classes, (self.mean, self.std))
         resident.names, resident.paths = self.names, self.paths
         resident.skip_bad = self.skip_bad
         resident.errors = errors if any(errors) else None
         return resident
-
-    def _decode_all(self, shape, chunk=16):
-        """All images as `_image_or_grey` returns them, decoded by threads.
-
-        Closing the generator waits for the threads, because Python aborts if it ends while a thread
-        decodes.
-        """
-        threads = ThreadPoolExecutor(os.cpu_count())
-        try:
-            starts = range(0, len(self), chunk)
-            for part in threads.map(
-                lambda start: [
-                    self._image_or_grey(index, shape)
-                    for index in range(start, min(start + chunk, len(self)))
-                ],
-                starts,
-            ):
-                yield from part
-        finally:
-            threads.shutdown(cancel_futures=True)

@@ -62,7 +62,7 @@ def inflate(content: np.ndarray, size: int, name: str) -> np.ndarray:
     except zlib.error as error:
         raise unreadable(name, error) from error
     if len(image) != size:
-        raise unreadable(name, "it does not have its size")
+        raise unreadable(name, f"it does not unpack to {size} bytes")
     return np.frombuffer(bytearray(image), np.uint8)
 
 

@@ -28,12 +28,20 @@ from .archives import (
 from .reading import file_states, inflate, read_encoded
 
 # what tarfile, zipfile and numpy raise for a damaged file, or for sizes that no file has
-UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, struct.error)
-UNREADABLE += (NotImplementedError, OverflowError, MemoryError)
+UNREADABLE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    OSError,
+    ValueError,
+    struct.error,
+    NotImplementedError,
+    OverflowError,
+    MemoryError,
+)
 
 
 class Index(NamedTuple):
-    """The positions of n images in tar or zip files.
+    """Where n images are in tar or zip files, and how FileImages reads them.
 
     files           (F,) paths of the tar or zip files
     shard           (n,) number of the image's file
@@ -56,35 +64,28 @@ class Index(NamedTuple):
     member: np.ndarray
     classes: np.ndarray
     ignored: np.ndarray
+    names = None  # the images are not in files of their own
 
-
-class Shards:
-    """The images of an index, for FileImages."""
-
-    names = None
-
-    def __init__(self, index: Index):
-        self.index, self.size = index, index.size
-
-    def __len__(self) -> int:
-        return len(self.size)
+    @property
+    def num_images(self) -> int:
+        return len(self.shard)
 
     @property
     def paths(self) -> np.ndarray:
         """FILE/MEMBER of each image."""
-        pairs = zip(self.index.files[self.index.shard], self.index.member, strict=True)
+        pairs = zip(self.files[self.shard], self.member, strict=True)
         return np.array([f"{path}/{member.decode(errors='replace')}" for path, member in pairs])
 
     def read(self, number: int) -> tuple[str, np.ndarray]:
-        path = str(self.index.files[self.index.shard[number]])
-        offset, size, packed = (int(x[number]) for x in self.index[2:5])
+        path = str(self.files[self.shard[number]])
+        offset, size, packed = (int(x[number]) for x in (self.offset, self.size, self.packed))
         name = f"of {size} bytes at offset {offset} in {path}"
         content = read_encoded(path, name, offset, packed or size)
         return name, inflate(content, size, name) if packed else content
 
     def states(self, numbers: np.ndarray) -> object:
-        rows = [column[numbers].tolist() for column in self.index[1:5]]
-        return file_states(self.index.files), rows
+        columns = (self.shard, self.offset, self.size, self.packed)
+        return file_states(self.files), [column[numbers].tolist() for column in columns]
 
 
 def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -> Index:
@@ -99,20 +100,20 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
     for path in files:
         open_regular(path).close()
     stats = [os.stat(path) for path in files]
-    names = [os.path.relpath(path, source) for path in files]
-    key = json.dumps(
-        [extensions]
-        + [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
-    )
+    facts = [
+        [os.path.relpath(path, source), stat.st_size, stat.st_mtime_ns]
+        for path, stat in zip(files, stats, strict=True)
+    ]
+    key = json.dumps([extensions, *facts])
     is_folder = os.path.isdir(source)
     index_paths = [os.path.join(source, "snclr_index.npz") if is_folder else f"{source}.index.npz"]
     if fallback is not None:
         source_name = os.path.basename(os.path.abspath(source))
         index_paths.append(os.path.join(fallback, f"index_{source_name}.npz"))
+    sizes = np.array([stat.st_size for stat in stats])
     for path in index_paths:
-        index = _load(path, key)
-        if index is not None and _fits(index, np.array([stat.st_size for stat in stats])):
-            return index._replace(files=np.array(files))
+        if (index := _load(path, key, np.array(files))) is not None and _fits(index, sizes):
+            return index
     index = _scan(files, extensions)
     fields = {name: getattr(index, name) for name in Index._fields[1:]}
     for path in index_paths:
@@ -125,8 +126,8 @@ def open_index(source: str, extensions: tuple[str, ...], fallback: str | None) -
 
 
 def of_split(index: Index, split: str) -> Index:
-    """The images of one of SPLITS; the whole index if all its images are for training, since then
-    no name says otherwise.
+    """The images of one of SPLITS. If all images are for training, because no name says otherwise,
+    the whole index. Raises UsageError if there are only images of other parts.
     """
     if not index.split.any():
         return index
@@ -143,20 +144,20 @@ def _scan(files, extensions) -> Index:
     The members of a sample have the same name up to the first dot: an image, and in WebDataset's
     layout a .cls file with its class.
     """
-    images, ignored = [], 0  # (shard, member, name up to the first dot) of each image
+    images, ignored = [], 0
     class_names = {}  # by (shard, name up to the first dot)
     for shard, path in enumerate(files):
         try:
             with open(path, "rb") as file:
                 read = zip_members if path.endswith(".zip") else tar_members
-                for member in read(file, path):
-                    folder, base = os.path.split(member.name)
+                for member, offset, size, packed, stem in read(file, path):
+                    folder, base = os.path.split(member)
                     sample = os.path.join(folder, base.split(".")[0])
                     if base.lower().endswith(".cls") and read is tar_members:
-                        content = os.pread(file.fileno(), min(member.size, 2**16), member.offset)
+                        content = os.pread(file.fileno(), min(size, 2**16), offset)
                         class_names[shard, sample] = content.decode().strip()
                     elif base.lower().endswith(extensions) and not base.startswith("."):
-                        images.append((shard, member, sample))
+                        images.append((shard, offset, size, packed, member, stem, sample))
                     else:
                         ignored += 1
         except UNREADABLE as error:
@@ -165,43 +166,42 @@ def _scan(files, extensions) -> Index:
                 "uncompressed tar file, or a zip file without a password"
             ) from error
     if not images:
-        kind = files[0][-3:]
         raise UsageError(
-            f"no image in the {len(files)} {kind} files of {os.path.dirname(files[0])}"
+            f"no image in the {len(files)} {files[0][-3:]} files of {os.path.dirname(files[0])}"
         )
-    shards, members, samples = zip(*images, strict=True)
-    numbers = split_numbers([os.path.basename(path) for path in files])
-    splits = np.array([numbers[shard] for shard in shards])
-    names = [class_names.get(key) for key in zip(shards, samples, strict=True)]
+    *numbers, members, stems, samples = zip(*images, strict=True)
+    shards, offsets, sizes, packed = np.array(numbers, np.int64)
+    splits = np.array(split_numbers([os.path.basename(path) for path in files]))[shards]
+    names = [class_names.get(key) for key in zip(numbers[0], samples, strict=True)]
     if files[0].endswith(".zip"):
-        folders = folders_of([member.name for member in members])
+        folders = folders_of(members)
         if not splits.any():
             splits = np.array(split_numbers([(folder or [""])[0] for folder in folders]))
             folders = [folder[1:] for folder in folders] if splits.any() else folders
         if all(folders) and len({folder[0] for folder in folders}) > 1:
             names = [folder[0] for folder in folders]
+    names, samples, stems = (np.array(x, object) for x in (names, samples, stems))
     for split in {*splits.tolist()}:
-        rows = np.flatnonzero(splits == split)
-        stems = [members[row].stem for row in rows]
-        if any(names[row] for row in rows) or not name_classes([samples[n] for n in rows], stems):
-            continue
-        for row, stem in zip(rows, stems, strict=True):
-            names[row] = stem
+        rows = splits == split
+        if not any(names[rows]) and name_classes(samples[rows], stems[rows]):
+            names[rows] = stems[rows]
     classes = sorted({*names} - {None})
-    numbers = {name: number for number, name in enumerate(classes)} | {None: -1}
+    labels = {name: label for label, name in enumerate(classes)} | {None: -1}
     return Index(
         np.array(files),
-        np.array(shards),
-        *np.array([member[1:4] for member in members], dtype=np.int64).T.copy(),
-        np.array([numbers[name] for name in names]),
+        shards,
+        offsets,
+        sizes,
+        packed,
+        np.array([labels[name] for name in names]),
         splits,
-        np.array([member.name.encode(errors="replace")[:255] for member in members]),
+        np.array([member.encode(errors="replace")[:255] for member in members]),
         np.array(classes, dtype=str),
         np.array(ignored),
     )
 
 
-def _load(path, key) -> Index | None:
+def _load(path, key, files) -> Index | None:
     """A saved index; None if it is absent, damaged, or of other shards or another version."""
     damaged = (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile)
     with (
@@ -209,10 +209,10 @@ def _load(path, key) -> Index | None:
         open_regular(path) as opened,
         np.load(opened, allow_pickle=False) as file,
     ):
-        # a compressed one is not ours: it may unfold to terabytes
+        # this file writes no compressed index, and one could expand to terabytes
         is_plain = not any(record.compress_type for record in file.zip.infolist())
         if is_plain and file["key"].item() == key:
-            return Index(np.empty(0), *(file[name] for name in Index._fields[1:]))
+            return Index(files, *(file[name] for name in Index._fields[1:]))
     return None
 
 

@@ -9,10 +9,11 @@ from .. import augment
 from ..choices import IMAGENET
 from ..running.errors import UsageError
 from . import embedded
-from .files import open_files
+from .files import FileImages, open_files
+from .folders import Paths
 from .images import ImageSet, ResidentImages
 from .split import hold_out
-from .torchvision_sets import TORCHVISION, open_torchvision
+from .torchvision_sets import TORCHVISION, read_torchvision
 
 
 def open_data(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
@@ -31,7 +32,8 @@ def open_data(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
             for split in ("train", "val")
         )
     elif args.dataset in TORCHVISION:
-        train, val = open_torchvision(args)
+        train = _open_torchvision(args, is_training=True)
+        val = None if args.val_fraction else _open_torchvision(args, is_training=False)
     else:
         train, val, notes = open_files(args)
     if args.labels == "none":
@@ -47,6 +49,12 @@ def open_data(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
         images.skip_bad = args.on_bad_image == "skip"
         images.mean, images.std = torch.tensor(args.mean), torch.tensor(args.std)
     return train, val, notes
+
+
+def _open_torchvision(args, is_training) -> ImageSet:
+    images, labels, classes = read_torchvision(args, is_training)
+    kind = FileImages if isinstance(images, Paths) else ResidentImages
+    return kind(images, labels, classes, IMAGENET)
 
 
 def _subset(total: int, amount: float, seed: int) -> np.ndarray:

@@ -21,8 +21,9 @@ def hold_out(train: ImageSet, share: float, seed: int) -> Tensor:
             "every class needs two training images, one to be held out; "
             f"only one has {first_few(rare)}"
         )
-    keys = image_keys(seed, len(train))
-    return class_share(train.labels, train.classes, share, keys, both_sides=True)
+    return class_share(
+        train.labels, train.classes, share, image_keys(seed, len(train)), both_sides=True
+    )
 
 
 def class_share(

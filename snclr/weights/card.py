@@ -12,10 +12,34 @@ from ..running.safe_files import json_object, read_json_lines, read_text
 from .exported import packages_of
 
 # settings of a run that a reader of its weights wants to know
-SETTINGS = ("method", "arch", "patch_size", "num_heads", "width", "small_stem", "dataset", "subset")
-SETTINGS += ("init_from", "epochs", "batch_size", "optimizer", "lr", "wd", "warmup_epochs", "seed")
-SETTINGS += ("freeze_backbone_epochs", "lr_scale", "crop_min", "snclr_t", "snclr_m", "bank_size")
-SETTINGS += ("topk", "form", "weights", "positiveness_t")
+SETTINGS = (
+    "method",
+    "arch",
+    "patch_size",
+    "num_heads",
+    "width",
+    "small_stem",
+    "dataset",
+    "subset",
+    "init_from",
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "wd",
+    "warmup_epochs",
+    "seed",
+    "freeze_backbone_epochs",
+    "lr_scale",
+    "crop_min",
+    "snclr_t",
+    "snclr_m",
+    "bank_size",
+    "topk",
+    "form",
+    "weights",
+    "positiveness_t",
+)
 CARD = """---
 pipeline_tag: image-feature-extraction
 {library_line}tags:
@@ -109,7 +133,7 @@ def _cell(value):
 def run_settings(path: str, settings: dict) -> dict:
     """The settings of the run that wrote the file at path, with its recipes as 'recipe'.
 
-    settings: those in the file. Paths of data and weights are left out; they say nothing elsewhere.
+    settings: those in the file. Folders are left out: they mean nothing on another machine.
     """
     command = _json(os.path.join(os.path.dirname(path), "args.json")).get("command")
     words = []
@@ -132,18 +156,15 @@ def run_figures(path: str, info: dict, digest: Callable[[], str]) -> dict[str, s
     if os.path.isfile(metrics := os.path.join(folder, "metrics.jsonl")):
         for line in read_json_lines(metrics):
             key = (line.get("epoch"), line.get("encoder"))
-            if key == (info["epoch"], info["encoder"]) and _is_number(line.get("knn_top1")):
-                figures["kNN top-1 while training"] = f"{line['knn_top1']:.2f} %"
+            top1 = line.get("knn_top1")
+            if key == (info["epoch"], info["encoder"]) and isinstance(top1, (int, float)):
+                figures["kNN top-1 while training"] = f"{top1:.2f} %"
     results = _json(os.path.join(folder, "results.json"))
     if results.get("encoder_digest") == digest():
         for key, name in (("knn_top1", "kNN top-1"), ("linear_top1", "linear probe, top-1")):
-            if _is_number(results.get(key)):
+            if isinstance(results.get(key), (int, float)):
                 figures[name] = f"{results[key]:.2f} %, on {results.get('dataset')}"
     return figures
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _json(path):

@@ -51,9 +51,10 @@ def check_fit(
     """
     problems = []
     stem = next((name for name, tensor in own.items() if tensor.ndim == 4), None)  # first filters
-    if stem in tensors and tensors[stem].shape[1:2] != own[stem].shape[1:2]:
+    filters = tensors.get(stem)
+    if filters is not None and filters.ndim == 4 and filters.shape[1] != own[stem].shape[1]:
         raise UsageError(
-            f"{file.path} is for images with {tensors[stem].shape[1]} channels, not "
+            f"{file.path} is for images with {filters.shape[1]} channels, not "
             f"{own[stem].shape[1]}: give the same number as --channels"
         )
     differing = [

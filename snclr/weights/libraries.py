@@ -17,6 +17,7 @@ from torch import nn
 
 from ..backbones import RESNETS, TIMM, VITS, ConvStem, VisionTransformer, in_chans, timm_settings
 from ..running.errors import UsageError, needed_by
+from ..running.safe_files import json_object, read_text
 from .exported import Export
 from .layouts import read_encoder
 
@@ -37,8 +38,10 @@ def to_timm(encoder: nn.Module, info: dict, as_folder: bool = False) -> Export:
             "folder: choose a file, as in --out weights.safetensors"
         )
     original = timm.get_pretrained_cfg(name)
-    names = ("first_conv", "classifier", "pool_size", "fixed_input_size")
-    copied = {key: getattr(original, key) for key in names}
+    copied = {
+        key: getattr(original, key)
+        for key in ("first_conv", "classifier", "pool_size", "fixed_input_size")
+    }
     config = {
         "architecture": name,
         "num_classes": 0,
@@ -55,13 +58,12 @@ def to_timm(encoder: nn.Module, info: dict, as_folder: bool = False) -> Export:
         ) from error
 
     def read(path):
-        with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
-            saved = json.load(file)
-        saved["pretrained_cfg"]["file"] = os.path.join(path, "model.safetensors")
+        saved = json_object(read_text(os.path.join(path, "config.json")))
+        weights = {"file": os.path.join(path, "model.safetensors")}
         return timm.create_model(
             saved["architecture"],
             pretrained=True,
-            pretrained_cfg=saved["pretrained_cfg"],
+            pretrained_cfg=saved["pretrained_cfg"] | weights,
             **saved["model_args"],
         ).eval()
 
@@ -82,23 +84,24 @@ def to_deit(encoder: nn.Module, info: dict) -> Export:
     if not isinstance(encoder, VisionTransformer):
         raise UsageError(f"--format deit is for ViTs, not for {info['arch']}")
     name, arguments = _timm_model(encoder, info)
-    arguments["pretrained_cfg_overlay"] = _timm_data(info)
-    return _timm_file({"model": encoder.state_dict()}, name.replace("vit_", "deit_"), arguments)
+    return _timm_file(
+        {"model": encoder.state_dict()},
+        name.replace("vit_", "deit_"),
+        arguments | {"pretrained_cfg_overlay": _timm_data(info)},
+    )
 
 
 def to_torchvision(encoder: nn.Module, info: dict) -> Export:
     """The state dict of torchvision's ResNet without its classifier."""
-    name = _plain_resnet(info, "torchvision")
+    model, code = _torchvision_model(info, "torchvision")
 
     def build(path):
         is_safe = path.endswith(".safetensors")
         loader = "safetensors.torch.load_file({!r})" if is_safe else _TORCH_LOAD
-        return _torchvision_build(name, loader.format(path))
+        return f"{code}; model.load_state_dict({loader.format(path)})"
 
     return Export(
-        encoder.state_dict(),
-        build,
-        read=lambda path: _loaded(_torchvision_resnet(name), read_encoder(path).tensors),
+        encoder.state_dict(), build, lambda path: _loaded(model, read_encoder(path).tensors)
     )
 
 
@@ -110,28 +113,22 @@ def to_mocov3(encoder: nn.Module, info: dict) -> Export:
             f"MoCo v3's {arch} has {VITS[arch][2]} attention heads, this one {info['num_heads']}: "
             "its readers would compute other features; choose another --format"
         )
-    content = {"epoch": info["epoch"], "arch": arch}
-    content["state_dict"] = {prefix + name: x for name, x in encoder.state_dict().items()}
-    is_resnet = arch in RESNETS
-    name, arguments = (
-        (_plain_resnet(info, "MoCo v3"), {}) if is_resnet else _timm_model(encoder, info)
-    )
+    if arch in RESNETS:
+        model, code = _torchvision_model(info, "MoCo v3")
+    else:
+        name, arguments = _timm_model(encoder, info)
+        model, code = timm.create_model(name, **arguments), _call(name, arguments)
 
     def build(path):
         state = f"{_TORCH_LOAD.format(path)}['state_dict']"
         loaded = f"{{name[{len(prefix)}:]: tensor for name, tensor in {state}.items()}}"
-        if is_resnet:
-            return _torchvision_build(name, loaded)
-        return f"{_call(name, arguments)}; model.load_state_dict({loaded})"
+        return f"{code}; model.load_state_dict({loaded})"
 
-    def read(path):
-        model = _torchvision_resnet(name) if is_resnet else timm.create_model(name, **arguments)
-        return _loaded(model, read_encoder(path).tensors)
-
+    tensors = {prefix + name: tensor for name, tensor in encoder.state_dict().items()}
     return Export(
-        content,
+        {"epoch": info["epoch"], "arch": arch, "state_dict": tensors},
         build,
-        read,
+        lambda path: _loaded(model, read_encoder(path).tensors),
         hint=lambda path: f"MoCo v3's own reader: main_lincls.py -a {arch} --pretrained {path}",
     )
 
@@ -142,7 +139,8 @@ def to_detectron2(encoder: nn.Module, info: dict) -> Export:
     detectron2 reads its own names under 'model', mmdetection torchvision's names under
     'state_dict'. The file holds the tensors once.
     """
-    arch, state = _plain_resnet(info, "detectron2"), encoder.state_dict()
+    model, code = _torchvision_model(info, "detectron2")
+    state = encoder.state_dict()
     names = {name: detectron2_name(name) for name in state}
     content = {
         "model": {names[name]: tensor for name, tensor in state.items()},
@@ -152,19 +150,18 @@ def to_detectron2(encoder: nn.Module, info: dict) -> Export:
     }
 
     def read(path):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        named = {name: saved["model"][names[name]] for name in saved["state_dict"]}
-        return _loaded(_torchvision_resnet(arch), named)
+        saved = torch.load(path, map_location="cpu", weights_only=True)["model"]
+        return _loaded(model, {name: saved[theirs] for name, theirs in names.items()})
 
     mean, std = ([round(255 * x, 3) for x in info[key]] for key in ("mean", "std"))
     pixels = f"MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std}".replace(", ", ",")
     return Export(
         content,
-        lambda path: _torchvision_build(arch, f"{_TORCH_LOAD.format(path)}['state_dict']"),
+        lambda path: f"{code}; model.load_state_dict({_TORCH_LOAD.format(path)}['state_dict'])",
         read,
         hint=lambda path: (
             f"detectron2's settings: MODEL.WEIGHTS {path} MODEL.RESNETS.STRIDE_IN_1X1 False "
-            f"MODEL.RESNETS.DEPTH {arch.removeprefix('resnet')} INPUT.FORMAT RGB {pixels}"
+            f"MODEL.RESNETS.DEPTH {info['arch'].removeprefix('resnet')} INPUT.FORMAT RGB {pixels}"
         ),
     )
 
@@ -286,15 +283,12 @@ def _plain_resnet(info, library):
 _TORCH_LOAD = "torch.load({!r}, weights_only=True)"
 
 
-def _torchvision_resnet(name):
+def _torchvision_model(info, library):
+    """torchvision's ResNet without its classifier, and the code that builds it."""
+    name = _plain_resnet(info, library)
     model = getattr(torchvision.models, name)()
     model.fc = nn.Identity()
-    return model
-
-
-def _torchvision_build(name, loaded):
-    model = f"model = torchvision.models.{name}(); model.fc = torch.nn.Identity()"
-    return f"{model}; model.load_state_dict({loaded})"
+    return model, f"model = torchvision.models.{name}(); model.fc = torch.nn.Identity()"
 
 
 def _loaded(model, state):

@@ -56,8 +56,6 @@ def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Modu
 def _open(file, branch, settings):
     is_trained, path = branch != "untrained", file.path
     info = _merge(file, {name: value for name, value in settings.items() if value is not None})
-    epoch = file.saved.get("epoch")
-    info["epoch"] = epoch if is_trained and isinstance(epoch, int) else None
     info["num_heads"], notes = choose_num_heads(file, info["arch"], settings.get("num_heads"))
     encoder = _build(path, info)
     if is_trained:
@@ -74,8 +72,14 @@ def _open(file, branch, settings):
     encoder.set_submodule(projector_name(encoder), nn.Identity())
     if is_trained and file.saved.get("encoder") == "momentum":  # a file with only a backbone
         branch = "momentum"
-    info |= {"num_features": encoder.num_features, "encoder": branch, "notes": notes}
-    info["settings"] = file.settings
+    epoch = file.saved.get("epoch")
+    info |= {
+        "num_features": encoder.num_features,
+        "encoder": branch,
+        "epoch": epoch if is_trained and isinstance(epoch, int) else None,
+        "settings": file.settings,
+        "notes": notes,
+    }
     return encoder.eval(), info
 
 
@@ -156,12 +160,8 @@ def _build(path, info):
             num_heads=info["num_heads"],
             channels=info["channels"],
         )
-    except UsageError:
-        raise
     except (TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
-        raise UsageError(
-            f"no encoder can be built from the settings in {path}: {first_line(error)}"
-        ) from error
+        raise UsageError(f"no encoder can be built for {path}: {first_line(error)}") from error
 
 
 def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
@@ -188,8 +188,10 @@ def load_backbone(encoder: nn.Module, file: EncoderFile) -> list[str]:
     ignored = [name for name in tensors if name not in own]
     heads = [name for name in ignored if name.startswith(head)]
     others = [name for name in ignored if name not in heads] + file.others
-    count = f"{len(loaded)} of {len(own)} backbone tensors from {file.path}: {file.layout}"
-    notes = [count, *notes]
+    notes = [
+        f"{len(loaded)} of {len(own)} backbone tensors from {file.path}: {file.layout}",
+        *notes,
+    ]
     num_heads = {getattr(module, "num_heads", None) for module in encoder.modules()} - {None}
     if isinstance(encoder, TimmEncoder) and num_heads and not _known_arch(file):
         number = " or ".join(map(str, sorted(num_heads)))
@@ -217,40 +219,31 @@ def _convert_names(encoder, tensors, own, head):
     converted, notes = encoder.from_authors_names(tensors), []
     if converted.keys() != tensors.keys():
         notes.append("names of the model's authors, converted by timm's checkpoint_filter_fn")
-    embeddings = [named.get("pos_embed") for named in (tensors, converted)]
-    if all(x is not None and x.ndim == 3 for x in embeddings):
-        before, after = (math.isqrt(x.shape[1]) for x in embeddings)
-        if before != after:
-            sides = f"from {before} x {before} to {after} x {after}"
-            notes.append(f"pos_embed: interpolated {sides} patches")
+    sizes = [[*named["pos_embed"].shape] for named in (tensors, converted) if "pos_embed" in named]
+    if len(sizes) == 2 and sizes[0] != sizes[1]:
+        notes.append(f"pos_embed: interpolated from {sizes[0]} to {sizes[1]}")
     return converted, notes
 
 
 def _adapt_position_embedding(encoder, tensors, own):
     """Adapt the position embedding in tensors to the number of patches; a line that says how."""
     name, saved = "pos_embed", tensors.get("pos_embed")
-    if name not in own or (saved is not None and saved.shape == own[name].shape):
+    if name not in own or saved is None or saved.shape == own[name].shape:
         return []
-    is_fixed = isinstance(encoder, VisionTransformer)  # this project's is computed, not learned
-    if saved is not None:
-        if saved.ndim != 3 or saved.shape[2] != own[name].shape[2]:
-            return []  # check_fit reports it
-        no_class_position = getattr(encoder, "no_embed_class", False)
-        num_prefix_tokens = 0 if no_class_position else encoder.num_prefix_tokens
-        positions = saved.shape[1]
-        side = math.isqrt(max(positions - num_prefix_tokens, 0))
-        if not side or side**2 + num_prefix_tokens != positions:
-            return []
-        # Weights depend on the embedding that they were trained with. A learned one is
-        # interpolated, and so is MoCo v3's sin-cos embedding, which exchanges rows and columns.
-        if not is_fixed or not torch.allclose(
-            saved.float(), sincos_position_embedding(side, side, saved.shape[2]), atol=1e-3
-        ):
-            tensors[name] = resample_abs_pos_embed(
-                saved, encoder.patch_embed.grid_size, num_prefix_tokens=num_prefix_tokens
-            )
-            return [f"{name}: interpolated from {positions} to {own[name].shape[1]} positions"]
-    elif not is_fixed:
-        return []
-    tensors[name] = own[name]
-    return [f"{name}: sin-cos, computed for this image size"]
+    only_patches = getattr(encoder, "no_embed_class", False)
+    num_prefix_tokens = 0 if only_patches else encoder.num_prefix_tokens
+    num_patches = saved.shape[1] - num_prefix_tokens if saved.ndim == 3 else 0
+    side = math.isqrt(max(num_patches, 0))
+    if not side or side**2 != num_patches or saved.shape[2] != own[name].shape[2]:
+        return []  # check_fit reports it
+    # Weights depend on the embedding that they were trained with. A learned one is interpolated,
+    # and so is MoCo v3's sin-cos embedding, which exchanges rows and columns.
+    if isinstance(encoder, VisionTransformer) and torch.allclose(
+        saved.float(), sincos_position_embedding(side, side, saved.shape[2]), atol=1e-3
+    ):
+        tensors[name] = own[name]
+        return [f"{name}: sin-cos, computed for this image size"]
+    tensors[name] = resample_abs_pos_embed(
+        saved, encoder.patch_embed.grid_size, num_prefix_tokens=num_prefix_tokens
+    )
+    return [f"{name}: interpolated from {saved.shape[1]} to {own[name].shape[1]} positions"]

@@ -299,7 +299,7 @@ def shard(seeds, random):
         path = folder / "snclr_index.npz"
         path.write_bytes(bend(random, path.read_bytes()))
     index = shards.open_index(str(folder), folders.EXTENSIONS, None)
-    images = files.FileImages(shards.Shards(index))
+    images = files.FileImages(index)
     for number in range(min(4, len(images))):
         images.image(number)
 
