@@ -720,6 +720,7 @@ def test_launcher_checks_the_batch_for_the_processes_it_would_start(process):
     [
         (UsageError("no such flag"), 0, 2, "prog: error: no such flag\n"),
         (UsageError("no such flag"), 1, 2, ""),  # the others would only repeat it
+        (UsageError("RANK is 2"), 2, 2, "prog: error: RANK is 2\n"),  # no rank 0 has this error
         (
             RunError("loss is nan"),
             1,
@@ -734,6 +735,8 @@ def test_launcher_checks_the_batch_for_the_processes_it_would_start(process):
 )
 def test_own_errors_end_with_a_line_and_a_code(error, rank, code, expected, monkeypatch, capsys):
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as caught, one_clear_line("prog"):
         raise error
     assert caught.value.code == code

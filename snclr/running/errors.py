@@ -172,8 +172,11 @@ def one_clear_line(program: str) -> Iterator[None]:
 
     All ranks meet the same usage error, so only rank 0 prints it; a run error names its rank.
     """
-    rank = os.environ.get("RANK", "0")
-    rank = int(rank) if rank.isascii() and rank.isdecimal() else 0
+    numbers = (
+        os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
+    )
+    rank, ranks = (int(x) if x.isascii() and x.isdecimal() else 0 for x in numbers)
+    rank = rank if rank < ranks else 0  # a number that no launcher sets
     with console_may_vanish():
         try:
             yield
