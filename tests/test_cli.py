@@ -275,7 +275,8 @@ def test_every_flag_is_read_by_its_program(start, monkeypatch):
         for names in re.findall(r"getattr\(args, name\)\s+for name in \(([^)]*)\)", text)
         for name in re.findall(r"\w+", names)
     }
-    if re.search(r"getattr\(args, name(, None)?\) for name in (load\.)?DEFAULTS", text):
+    all_of_them = r"open_by_flags\(args|getattr\(args, name, None\) for name in DEFAULTS"
+    if re.search(all_of_them, text):
         by_name |= {*load.DEFAULTS}
     assert {flag for flag in flags - by_name if not re.search(rf"\bargs\.{flag}\b", text)} == set()
 
