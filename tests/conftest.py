@@ -17,6 +17,13 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_I
     signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
+def pytest_collection_modifyitems(items):
+    """Start with the longest files, so that no process is left with one of them at the end."""
+    longest = ("test_gpu.py", "test_ranks.py", "test_signals.py", "test_export.py")
+    longest += ("test_lost_ranks.py", "test_content.py", "test_unsound.py", "test_lincls_ranks.py")
+    items.sort(key=lambda item: item.path.name not in longest)
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """Restore signal handlers after each test, so that a signal can still end pytest."""

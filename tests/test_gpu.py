@@ -41,12 +41,10 @@ RUN = (
 )  # 2 steps an epoch
 VARIANTS = (
     "--eval-freq 1 --viz-freq 1",
-    "--form log_of_sum --optimizer adamw",
-    "--weights projected --threshold",
-    "--weights uniform --detach-weights",
-    "--nn-warmup-epochs 1 --no-exclude-own-image",
+    "--form log_of_sum --optimizer adamw --candidates unique --normalise-positives",
+    "--weights projected --threshold --nn-ramp-epochs 1",
+    "--weights uniform --detach-weights --nn-warmup-epochs 1 --no-exclude-own-image",
     "--key-view weak --candidates keys --weights key --mix-neighbours",
-    "--candidates unique --nn-ramp-epochs 1 --normalise-positives",
     "--method mocov3",
     "--method nnclr",
     "--method mocov2",
