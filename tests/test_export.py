@@ -524,6 +524,8 @@ def test_the_model_card_has_the_recipe_and_only_figures_of_these_weights(
         assert ("| linear probe, top-1 | 43.21 %, on a\\|b |" in text) == (number == 0)
     _, info = snclr.load_encoder(str(file), "momentum")
     assert card.run_figures(str(file), info, lambda: "another") == {}
+    (tmp_path / "run/results.json").write_text(json.dumps(result | {"linear_top1": True}))
+    assert list(card.run_figures(str(file), info, lambda: digest)) == ["kNN top-1"]
 
 
 def test_an_export_says_how_images_of_more_than_8_bits_are_scaled(checkpoints, tmp_path, capsys):

@@ -157,12 +157,12 @@ def run_figures(path: str, info: dict, digest: Callable[[], str]) -> dict[str, s
         for line in read_json_lines(metrics):
             key = (line.get("epoch"), line.get("encoder"))
             top1 = line.get("knn_top1")
-            if key == (info["epoch"], info["encoder"]) and isinstance(top1, (int, float)):
+            if key == (info["epoch"], info["encoder"]) and type(top1) in (int, float):
                 figures["kNN top-1 while training"] = f"{top1:.2f} %"
     results = _json(os.path.join(folder, "results.json"))
     if results.get("encoder_digest") == digest():
         for key, name in (("knn_top1", "kNN top-1"), ("linear_top1", "linear probe, top-1")):
-            if isinstance(results.get(key), (int, float)):
+            if type(results.get(key)) in (int, float):
                 figures[name] = f"{results[key]:.2f} %, on {results.get('dataset')}"
     return figures
 
