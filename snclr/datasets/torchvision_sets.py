@@ -9,36 +9,19 @@ from ..running.distributed import local_rank_zero_first
 from ..running.errors import UsageError, first_line
 from .folders import Paths
 
+TEST, TRAIN_AND_VAL = [{"split": "test"}], [{"split": "train"}, {"split": "val"}]
 # torchvision's class; its attributes with pixels (data) or paths, and with labels; the arguments of
 # the parts that form the training set; those of the test set
 TORCHVISION = {
     "cifar10": ("CIFAR10", "data", "targets", [{"train": True}], [{"train": False}]),
     "cifar100": ("CIFAR100", "data", "targets", [{"train": True}], [{"train": False}]),
-    "stl10": ("STL10", "data", "labels", [{"split": "train+unlabeled"}], [{"split": "test"}]),
-    "svhn": ("SVHN", "data", "labels", [{"split": "train"}], [{"split": "test"}]),
-    "flowers102": (
-        "Flowers102",
-        "_image_files",
-        "_labels",
-        [{"split": "train"}, {"split": "val"}],
-        [{"split": "test"}],
-    ),
-    "pets": ("OxfordIIITPet", "_images", "_labels", [{"split": "trainval"}], [{"split": "test"}]),
-    "food101": ("Food101", "_image_files", "_labels", [{"split": "train"}], [{"split": "test"}]),
-    "dtd": (
-        "DTD",
-        "_image_files",
-        "_labels",
-        [{"split": "train"}, {"split": "val"}],
-        [{"split": "test"}],
-    ),
-    "aircraft": (
-        "FGVCAircraft",
-        "_image_files",
-        "_labels",
-        [{"split": "trainval"}],
-        [{"split": "test"}],
-    ),
+    "stl10": ("STL10", "data", "labels", [{"split": "train+unlabeled"}], TEST),
+    "svhn": ("SVHN", "data", "labels", [{"split": "train"}], TEST),
+    "flowers102": ("Flowers102", "_image_files", "_labels", TRAIN_AND_VAL, TEST),
+    "pets": ("OxfordIIITPet", "_images", "_labels", [{"split": "trainval"}], TEST),
+    "food101": ("Food101", "_image_files", "_labels", [{"split": "train"}], TEST),
+    "dtd": ("DTD", "_image_files", "_labels", TRAIN_AND_VAL, TEST),
+    "aircraft": ("FGVCAircraft", "_image_files", "_labels", [{"split": "trainval"}], TEST),
 }
 
 
