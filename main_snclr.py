@@ -18,7 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from snclr import options
-from snclr.running.errors import RunError, UsageError, check_packages, one_clear_line
+from snclr.running.errors import RunError, check_packages, one_clear_line
 
 if __name__ == "__main__":
     with one_clear_line("main_snclr.py"):
@@ -100,11 +100,6 @@ def main(argv: list[str]) -> None:
     device = process_group.start(args.timeout_minutes)
     preemption.end_at_once()
     train, val, data_notes = sources.open_data(args)
-    if args.batch_size > len(train):
-        raise UsageError(
-            f"--batch-size {args.batch_size} exceeds the {len(train)} training images: choose a "
-            "smaller one; @configs/photos_small.args has settings for few images"
-        )
     train = train.to(device)
     recipe = augment.Recipe(args.seed, augment.build_views(args))
     loader = EpochLoader(train, recipe, args.batch_size, device, args.workers)

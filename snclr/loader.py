@@ -145,7 +145,9 @@ class EpochLoader(ViewLoader):
     ):
         if global_batch_size > len(images):
             raise UsageError(
-                f"--batch-size {global_batch_size} exceeds the {len(images)} training images"
+                f"--batch-size {global_batch_size} exceeds the {len(images)} training images: "
+                "choose a smaller one; to pretrain on few images, @configs/photos_small.args has "
+                "settings"
             )
         if isinstance(images, EncodedImages):
             image_bytes = sum(images.channels * view.size**2 for view in recipe.views)
