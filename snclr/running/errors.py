@@ -116,15 +116,18 @@ def describe_failure(error: Exception, exit_codes: Sequence[int | None] = ()) ->
     """The line for the user if an error means that a DataLoader worker was lost or cannot start;
     None if it means anything else, such as a bug in a worker.
 
-    When a worker ends, torch raises RuntimeError at any point of the rank's code. When a batch
-    cannot be received from a worker that has ended, it raises OSError or EOFError. exit_codes: of
-    the workers, if they are known.
+    When a worker ends, torch raises RuntimeError at any point of the rank's code, also within its
+    own functions that put other errors into a message of theirs, such as load_state_dict. When a
+    batch cannot be received from a worker that has ended, it raises OSError or EOFError.
+    exit_codes: of the workers, if they are known.
     """
     text, messages = str(error), ("DataLoader worker", "Too many open files")
     if "Caught MemoryError in DataLoader worker" in text:
         return f"a DataLoader worker has no memory left: {MORE_MEMORY}"
-    is_lost = isinstance(error, OSError | EOFError) or text.startswith(messages)
-    if text.startswith("Caught ") or not is_lost:
+    if text.startswith("Caught "):
+        return None
+    text = text[max(0, text.find("DataLoader worker (pid")) :]
+    if not isinstance(error, OSError | EOFError) and not text.startswith(messages):
         return None
     sentence = text.partition(".")[0] or type(error).__name__
     if not text.startswith("DataLoader worker"):

@@ -152,6 +152,19 @@ def test_reasons_of_lost_workers():
     assert reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
+def test_a_worker_that_is_lost_while_weights_are_loaded_is_named(monkeypatch):
+    lost, layer = "DataLoader worker (pid 7) is killed by signal: Killed. ", torch.nn.Linear(2, 2)
+
+    def copy(*_):
+        raise RuntimeError(lost)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    with pytest.raises(RuntimeError, match="in loading state_dict") as wrapped:
+        layer.load_state_dict(layer.state_dict())
+    expected = "DataLoader worker (pid 7) is killed by signal: Killed: out of memory?"
+    assert describe_failure(wrapped.value).startswith(expected)
+
+
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_killed_worker_is_one_line(train, step):
     case = train("--epochs", "500")
