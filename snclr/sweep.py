@@ -62,13 +62,16 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def plan(args: Namespace, flags: Sequence[str], cores: int) -> list[Job]:
-    """The runs, recipe by recipe, with checked flags. cores: of each run. Raises UsageError."""
+    """The runs, seed by seed, so that a sweep that is stopped has compared all recipes.
+
+    cores: of each run. Raises UsageError for flags that are wrong.
+    """
     jobs, workers = {}, f"--workers={min(8, cores)}"
     base = [f"@{args.base}"] if args.base else []
     for word in flags:
         if word.split("=")[0] in ("--seed", "--workdir", "--resume"):
             raise UsageError(f"{word} cannot be a flag of all runs: the sweep sets it for each run")
-    for recipe, run_seed in itertools.product(args.recipes, args.seeds):
+    for run_seed, recipe in itertools.product(args.seeds, args.recipes):
         stem, equals, words = recipe.partition("=")
         name = f"{stem if equals else Path(recipe).stem}-seed{run_seed}"
         if name in jobs:
@@ -95,17 +98,20 @@ def visible_gpus() -> list[str]:
 
 def summarise(jobs: Sequence[Job], workdir: str) -> str:
     """Write the comparison of the finished runs into the workdir; returns its table."""
-    finished = {job.name: runs.load(job.workdir) for job in jobs if job.state == DONE}
     content = {job.name: {"state": job.state, "message": job.message} for job in jobs}
-    groups: dict[str, list[runs.Run]] = {}
-    for name, run in finished.items():
-        groups.setdefault(name.rpartition("-seed")[0], []).append(run)
-        content[name] |= {title: runs.value(run, *column) for title, *column in runs.MAIN}
+    groups: dict[str, list[runs.Run]] = {job.name.rpartition("-seed")[0]: [] for job in jobs}
+    for job in jobs:
+        if job.state == DONE:
+            run = runs.load(job.workdir)
+            groups[job.name.rpartition("-seed")[0]].append(run)
+            content[job.name] |= {title: runs.value(run, *column) for title, *column in runs.MAIN}
+    groups = {name: members for name, members in groups.items() if members}
     heads, rows = runs.comparison(groups, runs.MAIN)
     table = runs.markdown(heads, rows) if groups else "no run is finished\n"
     save_json(os.path.join(workdir, "sweep.json"), {"runs": content})
     save_text(os.path.join(workdir, "sweep.md"), table)
-    save_text(os.path.join(workdir, "report.html"), report.page(list(finished.values())))
+    page = report.page([run for members in groups.values() for run in members])
+    save_text(os.path.join(workdir, "report.html"), page)
     return table
 
 

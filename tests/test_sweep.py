@@ -101,10 +101,10 @@ def test_runs_are_recipes_times_seeds_on_a_base(tmp_path):
     words = [topk_1, both, "--base", "configs/cifar10_cpu.args", "--seeds", "3"]
     plan = planned(tmp_path, *words, "4", "--", str(tmp_path), "--topk", "2")
     assert [job.name for job in plan] == [
-        f"{name}-seed{s}" for name in ("topk_1", "both") for s in (3, 4)
+        f"{name}-seed{s}" for s in (3, 4) for name in ("topk_1", "both")
     ]
     parsed = [sweep.options.parse(job.command[3:]) for job in plan]
-    assert [args.bank_size for args in parsed] == [8192, 8192, 512, 512]
+    assert [args.bank_size for args in parsed] == [8192, 512, 8192, 512]
     assert {(args.topk, args.workers, args.resume) for args in parsed} == {(2, 3, "auto")}
     assert [args.workdir for args in parsed] == [str(tmp_path / job.name) for job in plan]
     assert "--topk" in plan[0].settings and not any(x.startswith("@") for x in plan[0].settings)
@@ -123,6 +123,18 @@ def test_runs_are_recipes_times_seeds_on_a_base(tmp_path):
 def test_what_cannot_run_is_refused_before_anything_runs(tmp_path, words, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         planned(tmp_path, *words)
+
+
+def test_the_first_recipe_stays_the_first_row_if_its_first_run_failed(tmp_path):
+    """The runs are seed by seed: those that are compared stand in the order of the recipes."""
+    plan = planned(tmp_path, "one=", "two=", "three=", "--seeds", "0", "1")
+    for job in plan:
+        job.state = FAILED if job.name in ("one-seed0", "three-seed0", "three-seed1") else DONE
+        if job.state == DONE:
+            write_run(Path(job.workdir), seed=int(job.name[-1]))
+    rows = sweep.summarise(plan, str(tmp_path)).splitlines()[2:]
+    assert [row.split()[1] for row in rows] == ["one", "two"]
+    assert [*json.loads((tmp_path / "sweep.json").read_text())["runs"]] == [x.name for x in plan]
 
 
 @pytest.mark.parametrize("names, gpus", [("", []), ("-1", []), ("2,5", ["2", "5"])])
