@@ -56,6 +56,7 @@ from snclr.running.log import Log
 from snclr.running.metrics import StepView, Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
 from snclr.weights import public
+from snclr.weights.layouts import EncoderFile
 from snclr.weights.load import check_start, load_backbone
 from snclr.weights.num_heads import choose_num_heads
 
@@ -113,20 +114,10 @@ def main(argv: list[str]) -> None:
         args.num_heads, head_notes = choose_num_heads(initial, args.arch, args.num_heads)
     model = build_model(args, bfloat16=devices.uses_bfloat16_bank(amp, device))
     workdir, checkpoint_path, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
-    if args.init_from and not checkpoint_path:
-        start_notes += load_backbone(model.base_encoder, initial) + head_notes
-        if model.momentum_encoder is not None:
-            model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
-        if timm_model is not None:
-            images = torch.randn(2, args.channels, args.img_size, args.img_size)
-            public.check_features(args.init_from, timm_model, model.base_encoder, images)
-        else:
-            encoder = model.base_encoder
-            check_start(initial, encoder, args.arch, args.img_size, args.num_heads)
-        own_images = initial.settings if timm_model is None else timm_model.pretrained_cfg
-        start_notes += public.other_images(own_images, args.mean, args.std)
-    elif args.init_from:
+    if args.init_from and checkpoint_path:
         start_notes += [f"--init-from {args.init_from} is ignored: {checkpoint_path} is resumed"]
+    elif args.init_from:
+        start_notes += load_start(args, model, initial, timm_model) + head_notes
     # in float32 on a CPU channels-last is not faster, and torch 2.15 crashes in the backward of
     # narrow convolutions
     plain = device.type == "cpu" and amp == "off"
@@ -261,6 +252,27 @@ def default_workdir(args: argparse.Namespace) -> str:
     arch = args.arch.replace(":", "-")  # for rsync and scp the part before a colon is a host
     start = os.environ.get("SLURM_JOB_ID") or f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
     return os.path.join("runs", f"{args.method}-{arch}-{args.dataset}-{start}")
+
+
+def load_start(
+    args: argparse.Namespace, model: SNCLR, file: EncoderFile, timm_model: nn.Module | None
+) -> list[str]:
+    """Load the weights of --init-from into both encoders. Returns lines about what was loaded.
+
+    timm_model: the model of these weights if they come from timm. Raises UsageError if the encoder
+    computes other features than the weights' own model.
+    """
+    encoder = model.base_encoder
+    notes = load_backbone(encoder, file)
+    if model.momentum_encoder is not None:
+        model.momentum_encoder.load_state_dict(encoder.state_dict())
+    if timm_model is not None:
+        images = torch.randn(2, args.channels, args.img_size, args.img_size)
+        public.check_features(args.init_from, timm_model, encoder, images)
+    else:
+        check_start(file, encoder, args.arch, args.img_size, args.num_heads)
+    own_images = file.settings if timm_model is None else timm_model.pretrained_cfg
+    return notes + public.other_images(own_images, args.mean, args.std)
 
 
 def setting_notes(args: argparse.Namespace, num_images: int, device: torch.device) -> list[str]:
