@@ -200,7 +200,7 @@ def test_the_command_line_exports_and_ends_wrong_usage_in_one_line(
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 CIFAR = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]}
-HAS_LOCAL_DIR = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 16)
+READS_FOLDERS = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 26)
 
 
 @pytest.fixture(scope="module")
@@ -280,8 +280,8 @@ def test_the_printed_line_builds_the_librarys_model_with_equal_features(
 ):
     if library == "hf":
         pytest.importorskip("transformers", reason="transformers is not installed")
-    if (library, name) == ("timm", "folder") and not HAS_LOCAL_DIR:
-        pytest.skip("this timm has no local-dir")
+    if (library, name) == ("timm", "folder") and not READS_FOLDERS:
+        pytest.skip("timm before 1.0.26 does not read folders")
     path = random_files(arch, num_heads)
     run(path, library, tmp_path / name)
     model = built_by(capsys.readouterr().out)
@@ -334,7 +334,7 @@ def test_the_line_is_in_the_metadata_of_every_file(random_files, tmp_path):
 def test_timm_finds_mean_std_and_size_of_the_images(random_files, tmp_path, capsys):
     path = random_files("vit_small", 12)
     models = []
-    for name in ["x.safetensors", "folder"] if HAS_LOCAL_DIR else ["x.safetensors"]:
+    for name in ["x.safetensors", "folder"] if READS_FOLDERS else ["x.safetensors"]:
         run(path, "timm", tmp_path / name)
         models.append(built_by(capsys.readouterr().out))
     for model in models:
@@ -352,7 +352,7 @@ def test_timms_folder_is_one_for_its_hub_and_takes_a_new_classifier(random_files
     assert config["model_args"] == {"num_heads": 12, "num_classes": 0, "img_size": 32}
     assert config["num_classes"] == 0 and config["num_features"] == 384
     timm.models.PretrainedCfg(**config["pretrained_cfg"])  # refuses names that it does not know
-    if HAS_LOCAL_DIR:
+    if READS_FOLDERS:
         model = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=10)
         assert model(IMAGES).shape == (2, 10) and model.blocks[0].attn.num_heads == 12
 
@@ -481,8 +481,8 @@ def test_the_lines_of_the_model_card_compute_the_encoders_features(
     needed = {"hf": ["transformers"], "onnx": ["onnx", "onnxruntime"]}
     for package in needed.get(format_name, []):
         pytest.importorskip(package, reason=f"{package} is not installed")
-    if out == "folder" and format_name == "timm" and not HAS_LOCAL_DIR:
-        pytest.skip("this timm has no local-dir")
+    if out == "folder" and format_name == "timm" and not READS_FOLDERS:
+        pytest.skip("timm before 1.0.26 does not read folders")
     run(checkpoints(name), format_name, tmp_path / out)
     card = tmp_path / out / "README.md" if out == "folder" else tmp_path / f"{out}.md"
     monkeypatch.chdir(tmp_path)

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import launches
 
-BOUNDS = {"ResNet-18": 1212, "ViT-S/16": 1510}
+BOUNDS = {"ResNet-18": 1214, "ViT-S/16": 1513}  # with torch 2.6; 1212 and 1510 with 2.14
 
 
 @pytest.mark.parametrize("recipe", BOUNDS)

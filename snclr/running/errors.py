@@ -134,7 +134,8 @@ def describe_failure(error: Exception, exit_codes: Sequence[int | None] = ()) ->
         sentence = f"a DataLoader worker was lost or cannot start ({sentence})"
     codes = [*map(int, re.findall(r"exit code (\d+)", text)), *filter(None, exit_codes)]
     numbers = [code - SENDING_FAILED for code in codes] + [getattr(error, "errno", None)]
-    if "Bus error" in text:
+    # with older torch, a worker that fills shared memory dies by this signal
+    if "Bus error" in text or -getattr(signal, "SIGBUS", 0) in codes:
         numbers.append(errno.ENOSPC)
     return f"{sentence}: {_advice(numbers)}"
 

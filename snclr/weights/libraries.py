@@ -42,6 +42,8 @@ def to_timm(encoder: nn.Module, info: dict, as_folder: bool = False) -> Export:
         key: getattr(original, key)
         for key in ("first_conv", "classifier", "pool_size", "fixed_input_size")
     }
+    if info["channels"] != 3:  # timm before 1.0.31 converts all filters as if they had 3
+        copied["first_conv"] = None
     config = {
         "architecture": name,
         "num_classes": 0,
@@ -73,7 +75,7 @@ def to_timm(encoder: nn.Module, info: dict, as_folder: bool = False) -> Export:
         read=read,
         configs={"config.json": config},
         hint=lambda path: (
-            "timm before 1.0.16 has no local-dir: "
+            "timm before 1.0.26 cannot read this folder: "
             + _call(name, with_data, os.path.join(path, "model.safetensors"))
         ),
     )

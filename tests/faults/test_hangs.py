@@ -149,6 +149,7 @@ def test_reasons_of_lost_workers():
     assert "out of memory?" in reason(RuntimeError(lost.format(1)))
     assert "out of memory?" in reason(ConnectionResetError(104, "Connection reset by peer"))
     assert "/dev/shm is full" in reason(EOFError(), [None, 64 + 28])
+    assert "/dev/shm is full" in reason(EOFError(), [-signal.SIGBUS])
     assert reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
