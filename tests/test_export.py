@@ -416,8 +416,10 @@ def test_transformers_auto_classes_and_its_pipeline_give_equal_features(
     processed = processor(Image.fromarray(image), return_tensors="pt").pixel_values
     torch.testing.assert_close(processed, pixels, rtol=1e-5, atol=1e-5)
     pipeline = transformers.pipeline("image-feature-extraction", model=str(out))
-    pooled = pipeline(Image.fromarray(image), return_tensors=True, pool=True)
-    torch.testing.assert_close(pooled.flatten(1), encoder(pixels), rtol=1e-4, atol=1e-5)
+    pooled = pipeline(Image.fromarray(image), return_tensors=True, pool=True).flatten(1)
+    is_old = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 50)
+    expected = encoder(pixels).tanh() if is_old and name == "vit" else encoder(pixels)
+    torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-5)
     assert "MISSING" not in caplog.text and "UNEXPECTED" not in caplog.text
     again, info = snclr.load_encoder(str(out / "model.safetensors"))
     assert torch.equal(again(X), encoder(X))

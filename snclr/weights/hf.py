@@ -14,8 +14,8 @@ from .hf_names import to_hf_names
 def to_hf(encoder: nn.Module, info: dict) -> Export:
     """The folder of Hugging Face transformers' ViTModel or ResNetModel, for its Auto classes.
 
-    A ViT's pooler is the identity, so that pooler_output is the class token in transformers that
-    read its activation from the configuration; older ones apply tanh to it.
+    A ViT's pooler is the identity, so that pooler_output is the class token. Before 4.50
+    transformers does not read its activation from the configuration, and applies tanh to it.
     """
     is_vit = isinstance(encoder, VisionTransformer) and not info["arch"].startswith("vit_conv")
     has_stem = info["arch"] in RESNETS and RESNETS[info["arch"]][3] == "imagenet"
@@ -43,6 +43,7 @@ def to_hf(encoder: nn.Module, info: dict) -> Export:
             architectures=["ViTModel"],
         )
         features = "model(images).last_hidden_state[:, 0]"
+        note = " (from transformers 4.50 on, pooler_output is the same)"
     else:
         block, depths, width, _ = RESNETS[info["arch"]]
         width = info["width"] or width
@@ -54,7 +55,7 @@ def to_hf(encoder: nn.Module, info: dict) -> Export:
             layer_type="basic" if block.expansion == 1 else "bottleneck",
             architectures=["ResNetModel"],
         )
-        features = "model(images).pooler_output.flatten(1)"
+        features, note = "model(images).pooler_output.flatten(1)", ""
 
     def read(path):
         model = AutoModel.from_pretrained(path).eval()
@@ -81,6 +82,6 @@ def to_hf(encoder: nn.Module, info: dict) -> Export:
         "model = transformers.AutoModel.from_pretrained({!r})".format,
         read,
         configs,
-        hint=lambda path: f"features: {features}",
+        hint=lambda path: f"features: {features}{note}",
         features=features,
     )
