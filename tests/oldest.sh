@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Runs the tests with the oldest versions that requirements.txt admits, in an environment of their
-# own (several GB; made once). FOLDER=path says where; arguments go to pytest.
+# Runs the tests with the oldest versions that requirements.txt and requirements/ admit, in an
+# environment of their own (several GB; made once). FOLDER=path says where; arguments go to pytest.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 FOLDER=${FOLDER:-$ROOT/.venv-oldest}
+cd "$ROOT"
 if [ ! -e "$FOLDER/made" ]; then
   python3 -m venv "$FOLDER"
-  # the first minor versions: 2.6 is 2.6.x
-  sed 's/>=\([0-9.]*\)/~=\1.0/' "$ROOT"/requirements.txt > "$FOLDER/oldest.txt"
+  # the first minor versions: 2.6 is 2.6.x; not torchcodec, which needs a newer torch
+  sed 's/>=\([0-9.]*\)/~=\1.0/' requirements.txt \
+    requirements/{datasets,hf,mat,mlflow,onnx,parquet,umap,wandb}.txt > "$FOLDER/oldest.txt"
   "$FOLDER/bin/python" -m pip install --quiet -r "$FOLDER/oldest.txt" \
-    -r "$ROOT/tests/requirements.txt" scipy safetensors 'setuptools<81'
+    -r tests/requirements.txt safetensors 'setuptools<81'
   touch "$FOLDER/made"
 fi
-cd "$ROOT"
 "$FOLDER/bin/python" -m pip list 2>/dev/null |
-  grep -E '^(torch|torchvision|timm|numpy|tensorboard|tqdm) '
+  grep -E '^(torch|torchvision|timm|numpy|tensorboard|tqdm|transformers|onnx|datasets|wandb) '
 [ $# -gt 0 ] || set -- -m "not slow"
 exec "$FOLDER/bin/python" -m pytest "$@"
