@@ -78,15 +78,16 @@ def layer_scales(encoder: nn.Module, factor: float, prefix: str) -> dict[str, fl
     """lr_scale of the encoder's parameters, by prefix + name: factor ** (layers above it).
 
     The layers are timm's: stem, blocks, head. So of n blocks, block i = 0 .. n-1 has factor^(n-i),
-    the stem factor^(n+1) and the projector 1. A norm after the last block belongs to that block.
-    Raises UsageError if the encoder does not name its layers.
+    the stem factor^(n+1) and the projector 1. Without a projector, each has one power less. A norm
+    after the last block belongs to that block. Raises UsageError if the encoder does not name its
+    layers.
     """
     if factor == 1:
         return {}
     if not hasattr(encoder, "group_matcher"):
         raise UsageError(
-            f"--lr-scale {factor:g} needs the layers of the backbone, which this one does not name:"
-            " leave it out"
+            f"this backbone does not name its layers, which --lr-scale or --layer-decay {factor:g}"
+            " needs: leave the flag out"
         )
     layers = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)
     last = max(layers.values())

@@ -3,7 +3,6 @@
 import time
 
 import numpy as np
-import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -12,7 +11,6 @@ from .. import augment, optim
 from ..loader import EpochLoader
 from ..running import distributed
 from ..running.batch_norm import synchronise_batch_norm
-from ..running.errors import UsageError
 from ..running.precision import autocast, widen
 from .features import encode_share
 from .options import STATE_FILE
@@ -122,19 +120,11 @@ def build_optimizer(
     """'sgd' (momentum 0.9) or 'adamw'. Each group's 'peak' is its rate before the schedule, derived
     from lr in the encoder, and head_lr in the head.
 
-    layer_decay: the rate of a layer is that of the next one times this factor (timm's grouping); 1:
-    all layers have the same rate. Raises UsageError if the encoder has no grouping.
+    layer_decay: the rate of a layer is that of the next one times this factor (optim.layer_scales);
+    1: all layers have the same rate. Raises UsageError if the encoder does not name its layers.
     """
-    if layer_decay == 1:
-        groups = optim.parameter_groups(model.encoder.named_parameters(), weight_decay)
-    elif hasattr(model.encoder, "group_matcher"):
-        groups = timm.optim.param_groups_layer_decay(
-            model.encoder, weight_decay, layer_decay=layer_decay
-        )
-    else:
-        raise UsageError(
-            f"--layer-decay {layer_decay} is for encoders that name their layers: leave it out"
-        )
+    scales = optim.layer_scales(model.encoder, layer_decay, prefix="")
+    groups = optim.parameter_groups(model.encoder.named_parameters(), weight_decay, scales)
     groups = [{**group, "peak": lr * group.get("lr_scale", 1.0)} for group in groups]
     head = optim.parameter_groups(model.head.named_parameters(), weight_decay)
     groups += [{**group, "peak": head_lr} for group in head]

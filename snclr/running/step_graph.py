@@ -163,10 +163,11 @@ def capturable(optimizer: Optimizer) -> Iterator[None]:
     it, and would warn of every step outside of a graph that they allow it.
     """
     groups = [group for group in optimizer.param_groups if "capturable" in group]
+    before = [group["capturable"] for group in groups]
     for group in groups:
         group["capturable"] = True
     try:
         yield
     finally:
-        for group in groups:
-            group["capturable"] = False
+        for group, value in zip(groups, before, strict=True):
+            group["capturable"] = value
