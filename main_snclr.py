@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
     plain = device.type == "cpu" and amp == "off"
     layout = torch.preserve_format if plain else torch.channels_last
     model = batch_norm.synchronise_batch_norm(model.to(device, memory_format=layout), device)
-    scales = optim.layer_scales(model.base_encoder, args.lr_scale, prefix="base_encoder.")
+    scales = optim.layer_scales(model.base_encoder, args.lr_scale, "base_encoder.", "--lr-scale")
     optimizer = optim.build_optimizer(args.optimizer, model, args.wd, scales)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 

@@ -74,20 +74,20 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1
 
 
-def layer_scales(encoder: nn.Module, factor: float, prefix: str) -> dict[str, float]:
+def layer_scales(encoder: nn.Module, factor: float, prefix: str, flag: str) -> dict[str, float]:
     """lr_scale of the encoder's parameters, by prefix + name: factor ** (layers above it).
 
     The layers are timm's: stem, blocks, head. So of n blocks, block i = 0 .. n-1 has factor^(n-i),
     the stem factor^(n+1) and the projector 1. Without a projector, each has one power less. A norm
-    after the last block belongs to that block. Raises UsageError if the encoder does not name its
-    layers.
+    after the last block belongs to that block. Raises UsageError, which names the flag of the
+    factor, if the encoder does not name its layers.
     """
     if factor == 1:
         return {}
     if not hasattr(encoder, "group_matcher"):
         raise UsageError(
-            f"this backbone does not name its layers, which --lr-scale or --layer-decay {factor:g}"
-            " needs: leave the flag out"
+            f"{flag} {factor:g} needs the layers of the backbone, which this one does not name:"
+            " leave it out"
         )
     layers = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)
     last = max(layers.values())

@@ -99,11 +99,12 @@ def visible_gpus() -> list[str]:
 def summarise(jobs: Sequence[Job], workdir: str) -> str:
     """Write the comparison of the finished runs into the workdir; returns its table."""
     content = {job.name: {"state": job.state, "message": job.message} for job in jobs}
-    groups: dict[str, list[runs.Run]] = {job.name.rpartition("-seed")[0]: [] for job in jobs}
+    groups: dict[str, list[runs.Run]] = {}
     for job in jobs:
+        members = groups.setdefault(job.name.rpartition("-seed")[0], [])
         if job.state == DONE:
             run = runs.load(job.workdir)
-            groups[job.name.rpartition("-seed")[0]].append(run)
+            members.append(run)
             content[job.name] |= {title: runs.value(run, *column) for title, *column in runs.MAIN}
     groups = {name: members for name, members in groups.items() if members}
     heads, rows = runs.comparison(groups, runs.MAIN)

@@ -131,7 +131,7 @@ def test_rates_by_depth_are_those_of_a_loop(arch, kwargs, depths):
         if name.startswith("norm."):
             scale = 0.7
         expected[name] = (0.3 * scale, 0.2 if parameter.ndim > 1 else 0.0)
-    scales = optim.layer_scales(encoder, 0.7, prefix="")
+    scales = optim.layer_scales(encoder, 0.7, "", "--lr-scale")
     optimizer = optim.build_optimizer("adamw", encoder, 0.2, scales)
     optim.set_learning_rate(optimizer, 0.3)
     names = {id(parameter): name for name, parameter in encoder.named_parameters()}
@@ -148,11 +148,11 @@ def test_rates_by_depth_are_those_of_a_loop(arch, kwargs, depths):
 
 def test_a_scale_of_one_keeps_the_two_groups_and_needs_no_layers():
     layer = torch.nn.Linear(2, 2)
-    assert optim.layer_scales(layer, 1.0, prefix="") == {}
+    assert optim.layer_scales(layer, 1.0, "", "--lr-scale") == {}
     groups = optim.parameter_groups(layer.named_parameters(), 0.1, {})
     assert [group.keys() for group in groups] == [{"params", "weight_decay"}] * 2
-    with pytest.raises(UsageError, match=r"does not name its layers, .* 0\.5 needs"):
-        optim.layer_scales(layer, 0.5, prefix="")
+    with pytest.raises(UsageError, match=r"--lr-scale 0\.5 needs the layers"):
+        optim.layer_scales(layer, 0.5, "", "--lr-scale")
 
 
 # -- public weights: their downloads are replaced by local files -----------------------------------

@@ -229,7 +229,7 @@ def test_rates_fall_from_layer_to_layer(monkeypatch):
     flat = finetune.build_optimizer(model, "sgd", 2.0, 3.0, 0.0, 1.0)
     assert {group["peak"] for group in flat.param_groups} == {2.0, 3.0}
     monkeypatch.delattr(ResNet, "group_matcher")
-    with pytest.raises(UsageError, match=r"does not name its layers, .* 0\.5 needs"):
+    with pytest.raises(UsageError, match=r"--layer-decay 0\.5 needs the layers of"):
         finetune.build_optimizer(finetune.Classifier(build("resnet8"), 5), "sgd", 1, 1, 0, 0.5)
 
 

@@ -123,7 +123,7 @@ def build_optimizer(
     layer_decay: the rate of a layer is that of the next one times this factor (optim.layer_scales);
     1: all layers have the same rate. Raises UsageError if the encoder does not name its layers.
     """
-    scales = optim.layer_scales(model.encoder, layer_decay, prefix="")
+    scales = optim.layer_scales(model.encoder, layer_decay, "", "--layer-decay")
     groups = optim.parameter_groups(model.encoder.named_parameters(), weight_decay, scales)
     groups = [{**group, "peak": lr * group.get("lr_scale", 1.0)} for group in groups]
     head = optim.parameter_groups(model.head.named_parameters(), weight_decay)

@@ -42,7 +42,7 @@ def to_timm(encoder: nn.Module, info: dict, as_folder: bool = False) -> Export:
         key: getattr(original, key)
         for key in ("first_conv", "classifier", "pool_size", "fixed_input_size")
     }
-    if info["channels"] != 3:  # timm before 1.0.31 converts all filters as if they had 3
+    if info["channels"] != 3:  # timm before 1.0.31 takes the first filters for those of RGB
         copied["first_conv"] = None
     config = {
         "architecture": name,
