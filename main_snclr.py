@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
     if args.init_from:  # the number of heads must be that of the weights; no tensor shows it
         initial, timm_model = public.read_start(args.init_from, args.img_size)
         args.num_heads, head_notes = choose_num_heads(initial, args.arch, args.num_heads)
-    model = build_model(args, bfloat16=devices.uses_bfloat16_bank(amp, device))
+    model = build_model(args, products=devices.bank_products(amp, device))
     workdir, checkpoint_path, start_notes = distributed.on_rank_zero(lambda: open_workdir(args))
     if args.init_from and checkpoint_path:
         start_notes += [f"--init-from {args.init_from} is ignored: {checkpoint_path} is resumed"]

@@ -15,7 +15,8 @@ The other ranks are simulated: their keys and the rows that they picked are rand
 the network is missing. Random picks are the worst case for the streamed form, because in a real
 bank many queries have the same neighbours.
 
-The second table compares bfloat16 products with float64.
+The second table compares rounded products, as with --amp bf16, with float64: bfloat16 on a CPU,
+TF32 on a GPU.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from snclr import objectives
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import Candidates, gather_neighbours, positiveness, restrict, snclr_loss
 from snclr.running import process_group
+from snclr.running.devices import bank_products
 
 T = 0.2
 
@@ -130,12 +132,13 @@ def dense_loss(z: Tensor, y: Tensor, key: Tensor, neighbours: Tensor, others: Te
 class Streamed:
     """This project's form: a bank of unit rows, neighbours of other ranks as counts per row.
 
-    candidates: what of it is in the denominator, the value of --candidates.
+    products: in what those with the bank are computed. candidates: what of it is in the
+    denominator, the value of --candidates.
     """
 
-    def __init__(self, problem: Problem, bfloat16: bool, candidates: str = "all"):
+    def __init__(self, problem: Problem, products: str, candidates: str = "all"):
         self.p, self.kind = problem, candidates
-        self.bank = MemoryBank(*problem.bank.shape, bfloat16=bfloat16).to(problem.bank.device)
+        self.bank = MemoryBank(*problem.bank.shape, products).to(problem.bank.device)
         self.bank.enqueue(problem.bank, problem.ids)
         others = [rows[problem.batch :] for rows in problem.rows]
         self.others = [objectives.count_picks(rows, len(problem.bank)) for rows in others]
@@ -156,14 +159,15 @@ class Streamed:
                 temperature=T,
                 candidates=restrict(Candidates(p.keys[direction], counts), self.kind),
                 neighbours=neighbours,
+                tf32=self.bank.tf32,
             )
             gradients += [loss.detach(), *torch.autograd.grad(loss, (z, y))]
         self.bank.enqueue(p.keys[0], p.own_ids)
         return gradients
 
 
-def accuracy_of_bfloat16(args: argparse.Namespace, device: torch.device) -> list[list]:
-    """Rows of a table that compares a step with bfloat16 products with one in float64.
+def accuracy(args: argparse.Namespace, device: torch.device, products: str) -> list[list]:
+    """Rows of a table that compares a step with rounded products with one in float64.
 
     Columns: features, largest relative error of the loss, least cosine of an image's gradients,
     share of the exact K neighbours that the search finds.
@@ -171,7 +175,7 @@ def accuracy_of_bfloat16(args: argparse.Namespace, device: torch.device) -> list
     lines = []
     for clustered in (False, True):
         problem = Problem(args, device, clustered)
-        streamed = Streamed(problem, bfloat16=True)
+        streamed = Streamed(problem, products)
         keys = torch.cat([key[: problem.batch] for key in problem.keys])
         _, rows = streamed.bank.search(keys, args.topk)
         bank64 = problem.bank.double()
@@ -196,12 +200,13 @@ def accuracy_of_bfloat16(args: argparse.Namespace, device: torch.device) -> list
                 loss = snclr_loss(
                     z,
                     key[: problem.batch],
-                    bank.bfloat16() if dtype == torch.float32 else bank,
+                    streamed.bank.products if dtype == torch.float32 else bank,
                     own,
                     positiveness(y, bank, own, neighbours=neighbours),
                     temperature=T,
                     candidates=Candidates(key, counts),
                     neighbours=neighbours,
+                    tf32=streamed.bank.tf32,
                 )
                 gradients = torch.autograd.grad(loss, (z, y))
                 results.append((loss.item(), torch.cat([g.double() for g in gradients])))
@@ -232,11 +237,12 @@ def main():
     args = parser.parse_args()
     device = process_group.own_device()
     problem = Problem(args, device)
+    rounded = bank_products("bf16", device)
     sides = {
         "dense, as released": Dense(problem),
-        "streamed, float32": Streamed(problem, bfloat16=False),
-        "streamed, bfloat16 products": Streamed(problem, bfloat16=True),
-        "streamed, float32, --candidates keys": Streamed(problem, False, "keys"),
+        "streamed, float32": Streamed(problem, "float32"),
+        f"streamed, {rounded} products": Streamed(problem, rounded),
+        "streamed, float32, --candidates keys": Streamed(problem, "float32", "keys"),
     }
     memory = {name: measure.peak_memory(side.step, device) for name, side in sides.items()}
     calls = {name: side.step for name, side in sides.items()}
@@ -261,9 +267,9 @@ def main():
     head = ["", "ms per step", "times faster", "MB beyond the bank", "times less"]
     head += ["ms on the GPU", "times faster"] if on_device else []
     print(measure.table(head, rows))
-    head = ["bfloat16 products against float64", "loss, relative error"]
+    head = [f"{rounded} products against float64", "loss, relative error"]
     head += ["least gradient cosine", "recall of the top K"]
-    print("\n" + measure.table(head, accuracy_of_bfloat16(args, device)))
+    print("\n" + measure.table(head, accuracy(args, device, rounded)))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from snclr import objectives, streamed
 from snclr.pictures.canvas import BLUE, FAINT, GREY, INK, MARGIN, ORANGE, font, page
 from snclr.running import distributed, process_group
 from snclr.running.batch_norm import synchronise_batch_norm
+from snclr.running.devices import bank_products
 
 BASE = dict(batch=128, topk=30, bank=128000, ranks=32, dim=256)
 SWEEPS = {  # one value varies, the others are those of BASE
@@ -39,7 +40,7 @@ SWEEPS = {  # one value varies, the others are those of BASE
 }
 
 
-def simulated(args: Namespace, device: torch.device) -> dict[str, list[list]]:
+def simulated(args: Namespace, products: str, device: torch.device) -> dict[str, list[list]]:
     """Lines of each sweep: value, loss ms, loss with all rows ms, search ms, peak MB, MB sent.
 
     The loss is timed forward and backward. On a CPU it skips bank rows that nobody picked; "all
@@ -50,7 +51,7 @@ def simulated(args: Namespace, device: torch.device) -> dict[str, list[list]]:
         sweeps[name] = []
         for value in values:
             sizes = Namespace(**{**BASE, name: value})
-            side = Streamed(Problem(sizes, device), bfloat16=not args.float32)
+            side = Streamed(Problem(sizes, device), products)
             keys = torch.cat([key[: sizes.batch] for key in side.p.keys])
             steps = {
                 "step": side.step,
@@ -136,7 +137,7 @@ def main():
     parser = measure.argument_parser(__doc__)
     parser.add_argument("--out", metavar="PNG", help="file to write a plot to")
     parser.add_argument(
-        "--float32", action="store_true", help="products in float32 instead of bfloat16"
+        "--float32", action="store_true", help="products in float32 instead of those of --amp bf16"
     )
     parser.add_argument(
         "--true-ranks",
@@ -154,13 +155,13 @@ def main():
     )
     args = parser.parse_args()
     device = process_group.own_device()
-    products = "float32" if args.float32 else "bfloat16"
+    products = bank_products("off" if args.float32 else "bf16", device)
     base = ", ".join(f"{name} {value}" for name, value in BASE.items())
     print(
         f"{products} products; {measure.hardware(device)}; fastest of {args.steps}\n"
         f"values that do not vary: {base}"
     )
-    sweeps = simulated(args, device)
+    sweeps = simulated(args, products, device)
     for name, lines in sweeps.items():
         rows = [
             [line[0], *(f"{value:.0f}" for value in line[1:5]), f"{line[5]:.2f}"] for line in lines

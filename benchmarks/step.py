@@ -23,7 +23,7 @@ from benchmarks import measure
 from snclr import augment, optim, options
 from snclr.builder import build_model
 from snclr.running import process_group
-from snclr.running.devices import uses_bfloat16_bank
+from snclr.running.devices import bank_products
 from snclr.running.precision import autocast, resolve_amp
 
 VIT = "@configs/vit_small_imagenet.args DATA --dataset tree --amp off"
@@ -52,7 +52,7 @@ class Step:
         torch.manual_seed(0)
         self.amp, self.device = resolve_amp(args.amp, device), device
         layout = torch.channels_last if channels_last else torch.preserve_format
-        model = build_model(args, bfloat16=uses_bfloat16_bank(self.amp, device))
+        model = build_model(args, products=bank_products(self.amp, device))
         self.model = model.to(device, memory_format=layout).train()
         if joins_views is not None:
             self.model.joins_views = joins_views

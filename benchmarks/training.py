@@ -12,7 +12,7 @@ from snclr.builder import build_model
 from snclr.datasets.images import ImageSet
 from snclr.loader import EpochLoader
 from snclr.running import step_graph
-from snclr.running.devices import uses_bfloat16_bank
+from snclr.running.devices import bank_products
 from snclr.running.guard import Guard
 from snclr.running.log import Log
 from snclr.running.precision import resolve_amp
@@ -38,7 +38,7 @@ class Training:
         layout = (
             torch.channels_last if device.type == "cuda" or amp != "off" else torch.preserve_format
         )
-        model = build_model(args, bfloat16=uses_bfloat16_bank(amp, device))
+        model = build_model(args, products=bank_products(amp, device))
         model = model.to(device, memory_format=layout)
         if (bank := model.memory_bank) is not None:
             bank.enqueue(

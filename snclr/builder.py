@@ -190,6 +190,7 @@ class SNCLR(nn.Module):
                     candidates=candidates[k],
                     neighbours=positives[k],
                     normalise=args.normalise_positives,
+                    tf32=bank.tf32,
                 )
             )
         fresh, counts = candidates[-1]
@@ -287,7 +288,14 @@ class SNCLR(nn.Module):
         (k2,) = self._momentum_projections(momentum, key_views[-1:])
         (y1,) = self._project(self.base_encoder, views[:1])
         bank = self.memory_bank
-        loss = mocov2_loss(y1, k2, bank.products, bank.valid(), temperature=self.args.snclr_t)
+        loss = mocov2_loss(
+            y1,
+            k2,
+            bank.products,
+            bank.valid(),
+            temperature=self.args.snclr_t,
+            tf32=bank.tf32,
+        )
         return loss, all_gather(unit(k2)), self._show(y1, 1 + bank.filled)
 
     @torch.no_grad()
@@ -370,11 +378,11 @@ def check_local_size(encoder: nn.Module, args: Namespace) -> None:
     encoder.train()
 
 
-def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
+def build_model(args: Namespace, *, products: str = "float32") -> SNCLR:
     """The model that the flags describe (snclr/options.py), on the CPU, in torch's default dtype.
 
-    bfloat16: compute the large products with the bank in that format. Raises UsageError for flags
-    that do not fit the backbone.
+    products: in what those with the bank are computed (running.devices.bank_products). Raises
+    UsageError for flags that do not fit the backbone.
     """
     encoder = build_encoder(
         args.arch,
@@ -389,7 +397,7 @@ def build_model(args: Namespace, *, bfloat16: bool = False) -> SNCLR:
         hidden_dim=args.snclr_mlp_dim,
         out_dim=args.snclr_dim,
     )
-    bank = MemoryBank(args.bank_size, args.snclr_dim, bfloat16) if args.method != "mocov3" else None
+    bank = MemoryBank(args.bank_size, args.snclr_dim, products) if args.method != "mocov3" else None
     predictor = None
     if args.method == "mocov2":
         projector = heads.plain_projector(encoder.num_features, args.snclr_mlp_dim, args.snclr_dim)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .running.devices import on_host
-from .running.precision import full_precision, unit
+from .running.precision import full_precision, tf32, unit
 
 # A search compares CHUNK rows of the bank at a time, with so many queries that their cosines take
 # COSINES bytes.
@@ -20,26 +20,31 @@ class MemoryBank(nn.Module):
     ids         (M,) data-set index of each row's image; -1 for a row that was never written
     pointer     () next row to write
     filled      () rows written so far, at most M
-    features16  (M, D) with bfloat16: a copy in that format, for the large products
+    features16  (M, D) with bfloat16 products: a copy in that format
+
+    products: in what the large products are computed (running.devices.bank_products).
 
     All are buffers, and all except the copy are in the checkpoint. The caller enqueues the keys of
     all ranks, in rank order: so the bank is the same on every rank, and a run may resume with
     another number of ranks. No value moves to the host, so the host never waits for a GPU.
     """
 
-    def __init__(self, size: int, dim: int, bfloat16: bool = False):
+    def __init__(self, size: int, dim: int, products: str = "float32"):
         super().__init__()
         if size < 1 or dim < 1:
             raise ValueError(
                 "a memory bank needs at least one row and one dimension, "
                 f"found size {size} and dim {dim}"
             )
+        self.tf32 = products == "tf32"
         self.register_buffer("features", torch.zeros(size, dim))
         self.register_buffer("ids", torch.full((size,), -1, dtype=torch.long))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
         self.register_buffer(
-            "features16", self.features.bfloat16() if bfloat16 else None, persistent=False
+            "features16",
+            self.features.bfloat16() if products == "bfloat16" else None,
+            persistent=False,
         )
         self.register_load_state_dict_post_hook(MemoryBank._copy)
 
@@ -49,7 +54,7 @@ class MemoryBank(nn.Module):
 
     @property
     def products(self) -> Tensor:
-        """(M, D) the features in the format of the large products."""
+        """(M, D) the features in the format of the factors of large products."""
         return self.features if self.features16 is None else self.features16
 
     def __len__(self) -> int:
@@ -72,8 +77,8 @@ class MemoryBank(nn.Module):
         chunk           bank rows to compare at a time, which bounds the memory (None: CHUNK)
 
         Returns scores (B, k), cosines, and rows (B, k). If fewer than k rows are eligible, the rest
-        has score -inf and row -1. With the bfloat16 copy, the best 2k rows in that format are
-        compared again in full precision. Raises ValueError if k exceeds the bank or the shapes do
+        has score -inf and row -1. Of bfloat16 or TF32 products, the best 2k rows are compared
+        again in full precision. Raises ValueError if k exceeds the bank or the shapes do
         not fit.
         """
         size, dim = self.features.shape
@@ -99,11 +104,12 @@ class MemoryBank(nn.Module):
         return tuple(map(torch.cat, zip(*results, strict=True)))
 
     def _search(self, queries, ids, k, chunk):
-        narrow, fetched, offset = queries.to(self.products.dtype), k, None
+        narrow, offset = queries.to(self.products.dtype), None
+        is_rounded = self.tf32 or self.features16 is not None
+        fetched = min(2 * k, len(self)) if is_rounded else k
         if self.features16 is not None:
             # bfloat16 is coarse near 1 and fine near 0: cosines that are all nearly 1 can only be
             # ordered after (about) the largest one is subtracted
-            fetched = min(2 * k, len(self))
             offset = -(narrow @ self.features16[::16].T).amax(dim=1, keepdim=True)
         written = int(self.filled) if on_host(self.filled) else len(self)
         scores = queries.new_full((len(queries), fetched), float("-inf"))
@@ -116,16 +122,17 @@ class MemoryBank(nn.Module):
                 unwritten = torch.arange(start, part.stop, device=queries.device) >= self.filled
                 added = narrow.new_zeros(1) if offset is None else offset
                 added = added.masked_fill(unwritten, float("-inf"))  # (chunk,) or (B, chunk)
-            if added is None:
-                cosines = narrow @ features.T  # (B, chunk)
-            else:
-                cosines = torch.addmm(added, narrow, features.T)
+            with tf32(self.tf32):
+                if added is None:
+                    cosines = narrow @ features.T  # (B, chunk)
+                else:
+                    cosines = torch.addmm(added, narrow, features.T)
             if ids is not None:
                 _mask_same(cosines, ids, self.ids[part])
             best, columns = largest(cosines, fetched)
             scores, order = torch.cat([scores, best.to(scores.dtype)], dim=1).topk(fetched)
             rows = torch.cat([rows, columns + start], dim=1).gather(1, order)
-        if offset is not None:
+        if is_rounded:
             few = max(1, COSINES[queries.device.type] // (4 * fetched * self.features.shape[1]))
             parts = zip(queries.split(few), rows.clamp(min=0).split(few), strict=True)
             exact = [torch.einsum("bd,bkd->bk", q, gather(self.features, r)) for q, r in parts]

@@ -157,6 +157,7 @@ def snclr_loss(
     candidates: Candidates | None = None,
     neighbours: Tensor | None = None,
     normalise: bool = False,
+    tf32: bool = False,
 ) -> Tensor:
     """Contrast with the own key and its soft neighbours, one direction (Ge et al., eq. 3).
 
@@ -185,6 +186,7 @@ def snclr_loss(
     candidates              from gather_candidates (and restrict), if the caller has them
     neighbours (B, K, D)    the positives: from gather_neighbours, if the caller has them, or others
                             in their place (mix_with_keys)
+    tf32                    whether a GPU may compare with all candidates in TF32
 
     Returns a scalar. Raises ValueError for an unknown form.
     """
@@ -195,7 +197,7 @@ def snclr_loss(
     query, key = unit(query), unit(key)
     weights = widen(weights).to(query.dtype) * (rows >= 0)
     keys, counts = candidates
-    log_z = log_sum_exp(query, keys, bank[: len(counts)], counts, temperature)
+    log_z = log_sum_exp(query, keys, bank[: len(counts)], counts, temperature, tf32_products=tf32)
     own = (query * key.detach()).sum(dim=1) / temperature
     soft = _cosines_with_rows(query, bank, rows, neighbours) / temperature
     if form == "sum_of_logs":
@@ -244,7 +246,13 @@ def nnclr_loss(neighbour: Tensor, prediction: Tensor, *, temperature: float) -> 
 
 @full_precision
 def mocov2_loss(
-    query: Tensor, key: Tensor, bank: Tensor, valid: Tensor, *, temperature: float
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor,
+    valid: Tensor,
+    *,
+    temperature: float,
+    tf32: bool = False,
 ) -> Tensor:
     """Contrast with the own key against the bank (He et al. 2020, eq. 1).
 
@@ -253,11 +261,11 @@ def mocov2_loss(
         loss = mean_i ( log( exp(z_i . k_i / T) + sum_m exp(z_i . C_m / T) ) - z_i . k_i / T )
 
     query (B, D) with gradient, key (B, D), bank (M, D) unit rows, valid (M,) bool. The bank is the
-    global one: its rows are keys of all ranks.
+    global one: its rows are keys of all ranks. tf32: as for snclr_loss.
     """
     query, key = unit(query), unit(key).detach()
     own = (query * key).sum(dim=1) / temperature
-    negatives = log_sum_exp(query, key[:0], bank, valid.int(), temperature)
+    negatives = log_sum_exp(query, key[:0], bank, valid.int(), temperature, tf32_products=tf32)
     return (torch.logaddexp(own, negatives) - own).mean()
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .running.devices import on_host
+from .running.precision import tf32
 
 # logits computed at a time: on a CPU they stay in a core's cache, on a GPU they fill it
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
@@ -20,6 +21,8 @@ def log_sum_exp(
     bank: Tensor,
     counts: Tensor,
     temperature: float,
+    *,
+    tf32_products: bool = False,
     chunk: int | None = None,
 ) -> Tensor:
     """log( sum_n exp(q_i . keys_n / T) + sum_m counts_m exp(q_i . bank_m / T) ), (B,).
@@ -28,13 +31,15 @@ def log_sum_exp(
     keys (N, D)     counted once each
     bank (M, D)     in bfloat16, the products are taken in that format, maxima and sums in query's
     counts (M,)     non-negative integers
+    tf32_products   whether a GPU may take float32 products in TF32
     chunk           rows at a time (None: what suits the device); memory is O(B * chunk)
 
     Without any candidate the result is -inf, and the gradient 0.
     """
     if chunk is None:
         chunk = max(512, CHUNK_ELEMENTS[query.device.type] // max(len(query), 1))
-    return _LogSumExp.apply(query, keys, bank, counts, temperature, chunk)
+    with tf32(tf32_products):
+        return _LogSumExp.apply(query, keys, bank, counts, temperature, chunk)
 
 
 class _LogSumExp(torch.autograd.Function):

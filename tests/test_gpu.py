@@ -336,7 +336,7 @@ def test_a_bank_in_bfloat16_equals_that_of_a_cpu_and_the_host_does_not_wait(acce
     keys, queries = torch.randn(700, 16), torch.randn(8, 16)
 
     def found_on(device):
-        bank = memory_bank.MemoryBank(1000, 16, bfloat16=True).to(device)
+        bank = memory_bank.MemoryBank(1000, 16, products="bfloat16").to(device)
         query, ids = (
             queries.to(device, non_blocking=True).requires_grad_(),
             torch.zeros(8, dtype=torch.long, device=device),

@@ -2,10 +2,12 @@ import oracles
 import pytest
 import torch
 from torch.nn.functional import normalize
+from torch.overrides import TorchFunctionMode
 
-from snclr import memory_bank
+from snclr import memory_bank, objectives, streamed
 from snclr.memory_bank import MemoryBank, largest
-from snclr.running.devices import uses_bfloat16_bank
+from snclr.running.devices import bank_products
+from snclr.running.precision import tf32, unit
 
 
 def filled_bank(size=40, dim=6, rows=40, seed=0, images=15):
@@ -117,7 +119,7 @@ def test_bfloat16_products_find_the_true_neighbours_even_where_features_crowd(cl
     generator = torch.Generator().manual_seed(0)
     centres = normalize(torch.randn(clusters or 4000, 64, generator=generator), dim=1)
     keys, queries = crowded(generator, 4000, centres), crowded(generator, 40, centres)
-    narrow, exact = MemoryBank(4000, 64, bfloat16=True), MemoryBank(4000, 64)
+    narrow, exact = MemoryBank(4000, 64, products="bfloat16"), MemoryBank(4000, 64)
     for bank in (narrow, exact):
         bank.enqueue(keys, torch.arange(4000))
     (scores, rows), (true_scores, true_rows) = (
@@ -139,7 +141,7 @@ def test_a_gpus_search_finds_the_true_neighbours_where_features_crowd(monkeypatc
     generator = torch.Generator().manual_seed(0)
     centres = normalize(torch.randn(8, 64, generator=generator), dim=1)
     keys, queries = crowded(generator, 4000, centres), crowded(generator, 40, centres)
-    bank = MemoryBank(4000, 64, uses_bfloat16_bank("bf16", torch.device("cuda")))
+    bank = MemoryBank(4000, 64, bank_products("bf16", torch.device("cuda")))
     bank.enqueue(keys, torch.arange(4000))
     _, rows = bank.search(queries, 30)
     true_rows = (queries.double() @ keys.double().T).topk(30).indices
@@ -147,9 +149,67 @@ def test_a_gpus_search_finds_the_true_neighbours_where_features_crowd(monkeypatc
     assert found.double().mean() >= 0.999
 
 
+def test_in_what_the_large_products_are_computed():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [bank_products(amp, gpu) for amp in ("off", "bf16", "fp16")] == [
+        "float32",
+        "tf32",
+        "tf32",
+    ]
+    assert [bank_products(amp, cpu) for amp in ("off", "bf16")] == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize("products, expected", [("float32", False), ("tf32", True)])
+def test_only_the_large_products_are_in_tf32(products, expected, monkeypatch):
+    """And the search compares its best rows again in float32."""
+    seen = []
+
+    class Products(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            name = function.__name__
+            if name in ("matmul", "__matmul__", "addmm", "bmm", "einsum"):
+                seen.append((name, torch.backends.cuda.matmul.allow_tf32))
+            return function(*args, **(kwargs or {}))
+
+    for module in (memory_bank, streamed):
+        monkeypatch.setattr(module, "on_host", lambda _: False)
+    bank = MemoryBank(40, 6, products)
+    generator = torch.Generator().manual_seed(0)
+    keys, queries = (torch.randn(n, 6, generator=generator) for n in (40, 5))
+    bank.enqueue(keys, torch.arange(40))
+    with Products():
+        scores, rows = bank.search(queries, 3)
+        weights = objectives.positiveness(queries, bank.features, rows)
+        query = queries.clone().requires_grad_()
+        objectives.snclr_loss(
+            query, queries, bank.products, rows, weights, temperature=0.2, tf32=bank.tf32
+        ).backward()
+    assert {tf32 for name, tf32 in seen if name in ("addmm", "bmm")} == {expected}
+    assert {tf32 for name, tf32 in seen if name == "einsum"} == {False}
+    assert sum(name == "einsum" for name, _ in seen) == 2 + expected
+    assert not torch.backends.cuda.matmul.allow_tf32
+    true_scores, true_rows = (unit(queries) @ unit(keys).T).topk(3)
+    assert torch.equal(rows, true_rows)
+    torch.testing.assert_close(scores, true_scores)
+
+
+def test_tf32_is_as_before_after_an_error():
+    for before in (False, True):
+        torch.backends.cuda.matmul.allow_tf32 = before
+        try:
+            with pytest.raises(ValueError), tf32(True):
+                assert torch.backends.cuda.matmul.allow_tf32
+                raise ValueError
+            with tf32(False):
+                assert torch.backends.cuda.matmul.allow_tf32 == before
+            assert torch.backends.cuda.matmul.allow_tf32 == before
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def test_the_bfloat16_copy_follows_the_bank_and_is_no_part_of_a_checkpoint():
     torch.manual_seed(0)
-    bank, other = MemoryBank(10, 3, bfloat16=True), MemoryBank(10, 3, bfloat16=True)
+    bank, other = MemoryBank(10, 3, products="bfloat16"), MemoryBank(10, 3, products="bfloat16")
     assert set(bank.state_dict()) == {"features", "ids", "pointer", "filled"}
     for count in (4, 9):
         bank.enqueue(torch.randn(count, 3), torch.arange(count))

@@ -246,7 +246,7 @@ def test_streamed_log_sum_exp_equals_the_dense_one_for_any_chunk(
     counts[20:30] = torch.arange(10)  # chunks before and after it are without any candidate
     query = query.detach()
     fast, slow = query.clone().requires_grad_(), query.clone().requires_grad_()
-    result = log_sum_exp(fast, key, bank, counts, temperature, chunk)
+    result = log_sum_exp(fast, key, bank, counts, temperature, chunk=chunk)
     dense = torch.cat([slow @ key.T, slow @ bank.repeat_interleave(counts, dim=0).T], dim=1)
     dense = (dense / temperature).logsumexp(dim=1)
     torch.testing.assert_close(result, dense, **TIGHT)
@@ -303,7 +303,9 @@ def test_without_any_candidate_the_log_sum_exp_is_minus_infinity_and_its_gradien
 ):
     monkeypatch.setattr(streamed, "on_host", lambda _: device_path == "picked rows only")
     query, _, key, bank, _ = problem()
-    result = log_sum_exp(query, key[:0], bank, torch.zeros(len(bank), dtype=torch.int32), 0.2, 16)
+    result = log_sum_exp(
+        query, key[:0], bank, torch.zeros(len(bank), dtype=torch.int32), 0.2, chunk=16
+    )
     assert torch.equal(result, torch.full_like(result, -math.inf))
     torch.logaddexp(result, torch.zeros_like(result)).sum().backward()
     assert torch.equal(query.grad, torch.zeros_like(query))

@@ -19,7 +19,7 @@ from snclr.loader import EpochLoader
 from snclr.memory_bank import MemoryBank
 from snclr.objectives import positiveness, snclr_loss
 from snclr.running import checkpoint, process_group, step_graph, tensor_files
-from snclr.running.devices import uses_bfloat16_bank
+from snclr.running.devices import bank_products
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,7 +67,7 @@ def test_objective_and_bank_are_those_of_float64_on_a_cpu(amp):
     generator = torch.Generator().manual_seed(0)
     centres = normalize(torch.randn(64, 256, generator=generator), dim=1)
     features, keys, queries = (crowded(generator, count, centres) for count in (32_000, 64, 64))
-    bank = MemoryBank(32_000, 256, uses_bfloat16_bank(amp, GPU)).to(GPU)
+    bank = MemoryBank(32_000, 256, bank_products(amp, GPU)).to(GPU)
     bank.enqueue(features.to(GPU), torch.arange(32_000, device=GPU))
     _, rows = bank.search(keys.to(GPU), 30)
     true_rows = (keys.double() @ features.double().T).topk(30).indices

@@ -27,9 +27,13 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=True)
 
 
-def uses_bfloat16_bank(amp: str, device: torch.device) -> bool:
-    """Whether the large products with the bank are computed in bfloat16: only on a CPU, and with
-    --amp bf16. A GPU rounds each product before a search can subtract its offset
-    (memory_bank.MemoryBank.search), and so loses neighbours; there float32 was not slower.
+def bank_products(amp: str, device: torch.device) -> str:
+    """In what the large products with the bank are computed: 'float32', 'bfloat16' or 'tf32'.
+
+    In 16 bits a GPU would round each product before a search can subtract its offset
+    (memory_bank.MemoryBank.search), and so lose neighbours. TF32 rounds only the factors, to 11
+    bits, and needs no second copy of the bank.
     """
-    return amp == "bf16" and device.type == "cpu"
+    if device.type == "cuda":
+        return "float32" if amp == "off" else "tf32"
+    return "bfloat16" if amp == "bf16" else "float32"

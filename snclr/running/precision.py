@@ -1,6 +1,7 @@
 """Number formats: which parts of a step may be computed in 16 bits and which may not."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +20,19 @@ def unit(x: Tensor) -> Tensor:
 def full_precision(function: Callable) -> Callable:
     """Decorator: run a function outside autocast, so that nothing in it is computed in 16 bits."""
     return torch.autocast("cpu", enabled=False)(torch.autocast("cuda", enabled=False)(function))
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """If allowed, a GPU computes the block's float32 products in TF32: their factors are rounded to
+    11 bits, their sums are float32. Nothing changes on a CPU.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed or before
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:

@@ -63,7 +63,7 @@ def test_finite_weights_with_which_the_loss_is_not_finite_are_no_sound_checkpoin
 def test_the_forward_pass_that_vouches_for_a_checkpoint_changes_nothing(method, tmp_path):
     flags = "--arch resnet8 --width 8 --snclr-dim 8 --snclr-mlp-dim 8 --bank-size 6 --topk 2"
     args = options.parse([*flags.split(), "--method", method, "--eval-encoder", "online"])
-    model = build_model(args, bfloat16=True)
+    model = build_model(args, products="bfloat16")
     batch = Batch(torch.arange(4), list(torch.randn(2, 4, 3, 32, 32)))
     model(batch.views, batch.ids, 0.9)
     before = copy.deepcopy(model)
