@@ -17,11 +17,36 @@ import torch
 import torchvision.models.resnet as tv_resnet
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from . import heads
 from .choices import ARCHS, NUM_HEADS, check_num_heads
+from .running.devices import on_host
 from .running.errors import UsageError, close_names, first_line
 from .running.forward import recomputed
+
+
+class PatchProjection(nn.Conv2d):
+    """The convolution of a plain patch embedding. Its stride is its kernel, so on a GPU it is one
+    product over all patches, which is several times faster than a convolution of 3 channels.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, S, S) -> (B, D, S / patch, S / patch)."""
+        if on_host(x):
+            return super().forward(x)
+        height, width = self.kernel_size
+        x = x.unflatten(3, (-1, width)).unflatten(2, (-1, height))
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, rows, columns, C * height * width)
+        return linear(x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class Patches(PatchEmbed):
+    """timm's plain patch embedding, with the projection above."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.proj.__class__ = PatchProjection
 
 
 class ConvStem(PatchEmbed):
@@ -46,9 +71,9 @@ class ConvStem(PatchEmbed):
 # arch: (embedding width, blocks, attention heads, patch embedding)
 # A convolutional stem replaces one block.
 VITS = {
-    "vit_tiny": (192, 12, NUM_HEADS["vit_tiny"], PatchEmbed),
-    "vit_small": (384, 12, NUM_HEADS["vit_small"], PatchEmbed),
-    "vit_base": (768, 12, NUM_HEADS["vit_base"], PatchEmbed),
+    "vit_tiny": (192, 12, NUM_HEADS["vit_tiny"], Patches),
+    "vit_small": (384, 12, NUM_HEADS["vit_small"], Patches),
+    "vit_base": (768, 12, NUM_HEADS["vit_base"], Patches),
     "vit_conv_small": (384, 11, NUM_HEADS["vit_conv_small"], ConvStem),
     "vit_conv_base": (768, 11, NUM_HEADS["vit_conv_base"], ConvStem),
 }
@@ -110,7 +135,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
             if isinstance(module, nn.Linear):
                 timm_vit.init_weights_vit_moco(module, name)
         nn.init.normal_(self.cls_token, std=1e-6)
-        if embed_layer is PatchEmbed:
+        if embed_layer is Patches:
             patches = self.patch_embed.proj
             # Xavier initialisation of a linear layer on flattened patches
             bound = math.sqrt(6 / (channels * patch_size**2 + width))

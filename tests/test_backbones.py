@@ -1,3 +1,4 @@
+import copy
 import functools
 import math
 
@@ -254,6 +255,22 @@ def test_stop_grad_conv1_freezes_exactly_the_patch_embedding(stop, expected, sha
     encoder = build("vit_tiny", stop_grad_conv1=stop)
     frozen = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
     assert frozen == {"pos_embed"} | expected
+
+
+def test_a_gpus_product_over_patches_is_the_convolution(monkeypatch, float64):
+    convolution = torch.nn.Conv2d(2, 5, (4, 3), stride=(4, 3))
+    patches = copy.deepcopy(convolution)
+    patches.__class__ = backbones.PatchProjection
+    results = []
+    for on_host, layer in ((True, convolution), (True, patches), (False, patches)):
+        monkeypatch.setattr(backbones, "on_host", lambda _, on_host=on_host: on_host)
+        x = torch.randn(6, 2, 8, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = layer(x)
+        gradients = torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))
+        results.append((y, *gradients))
+    for expected, same, product in zip(*results, strict=True):
+        assert torch.equal(same, expected)
+        torch.testing.assert_close(product, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_convolutional_stem_has_moco_v3s_layers_and_one_block_less():
