@@ -14,14 +14,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from . import augment, operations
 from .augment import Recipe
 from .datasets.images import EncodedImages, ImageSet
 from .running.distributed import share, world_size
 from .running.errors import RunError, UsageError
-from .running.workers import LastingWorkers, WorkerBatches, check_shared_memory, keep_freed_memory
+from .running.workers import (
+    Answers,
+    LastingWorkers,
+    WorkerBatches,
+    check_shared_memory,
+    keep_freed_memory,
+)
 
 EVALUATION_BATCH = 256  # images per rank
 REQUEST = 256  # most images that a worker loads at a time
@@ -58,7 +63,7 @@ class ViewLoader:
             keep_freed_memory()
         if isinstance(images, EncodedImages):
             self.loader = LastingWorkers(
-                _Answers(partial(images.views, recipe)), workers, pin_memory=device.type == "cuda"
+                Answers(partial(images.views, recipe)), workers, pin_memory=device.type == "cuda"
             )
 
     def stop_waiting_if(self, condition: Callable[[], bool]) -> None:
@@ -189,22 +194,6 @@ class EpochLoader(ViewLoader):
         return self.load([(SAMPLE_EPOCH, part, (0, 1)) for part in parts])
 
 
-class _Answers(Dataset):
-    """What a worker does: from a request to load(*request).
-
-    A RunError is returned, not raised: torch would add the worker's traceback to its message.
-    """
-
-    def __init__(self, load: Callable):
-        self.load = load
-
-    def __getitem__(self, request):
-        try:
-            return self.load(*request)
-        except RunError as error:
-            return error
-
-
 def whole_images(
     images: ImageSet,
     indices: np.ndarray,
@@ -222,7 +211,7 @@ def whole_images(
     chunks = np.split(indices, range(chunk, len(indices), chunk))
     if isinstance(images, EncodedImages):
         requests = [(part, size) for part in chunks]
-        batches = WorkerBatches(_Answers(images.whole), requests, workers)
+        batches = WorkerBatches(Answers(images.whole), requests, workers)
     else:
         batches = (images.whole(part, size) for part in chunks)
     for batch in batches:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import main_snclr
 from snclr import augment, choices, mean_std, options
 from snclr.choices import IMAGENET
 from snclr.datasets import embedded, shards, sources
+from snclr.datasets import images as image_sets
 from snclr.datasets.files import FileImages
 from snclr.datasets.images import ResidentImages
 from snclr.datasets.split import hold_out
@@ -74,6 +76,28 @@ def test_equal_small_images_become_resident_and_keep_number_and_label(tmp_path):
     assert images.labels.tolist() == [0, 0, 0, 1, 1]
     for position, number in enumerate([0, 2, 4, 1, 3]):  # even ones are ants
         assert torch.equal(images.images[position].int(), rgb(picture(12, 10, seed=number)))
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_worker_processes_decode_resident_images_as_one_process_does(tmp_path, monkeypatch, bad):
+    folder = save_folder(tmp_path, [(12, 10)] * 40)
+    if bad:
+        (tmp_path / "train/ant/006.png").write_bytes(b"no image")
+    expected, _, _ = open_data(folder, "--on-bad-image", "skip")
+    monkeypatch.setattr(image_sets, "PART", 3 * 12 * 10 * 4)  # 4 images, so 10 parts
+    monkeypatch.setattr(image_sets.os, "cpu_count", lambda: 2)
+    workers = Mock(side_effect=image_sets.WorkerBatches)
+    monkeypatch.setattr(image_sets, "WorkerBatches", workers)
+    actual, _, _ = open_data(folder, "--on-bad-image", "skip")
+    assert workers.call_args.args[2] == 2
+    assert isinstance(actual, ResidentImages) and torch.equal(actual.images, expected.images)
+    assert (actual.errors is None) != bad
+    if bad:
+        assert list(actual.errors) == list(expected.errors) and "006.png" in actual.errors[3]
+        with pytest.raises(UsageError, match=r"006\.png.*or add --on-bad-image skip"):
+            open_data(folder)
+    save_folder(tmp_path, [(12, 11)], classes=("cat",))
+    assert isinstance(open_data(folder, "--on-bad-image", "skip")[0], FileImages)
 
 
 @pytest.mark.parametrize("sizes", [[(12, 10)] * 4 + [(12, 11)], [(10, 12), (12, 10)]])

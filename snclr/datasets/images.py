@@ -9,7 +9,6 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +18,13 @@ from torch import Tensor
 from .. import augment
 from ..augment import Recipe, ViewParameters
 from ..running.errors import RunError
+from ..running.workers import Answers, WorkerBatches
 from .crops import crop_and_resize, crop_one, evaluation_box, select
 
 # bytes of decoded pixels up to which a set of equal-sized images is held in memory
 RESIDENT_LIMIT = 2**30
+# most bytes that a worker decodes at a time
+PART = 2**20
 
 
 class Views(NamedTuple):
@@ -239,28 +241,30 @@ class EncodedImages(ImageSet):
                 raise
             return torch.full(shape, 127, dtype=torch.uint8), str(error)
 
+    def _decoded(self, indices, shape):
+        """The images (n, C, H, W), and why some are grey; None if one has another shape."""
+        images, errors = zip(*(self._image_or_grey(i, shape) for i in indices), strict=True)
+        return (torch.stack(images), errors) if {x.shape for x in images} == {shape} else None
+
     def resident(self) -> ImageSet:
         """This set in memory if all images have one size and fit into RESIDENT_LIMIT; else self."""
         shape = self.readable(0, seed=0)[1].shape
         if shape.numel() * len(self) > RESIDENT_LIMIT:
             return self
         images, errors = torch.empty(len(self), *shape, dtype=torch.uint8), np.full(len(self), None)
-
-        def decode(indices):
-            for index in indices:
-                image, errors[index] = self._image_or_grey(index, shape)
-                if image.shape != shape:
-                    return False
-                images[index] = image
-            return True
-
-        threads = ThreadPoolExecutor(os.cpu_count())
-        try:
-            if not all(threads.map(decode, np.array_split(range(len(self)), -(-len(self) // 16)))):
+        count = min(256, max(1, PART // shape.numel()))
+        parts = np.split(np.arange(len(self)), range(count, len(self), count))
+        # no threads: of small images, most of the work is Python's, which threads do in turn
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        answers = Answers(self._decoded)
+        requests = [(part, shape) for part in parts]
+        batches = WorkerBatches(answers, requests, min(cores, len(parts) // 4))
+        for part, decoded in zip(parts, batches, strict=True):
+            if isinstance(decoded, RunError):
+                raise RunError(str(decoded))
+            if decoded is None:
                 return self
-        finally:
-            # waits for the threads: Python aborts if it ends while one of them decodes
-            threads.shutdown(cancel_futures=True)
+            images[part[0] : part[-1] + 1], errors[part] = decoded
         resident = ResidentImages(images, self.labels, self.classes, (self.mean, self.std))
         resident.names, resident.paths = self.names, self.paths
         resident.skip_bad = self.skip_bad

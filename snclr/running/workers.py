@@ -36,6 +36,22 @@ class Stalled(RunError):
     """No batch came for so long that the rank gives up."""
 
 
+class Answers(Dataset):
+    """What a worker does: from a request to load(*request).
+
+    A RunError is returned, not raised: torch would add the worker's traceback to its message.
+    """
+
+    def __init__(self, load: Callable):
+        self.load = load
+
+    def __getitem__(self, request):
+        try:
+            return self.load(*request)
+        except RunError as error:
+            return error
+
+
 class WorkerBatches:
     """dataset[request] for each of the requests, in order, by worker processes (0: by this one).
 
