@@ -126,11 +126,13 @@ def wrong_entries(content: object, kinds: dict[str, type]) -> list[str]:
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
     """The names of the tensors that contain a value that is not finite; ignores other entries."""
-    return [
-        name
-        for name, x in tensors.items()
-        if isinstance(x, Tensor) and not bool(x.isfinite().all())
-    ]
+    finite = {name: x.isfinite().all() for name, x in tensors.items() if isinstance(x, Tensor)}
+    if not finite:
+        return []
+    device = next(iter(finite.values())).device
+    # one list: the host waits for a GPU once
+    all_finite = torch.stack([x.to(device, non_blocking=True) for x in finite.values()]).tolist()
+    return [name for name, is_finite in zip(finite, all_finite, strict=True) if not is_finite]
 
 
 def load_optimizer(path: str, state: dict, optimizer: Optimizer) -> None:
