@@ -51,6 +51,7 @@ from snclr.running import (
     tensor_files,
     workers,
 )
+from snclr.running.forward import resolve_compile
 from snclr.running.guard import Guard
 from snclr.running.log import Log
 from snclr.running.metrics import StepView, Waits, step_metrics
@@ -100,6 +101,7 @@ def main(argv: list[str]) -> None:
     # -- devices and data --------------------------------------------------------------------------
     device = process_group.start(args.timeout_minutes)
     preemption.end_at_once()
+    args.compile = resolve_compile(args.compile, args.dataset, device)
     train, val, data_notes = sources.open_data(args)
     train = train.to(device)
     recipe = augment.Recipe(args.seed, augment.build_views(args))

@@ -49,14 +49,14 @@ R=(benchmarks/runs.py "${DATA[@]}" --rows)
 T=(-m pytest -m gpu -v --tb=short -p no:cacheprovider)
 part tests 80 50 "$PYTHON" "${T[@]}" -k 'not replayed' tests/test_real_gpu.py
 part replayed-tests 25 20 "$PYTHON" "${T[@]}" -k replayed tests/test_real_gpu.py
-part objective 25 20 "$PYTHON" benchmarks/objective.py --steps 10
-part kernels 45 30 "$PYTHON" benchmarks/kernels.py
-part runs 0 55 "$PYTHON" "${R[@]}" cifar cifar-step vit --limit 30 --steps 4
-part runs 180 0 "$PYTHON" "${R[@]}" cifar cifar-step vit vit-on vit-4096 cifar-256-step \
-  embedded-step cifar-256 embedded cifar-on-step --total 170
-part steps 35 0 "$PYTHON" benchmarks/step.py -b 128 --cifar-batch 512 --steps 10 \
+part objective 20 20 "$PYTHON" benchmarks/objective.py --steps 10
+part kernels 35 30 "$PYTHON" benchmarks/kernels.py
+part runs 0 75 "$PYTHON" "${R[@]}" cifar-graph cifar --limit 60 --steps 4 --total 70
+part runs 200 0 "$PYTHON" "${R[@]}" cifar vit vit-4096 cifar-graph cifar-eager cifar-256 \
+  embedded-graph embedded cifar-256-eager vit-eager --limit 70 --total 190
+part steps 30 0 "$PYTHON" benchmarks/step.py -b 128 --cifar-batch 512 --steps 10 \
   --only method optimiser
-part micro-batch 35 0 "$PYTHON" benchmarks/micro_batch.py -b 4096 --micro-batch 1024 \
+part micro-batch 30 0 "$PYTHON" benchmarks/micro_batch.py -b 4096 --micro-batch 1024 \
   --img-size 224 --undivided 512 --flags '--amp bf16' --peak-tflops 989 --steps 1
 part search 10 0 "$PYTHON" benchmarks/search.py --steps 5
 # needs lightly (benchmarks/requirements.txt) and CIFAR

@@ -22,7 +22,10 @@ from snclr import options
 from snclr.datasets import sources
 from snclr.running import process_group
 
-RECIPES = {"resnet": [CIFAR, "-b", "512"], "vit": [VIT, "-b", "256", "--img-size", "224"]}
+RECIPES = {
+    "resnet": [CIFAR, "-b", "512", "--no-step-graph"],
+    "vit": [VIT, "-b", "256", "--img-size", "224"],
+}
 
 
 def main():

@@ -35,7 +35,10 @@ from snclr.running import step_graph
 
 SMALL = "--dataset embedded --img-size 32 --snclr-dim 16 --snclr-mlp-dim 32 --bank-size 4000 -j 0"
 RECIPES = {
-    "ResNet-18, configs/cifar10_resnet18.args": [CIFAR, *SMALL.split(), "-b", "4", "--width", "8"],
+    "ResNet-18, configs/cifar10_resnet18.args": [
+        CIFAR,
+        *f"{SMALL} -b 4 --width 8 --no-step-graph".split(),
+    ],
     "ViT-S/16, configs/vit_small_imagenet.args": [VIT, *SMALL.split(), "-b", "4"],
 }
 IN_GRAPH = "ResNet-18, the same with --step-graph"

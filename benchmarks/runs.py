@@ -5,15 +5,16 @@
     python benchmarks/runs.py --cifar /data/cifar10 --photos /data/imagenet
     python benchmarks/runs.py --rows embedded --steps 4   on a CPU
 
-images/s and data_wait are the median over the log lines after the first, which includes the start
-and any compilation; the slowest step of all is that of the first line. A row that fails or exceeds
---limit is reported, and the others go on, as long as --total allows.
+images/s and data_wait are those of all log lines after the first, which includes the start and any
+compilation; the slowest step of all is that of the first line. Saves and evaluations are in no
+line. A row that fails or exceeds --limit is reported, and the others go on, as long as --total
+allows.
 """
 
+import itertools
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,20 +33,20 @@ from snclr.running import process_group
 CIFAR = "@configs/cifar10_resnet18.args {cifar} --dataset folder --img-size 32 -j 4"
 VIT = "@configs/vit_small_imagenet.args {photos} --dataset tree -j 15"
 LARGE = f"{VIT} -b 4096 --micro-batch 1024"
+EAGER = "--no-compile --no-step-graph"
 ROWS = {  # name: flags of main_snclr.py, and steps between two lines of its log
-    "cifar": (CIFAR, 30),
-    "cifar-step": (f"{CIFAR} --step-graph", 30),
+    "cifar": (CIFAR, 90),
+    "cifar-eager": (f"{CIFAR} {EAGER}", 90),
+    "cifar-graph": (f"{CIFAR} --no-compile", 90),
+    "cifar-graphs": (f"{CIFAR} --no-step-graph --compile graphs", 90),
     "vit": (f"{VIT} -b 1024", 4),
-    "vit-on": (f"{VIT} -b 1024 --compile on", 4),
+    "vit-eager": (f"{VIT} -b 1024 --no-compile", 4),
     "vit-4096": (LARGE, 1),
-    "cifar-on": (f"{CIFAR} --compile on", 30),
-    "cifar-on-step": (f"{CIFAR} --compile on --step-graph", 30),
-    "cifar-graphs": (f"{CIFAR} --compile graphs", 30),
-    "vit-4096-on": (f"{LARGE} --compile on", 1),
-    "cifar-256": (f"{CIFAR} -b 256", 60),
-    "cifar-256-step": (f"{CIFAR} -b 256 --step-graph", 60),
-    "embedded": ("@configs/embedded.args", 10),
-    "embedded-step": ("@configs/embedded.args --step-graph", 10),
+    "vit-4096-eager": (f"{LARGE} --no-compile", 1),
+    "cifar-256": (f"{CIFAR} -b 256", 180),
+    "cifar-256-eager": (f"{CIFAR} -b 256 {EAGER}", 180),
+    "embedded": ("@configs/embedded.args", 30),
+    "embedded-graph": ("@configs/embedded.args --step-graph", 30),
 }
 
 
@@ -82,10 +83,12 @@ def run(flags: str, workdir: Path, steps: int, every: int, limit: float) -> list
     lines = [line for line in lines if "images_per_s" in line]
     if len(lines) < 2:
         return [problem or "too few lines in the log", "", ""]
-    rate, wait = (
-        statistics.median(line[name] for line in lines[1:])
-        for name in ("images_per_s", "data_wait")
-    )
+    # a line ends an epoch, too, so they are not of equally many steps
+    counts = [line["step"] - before["step"] for before, line in itertools.pairwise(lines)]
+    seconds = [count / line["images_per_s"] for count, line in zip(counts, lines[1:], strict=True)]
+    rate = sum(counts) / sum(seconds)
+    waits = [taken * line["data_wait"] for taken, line in zip(seconds, lines[1:], strict=True)]
+    wait = sum(waits) / sum(seconds)
     first = max(line["slowest_step_s"] for line in lines)
     return [f"{rate:.0f}" + f" ({problem})" * bool(problem), f"{wait:.1%}", f"{first:.1f}"]
 

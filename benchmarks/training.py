@@ -13,6 +13,7 @@ from snclr.datasets.images import ImageSet
 from snclr.loader import EpochLoader
 from snclr.running import step_graph
 from snclr.running.devices import bank_products
+from snclr.running.forward import resolve_compile
 from snclr.running.guard import Guard
 from snclr.running.log import Log
 from snclr.running.precision import resolve_amp
@@ -32,6 +33,7 @@ class Training:
 
     def __init__(self, flags: list[str], train: ImageSet, device: torch.device, turn: int):
         args = options.parse(flags)
+        args.compile = resolve_compile(args.compile, args.dataset, device)
         torch.manual_seed(0)
         amp, self.turn, self.step = resolve_amp(args.amp, device), turn, 0
         self.images = args.batch_size * turn

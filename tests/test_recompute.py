@@ -8,8 +8,9 @@ from torch.nn.functional import normalize
 
 from snclr import builder, options
 from snclr.loader import Batch
-from snclr.running.errors import UsageError
-from snclr.running.forward import compiled
+from snclr.running import forward
+from snclr.running.errors import RunError, UsageError
+from snclr.running.forward import compiled, resolve_compile
 from snclr.running.guard import Guard
 
 B = 8
@@ -171,6 +172,31 @@ def test_compiled_code_is_kept_for_the_next_run(monkeypatch, tmp_path):
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
     compiled(abs, "on")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "snclr" / "inductor")
+
+
+def test_where_auto_compiles(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(forward.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(forward.shutil, "which", lambda name: name if name == "gcc" else None)
+    assert resolve_compile("auto", "cifar10", gpu) == "on"
+    assert resolve_compile("auto", "embedded", gpu) == "off"
+    assert resolve_compile("auto", "cifar10", cpu) == "off"
+    assert [resolve_compile(choice, "embedded", cpu) for choice in ("on", "off")] == ["on", "off"]
+    monkeypatch.setattr(forward.importlib.util, "find_spec", lambda name: None)
+    assert resolve_compile("auto", "cifar10", gpu) == "off"
+    monkeypatch.undo()
+    monkeypatch.setattr(forward.shutil, "which", lambda name: None)
+    assert resolve_compile("auto", "cifar10", gpu) == "off"
+
+
+def test_a_backbone_that_torch_cannot_compile_is_one_clear_line(monkeypatch):
+    def backend(graph, inputs):
+        raise NotImplementedError("no such chip\nand more")
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile_(f, backend=backend))
+    with pytest.raises(RunError, match=r"the backbone \(no such chip\): use --no-compile"):
+        step_of(model_of("--arch resnet8 --compile"))
 
 
 @pytest.mark.slow

@@ -1,28 +1,56 @@
 """How the forward pass of a backbone runs: compiled, or with less memory for its activations."""
 
 import contextlib
+import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
+
+from .errors import RunError, first_line
+
+
+def resolve_compile(choice: str, dataset: str, device: torch.device) -> str:
+    """The meaning of 'auto': 'on' for a GPU, if torch finds what it compiles with (triton and a C
+    compiler), and unless the data set is the small embedded one; else 'off'.
+    """
+    if choice != "auto":
+        return choice
+    compilers = map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))
+    can_compile = any(compilers) and importlib.util.find_spec("triton") is not None
+    return "on" if device.type == "cuda" and can_compile and dataset != "embedded" else "off"
 
 
 def compiled(function: Callable, choice: str) -> Callable:
-    """The function as --compile asks: 'auto' and 'off' as it is, 'on' compiled by torch, 'graphs'
-    also replayed as CUDA graphs.
+    """The function as --compile asks: 'auto' (resolve_compile) and 'off' as it is, 'on' compiled by
+    torch, 'graphs' also replayed as CUDA graphs.
 
     Every shape of the inputs is compiled once, and kept for the user's next runs in
-    ~/.cache/snclr/inductor, or where TORCHINDUCTOR_CACHE_DIR says.
+    ~/.cache/snclr/inductor, or where TORCHINDUCTOR_CACHE_DIR says. The compiled function raises
+    RunError if torch cannot compile it.
     """
     if choice in ("auto", "off"):
         return function
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "snclr", "inductor"))
-    return torch.compile(
+    fast = torch.compile(
         function, dynamic=False, mode="reduce-overhead" if choice == "graphs" else None
     )
+
+    def call(*inputs):
+        try:
+            return fast(*inputs)
+        except TorchDynamoException as error:
+            cause = first_line(getattr(error, "inner_exception", error))
+            raise RunError(
+                f"torch cannot compile the backbone ({cause}): use --no-compile"
+            ) from error
+
+    return call
 
 
 def begin_step(choice: str) -> None:

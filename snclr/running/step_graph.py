@@ -24,11 +24,12 @@ def build(
     optimizer: Optimizer,
     say: Callable[[str], None],
 ) -> "StepGraph | None":
-    """The StepGraph of a run with --step-graph. None without the flag, and where it has no effect,
-    with a note that says why.
+    """The StepGraph of a run with --step-graph on a GPU. None without the flag, and where it has no
+    effect; then a note says why.
     """
+    if not args.step_graph or not has_graphs(device):
+        return None
     obstacles = {
-        "only a GPU has graphs": not has_graphs(device),
         "with several ranks the host takes part in a step": world_size() > 1,
         "with fp16 the scale of the loss is not in the graph": amp == "fp16",
         "--micro-batch and --grad-checkpointing take the state of random numbers from the host": (
@@ -38,10 +39,9 @@ def build(
         "--compile graphs makes graphs of its own": args.compile == "graphs",
     }
     reason = next((reason for reason, applies in obstacles.items() if applies), None)
-    if args.step_graph and reason is None:
+    if reason is None:
         return StepGraph(optimizer, device, say)
-    if args.step_graph:
-        say(f"note: --step-graph has no effect: {reason}")
+    say(f"note: --step-graph has no effect: {reason}")
     return None
 
 
