@@ -47,16 +47,16 @@ export SNCLR_MARKDOWN=1 PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$OUT/inductor
 R=(benchmarks/runs.py "${DATA[@]}" --rows)
 # a capture that fails leaves the process unusable: these tests have one of their own
 T=(-m pytest -m gpu -v --tb=short -p no:cacheprovider)
-part tests 80 50 "$PYTHON" "${T[@]}" -k 'not replayed' tests/test_real_gpu.py
-part replayed-tests 25 20 "$PYTHON" "${T[@]}" -k replayed tests/test_real_gpu.py
-part objective 20 20 "$PYTHON" benchmarks/objective.py --steps 10
-part kernels 35 30 "$PYTHON" benchmarks/kernels.py
-part runs 0 75 "$PYTHON" "${R[@]}" cifar-graph cifar --limit 60 --steps 4 --total 70
-part runs 200 0 "$PYTHON" "${R[@]}" cifar vit vit-4096 cifar-graph cifar-eager cifar-256 \
-  embedded-graph embedded cifar-256-eager vit-eager --limit 70 --total 190
-part steps 30 0 "$PYTHON" benchmarks/step.py -b 128 --cifar-batch 512 --steps 10 \
+part tests 75 50 "$PYTHON" "${T[@]}" -k 'not replayed' tests/test_real_gpu.py
+part replayed-tests 20 15 "$PYTHON" "${T[@]}" -k replayed tests/test_real_gpu.py
+part objective 20 15 "$PYTHON" benchmarks/objective.py --steps 10
+part kernels 30 25 "$PYTHON" benchmarks/kernels.py
+part loop 75 55 "$PYTHON" benchmarks/loop.py
+part runs 155 0 "$PYTHON" "${R[@]}" cifar vit vit-4096 cifar-graph cifar-eager cifar-256 \
+  embedded-graph embedded cifar-256-eager vit-eager --limit 70 --total 145
+part steps 25 0 "$PYTHON" benchmarks/step.py -b 128 --cifar-batch 512 --steps 10 \
   --only method optimiser
-part micro-batch 30 0 "$PYTHON" benchmarks/micro_batch.py -b 4096 --micro-batch 1024 \
+part micro-batch 25 0 "$PYTHON" benchmarks/micro_batch.py -b 4096 --micro-batch 1024 \
   --img-size 224 --undivided 512 --flags '--amp bf16' --peak-tflops 989 --steps 1
 part search 10 0 "$PYTHON" benchmarks/search.py --steps 5
 # needs lightly (benchmarks/requirements.txt) and CIFAR

@@ -36,6 +36,10 @@ RUNS = {
         "--recipes resnet --rows 3 --flags '-b 4 --width 8 --snclr-mlp-dim 32 --bank-size 100'",
         ["all "],
     ),
+    "loop": (
+        "--rows eager graph --steps 1 --flags '-b 4 --width 8 --snclr-mlp-dim 32 --bank-size 100'",
+        ["--no-compile --step-graph"],
+    ),
     "images": (
         "{folder} -n 4 -b 2 --steps 1",
         ["torchvision and PIL", "first half", "only decoding"],

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import launches
 
-BOUNDS = {"ResNet-18": 1214, "ViT-S/16": 1513}  # with torch 2.6; 1212 and 1510 with 2.14
+BOUNDS = {"ResNet-18": 1222, "ViT-S/16": 1525}  # with torch 2.6; 1220 and 1522 with 2.14
 
 
 @pytest.mark.parametrize("recipe", BOUNDS)
@@ -21,7 +21,7 @@ def test_a_step_needs_few_operations(recipe):
     assert all(parts.values()), parts
     assert parts["momentum average"] == 1
     assert parts["gradient norm and optimiser"] <= 15
-    assert parts["objective and bank"] <= 209
+    assert parts["objective and bank"] <= 217
     assert sum(parts.values()) - parts[launches.LOG_LINE] <= BOUNDS[recipe], parts
 
 

@@ -34,6 +34,6 @@ def bank_products(amp: str, device: torch.device) -> str:
     (memory_bank.MemoryBank.search), and so lose neighbours. TF32 rounds only the factors, to 11
     bits, and needs no second copy of the bank.
     """
-    if device.type == "cuda":
-        return "float32" if amp == "off" else "tf32"
-    return "bfloat16" if amp == "bf16" else "float32"
+    if device.type == "cpu":
+        return "bfloat16" if amp == "bf16" else "float32"
+    return "float32" if amp == "off" else "tf32"
