@@ -288,14 +288,7 @@ class SNCLR(nn.Module):
         (k2,) = self._momentum_projections(momentum, key_views[-1:])
         (y1,) = self._project(self.base_encoder, views[:1])
         bank = self.memory_bank
-        loss = mocov2_loss(
-            y1,
-            k2,
-            bank.products,
-            bank.valid(),
-            temperature=self.args.snclr_t,
-            tf32=bank.tf32,
-        )
+        loss = mocov2_loss(y1, k2, bank.products, bank.valid(), temperature=self.args.snclr_t)
         return loss, all_gather(unit(k2)), self._show(y1, 1 + bank.filled)
 
     @torch.no_grad()

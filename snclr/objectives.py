@@ -246,13 +246,7 @@ def nnclr_loss(neighbour: Tensor, prediction: Tensor, *, temperature: float) -> 
 
 @full_precision
 def mocov2_loss(
-    query: Tensor,
-    key: Tensor,
-    bank: Tensor,
-    valid: Tensor,
-    *,
-    temperature: float,
-    tf32: bool = False,
+    query: Tensor, key: Tensor, bank: Tensor, valid: Tensor, *, temperature: float
 ) -> Tensor:
     """Contrast with the own key against the bank (He et al. 2020, eq. 1).
 
@@ -261,11 +255,11 @@ def mocov2_loss(
         loss = mean_i ( log( exp(z_i . k_i / T) + sum_m exp(z_i . C_m / T) ) - z_i . k_i / T )
 
     query (B, D) with gradient, key (B, D), bank (M, D) unit rows, valid (M,) bool. The bank is the
-    global one: its rows are keys of all ranks. tf32: as for snclr_loss.
+    global one: its rows are keys of all ranks.
     """
     query, key = unit(query), unit(key).detach()
     own = (query * key).sum(dim=1) / temperature
-    negatives = log_sum_exp(query, key[:0], bank, valid.int(), temperature, tf32_products=tf32)
+    negatives = log_sum_exp(query, key[:0], bank, valid.int(), temperature)
     return (torch.logaddexp(own, negatives) - own).mean()
 
 

@@ -9,9 +9,11 @@ import torchvision
 from torch import nn
 
 from snclr import backbones, choices, heads, options
+from snclr import patches as patches_file
 from snclr.backbones import build_encoder, sincos_position_embedding
 from snclr.builder import SNCLR
 from snclr.memory_bank import MemoryBank
+from snclr.patches import PatchProjection
 from snclr.running import batch_norm
 from snclr.running.batch_norm import GlobalBatchNorm, synchronise_batch_norm
 from snclr.running.errors import UsageError
@@ -260,10 +262,10 @@ def test_stop_grad_conv1_freezes_exactly_the_patch_embedding(stop, expected, sha
 def test_a_gpus_product_over_patches_is_the_convolution(monkeypatch, float64):
     convolution = torch.nn.Conv2d(2, 5, (4, 3), stride=(4, 3))
     patches = copy.deepcopy(convolution)
-    patches.__class__ = backbones.PatchProjection
+    patches.__class__ = PatchProjection
     results = []
     for on_host, layer in ((True, convolution), (True, patches), (False, patches)):
-        monkeypatch.setattr(backbones, "on_host", lambda _, on_host=on_host: on_host)
+        monkeypatch.setattr(patches_file, "on_host", lambda _, on_host=on_host: on_host)
         x = torch.randn(6, 2, 8, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
         y = layer(x)
         gradients = torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))

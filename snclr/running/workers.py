@@ -37,10 +37,7 @@ class Stalled(RunError):
 
 
 class Answers(Dataset):
-    """What a worker does: from a request to load(*request).
-
-    A RunError is returned, not raised: torch would add the worker's traceback to its message.
-    """
+    """load(*request) of each request. A RunError is returned: torch would add a traceback to it."""
 
     def __init__(self, load: Callable):
         self.load = load

@@ -15,7 +15,8 @@ import torch
 import torchvision
 from torch import nn
 
-from ..backbones import RESNETS, TIMM, VITS, ConvStem, VisionTransformer, in_chans, timm_settings
+from ..backbones import RESNETS, TIMM, VITS, VisionTransformer, in_chans, timm_settings
+from ..patches import ConvStem
 from ..running.errors import UsageError, needed_by
 from ..running.safe_files import json_object, read_text
 from .exported import Export
@@ -256,7 +257,7 @@ def _timm_file(content, name, arguments) -> Export:
 
 def _call(name, arguments, checkpoint_path=None) -> str:
     """The code that builds a timm model."""
-    start = "from snclr.backbones import ConvStem; " if "embed_layer" in arguments else ""
+    start = "from snclr.patches import ConvStem; " if "embed_layer" in arguments else ""
     arguments = arguments | ({"checkpoint_path": checkpoint_path} if checkpoint_path else {})
     parts = [f"{key}={'ConvStem' if x is ConvStem else repr(x)}" for key, x in arguments.items()]
     return f"{start}model = timm.create_model({name!r}, {', '.join(parts)})"
