@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
     # -- devices and data --------------------------------------------------------------------------
     device = process_group.start(args.timeout_minutes)
     preemption.end_at_once()
-    args.compile = resolve_compile(args.compile, args.dataset, device)
+    args.compile = resolve_compile(args, device)
     train, val, data_notes = sources.open_data(args)
     train = train.to(device)
     recipe = augment.Recipe(args.seed, augment.build_views(args))

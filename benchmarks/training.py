@@ -33,7 +33,7 @@ class Training:
 
     def __init__(self, flags: list[str], train: ImageSet, device: torch.device, turn: int):
         args = options.parse(flags)
-        args.compile = resolve_compile(args.compile, args.dataset, device)
+        args.compile = resolve_compile(args, device)
         torch.manual_seed(0)
         amp, self.turn, self.step = resolve_amp(args.amp, device), turn, 0
         self.images = args.batch_size * turn

@@ -326,8 +326,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         const="on",
         help="compile the backbones with torch.compile; the first step of the first run then takes "
-        "about a minute. graphs: also replay them as CUDA graphs. auto: on for a GPU, if triton "
-        "and a C compiler are there and the data set is not the embedded one",
+        "about a minute. graphs: also replay them as CUDA graphs. auto: on for a single GPU, if "
+        "triton and a C compiler are there, for the ResNets and ViTs without timm:, not for the "
+        "embedded data set",
         on_resume="free",
     )
     flag(

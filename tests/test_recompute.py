@@ -1,5 +1,6 @@
 import copy
 import os
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -175,18 +176,26 @@ def test_compiled_code_is_kept_for_the_next_run(monkeypatch, tmp_path):
 
 
 def test_where_auto_compiles(monkeypatch):
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(forward.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(forward.shutil, "which", lambda name: name if name == "gcc" else None)
-    assert resolve_compile("auto", "cifar10", gpu) == "on"
-    assert resolve_compile("auto", "embedded", gpu) == "off"
-    assert resolve_compile("auto", "cifar10", cpu) == "off"
-    assert [resolve_compile(choice, "embedded", cpu) for choice in ("on", "off")] == ["on", "off"]
-    monkeypatch.setattr(forward.importlib.util, "find_spec", lambda name: None)
-    assert resolve_compile("auto", "cifar10", gpu) == "off"
-    monkeypatch.undo()
-    monkeypatch.setattr(forward.shutil, "which", lambda name: None)
-    assert resolve_compile("auto", "cifar10", gpu) == "off"
+    gpu = torch.device("cuda")
+
+    def resolved(choice="auto", dataset="cifar10", arch="resnet18", device=gpu):
+        return resolve_compile(Namespace(compile=choice, dataset=dataset, arch=arch), device)
+
+    def set_up(compiler="gcc", triton="triton", ranks=1):
+        monkeypatch.setattr(forward.shutil, "which", lambda name: name == compiler)
+        monkeypatch.setattr(forward.importlib.util, "find_spec", lambda name: triton)
+        monkeypatch.setattr(forward, "world_size", lambda: ranks)
+
+    set_up()
+    assert resolved() == "on"
+    assert resolved(device=torch.device("cpu")) == "off"
+    assert resolved(dataset="embedded") == "off"
+    assert resolved(arch="timm:resnet18") == "off"
+    for choice in ("on", "off", "graphs"):
+        assert resolved(choice, "embedded") == choice
+    for missing in ({"compiler": None}, {"triton": None}, {"ranks": 2}):
+        set_up(**missing)
+        assert resolved() == "off"
 
 
 def test_a_backbone_that_torch_cannot_compile_is_one_clear_line(monkeypatch):

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,18 +12,23 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 
+from .distributed import world_size
 from .errors import RunError, first_line
 
 
-def resolve_compile(choice: str, dataset: str, device: torch.device) -> str:
-    """The meaning of 'auto': 'on' for a GPU, if torch finds what it compiles with (triton and a C
-    compiler), and unless the data set is the small embedded one; else 'off'.
+def resolve_compile(args: Namespace, device: torch.device) -> str:
+    """--compile, with the meaning of 'auto': 'on' where it has been measured, else 'off'.
+
+    That is one GPU, a ResNet or ViT of this project, and more images than the embedded ones; and
+    torch must find what it compiles with: triton and a C compiler.
     """
-    if choice != "auto":
-        return choice
+    if args.compile != "auto":
+        return args.compile
+    is_measured = device.type == "cuda" and world_size() == 1
+    is_measured &= args.dataset != "embedded" and not args.arch.startswith("timm:")
     compilers = map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))
     can_compile = any(compilers) and importlib.util.find_spec("triton") is not None
-    return "on" if device.type == "cuda" and can_compile and dataset != "embedded" else "off"
+    return "on" if is_measured and can_compile else "off"
 
 
 def compiled(function: Callable, choice: str) -> Callable:
