@@ -83,21 +83,21 @@ def test_worker_processes_decode_resident_images_as_one_process_does(tmp_path, m
     folder = save_folder(tmp_path, [(12, 10)] * 40)
     if bad:
         (tmp_path / "train/ant/006.png").write_bytes(b"no image")
-    expected, _, _ = open_data(folder, "--on-bad-image", "skip")
+    skip = [folder, "--on-bad-image", "skip", "--workers"]
+    expected, _, _ = open_data(*skip, 0)
     monkeypatch.setattr(image_sets, "PART", 3 * 12 * 10 * 4)  # 4 images, so 10 parts
-    monkeypatch.setattr(image_sets.os, "cpu_count", lambda: 2)
     workers = Mock(side_effect=image_sets.WorkerBatches)
     monkeypatch.setattr(image_sets, "WorkerBatches", workers)
-    actual, _, _ = open_data(folder, "--on-bad-image", "skip")
+    actual, _, _ = open_data(*skip, 2)
     assert workers.call_args.args[2] == 2
     assert isinstance(actual, ResidentImages) and torch.equal(actual.images, expected.images)
     assert (actual.errors is None) != bad
     if bad:
         assert list(actual.errors) == list(expected.errors) and "006.png" in actual.errors[3]
         with pytest.raises(UsageError, match=r"006\.png.*or add --on-bad-image skip"):
-            open_data(folder)
+            open_data(folder, "--workers", 2)
     save_folder(tmp_path, [(12, 11)], classes=("cat",))
-    assert isinstance(open_data(folder, "--on-bad-image", "skip")[0], FileImages)
+    assert isinstance(open_data(*skip, 2)[0], FileImages)
 
 
 @pytest.mark.parametrize("sizes", [[(12, 10)] * 4 + [(12, 11)], [(10, 12), (12, 10)]])

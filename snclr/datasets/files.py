@@ -169,7 +169,7 @@ def _open_part(
     if check_range and (note := little_used_range(images.encoded, len(images))):
         notes.append(f"{path}: {note}")
     try:
-        images = images.resident()
+        images = images.resident(args.workers)
     except RunError as error:
         advice = ", or add --on-bad-image skip" if args.on_bad_image == "fail" else ""
         raise UsageError(f"{error}{advice}") from error

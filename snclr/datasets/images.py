@@ -246,19 +246,20 @@ class EncodedImages(ImageSet):
         images, errors = zip(*(self._image_or_grey(i, shape) for i in indices), strict=True)
         return (torch.stack(images), errors) if {x.shape for x in images} == {shape} else None
 
-    def resident(self) -> ImageSet:
-        """This set in memory if all images have one size and fit into RESIDENT_LIMIT; else self."""
+    def resident(self, workers: int) -> ImageSet:
+        """This set in memory if all images have one size and fit into RESIDENT_LIMIT; else self.
+
+        workers: at most so many processes decode them. Threads would take turns: of small images,
+        most of the work is Python's.
+        """
         shape = self.readable(0, seed=0)[1].shape
         if shape.numel() * len(self) > RESIDENT_LIMIT:
             return self
         images, errors = torch.empty(len(self), *shape, dtype=torch.uint8), np.full(len(self), None)
         count = min(256, max(1, PART // shape.numel()))
         parts = np.split(np.arange(len(self)), range(count, len(self), count))
-        # no threads: of small images, most of the work is Python's, which threads do in turn
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        answers = Answers(self._decoded)
         requests = [(part, shape) for part in parts]
-        batches = WorkerBatches(answers, requests, min(cores, len(parts) // 4))
+        batches = WorkerBatches(Answers(self._decoded), requests, min(workers, len(parts) // 4))
         for part, decoded in zip(parts, batches, strict=True):
             if isinstance(decoded, RunError):
                 raise RunError(str(decoded))
