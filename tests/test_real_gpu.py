@@ -86,7 +86,15 @@ def test_objective_and_bank_are_those_of_float64_on_a_cpu(amp):
     assert cosine_similarity(gradient, exact_gradient).min() > 0.99999
 
 
-@pytest.mark.parametrize("flags", ["--nn-warmup-epochs 2", "--method nnclr --amp bf16"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--nn-warmup-epochs 2",
+        "--method nnclr --amp bf16",
+        "--method mocov3 --amp bf16",
+        "--method mocov2",
+    ],
+)
 def test_replayed_steps_train_as_eager_ones(flags, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(step_graph, "WARM_UP", 2)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # to compare bit for bit
