@@ -200,7 +200,8 @@ def main(argv: list[str]) -> None:
             run = run._replace(network=distributed.replicate(model, device))
             log.say("the backbone is trained from here on")
         step = train_epoch(run, step)
-        save(run, step)
+        if is_save_due(run, step):
+            save(run, step)
         if run.interruptions.ending:
             break
 
@@ -439,6 +440,20 @@ def train_step(
     return loss.detach(), shown, grad_norm
 
 
+def is_save_due(run: Run, step: int) -> bool:
+    """Whether to save after train_epoch: always, but on a single GPU only if saves take little of
+    the time. An epoch of small images may take a second there. All steps are saved before an
+    evaluation, for a numbered checkpoint, and at the end of a run.
+    """
+    epoch, inside = divmod(step, run.loader.steps_per_epoch)
+    is_numbered = run.args.save_freq > 0 and epoch % run.args.save_freq == 0
+    is_end = inside > 0 or step >= run.last_step or run.interruptions.ending > 0
+    may_skip = run.loader.device.type == "cuda" and distributed.world_size() == 1
+    if is_end or is_numbered or is_evaluation_due(run, step) or not may_skip:
+        return True
+    return run.interruptions.save_is_cheap()
+
+
 def save(run: Run, step: int) -> None:
     """Save checkpoint and encoder, from rank 0; also under a number every --save-freq epochs.
 
@@ -446,7 +461,7 @@ def save(run: Run, step: int) -> None:
     checkpoint.UNSOUND is written, so that the last sound checkpoint stays. If a save fails, the run
     continues with a note; at its last save it raises RunError.
     """
-    args, is_last = run.args, step >= run.last_step
+    args, is_last, start = run.args, step >= run.last_step, time.perf_counter()
     epoch, inside = divmod(step, run.loader.steps_per_epoch)
     reason = run.guard.what_is_unsound(step, run.model, run.optimizer)
     outcome = "saved" if reason is None else f"saved as {checkpoint.UNSOUND}"
@@ -483,7 +498,7 @@ def save(run: Run, step: int) -> None:
         run.log.say(f"note: {outcome}")
     elif outcome == "saved":
         run.guard.saved_step = step
-    run.interruptions.saved(outcome)
+    run.interruptions.saved(outcome, time.perf_counter() - start)
 
 
 def write_files(run: Run, state: dict, encoder: dict, names: list[str]) -> None:

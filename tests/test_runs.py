@@ -1,9 +1,11 @@
 """Whole runs of main_snclr.py in this process, on a few small images."""
 
+import argparse
 import copy
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from test_ranks import SMALL, write_images
 
 import main_snclr
 from snclr import augment, backbones, builder, objectives, options, streamed
+from snclr.running import preemption
 from snclr.running.errors import RunError
 
 BANK = {"bank_fill"}
@@ -32,6 +35,37 @@ def train(images, workdir, *flags):
     return [line for line in lines if "knn_top1" in line], [
         line for line in lines if "loss" in line
     ]
+
+
+def test_a_single_gpu_saves_epochs_of_seconds_in_a_twentieth_of_the_time(monkeypatch):
+    gpu, now = torch.device("cuda"), 0.0
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now)
+    interruptions = preemption.Interruptions(0, 1)
+    interruptions.saved("saved", seconds=0.5)
+
+    def is_due(step, device=gpu, ending=0, **flags):
+        args = argparse.Namespace(**{"save_freq": 0, "eval_freq": 0, "epochs": 90, **flags})
+        interruptions.ending = ending
+        run = SimpleNamespace(
+            args=args,
+            loader=SimpleNamespace(steps_per_epoch=10, device=device),
+            last_step=900,
+            interruptions=interruptions,
+        )
+        return main_snclr.is_save_due(run, step)
+
+    now = 9.9
+    assert not is_due(20)
+    assert is_due(23)  # --save-every-minutes
+    assert is_due(20, ending=15) and is_due(900)
+    assert is_due(20, save_freq=2) and not is_due(30, save_freq=2)
+    assert is_due(20, eval_freq=2) and not is_due(30, eval_freq=2)
+    assert is_due(20, device=torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(main_snclr.distributed, "world_size", lambda: 2)
+        assert is_due(20)
+    now = 10.1
+    assert is_due(20)
 
 
 @pytest.mark.parametrize("method", ["snclr", "mocov3", "nnclr", "mocov2"])

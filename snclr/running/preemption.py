@@ -22,6 +22,8 @@ SIGNALS = [
     and not (each.name == "SIGHUP" and signal.getsignal(each) == signal.SIG_IGN)
 ]
 
+SPACING = 20  # so saves take at most a twentieth of the time
+
 
 @contextlib.contextmanager
 def handlers_given_back() -> Iterator[None]:
@@ -72,9 +74,15 @@ class Interruptions:
         self.ending = max(agreed - 1, 0)
         return agreed > 0
 
-    def saved(self, outcome: str = "saved") -> None:
-        """Restart the interval. outcome: what rank 0 reports if a signal then ends the run."""
-        self.last_save, self.outcome = time.monotonic(), outcome
+    def saved(self, outcome: str = "saved", seconds: float = 0.0) -> None:
+        """Restart the interval. outcome: what rank 0 reports if a signal then ends the run.
+        seconds: what the save took.
+        """
+        self.last_save, self.outcome, self.save_seconds = time.monotonic(), outcome, seconds
+
+    def save_is_cheap(self) -> bool:
+        """Whether the time since the last save is at least SPACING times what that save took."""
+        return time.monotonic() - self.last_save >= SPACING * self.save_seconds
 
     def end_here(self, last_checkpoint: str) -> bool:
         """End the run before the next step, if there was a signal; returns whether it ends.
