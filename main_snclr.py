@@ -14,11 +14,12 @@ import datetime
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 from snclr import options
-from snclr.running.errors import RunError, check_packages, one_clear_line
+from snclr.running.errors import RunError, UsageError, check_packages, one_clear_line
 
 if __name__ == "__main__":
     with one_clear_line("main_snclr.py"):
@@ -28,7 +29,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from snclr import augment, optim
+from snclr import augment, operations, optim
 from snclr.builder import SNCLR, build_model
 from snclr.datasets import sources
 from snclr.datasets.images import ImageSet
@@ -105,7 +106,8 @@ def main(argv: list[str]) -> None:
     train, val, data_notes = sources.open_data(args)
     train = train.to(device)
     recipe = augment.Recipe(args.seed, augment.build_views(args))
-    loader = EpochLoader(train, recipe, args.batch_size, device, args.workers)
+    augment_crops = choose_augmentation(args, device)
+    loader = EpochLoader(train, recipe, args.batch_size, device, args.workers, augment_crops)
     steps_per_epoch = loader.steps_per_epoch
 
     # -- model and optimiser -----------------------------------------------------------------------
@@ -225,6 +227,19 @@ def main(argv: list[str]) -> None:
     process_group.stop()
     if run.interruptions.ending:
         preemption.interrupt(run.interruptions.ending, run.interruptions.outcome)
+
+
+def choose_augmentation(args: argparse.Namespace, device: torch.device) -> Callable[..., Tensor]:
+    """operations.apply, or with --fused-augment its like for RGB images on a GPU. Raises UsageError
+    if triton is missing.
+    """
+    if not args.fused_augment or args.channels != 3 or device.type != "cuda":
+        return operations.apply
+    try:
+        from snclr import fused_augment
+    except ImportError as error:
+        raise UsageError(f"--fused-augment needs triton: {error}") from error
+    return fused_augment.apply
 
 
 def open_workdir(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:

@@ -52,8 +52,8 @@ part replayed-tests 20 15 "$PYTHON" "${T[@]}" -k replayed tests/test_real_gpu.py
 part objective 20 15 "$PYTHON" benchmarks/objective.py --steps 10
 part kernels 30 25 "$PYTHON" benchmarks/kernels.py
 part loop 75 55 "$PYTHON" benchmarks/loop.py
-part runs 155 0 "$PYTHON" "${R[@]}" cifar vit vit-4096 cifar-graph cifar-eager cifar-256 \
-  embedded-graph embedded cifar-256-eager vit-eager --limit 70 --total 145
+part runs 155 0 "$PYTHON" "${R[@]}" cifar vit vit-fused vit-4096-fused cifar-eager \
+  cifar-256 vit-4096 embedded-graph embedded cifar-256-eager vit-eager --limit 70 --total 145
 part steps 25 0 "$PYTHON" benchmarks/step.py -b 128 --cifar-batch 512 --steps 10 \
   --only method optimiser
 part micro-batch 25 0 "$PYTHON" benchmarks/micro_batch.py -b 4096 --micro-batch 1024 \

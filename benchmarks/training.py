@@ -48,7 +48,8 @@ class Training:
                 torch.full((len(bank),), -1, device=device),
             )
         recipe = augment.Recipe(args.seed, augment.build_views(args))
-        loader = EpochLoader(train, recipe, args.batch_size, device, args.workers)
+        augment_crops = main_snclr.choose_augmentation(args, device)
+        loader = EpochLoader(train, recipe, args.batch_size, device, args.workers, augment_crops)
         scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         guard = Guard(model, loader, os.curdir, limit=args.skip_non_finite, scaled=amp == "fp16")
         guard.try_forward = lambda *_: None  # once an epoch, so no part of a step

@@ -6,8 +6,9 @@ a hash of these takes the place of a random generator, so any number of ranks an
 same.
 
 A new operation needs a name in DRAWS, a field in ViewParameters, and the line in `draw` that fills
-it; in operations.py a function, and the line in `_apply_` that calls it. The draws of all other
-operations stay as they are, bit for bit.
+it; in operations.py a function, and the line in `_apply_` that calls it. --fused-augment does not
+have it, unless fused_augment.py gets it, too. The draws of all other operations stay as they are,
+bit for bit.
 """
 
 import itertools

@@ -52,10 +52,20 @@ class ViewLoader:
     most REQUEST images, of which a larger batch is put together on the device. On a GPU everything
     else runs in a stream of its own: the host runs ahead of the GPU, so that a batch is copied and
     augmented while the previous one trains.
+
+    augment_crops: operations.apply, or another function of the same arguments and result.
     """
 
-    def __init__(self, images: ImageSet, recipe: Recipe, device: torch.device, workers: int):
+    def __init__(
+        self,
+        images: ImageSet,
+        recipe: Recipe,
+        device: torch.device,
+        workers: int,
+        augment_crops: Callable[..., Tensor] = operations.apply,
+    ):
         self.images, self.recipe, self.device = images, recipe, device
+        self.augment_crops = augment_crops
         self.replaced: set[int] = set()  # images that could not be read
         self.loader = None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -113,7 +123,7 @@ class ViewLoader:
             self.replaced.update(indices[indices != views.ids.numpy()].tolist())
             ids.append(views.ids.to(self.device, non_blocking=True))
             augmented = [
-                operations.apply(
+                self.augment_crops(
                     crops.to(self.device, non_blocking=True),
                     parameters,
                     self.images.mean,
@@ -147,6 +157,7 @@ class EpochLoader(ViewLoader):
         global_batch_size: int,
         device: torch.device,
         workers: int,
+        augment_crops: Callable[..., Tensor] = operations.apply,
     ):
         if global_batch_size > len(images):
             raise UsageError(
@@ -159,7 +170,7 @@ class EpochLoader(ViewLoader):
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             request = min(REQUEST, global_batch_size // world_size())
             check_shared_memory(request * image_bytes, workers, ranks)
-        super().__init__(images, recipe, device, workers)
+        super().__init__(images, recipe, device, workers, augment_crops)
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = len(images) // global_batch_size
 

@@ -52,6 +52,11 @@ def _apply_(x, p: ViewParameters):
     )
     _on_chosen_(x, p.solarize, solarize_)
     _on_chosen_(x, p.flip, flip)
+    turn_(x, p)
+
+
+def turn_(x: Tensor, p: ViewParameters) -> None:
+    """Flip the chosen images upside down, and rotate the chosen ones; p: numpy arrays."""
     _on_chosen_(x, p.flip_v, partial(torch.flip, dims=(2,)))
     for quarters in (1, 2, 3):
         _on_chosen_(x, p.quarters == quarters, partial(torch.rot90, k=quarters, dims=(2, 3)))

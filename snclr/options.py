@@ -351,6 +351,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         g,
+        "--fused-augment",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="on a GPU, augment RGB views by four kernels of triton's; has never run on a GPU",
+        on_resume="free",
+    )
+    flag(
+        g,
         "--seed",
         type=seed,
         default=0,

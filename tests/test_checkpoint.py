@@ -113,7 +113,7 @@ def test_file_has_the_documented_keys_and_only_plain_values(state, path):
 
 @pytest.mark.parametrize("arch, head", [("resnet8", "fc"), ("vit_tiny", "head")])
 def test_state_has_moco_v3s_layout(arch, head, monkeypatch):
-    monkeypatch.setitem(backbones.VITS, "vit_tiny", (192, 1, 3, backbones.PatchEmbed))
+    monkeypatch.setitem(backbones.VITS, "vit_tiny", (192, 1, 3, backbones.Patches))
     keys = set(Run(f"--arch {arch}").pack()["state_dict"])
     parts = {"base_encoder", "momentum_encoder", "predictor", "memory_bank"}
     assert {tuple(key.split(".")[:2]) for key in keys} == {("module", part) for part in parts}

@@ -153,11 +153,11 @@ def test_with_a_stream_of_its_own_each_batch_is_made_in_it_and_kept_for_the_step
         yield
         calls.append("out")
 
-    apply = operations.apply
+    def made(*arguments):
+        calls.append("made")
+        return operations.apply(*arguments)
+
     training = SimpleNamespace(wait_stream=lambda _: calls.append("wait"))
-    monkeypatch.setattr(
-        operations, "apply", lambda *arguments: calls.append("made") or apply(*arguments)
-    )
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: training)
     monkeypatch.setattr(
@@ -165,7 +165,7 @@ def test_with_a_stream_of_its_own_each_batch_is_made_in_it_and_kept_for_the_step
         "record_stream",
         lambda _, by: calls.append("kept") if by is training else None,
     )
-    loader = EpochLoader(image_sets["resident"], RECIPE, 8, CPU, 0)
+    loader = EpochLoader(image_sets["resident"], RECIPE, 8, CPU, 0, made)
     loader.stream = object()
     for _ in loader.epoch(1):
         calls.append("step")

@@ -3,6 +3,7 @@
 `bash benchmarks/gpu.sh` runs these tests. Without a GPU they are skipped.
 """
 
+import argparse
 import json
 
 import numpy as np
@@ -108,16 +109,17 @@ def test_replayed_steps_train_as_eager_ones(flags, folder, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("size", [32, 96])
-def test_augmentation_is_that_of_a_cpu(size):
+@pytest.mark.parametrize("fused", [False, True])
+def test_augmentation_is_that_of_a_cpu(size, fused):
     views = augment.moco_v3_views(size, 0.2, blur=True)
     recipe = augment.Recipe(0, (views[0]._replace(gray_p=0.5, solarize_p=0.5, blur_p=0.5),))
     sides = np.full(64, size)
     _, parameters = augment.draw(recipe, 0, np.arange(64), 0, sides, sides)
     crops = torch.randint(256, (64, 3, size, size), dtype=torch.uint8)
     mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
-    actual, expected = (
-        operations.apply(crops.to(device), parameters, mean, std).cpu() for device in (GPU, CPU)
-    )
+    apply = main_snclr.choose_augmentation(argparse.Namespace(fused_augment=fused, channels=3), GPU)
+    actual = apply(crops.to(GPU), parameters, mean, std).cpu()
+    expected = operations.apply(crops, parameters, mean, std)
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 
 

@@ -43,7 +43,7 @@ LONGER = {
     "snclr.evaluation.options": 360,
     "snclr.objectives": 305,
     "snclr.operations": 280,
-    "snclr.options": 578,
+    "snclr.options": 586,
     "snclr.running.checkpoint": 275,
     "snclr.shared_options": 420,
     "snclr.weights.libraries": 315,
