@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 
-from .distributed import world_size
-from .errors import RunError, first_line
+from .distributed import rank, world_size
+from .errors import first_line
 
 
 def resolve_compile(args: Namespace, device: torch.device) -> str:
@@ -36,8 +36,8 @@ def compiled(function: Callable, choice: str) -> Callable:
     torch, 'graphs' also replayed as CUDA graphs.
 
     Every shape of the inputs is compiled once, and kept for the user's next runs in
-    ~/.cache/snclr/inductor, or where TORCHINDUCTOR_CACHE_DIR says. The compiled function raises
-    RunError if torch cannot compile it.
+    ~/.cache/snclr/inductor, or where TORCHINDUCTOR_CACHE_DIR says. If torch cannot compile it, it
+    runs as it is from then on, after a line that says why.
     """
     if choice in ("auto", "off"):
         return function
@@ -48,13 +48,15 @@ def compiled(function: Callable, choice: str) -> Callable:
     )
 
     def call(*inputs):
+        nonlocal fast
         try:
             return fast(*inputs)
         except TorchDynamoException as error:
             cause = first_line(getattr(error, "inner_exception", error))
-            raise RunError(
-                f"torch cannot compile the backbone ({cause}): use --no-compile"
-            ) from error
+            if rank() == 0:
+                print(f"note: the backbones are not compiled: {cause}", flush=True)
+            fast = function
+            return function(*inputs)
 
     return call
 
