@@ -21,13 +21,14 @@ from .running.devices import send
 BLENDS, CONTRAST, SATURATION = 3, 1, 2  # operations besides hue; two of their numbers in the order
 BLOCK = 1024  # pixels of an image that a program takes at a time
 CHAIN = tl.constexpr(6 * BLENDS + 1)  # columns of a chain of operations
-NUM_TAPS = 13
-GRAY, SOLARIZE, FLIP, TAPS, COLUMNS = (tl.constexpr(2 * CHAIN.value + n) for n in (0, 1, 2, 3, 16))
+RADIUS = tl.constexpr(6)  # of the blur: that of operations.gaussian_taps
+GRAY, SOLARIZE, FLIP, TAPS = (tl.constexpr(2 * CHAIN.value + n) for n in range(4))
+COLUMNS = tl.constexpr(TAPS.value + 2 * RADIUS.value + 1)
 
 
 def apply(crops: Tensor, parameters: ViewParameters, mean: Tensor, std: Tensor) -> Tensor:
     """As operations.apply, to 1e-5; crops (B, 3, S, S) uint8 on a GPU."""
-    if crops.shape[-1] <= NUM_TAPS // 2:  # the blur reflects only once
+    if crops.shape[-1] <= RADIUS.value:  # the blur reflects only once
         return operations.apply(crops, parameters, mean, std)
     p = ViewParameters(*(field.numpy() for field in parameters))
     strengths = send(torch.from_numpy(pack(p)), crops.device)
@@ -183,9 +184,9 @@ def _blur(x, strengths, moments, out, size, IS_LAST: tl.constexpr, BLOCK: tl.con
     if IS_LAST:
         position = tl.where(tl.load(row + FLIP) > 0, size - 1 - column, column)
     total = tl.zeros((BLOCK,), tl.float32)
-    for number in tl.static_range(13):
+    for number in tl.static_range(2 * RADIUS + 1):
         tap = tl.load(row + TAPS + number)
-        source = tl.abs(position + number - 6)
+        source = tl.abs(position + number - RADIUS)
         source = tl.minimum(source, 2 * size - 2 - source)
         source = tl.where(tap == 0, position, source)  # which is in the cache already
         pixel = y * size + source if IS_LAST else source * size + column
