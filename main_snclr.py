@@ -201,9 +201,9 @@ def main(argv: list[str]) -> None:
             model.freeze_backbone(False)
             run = run._replace(network=distributed.replicate(model, device))
             log.say("the backbone is trained from here on")
-        step = train_epoch(run, step)
+        step, batch = train_epoch(run, step)
         if is_save_due(run, step):
-            save(run, step)
+            save(run, step, batch)
         if run.interruptions.ending:
             break
 
@@ -324,8 +324,9 @@ def setting_notes(args: argparse.Namespace, num_images: int, device: torch.devic
     return [note for applies, note in notes if applies]
 
 
-def train_epoch(run: Run, step: int) -> int:
-    """Train from `step` completed steps to the end of the epoch. Returns the completed steps.
+def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:
+    """Train from `step` completed steps to the end of the epoch. Returns the completed steps and
+    the last batch (None if there was none).
 
     An interruption or run.last_step ends the training earlier.
     """
@@ -419,15 +420,13 @@ def train_epoch(run: Run, step: int) -> int:
             logged_step, logged_at, slowest = step, time.perf_counter(), 0.0
 
     bar.close()
-    if batch is not None:
-        run.guard.try_forward(step, run.model, batch, args.snclr_m, run.amp)
     epoch, inside = divmod(step, loader.steps_per_epoch)
     is_shown = args.viz_freq and (epoch % args.viz_freq == 0 or epoch == args.epochs)
     if is_shown and not inside:
         log.pictures(step, lambda: steps.of_step(batch, shown, loader.images, args, step))
     if note := bad_images.record_bad_images(loader.images.image, loader.replaced, run.workdir):
         log.say(f"note: {note}")
-    return step
+    return step, batch
 
 
 def train_step(
@@ -469,16 +468,17 @@ def is_save_due(run: Run, step: int) -> bool:
     return run.interruptions.save_is_cheap()
 
 
-def save(run: Run, step: int) -> None:
+def save(run: Run, step: int, batch: Batch | None) -> None:
     """Save checkpoint and encoder, from rank 0; also under a number every --save-freq epochs.
 
-    If the weights, the optimiser state or the loss with these weights are not finite, only
+    If the weights, the optimiser state or the loss of `batch` with them are not finite, only
     checkpoint.UNSOUND is written, so that the last sound checkpoint stays. If a save fails, the run
     continues with a note; at its last save it raises RunError.
     """
     args, is_last, start = run.args, step >= run.last_step, time.perf_counter()
     epoch, inside = divmod(step, run.loader.steps_per_epoch)
-    reason = run.guard.what_is_unsound(step, run.model, run.optimizer)
+    is_usable = batch is None or run.guard.try_forward(run.model, batch, args.snclr_m, run.amp)
+    reason = run.guard.what_is_unsound(step, run.model, run.optimizer, is_usable)
     outcome = "saved" if reason is None else f"saved as {checkpoint.UNSOUND}"
     if distributed.rank() == 0:
         is_numbered = args.save_freq and not inside and epoch % args.save_freq == 0

@@ -52,7 +52,6 @@ class Training:
         loader = EpochLoader(train, recipe, args.batch_size, device, args.workers, augment_crops)
         scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         guard = Guard(model, loader, os.curdir, limit=args.skip_non_finite, scaled=amp == "fp16")
-        guard.try_forward = lambda *_: None  # once an epoch, so no part of a step
         log = Log(os.curdir, step=0, enabled=False)
         optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
         self.run = main_snclr.Run(
@@ -76,4 +75,4 @@ class Training:
     def __call__(self):
         self.run = self.run._replace(last_step=self.step + self.turn)
         while self.step < self.run.last_step:
-            self.step = main_snclr.train_epoch(self.run, self.step)
+            self.step, _ = main_snclr.train_epoch(self.run, self.step)

@@ -304,22 +304,19 @@ class SNCLR(nn.Module):
 
     def _project(self, encoder, views):
         """The encoder's projections of each view, a list of (B, D)."""
-        parts = views
+        parts, micro_batch = views, self.args.micro_batch
         if self.joins_views:
             # without batch norm an image's features do not depend on the others: one call a size
             by_size = itertools.groupby(views, key=lambda view: view.shape[-1])
             parts = [torch.cat(list(group)) for _, group in by_size]
-        features = torch.cat([self._features(encoder, part) for part in parts])
-        return [encoder.projector(part) for part in features.chunk(len(views))]
-
-    def _features(self, encoder, x):
-        micro_batch = self.args.micro_batch
-        if micro_batch is None:
-            return self.embed(encoder, x)
-        parts = x.tensor_split(-(-len(x) // micro_batch))  # of nearly equal size
-        if not torch.is_grad_enabled():
-            return torch.cat([self.embed(encoder, part) for part in parts])
-        return torch.cat([recomputed(self.embed, encoder, part, module=encoder) for part in parts])
+        elif micro_batch is not None:  # parts of nearly equal size
+            parts = [x for view in views for x in view.tensor_split(-(-len(view) // micro_batch))]
+        # backward begins with the last part, and then frees its activations: it keeps them
+        is_repeated = micro_batch is not None and torch.is_grad_enabled()
+        repeated = parts[:-1] if is_repeated else []
+        features = [recomputed(self.embed, encoder, part, module=encoder) for part in repeated]
+        features += [self.embed(encoder, part) for part in parts[len(repeated) :]]
+        return [encoder.projector(part) for part in torch.cat(features).chunk(len(views))]
 
     def _search(self, queries, ids, k, mass):
         if not isinstance(mass, Tensor) and mass == 0:

@@ -19,7 +19,7 @@ from . import augment, operations
 from .augment import Recipe
 from .datasets.images import EncodedImages, ImageSet
 from .running.distributed import share, world_size
-from .running.errors import RunError, UsageError
+from .running.errors import UsageError
 from .running.workers import (
     Answers,
     LastingWorkers,
@@ -118,8 +118,6 @@ class ViewLoader:
         parts, ids, groups, start = self._parts(request), [], [], 0
         for _, indices, *_ in parts:
             views = next(answers)
-            if isinstance(views, RunError):
-                raise RunError(str(views))  # `views` itself would hold this frame, and the workers
             self.replaced.update(indices[indices != views.ids.numpy()].tolist())
             ids.append(views.ids.to(self.device, non_blocking=True))
             augmented = [
@@ -226,7 +224,5 @@ def whole_images(
     else:
         batches = (images.whole(part, size) for part in chunks)
     for batch in batches:
-        if isinstance(batch, RunError):
-            raise RunError(str(batch))
         x = batch.to(device, non_blocking=True).to(torch.get_default_dtype()).div_(255)
         yield operations.normalize_(x, images.mean, images.std)

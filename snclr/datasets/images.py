@@ -261,8 +261,6 @@ class EncodedImages(ImageSet):
         requests = [(part, shape) for part in parts]
         batches = WorkerBatches(Answers(self._decoded), requests, min(workers, len(parts) // 4))
         for part, decoded in zip(parts, batches, strict=True):
-            if isinstance(decoded, RunError):
-                raise RunError(str(decoded))
             if decoded is None:
                 return self
             images[part[0] : part[-1] + 1], errors[part] = decoded

@@ -41,7 +41,6 @@ class Guard:
         self.watched: dict[int, Tensor] = {}
         # the bad steps since the last check that found none, each with the ranks of a bad loss
         self.bad_steps: dict[int, list[int]] = {}
-        self.unusable_step = -1  # the last step after which a forward pass was not finite
         self.saved_step: int | None = None  # of the newest checkpoint
         self.num_collapsed = 0  # logged steps of collapse in a row
 
@@ -105,11 +104,9 @@ class Guard:
         )
 
     @torch.no_grad()
-    def try_forward(
-        self, step: int, model: nn.Module, batch: Batch, momentum: float, amp: str
-    ) -> None:
-        """Note whether the loss of the last batch is finite with the weights after step `step`:
-        weights can be finite, but so large that nothing can be computed with them. Collective.
+    def try_forward(self, model: nn.Module, batch: Batch, momentum: float, amp: str) -> bool:
+        """Whether the loss of a batch is finite with the model's weights: weights can be finite,
+        but so large that nothing can be computed with them. Collective.
 
         Changes nothing in the model.
         """
@@ -119,8 +116,7 @@ class Guard:
         with eager, autocast(amp, batch.ids.device):
             loss, _ = model(batch.views, batch.ids, momentum)
         model.load_state_dict(before)
-        if not all_gather(loss[None]).isfinite().all():
-            self.unusable_step = step
+        return bool(all_gather(loss[None]).isfinite().all())
 
     @property
     def last_sound_checkpoint(self) -> str:
@@ -129,10 +125,12 @@ class Guard:
             return "there is no sound checkpoint yet"
         return f"the last sound checkpoint is of step {self.saved_step}"
 
-    def what_is_unsound(self, step: int, model: nn.Module, optimizer: Optimizer) -> str | None:
+    def what_is_unsound(
+        self, step: int, model: nn.Module, optimizer: Optimizer, is_usable: bool
+    ) -> str | None:
         """Why the state after step `step` must not become a checkpoint; None if it may.
 
-        Call `check` and `try_forward` first.
+        is_usable: what `try_forward` returned. Call `check` first.
         """
         if step in self.bad_steps:
             return f"step {step} was not finite"
@@ -141,7 +139,7 @@ class Guard:
             tensors |= {f"{name} of parameter {number}": value for name, value in state.items()}
         if names := not_finite(tensors):
             return f"not finite after step {step}: {first_few(names)}"
-        if self.unusable_step == step:
+        if not is_usable:
             return f"with the weights after step {step} the loss is not finite"
         return None
 

@@ -37,7 +37,9 @@ class Stalled(RunError):
 
 
 class Answers(Dataset):
-    """load(*request) of each request. A RunError is returned: torch would add a traceback to it."""
+    """load(*request) of each request. A RunError is returned: torch would add a traceback to it.
+    WorkerBatches raises it.
+    """
 
     def __init__(self, load: Callable):
         self.load = load
@@ -54,9 +56,9 @@ class WorkerBatches:
 
     An iteration takes a request when it is needed, and ends when there is none.
 
-    persistent: keep the processes for the next iteration. Iterating raises RunError if a worker was
-    lost, and Stalled if no batch came for LIMIT seconds, or for PATIENCE seconds while
-    `stop_waiting` returns true.
+    persistent: keep the processes for the next iteration. Iterating raises the RunError of a
+    request (Answers), another RunError if a worker was lost, and Stalled if no batch came for LIMIT
+    seconds, or for PATIENCE seconds while `stop_waiting` returns true.
     """
 
     def __init__(
@@ -87,6 +89,8 @@ class WorkerBatches:
     def __iter__(self) -> Iterator:
         batches = self._call(iter, self.loader)
         while (batch := self._call(next, batches, _END)) is not _END:
+            if isinstance(batch, RunError):
+                raise RunError(str(batch))  # `batch` itself would hold this frame, and the workers
             yield batch
 
     def _call(self, function, *arguments):

@@ -24,6 +24,6 @@ def poisoned(ctx, *arguments):
 
 
 streamed._LogSumExp.forward = poisoned
-Guard.try_forward = lambda *_: None  # it computes the loss once more, after an epoch
+Guard.try_forward = lambda *_: True  # it computes the loss once more, before a save
 with one_clear_line("poisoned.py"):
     main_snclr.main(sys.argv[3:])

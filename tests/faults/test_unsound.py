@@ -70,15 +70,15 @@ def test_the_forward_pass_that_vouches_for_a_checkpoint_changes_nothing(method, 
     loader = SimpleNamespace(device=batch.ids.device)
     guard = Guard(model, loader, str(tmp_path), limit=0, scaled=False)
     optimizer = build_optimizer("sgd", model, 0.0)
-    guard.try_forward(1, model, batch, 0.9, "off")
-    assert guard.what_is_unsound(1, model, optimizer) is None
+    assert guard.try_forward(model, batch, 0.9, "off")
+    assert guard.what_is_unsound(1, model, optimizer, True) is None
     assert attack.same(dict(before.state_dict()), dict(model.state_dict()))
     assert method == "mocov3" or torch.equal(*(x.memory_bank.features16 for x in (before, model)))
     with torch.no_grad():
         for parameter in model.base_encoder.parameters():
             parameter.add_(1e30)
-    guard.try_forward(2, model, batch, 0.9, "off")
-    assert "loss is not finite" in guard.what_is_unsound(2, model, optimizer)
+    assert not guard.try_forward(model, batch, 0.9, "off")
+    assert "loss is not finite" in guard.what_is_unsound(2, model, optimizer, False)
 
 
 def test_a_signal_after_a_bad_step_says_what_is_sound(train, tmp_path):
