@@ -439,4 +439,5 @@ def test_a_benchmark_runs_there(name, folder, tmp_path, monkeypatch, capsys, acc
     finally:
         torch.set_default_dtype(torch.float64)
     output = capsys.readouterr().out
-    assert all(row in output for row in expected)
+    # there the products with the bank are those of a GPU
+    assert all(row.replace("bfloat16", "tf32") in output for row in expected)
