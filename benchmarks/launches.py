@@ -175,7 +175,7 @@ def count_objective(sizes: argparse.Namespace) -> list[list]:
         problem = Problem(sizes, DEVICE)
         for name, side in {
             "dense, as released": Dense(problem),
-            "ours": Streamed(problem, False),
+            "ours": Streamed(problem, "float32"),
         }.items():
             accelerator.counts.clear()
             accelerator.bytes = 0

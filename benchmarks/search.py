@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Memory of the bank and time of one search by number of rows, in float32 and in bfloat16.
+"""Memory of the bank and time of one search by number of rows, in float32 and with the rounded
+products of --amp bf16: bfloat16 on a CPU, TF32 on a GPU.
 
     python benchmarks/search.py                     128,000 rows and 4,096,000 rows (7 GB)
     python benchmarks/search.py --rows 128000 --queries 1024
@@ -17,11 +18,12 @@ import torch
 from benchmarks import measure
 from snclr.memory_bank import MemoryBank
 from snclr.running import process_group
+from snclr.running.devices import bank_products
 
 
-def filled_bank(rows: int, dim: int, bfloat16: bool, device: torch.device) -> MemoryBank:
+def filled_bank(rows: int, dim: int, products: str, device: torch.device) -> MemoryBank:
     """A full bank of random unit features, each of a different image."""
-    bank = MemoryBank(rows, dim, bfloat16).to(device)
+    bank = MemoryBank(rows, dim, products).to(device)
     for ids in torch.arange(rows, device=device).split(2**16):
         bank.enqueue(torch.randn(len(ids), dim, device=device), ids)
     return bank
@@ -53,13 +55,13 @@ def main():
     queries = torch.randn(args.queries, args.dim, device=device)
     lines = []
     for rows in args.rows:
-        for bfloat16 in (False, True):
-            bank = filled_bank(rows, args.dim, bfloat16, device)
+        for products in ("float32", bank_products("bf16", device)):
+            bank = filled_bank(rows, args.dim, products, device)
             copy = 0 if bank.features16 is None else bank.features16.nbytes
             memory = bank.features.nbytes + bank.ids.nbytes + copy
             search = {"search": lambda bank=bank: bank.search(queries, args.topk)}
             seconds = measure.fastest(search, args.steps, device)["search"]
-            name = f"{rows:,} rows, {'bfloat16' if bfloat16 else 'float32'}"
+            name = f"{rows:,} rows, {products}"
             cells = [f"{memory / 1e6:.1f}", f"{1000 * seconds:.1f}"]
             on_device = measure.device_seconds(search, args.steps, device).values()
             lines.append([name, *cells, *(f"{1000 * taken:.2f}" for taken in on_device)])

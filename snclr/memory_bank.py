@@ -10,6 +10,7 @@ from .running.precision import full_precision, tf32, unit
 # COSINES bytes.
 COSINES = {"cpu": 2**23, "cuda": 2**26}
 CHUNK = {"cpu": 2**14, "cuda": 2**17}
+PRODUCTS = ("float32", "bfloat16", "tf32")
 GROUP = 16  # columns that `largest` first reduces to their maximum
 
 
@@ -36,6 +37,8 @@ class MemoryBank(nn.Module):
                 "a memory bank needs at least one row and one dimension, "
                 f"found size {size} and dim {dim}"
             )
+        if products not in PRODUCTS:
+            raise ValueError(f"products must be one of {PRODUCTS}, found {products!r}")
         self.tf32 = products == "tf32"
         self.register_buffer("features", torch.zeros(size, dim))
         self.register_buffer("ids", torch.full((size,), -1, dtype=torch.long))

@@ -240,6 +240,7 @@ def test_search_under_autocast_is_not_taken_in_16_bits():
         (lambda bank: bank.enqueue(torch.randn(2, 5), torch.arange(2)), r"keys must be \(N, 6\)"),
         (lambda bank: bank.enqueue(torch.randn(2, 6), torch.arange(3)), r"keys must be \(N, 6\)"),
         (lambda bank: MemoryBank(0, 6), "at least one row"),
+        (lambda bank: MemoryBank(8, 6, True), "products must be one of"),
     ],
 )
 def test_wrong_shapes_are_named(call, message):

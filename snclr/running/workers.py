@@ -37,9 +37,7 @@ class Stalled(RunError):
 
 
 class Answers(Dataset):
-    """load(*request) of each request. A RunError is returned: torch would add a traceback to it.
-    WorkerBatches raises it.
-    """
+    """load(*request) of each request. A RunError is returned: torch would add a traceback to it."""
 
     def __init__(self, load: Callable):
         self.load = load
@@ -54,11 +52,9 @@ class Answers(Dataset):
 class WorkerBatches:
     """dataset[request] for each of the requests, in order, by worker processes (0: by this one).
 
-    An iteration takes a request when it is needed, and ends when there is none.
-
-    persistent: keep the processes for the next iteration. Iterating raises the RunError of a
-    request (Answers), another RunError if a worker was lost, and Stalled if no batch came for LIMIT
-    seconds, or for PATIENCE seconds while `stop_waiting` returns true.
+    An iteration takes a request when it is needed, and ends when there is none. It raises RunError
+    if a request failed or a worker was lost, and Stalled if no batch came for LIMIT seconds, or for
+    PATIENCE seconds while `stop_waiting` returns true. persistent: keep the processes for the next.
     """
 
     def __init__(
