@@ -22,6 +22,10 @@ RUNS = {
         "--batch 4 --ranks 2 -K 3 -M 200 -D 8 --steps 1",
         ["dense, as released", "streamed, bfloat16", "clusters"],
     ),
+    "attention": (
+        "--views 2 --heads 2 --width 16 --tokens 5 --steps 1",
+        ["torch's choice", "math"],
+    ),
     "search": (
         "--rows 50 200 --queries 4 -K 3 -D 8 --steps 1",
         ["50 rows, float32", "200 rows, bfloat16"],
