@@ -224,7 +224,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=number(float),
         default=0,
         metavar="E",
-        help="number of epochs after these in which the weights of the neighbours rise from 0",
+        help="number of epochs after --nn-warmup-epochs in which the weights of the neighbours "
+        "rise from 0",
     )
 
     g = parser.add_argument_group("optimisation")
@@ -326,9 +327,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         const="on",
         help="compile the backbones with torch.compile; the first step of the first run then takes "
-        "about a minute. graphs: also replay them as CUDA graphs. auto: on for a single GPU, if "
-        "triton and a C compiler are there, for the ResNets and ViTs without timm:, not for the "
-        "embedded data set",
+        "about a minute. graphs: also replay them as CUDA graphs. auto: on for a single GPU and "
+        "the ResNets and ViTs of this project, if triton and a C compiler are installed; off for "
+        "the embedded data set",
         on_resume="free",
     )
     flag(

@@ -44,7 +44,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         type=dataset_kind,
         metavar="KIND",
-        help=f"kind of DATA: {', '.join(DATASETS)} (default: found from DATA)",
+        help=f"kind of DATA: {', '.join(DATASETS)} (default: recognised from DATA)",
         on_resume="fixed",
     )
     flag(
@@ -120,8 +120,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         type=number(int, above_zero=True, most=2**10),
         metavar="C",
         help="channels of an image: 3 is RGB, 1 is grey; with another number images are arrays "
-        "(.npy) or TIFF files, whose pages together have so many (default: that of the encoder's "
-        "file, else 3)",
+        "(.npy) or TIFF files, whose pages together have so many (default: that of a trained "
+        "encoder, else 3)",
         on_resume="fixed",
         describes_encoder=True,
     )
@@ -131,8 +131,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         metavar="X",
-        help="mean of each channel, in units of 0..1, to normalise (default: that of the data set; "
-        "0.5 if --channels is not 3, and so for --std)",
+        help="mean of each channel, in units of 0..1, to normalise (default: that of a trained "
+        "encoder, else of the data set; 0.5 if --channels is not 3; the same for --std)",
         describes_encoder=True,
     )
     flag(
@@ -149,8 +149,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--img-size",
         type=number(int, above_zero=True, most=2**14),
         metavar="PX",
-        help="height and width of the encoder's input (default: 32 for embedded, CIFAR and SVHN, "
-        "96 for STL-10, else 224)",
+        help="height and width of the encoder's input (default: that of a trained encoder, else 32 "
+        "for embedded, CIFAR and SVHN, 96 for STL-10, 224 for others)",
         on_resume="fixed",
         describes_encoder=True,
     )
@@ -160,8 +160,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="pixel values that become black and white in images of more than 8 bits (default: the "
-        "range of the pixel format, 0 65535, or 0 1 for floating point)",
+        help="pixel values that become black and white in images of more than 8 bits (default: "
+        "that of a trained encoder, else the range of the pixel format, 0 65535, or 0 1 for "
+        "floating point)",
         on_resume="fixed",
         describes_encoder=True,
     )
@@ -179,7 +180,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=number(int),
         metavar="N",
-        help="processes of each rank that load images (default: one a core, at most 8)",
+        help="processes of each rank that load images (default: one for each of its cores, at "
+        "most 8)",
         on_resume="free",
         changes_features=False,
     )
