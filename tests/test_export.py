@@ -519,8 +519,10 @@ def test_the_model_card_has_the_recipe_and_only_figures_of_these_weights(
     # results.json counts only if it is of the same weights
     digest = features.digest(snclr.load_encoder(str(file))[0])
     result = {"encoder_digest": digest, "linear_top1": 43.21, "knn_top1": 12, "dataset": "a|b"}
+    evaluation = tmp_path / "run/checkpoint_0002.pth_lincls"  # where main_lincls.py writes
+    evaluation.mkdir()
     for number, shown in enumerate([result, result | {"encoder_digest": "other"}, [1], {}]):
-        (tmp_path / "run/results.json").write_text(json.dumps(shown))
+        (evaluation / "results.json").write_text(json.dumps(shown))
         run(file, "mocov3", tmp_path / f"{number}_linear.pth")
         text = (tmp_path / f"{number}_linear.pth.md").read_text()
         assert ("| linear probe, top-1 | 43.21 %, on a\\|b |" in text) == (number == 0)

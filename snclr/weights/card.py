@@ -149,8 +149,8 @@ def run_settings(path: str, settings: dict) -> dict:
 def run_figures(path: str, info: dict, digest: Callable[[], str]) -> dict[str, str]:
     """What was measured of exactly these weights, from files beside the one at path, by name.
 
-    metrics.jsonl has the kNN of each evaluated epoch. results.json names the weights that it
-    evaluated by their digest.
+    metrics.jsonl has the kNN of each evaluated epoch. results.json, also in the folder where
+    main_lincls.py writes it by default, names the weights that it evaluated by their digest.
     """
     figures, folder = {}, os.path.dirname(path)
     if os.path.isfile(metrics := os.path.join(folder, "metrics.jsonl")):
@@ -159,8 +159,10 @@ def run_figures(path: str, info: dict, digest: Callable[[], str]) -> dict[str, s
             top1 = line.get("knn_top1")
             if key == (info["epoch"], info["encoder"]) and type(top1) in (int, float):
                 figures["kNN top-1 while training"] = f"{top1:.2f} %"
-    results = _json(os.path.join(folder, "results.json"))
-    if results.get("encoder_digest") == digest():
+    for place in (folder, f"{os.path.splitext(path)[0]}_lincls"):
+        results = _json(os.path.join(place, "results.json"))
+        if results.get("encoder_digest") != digest():
+            continue
         for key, name in (("knn_top1", "kNN top-1"), ("linear_top1", "linear probe, top-1")):
             if type(results.get(key)) in (int, float):
                 figures[name] = f"{results[key]:.2f} %, on {results.get('dataset')}"
