@@ -161,8 +161,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="pixel values that become black and white in images of more than 8 bits (default: "
-        "that of a trained encoder, else the range of the pixel format, 0 65535, or 0 1 for "
-        "floating point)",
+        "those of a trained encoder, else those of the pixel format: 0 65535, floating point 0 1)",
         on_resume="fixed",
         describes_encoder=True,
     )
@@ -180,8 +179,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=number(int),
         metavar="N",
-        help="processes of each rank that load images (default: one for each of its cores, at "
-        "most 8)",
+        help="processes of each rank that load images (default: one for each core, at most 8)",
         on_resume="free",
         changes_features=False,
     )

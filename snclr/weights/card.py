@@ -159,8 +159,8 @@ def run_figures(path: str, info: dict, digest: Callable[[], str]) -> dict[str, s
             top1 = line.get("knn_top1")
             if key == (info["epoch"], info["encoder"]) and type(top1) in (int, float):
                 figures["kNN top-1 while training"] = f"{top1:.2f} %"
-    for place in (folder, f"{os.path.splitext(path)[0]}_lincls"):
-        results = _json(os.path.join(place, "results.json"))
+    for parent in (folder, f"{os.path.splitext(path)[0]}_lincls"):
+        results = _json(os.path.join(parent, "results.json"))
         if results.get("encoder_digest") != digest():
             continue
         for key, name in (("knn_top1", "kNN top-1"), ("linear_top1", "linear probe, top-1")):
