@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -250,6 +251,27 @@ def test_workers_load_few_images_ahead_of_a_large_batch(image_sets, monkeypatch)
     loader = EpochLoader(image_sets["files"], RECIPE, 15, CPU, workers=2)
     next(loader.epoch(0))
     assert len(loader.loader.queue) == 30 - 15 - 2 * 2  # of 15 other images each worker has two
+
+
+def test_few_decoded_images_are_held_at_a_time(image_sets, monkeypatch):
+    images, decode, held, counts = image_sets["files"], FileImages.image, [], []
+
+    def counted(self, index):
+        image = decode(self, index)
+        held.append(weakref.ref(image))
+        counts.append(sum(entry() is not None for entry in held))
+        return image
+
+    monkeypatch.setattr(FileImages, "image", counted)
+    recipe = RECIPE._replace(views=(*RECIPE.views, View(8, 0.05)))
+    results = []
+    for most in (4, 30):
+        counts.clear()
+        monkeypatch.setattr("snclr.datasets.images.DECODED", most)
+        ids, crops, parameters = images.views(recipe, 2, np.arange(30))
+        assert max(counts) == most
+        results.append([ids, *crops, *(field for group in parameters for field in group)])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -58,6 +58,12 @@ def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int)
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
+def join(parts: Iterable[Tensor], counts: list[int]) -> Tensor:
+    """V views of each image, (V * B, ...), from the same of parts of the images, `counts` each."""
+    views = [part.unflatten(0, (-1, count)) for part, count in zip(parts, counts, strict=True)]
+    return torch.cat(views, dim=1).flatten(0, 1)
+
+
 def crop_one(image: Tensor, box: Iterable[int], size: int) -> Tensor:
     """A box of a (C, H, W) uint8 image, resized with antialias: (1, C, size, size) uint8."""
     top, left, height, width = (int(side) for side in box)

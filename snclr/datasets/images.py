@@ -9,6 +9,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +20,13 @@ from .. import augment
 from ..augment import Recipe, ViewParameters
 from ..running.errors import RunError
 from ..running.workers import Answers, WorkerBatches
-from .crops import crop_and_resize, crop_one, evaluation_box, select
+from .crops import crop_and_resize, crop_one, evaluation_box, join, select
 
 # bytes of decoded pixels up to which a set of equal-sized images is held in memory
 RESIDENT_LIMIT = 2**30
-# most bytes that a worker decodes at a time
-PART = 2**20
+PART = 2**20  # most bytes that a worker decodes at a time
+# most decoded images of any size that a worker holds at a time: photographs have up to 100 MB each
+DECODED = 8
 
 
 class Views(NamedTuple):
@@ -214,6 +216,18 @@ class EncodedImages(ImageSet):
         By default always another value, so that features in a file are never used again.
         """
         return os.urandom(16)
+
+    def views(self, recipe, epoch, indices, view_numbers=None):
+        """See ImageSet. DECODED images at a time: those of a whole request can fill the memory."""
+        decode = partial(super().views, recipe, epoch, view_numbers=view_numbers)
+        parts = [*map(decode, np.split(indices, range(DECODED, len(indices), DECODED)))]
+        counts = [len(part.ids) for part in parts]
+        drawn = zip(*(part.parameters for part in parts), strict=True)
+        return Views(
+            torch.cat([part.ids for part in parts]),
+            [join(x, counts) for x in zip(*(part.crops for part in parts), strict=True)],
+            [ViewParameters(*(join(x, counts) for x in zip(*g, strict=True))) for g in drawn],
+        )
 
     def _originals(self, indices, seed):
         numbers, images = zip(*(self.readable(int(i), seed) for i in indices), strict=True)
