@@ -316,6 +316,12 @@ def test_a_tree_takes_labels_from_a_file_in_the_order_of_its_paths(tmp_path):
     assert train.labelled().paths[2] == train.paths[3]
 
 
+def test_classes_of_equal_numbers_are_in_the_order_of_their_names(tmp_path):
+    names = ["1".zfill(digits) for digits in range(6, 0, -1)]
+    train, _, _ = open_data(save_folder(tmp_path, [(12, 10)] * 6, classes=names[::-1]))
+    assert train.classes == names
+
+
 @pytest.mark.parametrize("count", [0, 4, 6])
 def test_a_labels_file_of_the_wrong_length_is_refused(tmp_path, count):
     save_tree(tmp_path / "images")

@@ -96,7 +96,7 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
         return train, None, [*notes, "the images have no labels: no kNN, no neighbour purity"]
     # by name, then numbers by value
     train.classes = sorted(
-        {*names} - {None}, key=lambda name: (int(name), "") if name.isdecimal() else (-1, name)
+        {*names} - {None}, key=lambda name: (int(name) if name.isdecimal() else -1, name)
     )
     train.labels = _numbers(names, train.classes)
     if args.val_fraction:
