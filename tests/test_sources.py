@@ -330,6 +330,14 @@ def test_a_labels_file_of_the_wrong_length_is_refused(tmp_path, count):
     assert f"labels.txt has {count} labels for the 5 images of" in message
 
 
+def test_a_byte_order_mark_is_no_part_of_a_path_or_label(tmp_path):
+    save_tree(tmp_path)
+    for name, lines in {"list": "z.png\r\nz.png", "labels": "cat\r\ncat"}.items():
+        (tmp_path / f"{name}.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    train, _, _ = open_data(tmp_path / "list.txt", "--labels", tmp_path / "labels.txt")
+    assert train.classes == ["cat"] and len(train) == 2
+
+
 def test_labels_can_be_ignored(tmp_path):
     save_folder(save_folder(tmp_path, [(12, 10)] * 5), [(12, 10)] * 3, split="val")
     train, val, notes = open_data(tmp_path, "--labels", "none")

@@ -125,12 +125,14 @@ def open_text(path: str, *, errors: str = "replace") -> TextIO:
 
     errors: how to handle bytes that are not UTF-8, as in `open`.
     """
-    return io.TextIOWrapper(io.BytesIO(read_bytes(path, 2**32)), encoding="utf-8", errors=errors)
+    # -sig: Windows programs write a mark at the beginning, which is no part of the first line
+    content = io.BytesIO(read_bytes(path, 2**32))
+    return io.TextIOWrapper(content, encoding="utf-8-sig", errors=errors)
 
 
 def read_text(path: str, limit: int = LIMIT) -> str:
     """The text of a UTF-8 file; each invalid byte becomes U+FFFD. Raises as read_bytes does."""
-    return read_bytes(path, limit).decode(errors="replace")
+    return read_bytes(path, limit).decode("utf-8-sig", errors="replace")
 
 
 def json_object(text: str | bytes) -> dict:
