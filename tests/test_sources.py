@@ -64,8 +64,10 @@ def test_a_folder_gets_its_classes_labels_and_paths_in_sorted_order(tmp_path):
         picture(8 + len(name), 8).save(tmp_path / name)
     (tmp_path / "train/ant/notes.txt").write_text("no image")
     (tmp_path / "train/readme.md").write_text("no class")
+    picture(8, 8).save(tmp_path / "train/0.png")  # in no class
     train, val, _ = open_data(tmp_path)
     assert train.classes == ["ant", "bee"] and train.labels.tolist() == [0, 0, 1, 1] and val is None
+    assert len(open_data(tmp_path, "--val", f"{tmp_path}/train/")[1]) == 4
     names = [str(Path(path).relative_to(tmp_path / "train")) for path in train.paths]
     assert names == ["ant/10.png", "ant/9.png", "bee/2.png", "bee/deep/er/1.PNG"]
 

@@ -150,8 +150,9 @@ def _open_part(
         paths, ignored = images_below(path, args.channels)
         expected = "image files in it or its subfolders"
         if args.dataset == "folder":
-            paths = [file for file in paths if os.path.dirname(file) != path]
-            names = [os.path.relpath(file, path).split(os.sep)[0] for file in paths]
+            start = len(os.path.join(path, ""))
+            paths = [file for file in paths if os.sep in file[start:]]
+            names = [file[start:].split(os.sep)[0] for file in paths]
             expected = f"{path}/<class>/<image>"
         if not paths:
             raise UsageError(
