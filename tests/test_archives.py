@@ -74,6 +74,14 @@ def test_several_zip_files_and_those_named_by_class(tmp_path):
     assert open_data(tmp_path / "classes")[0].classes == ["ant", "bee"]
 
 
+def test_shards_are_read_once_and_hidden_files_are_none(tmp_path):
+    save_webdataset(tmp_path / "shards", [0, 1])
+    expected = len(open_data(tmp_path / "shards")[0])
+    (tmp_path / "shards/latest").symlink_to(".")
+    (tmp_path / "shards/._a.tar").write_bytes(b"as macOS writes")
+    assert len(open_data(tmp_path / "shards")[0]) == expected
+
+
 @pytest.mark.parametrize(
     "names, splits",
     [

@@ -11,8 +11,6 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
-from ..running.errors import UsageError
-
 SPLITS = ("train", "val", "test")  # parts of a data set; an index has their numbers here
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those that are read in place
 SPLIT_NAME = re.compile(r"(?:^|[^a-z])(train|val|test)(?:ing|id|idation)?(?:[^a-z]|$)")
@@ -21,22 +19,6 @@ SPLIT_NAME = re.compile(r"(?:^|[^a-z])(train|val|test)(?:ing|id|idation)?(?:[^a-
 # a file in a tar or zip file: its name there, its offset and size in bytes, its bytes there if it
 # is compressed, else 0, and the name of the innermost tar or zip file without its ending
 Member = tuple[str, int, int, int, str]
-
-
-def shards_below(folder: str) -> list[str]:
-    """All .tar files below a folder in the order of their names, or else its .zip files. Raises
-    UsageError if there is none.
-    """
-    paths = []
-    for parent, subfolders, names in os.walk(folder, followlinks=True):
-        subfolders.sort()
-        paths += [os.path.join(parent, name) for name in sorted(names)]
-    for ending in (".tar", ".zip"):
-        if shards := [path for path in paths if path.endswith(ending)]:
-            return shards
-    packed = [path for path in paths if re.search(r"\.(tgz|tar\.\w+)$", path)]
-    hint = f"; {os.path.basename(packed[0])} is compressed: unpack it to .tar" if packed else ""
-    raise UsageError(f"no .tar or .zip file in {folder}{hint}")
 
 
 def split_numbers(names: list[str]) -> list[int]:

@@ -17,9 +17,10 @@ from ..running.errors import RunError, UsageError, first_few
 from ..running.safe_files import open_text
 from . import hugging_face, shards
 from .decoding import decode
-from .folders import EXTENSIONS, Paths, extensions, images_below, read_list
+from .folders import EXTENSIONS, Paths, extensions, read_list
 from .high_bit_depth import RANGE_ADVICE, little_used_range
 from .images import EncodedImages, ImageSet, ResidentImages
+from .trees import files_below
 
 
 class FileImages(EncodedImages):
@@ -147,7 +148,7 @@ def _open_part(
         classes = [*index.classes.tolist(), None]  # label -1 takes the last one
         names = [classes[label] for label in index.label]
     else:
-        paths, ignored = images_below(path, args.channels)
+        paths, ignored = files_below(path, extensions(args.channels))
         expected = "image files in it or its subfolders"
         if args.dataset == "folder":
             start = len(os.path.join(path, ""))

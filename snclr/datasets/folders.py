@@ -1,4 +1,4 @@
-"""Images in files of their own: in a tree of folders, or in a list of paths."""
+"""Images in files of their own."""
 
 import os
 
@@ -31,30 +31,6 @@ class Paths:
 
     def states(self, numbers: np.ndarray) -> object:
         return file_states(self.paths[numbers])
-
-
-def images_below(root: str, channels: int) -> tuple[list[str], int]:
-    """Sorted paths of all images in a tree, and the number of other files.
-
-    What is an image depends on the number of channels, see extensions. Hidden files are in neither.
-    A folder is read once, even if several links lead to it, or a link inside it leads back to it.
-    """
-    paths, others, seen, endings = [], 0, set(), extensions(channels)
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_unreadable_folder):
-        if (real := os.path.realpath(folder)) in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files = sorted(name for name in files if not name.startswith("."))
-        images = [os.path.join(folder, name) for name in files if name.lower().endswith(endings)]
-        paths += images
-        others += len(files) - len(images)
-    return paths, others
-
-
-def _unreadable_folder(error):
-    raise UsageError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
 def read_list(path: str) -> list[str]:

@@ -20,12 +20,12 @@ from .archives import (
     SPLITS,
     folders_of,
     name_classes,
-    shards_below,
     split_numbers,
     tar_members,
     zip_members,
 )
 from .reading import file_states, inflate, read_encoded
+from .trees import shards_below
 
 # what tarfile, zipfile and numpy raise for a damaged file, or for sizes that no file has
 UNREADABLE = (
@@ -149,7 +149,7 @@ def _scan(files, extensions) -> Index:
     for shard, path in enumerate(files):
         try:
             with open(path, "rb") as file:
-                read = zip_members if path.endswith(".zip") else tar_members
+                read = zip_members if path.lower().endswith(".zip") else tar_members
                 for member, offset, size, packed, stem in read(file, path):
                     folder, base = os.path.split(member)
                     sample = os.path.join(folder, base.split(".")[0])
@@ -173,7 +173,7 @@ def _scan(files, extensions) -> Index:
     shards, offsets, sizes, packed = np.array(numbers, np.int64)
     splits = np.array(split_numbers([os.path.basename(path) for path in files]))[shards]
     names = [class_names.get(key) for key in zip(numbers[0], samples, strict=True)]
-    if files[0].endswith(".zip"):
+    if files[0].lower().endswith(".zip"):
         folders = folders_of(members)
         if not splits.any():
             splits = np.array(split_numbers([(folder or [""])[0] for folder in folders]))
