@@ -40,8 +40,11 @@ def class_share(
     Raises UsageError if no image of a class would be selected.
     """
     selected = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels[labels >= 0].unique():
-        members = (labels == label).nonzero().squeeze(1)
+    order = keys.argsort()
+    order = order[labels[order].argsort(stable=True)]
+    order = order[labels[order] >= 0]
+    classes_in_order, counts = labels[order].unique_consecutive(return_counts=True)
+    for label, members in zip(classes_in_order, order.split(counts.tolist()), strict=True):
         count = round(share * len(members))
         if both_sides:
             count = min(max(count, 1), len(members) - 1)
@@ -50,7 +53,7 @@ def class_share(
                 f"a share of {share:g} leaves class {classes[label]} with its "
                 f"{len(members)} images none: use a larger one"
             )
-        selected[members[keys[members].argsort()[:count]]] = True
+        selected[members[:count]] = True
     return selected
 
 
