@@ -139,7 +139,7 @@ def little_used_range(encoded: Callable[[int], tuple[str, np.ndarray]], count: i
             continue
         low, high = default_range(pixels)
         outside = ((pixels < low) | (pixels > high)).mean()
-        smallest, largest = np.nanmin(pixels), np.nanmax(pixels)
+        smallest, largest = (f.reduce(pixels, axis=None) for f in (np.fmin, np.fmax))  # without NaN
         if largest - smallest < (high - low) / 16 or outside > 0.5:
             lines.append(f"{name} has grey values {smallest:g}..{largest:g} of {low:g}..{high:g}")
     if not lines:
