@@ -8,7 +8,7 @@ from ..running.errors import UsageError
 from ..running.safe_files import open_text
 from .reading import file_states, read_encoded
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".tif", ".tiff")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".pgm", ".ppm", ".tif", ".tiff")
 
 
 def extensions(channels: int) -> tuple[str, ...]:
