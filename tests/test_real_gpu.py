@@ -123,12 +123,14 @@ def test_augmentation_is_that_of_a_cpu(size, fused):
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 
 
-def test_batches_arrive_whole_while_the_gpu_is_busy(folder):
-    args = options.parse([folder, *RUN.split()])
+@pytest.mark.parametrize("flags", [[], ["--fused-augment"]])
+def test_batches_arrive_whole_while_the_gpu_is_busy(flags, folder):
+    args = options.parse([folder, *RUN.split(), *flags])
     images, recipe = sources.open_data(args)[0], augment.Recipe(0, augment.build_views(args))
     seen = []
     for device in (GPU, CPU):
-        loader, batches = EpochLoader(images.to(device), recipe, 8, device, workers=2), []
+        augment_crops, batches = main_snclr.choose_augmentation(args, device), []
+        loader = EpochLoader(images.to(device), recipe, 8, device, 2, augment_crops)
         for epoch in range(8):
             for batch in loader.epoch(epoch):
                 if device == GPU:
