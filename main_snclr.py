@@ -259,7 +259,7 @@ def open_workdir(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
     last = os.path.join(workdir, checkpoint.LAST)
     if newest not in (None, last):
         # the run ended between the numbered checkpoint and checkpoint_last: write the latter now
-        tensor_files.save(last, tensor_files.read(newest), args.keep)
+        tensor_files.save(last, tensor_files.read(newest))  # renames no other: `newest` stays
     return workdir, newest, notes
 
 
