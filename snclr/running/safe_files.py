@@ -148,4 +148,5 @@ def read_json_lines(path: str) -> list[dict]:
     """The JSON objects of a file with one on each line, such as metrics.jsonl; other lines are
     ignored. Raises as read_bytes does.
     """
-    return [line for line in map(json_object, read_text(path).split("\n")) if line]
+    with open_text(path) as file:
+        return [line for line in map(json_object, file) if line]
