@@ -131,7 +131,7 @@ if [ "$nodes" -gt 1 ]; then
   fi
   run "$PYTHON" "$ROOT/tools/torchrun.py" --nnodes "$nodes" --node_rank "$node_rank" \
     --nproc_per_node "$processes" --master_addr "$MASTER_ADDR" --master_port "$port" "${main[@]}"
-elif [ "$processes" -gt 1 ]; then
+elif [ "$processes" -gt 1 ] || [ "$MAX_RESTARTS" -gt 0 ]; then
   run "$PYTHON" "$ROOT/tools/torchrun.py" --standalone --nproc_per_node "$processes" "${main[@]}"
 else
   run "$PYTHON" "${main[@]}"
