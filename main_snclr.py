@@ -218,7 +218,7 @@ def main(argv: list[str]) -> None:
             summary.final_lines(
                 workdir,
                 os.path.join(workdir, checkpoint.LAST),
-                done=step == run.total_steps,
+                done=step >= run.total_steps,
                 own_images=args.dataset != "embedded",
             )
         )
