@@ -74,6 +74,11 @@ class LaggedMaximum:
         if self.work is not None:
             self.work.wait()
 
+    def forget(self) -> None:
+        """Let the next call return 0, as the first one does."""
+        self.finish()
+        self.work, self.largest = None, torch.tensor(0)
+
 
 def on_rank_zero(function: Callable) -> object:
     """Call function() on rank 0 only; every rank returns its result, or raises its UsageError."""

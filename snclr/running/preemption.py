@@ -62,8 +62,8 @@ class Interruptions:
         self.interval = 60 * save_every_minutes or float("inf")
         self.signal = 0  # the one that asks for the end of the run
         self.ending = 0  # the signal at which all ranks end the run after this step
-        self.saved()
         self.maximum = LaggedMaximum(timeout_minutes)
+        self.saved()
         handle_signals(partial(setattr, self, "signal"))
 
     def due(self) -> bool:
@@ -79,6 +79,7 @@ class Interruptions:
         seconds: what the save took.
         """
         self.last_save, self.outcome, self.save_seconds = time.monotonic(), outcome, seconds
+        self.maximum.forget()  # a rank that asked for this save meanwhile; a signal asks again
 
     def save_is_cheap(self) -> bool:
         """Whether the time since the last save is at least SPACING times what that save took."""
