@@ -148,6 +148,8 @@ def main(argv: list[str]) -> None:
     model.freeze_backbone(step < frozen_steps)
     is_rank_zero = distributed.rank() == 0
     if is_rank_zero:
+        if checkpoint_path and args.resume != "auto":
+            start_notes += checkpoint.abandon_later(workdir, step)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         hardware = {"world_size": distributed.world_size(), "amp_used": amp, "device": name}
         settings.save_settings(workdir, args, hardware)

@@ -574,6 +574,13 @@ def test_checkpoint_of_the_latest_step_is_chosen_whatever_its_time(steps, expect
     )
 
 
+def test_a_run_that_goes_back_abandons_later_checkpoints(tmp_path):
+    write(tmp_path, **{"0002": 2, "0004": 4, "last_1": 4, "last": 5})
+    notes = checkpoint.abandon_later(str(tmp_path), 2)
+    assert len(notes) == 3 and names_and_steps(tmp_path) == {"0002": 2}
+    assert checkpoint.newest(str(tmp_path)) == (str(tmp_path / "checkpoint_0002.pth.tar"), [])
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "no zip"])
 def test_the_newest_readable_checkpoint_is_loaded_and_the_damaged_one_named_and_renamed(
     damage, tmp_path

@@ -57,13 +57,8 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
     Damaged checkpoints of later steps are renamed to NAME.damaged, with a line about each. Raises
     UsageError if all checkpoints are damaged.
     """
-    paths = [
-        path
-        for path in glob.glob(os.path.join(glob.escape(workdir), "checkpoint_*.pth.tar"))
-        if os.path.basename(path) != UNSOUND
-    ]
     damaged = {}
-    for path in sorted(paths, key=lambda x: (-_step(x), os.path.basename(x) != LAST, x)):
+    for path in sorted(_paths(workdir), key=lambda x: (-_step(x), os.path.basename(x) != LAST, x)):
         try:
             tensor_files.verify(path)
         except UsageError as error:
@@ -78,6 +73,23 @@ def newest(workdir: str) -> tuple[str | None, list[str]]:
     if damaged:
         raise UsageError(f"no whole checkpoint in {workdir}: {next(iter(damaged.values()))}")
     return None, []
+
+
+def abandon_later(workdir: str, step: int) -> list[str]:
+    """Rename the checkpoints in workdir of steps after `step` to NAME.abandoned, so that --resume
+    auto takes none of them. Returns lines for the log.
+
+    For a run that goes back to an older checkpoint: it trains those steps anew.
+    """
+    later = sorted(path for path in _paths(workdir) if _step(path) > step)
+    for path in later:
+        os.replace(path, f"{path}.abandoned")
+    return [f"{path} is of a later step: renamed to .abandoned" for path in later]
+
+
+def _paths(workdir):
+    paths = glob.glob(os.path.join(glob.escape(workdir), "checkpoint_*.pth.tar"))
+    return [path for path in paths if os.path.basename(path) != UNSOUND]
 
 
 def _step(path: str) -> float:
