@@ -57,6 +57,7 @@ from snclr.running.guard import Guard
 from snclr.running.log import Log
 from snclr.running.metrics import StepView, Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
+from snclr.shared_options import check_workdir
 from snclr.weights import public
 from snclr.weights.layouts import EncoderFile
 from snclr.weights.load import check_start, load_backbone
@@ -255,6 +256,7 @@ def open_workdir(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
     workdir = args.workdir
     if workdir is None:
         workdir = os.path.dirname(os.path.abspath(path)) if path else default_workdir(args)
+        check_workdir(workdir, args.resume, options.RUN_FILES)  # a SLURM job may start several runs
     lock.hold(workdir, "main_snclr")
     if args.resume != "auto":
         return workdir, path, []

@@ -34,6 +34,7 @@ from .shared_options import (
 )
 from .view_options import add_view_flags, check_views, resolve_view_flags
 
+RUN_FILES = ("metrics.jsonl", "checkpoint_last.pth.tar")  # a run leaves at least one of them
 EMBEDDED_RECIPE = os.path.join(ROOT, "configs", "embedded.args")
 
 
@@ -577,7 +578,7 @@ def check(args: argparse.Namespace) -> None:
     is_local = args.init_from is not None and not args.init_from.startswith(PUBLIC)
     if is_local and not os.path.isfile(args.init_from):
         raise UsageError(f"--init-from {args.init_from}: there is no such file")
-    check_workdir(args.workdir, args.resume, ("metrics.jsonl", "checkpoint_last.pth.tar"))
+    check_workdir(args.workdir, args.resume, RUN_FILES)
 
 
 if __name__ == "__main__":
