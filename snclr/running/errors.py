@@ -174,7 +174,8 @@ def one_clear_line(program: str) -> Iterator[None]:
     """Turn the project's own errors into one line on stderr and an exit code; bugs keep their
     traceback.
 
-    All ranks meet the same usage error, so only rank 0 prints it; a run error names its rank.
+    All ranks of a machine meet the same usage error, so only the first one prints it; a run error
+    names its rank.
     """
     numbers = (
         os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
@@ -198,7 +199,8 @@ def one_clear_line(program: str) -> Iterator[None]:
             if message is None:
                 raise
             code, line = 1, f"stopped on rank {rank} ({socket.gethostname()}): {message}"
-        if rank == 0 or code == 1:
+        # a usage error can be that of one machine, which lacks a file
+        if rank == 0 or code == 1 or (code == 2 and os.environ.get("LOCAL_RANK") == "0"):
             # in one write: print writes the end of the line separately, so lines of ranks could mix
             sys.stderr.write(f"{program}: {line}\n")
         kill_children()
