@@ -7,6 +7,7 @@ RECIPE may be "NAME=FLAGS". After a stop or a crash, the same command continues:
 are resumed, finished ones are skipped.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -24,7 +25,8 @@ from .pictures import report, runs
 from .running.errors import Interrupted, RunError, UsageError, one_clear_line
 from .running.jobs import DONE, FAILED, WAITS, Job, run_jobs
 from .running.lock import hold
-from .running.safe_files import save_json, save_text
+from .running.safe_files import json_object, read_bytes, save_json, save_text
+from .running.settings import changes
 from .shared_options import num_cores
 
 
@@ -81,7 +83,14 @@ def plan(args: Namespace, flags: Sequence[str], cores: int) -> list[Job]:
             own = shlex.split(words) if equals else [f"@{recipe}"]
             settings = [*base, *own, *flags, "--seed", str(run_seed)]
             all_flags = [workers, *settings, f"--workdir={workdir}", "--resume=auto"]
-            options.parse(all_flags)
+            parsed, begun = options.parse(all_flags), {}
+            with contextlib.suppress(UsageError):  # it has not begun
+                begun = json_object(read_bytes(f"{workdir}/args.json"))
+            if changed := changes(begun, parsed, options.ON_RESUME)[1]:
+                raise UsageError(
+                    f"it was begun with other settings ({', '.join(changed)}): repeat them, or "
+                    f"choose another NAME or --workdir, or remove {workdir}"
+                )
         except ValueError as error:  # an open quote; a UsageError is a ValueError, too
             raise UsageError(f"{name}: {error}") from error
         command = [sys.executable, "-m", "main_snclr", *all_flags]
