@@ -23,7 +23,7 @@ from . import options
 from .arguments import new_parser, number, read_recipes, seed
 from .pictures import report, runs
 from .running.errors import Interrupted, RunError, UsageError, one_clear_line
-from .running.jobs import DONE, FAILED, WAITS, Job, run_jobs
+from .running.jobs import DONE, FAILED, STOPPED, WAITS, Job, run_jobs
 from .running.lock import hold
 from .running.safe_files import json_object, read_bytes, save_json, save_text
 from .running.settings import changes
@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> None:
     hold(args.workdir, "sweep")
     reason = run_jobs(jobs, gpus, 60 * (args.minutes or math.inf))
     print(summarise(jobs, args.workdir), end="")
-    if left := sum(job.state == WAITS for job in jobs):
-        raise Interrupted(f"{reason}: {left} runs are left; the same command continues")
+    if left := sum(job.state in (WAITS, STOPPED) for job in jobs):
+        raise Interrupted(f"{reason or 'a signal to a run'}: {left} runs are left; the same command continues")
     if failed := [job.name for job in jobs if job.state == FAILED]:
         raise RunError(f"failed: {', '.join(failed)}; the same command tries again")
 

@@ -20,7 +20,7 @@ from snclr.pictures import report, runs
 from snclr.pictures.runs import load
 from snclr.running import jobs
 from snclr.running.errors import Interrupted, RunError, UsageError
-from snclr.running.jobs import DONE, FAILED, WAITS, Job
+from snclr.running.jobs import DONE, FAILED, STOPPED, WAITS, Job
 from snclr.running.lock import is_held
 from snclr.running.preemption import handlers_given_back
 
@@ -167,7 +167,7 @@ def test_jobs_share_the_gpus_and_a_failed_one_stops_no_other(tmp_path, capsys):
     busy = f"{tmp_path}/$CUDA_VISIBLE_DEVICES"
     alone = f"mkdir {busy} && sleep 0.1 && rmdir {busy}"
     scripts = {f"good{n}": f"{alone} && echo 'epoch {n}/9  loss 1' && echo end" for n in range(4)}
-    scripts |= {"bad": f"{alone}; echo no data >&2; exit 3", "mute": "exit 4"}
+    scripts |= {"bad": f"{alone}; echo no data >&2; exit 3", "mute": "exit 4", "saved": "exit 75"}
     scripts["bare"] = f"rm {tmp_path}/bare/console.txt"
     planned = shell_jobs(tmp_path, **scripts)
     assert jobs.run_jobs(planned, ["5", "7"], math.inf) == ""
@@ -175,6 +175,7 @@ def test_jobs_share_the_gpus_and_a_failed_one_stops_no_other(tmp_path, capsys):
         *((DONE, f"epoch {n}/9  loss 1") for n in range(4)),
         (FAILED, "no data"),
         (FAILED, "exit code 4"),
+        (STOPPED, ""),
         (DONE, ""),
     ]
     assert {job.gpu for job in planned} == {"5", "7"}

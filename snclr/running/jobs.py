@@ -16,6 +16,8 @@ from .preemption import handle_signals
 from .safe_files import json_object, open_to_append, read_bytes, save_json, writing
 
 WAITS, RUNS, DONE, FAILED = "waits", "runs", "finished", "failed"
+STOPPED = "stopped"  # by a signal that this process did not send: it is not started again
+SAVED = 75  # the exit code of such a job
 POLL = 2  # seconds between two looks at the jobs
 TAIL = 2**16  # bytes at the end of a job's output that are searched for its last line
 
@@ -102,8 +104,8 @@ def update(job: Job, is_stopped: bool) -> None:
     if code == 0:
         job.state = DONE
         save_json(f"{job.workdir}/finished.json", {"settings": job.settings})
-    elif code is not None and is_stopped:
-        job.state = WAITS
+    elif code is not None and (is_stopped or code == SAVED):
+        job.state = WAITS if is_stopped else STOPPED
     elif code is not None:
         job.state, job.message = FAILED, last_line(job) or f"exit code {code}"
 
