@@ -427,7 +427,7 @@ def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:
     bar.close()
     epoch, inside = divmod(step, loader.steps_per_epoch)
     is_shown = args.viz_freq and (epoch % args.viz_freq == 0 or epoch == args.epochs)
-    if is_shown and not inside:
+    if is_shown and not inside and batch is not None:
         log.pictures(step, lambda: steps.of_step(batch, shown, loader.images, args, step))
     if note := bad_images.record_bad_images(loader.images.image, loader.replaced, run.workdir):
         log.say(f"note: {note}")
