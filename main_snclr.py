@@ -134,6 +134,8 @@ def main(argv: list[str]) -> None:
 
     # -- resume ------------------------------------------------------------------------------------
     step, changes, fingerprint = 0, [], train.fingerprint()
+    if len(kinds := distributed.union({f"{len(train)} images, {fingerprint}"})) > 1:
+        raise UsageError(f"the ranks have different training images: {'; '.join(sorted(kinds))}")
     if checkpoint_path:
         step, changes = checkpoint.resume(
             checkpoint_path,
