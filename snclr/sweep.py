@@ -42,7 +42,9 @@ def main(argv: Sequence[str]) -> None:
     reason = run_jobs(jobs, gpus, 60 * (args.minutes or math.inf))
     print(summarise(jobs, args.workdir), end="")
     if left := sum(job.state in (WAITS, STOPPED) for job in jobs):
-        raise Interrupted(f"{reason or 'a signal to a run'}: {left} runs are left; the same command continues")
+        raise Interrupted(
+            f"{reason or 'a signal to a run'}: {left} runs are left; the same command continues"
+        )
     if failed := [job.name for job in jobs if job.state == FAILED]:
         raise RunError(f"failed: {', '.join(failed)}; the same command tries again")
 
