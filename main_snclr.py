@@ -209,7 +209,7 @@ def main(argv: list[str]) -> None:
         step, batch = train_epoch(run, step)
         if is_save_due(run, step):
             save(run, step, batch)
-        batch = None  # frees its memory before the next epoch
+        del batch  # its memory is needed in the next epoch
         if run.interruptions.ending:
             break
 

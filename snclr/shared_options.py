@@ -21,6 +21,7 @@ from .choices import (
     recognise_dataset,
 )
 from .running.errors import UsageError
+from .running.settings import command, saved_settings
 
 # -- images ----------------------------------------------------------------------------------------
 
@@ -372,10 +373,20 @@ def check_backbone(args: argparse.Namespace) -> None:
 
 
 def resolve_resume(args: argparse.Namespace) -> None:
-    """Let a run continue if torchrun, start.sh or SLURM has started it again."""
+    """Let a run continue if torchrun, start.sh or SLURM has started it again.
+
+    If it was started with --resume PATH, it continues from its own checkpoints, once it has any.
+    """
     counts = ("TORCHELASTIC_RESTART_COUNT", "SNCLR_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    if any(os.environ.get(name, "0") != "0" for name in counts) and args.resume is None:
-        args.resume = "auto"
+    if args.resume == "auto" or all(os.environ.get(name, "0") == "0" for name in counts):
+        return
+    workdir = args.workdir
+    if args.resume is not None:
+        workdir = workdir or os.path.dirname(os.path.abspath(args.resume))
+        has_saved = os.path.isfile(os.path.join(workdir, "checkpoint_last.pth.tar"))
+        if not has_saved or saved_settings(workdir).get("command") != command():
+            return
+    args.resume, args.workdir = "auto", workdir
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -7,8 +7,8 @@ RECIPE may be "NAME=FLAGS". After a stop or a crash, the same command continues:
 are resumed, finished ones are skipped.
 """
 
-import contextlib
 import itertools
+import json
 import math
 import os
 import shlex
@@ -25,8 +25,8 @@ from .pictures import report, runs
 from .running.errors import Interrupted, RunError, UsageError, one_clear_line
 from .running.jobs import DONE, FAILED, STOPPED, WAITS, Job, run_jobs
 from .running.lock import hold
-from .running.safe_files import json_object, read_bytes, save_json, save_text
-from .running.settings import changes
+from .running.safe_files import save_json, save_text
+from .running.settings import changes, saved_settings
 from .shared_options import num_cores
 
 
@@ -85,10 +85,9 @@ def plan(args: Namespace, flags: Sequence[str], cores: int) -> list[Job]:
             own = shlex.split(words) if equals else [f"@{recipe}"]
             settings = [*base, *own, *flags, "--seed", str(run_seed)]
             all_flags = [workers, *settings, f"--workdir={workdir}", "--resume=auto"]
-            parsed, begun = options.parse(all_flags), {}
-            with contextlib.suppress(UsageError):  # it has not begun
-                begun = json_object(read_bytes(f"{workdir}/args.json"))
-            if changed := changes(begun, parsed, options.ON_RESUME)[1]:
+            now = json.loads(json.dumps(vars(options.parse(all_flags))))  # as in args.json
+            begun = saved_settings(workdir)
+            if changed := changes(begun, Namespace(**now), options.ON_RESUME)[1]:
                 raise UsageError(
                     f"it was begun with other settings ({', '.join(changed)}): repeat them, or "
                     f"choose another NAME or --workdir, or remove {workdir}"

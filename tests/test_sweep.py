@@ -126,13 +126,14 @@ def test_what_cannot_run_is_refused_before_anything_runs(tmp_path, words, messag
 
 
 def test_a_run_does_not_go_on_with_other_settings_than_it_began_with(tmp_path):
-    (job,) = planned(tmp_path, "a=--lr 0.1")
+    recipe = "a=--arch timm:test_vit --img-size 160 --timm-kwargs drop_path_rate=0.5 --lr"
+    (job,) = planned(tmp_path, f"{recipe} 0.1")
     write_run(Path(job.workdir))
     begun = vars(sweep.options.parse(job.command[3:]))
     Path(job.workdir, "args.json").write_text(json.dumps(begun))
-    planned(tmp_path, "a=--lr 0.1 --print-freq 3")
+    planned(tmp_path, f"{recipe} 0.1 --print-freq 3")
     with pytest.raises(UsageError, match=r"^a-seed0: it was begun with .*\(lr 0.1 -> 0.2\): "):
-        planned(tmp_path, "a=--lr 0.2")
+        planned(tmp_path, f"{recipe} 0.2")
 
 
 def test_the_first_recipe_stays_the_first_row_if_its_first_run_failed(tmp_path):

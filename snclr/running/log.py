@@ -195,6 +195,8 @@ def cut_back(path: str, last_step: int) -> None:
             step = json_object(line).get("step") if line.endswith(b"\n") else None
             if isinstance(step, int) and step <= last_step:
                 file.write(line)
+        file.flush()
+        os.fsync(file.fileno())  # before the file gets its name, see tensor_files.save
 
 
 def _rounded(value):

@@ -63,7 +63,7 @@ class Interruptions:
         self.signal = 0  # the one that asks for the end of the run
         self.ending = 0  # the signal at which all ranks end the run after this step
         self.maximum = LaggedMaximum(timeout_minutes)
-        self.saved()
+        self.saved("nothing was trained since the start")
         handle_signals(partial(setattr, self, "signal"))
 
     def due(self) -> bool:

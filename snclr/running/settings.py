@@ -14,15 +14,28 @@ from importlib import metadata
 
 from .. import __version__
 from ..choices import NUM_HEADS
-from .safe_files import json_object, save_json
+from .errors import UsageError
+from .safe_files import json_object, read_bytes, save_json
 
 
 def save_settings(workdir: str, args: Namespace, more: dict) -> None:
     """Write args.json into workdir: every setting by name, `more`, and the command, versions and
     git commit of this start. Raises RunError.
     """
-    start = {"command": shlex.join([sys.executable, *sys.argv]), **versions_and_commit()}
+    start = {"command": command(), **versions_and_commit()}
     save_json(os.path.join(workdir, "args.json"), {**vars(args), **more, **start})
+
+
+def saved_settings(workdir: str) -> dict:
+    """What save_settings wrote into workdir; {} if there is no such file."""
+    with contextlib.suppress(UsageError):
+        return json_object(read_bytes(os.path.join(workdir, "args.json")))
+    return {}
+
+
+def command() -> str:
+    """The command line of this process."""
+    return shlex.join([sys.executable, *sys.argv])
 
 
 def changes(saved: dict, args: Namespace, on_resume: dict[str, str]) -> tuple[list[str], list[str]]:
