@@ -57,7 +57,7 @@ from snclr.running.guard import Guard
 from snclr.running.log import Log
 from snclr.running.metrics import StepView, Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
-from snclr.shared_options import check_workdir
+from snclr.shared_options import check_workdir, is_restart
 from snclr.weights import public
 from snclr.weights.layouts import EncoderFile
 from snclr.weights.load import check_start, load_backbone
@@ -260,10 +260,14 @@ def open_workdir(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
         workdir = os.path.dirname(os.path.abspath(path)) if path else default_workdir(args)
         check_workdir(workdir, args.resume, options.RUN_FILES)  # a SLURM job may start several runs
     lock.hold(workdir, "main_snclr")
-    if args.resume != "auto":
+    last = os.path.join(workdir, checkpoint.LAST)
+    goes_on = args.resume == "auto"
+    if path is not None and is_restart() and os.path.isfile(last):
+        # this command went back to an older checkpoint when it first started: not once more
+        goes_on = settings.saved_settings(workdir).get("command") == settings.command()
+    if not goes_on:
         return workdir, path, []
     newest, notes = checkpoint.newest(workdir)
-    last = os.path.join(workdir, checkpoint.LAST)
     if newest not in (None, last):
         # the run ended between the numbered checkpoint and checkpoint_last: write the latter now
         tensor_files.save(last, tensor_files.read(newest))  # renames no other: `newest` stays

@@ -21,7 +21,6 @@ from .choices import (
     recognise_dataset,
 )
 from .running.errors import UsageError
-from .running.settings import command, saved_settings
 
 # -- images ----------------------------------------------------------------------------------------
 
@@ -372,21 +371,16 @@ def check_backbone(args: argparse.Namespace) -> None:
 # -- run -------------------------------------------------------------------------------------------
 
 
-def resolve_resume(args: argparse.Namespace) -> None:
-    """Let a run continue if torchrun, start.sh or SLURM has started it again.
-
-    If it was started with --resume PATH, it continues from its own checkpoints, once it has any.
-    """
+def is_restart() -> bool:
+    """Whether torchrun, start.sh or SLURM has started this command again."""
     counts = ("TORCHELASTIC_RESTART_COUNT", "SNCLR_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    if args.resume == "auto" or all(os.environ.get(name, "0") == "0" for name in counts):
-        return
-    workdir = args.workdir
-    if args.resume is not None:
-        workdir = workdir or os.path.dirname(os.path.abspath(args.resume))
-        has_saved = os.path.isfile(os.path.join(workdir, "checkpoint_last.pth.tar"))
-        if not has_saved or saved_settings(workdir).get("command") != command():
-            return
-    args.resume, args.workdir = "auto", workdir
+    return any(os.environ.get(name, "0") != "0" for name in counts)
+
+
+def resolve_resume(args: argparse.Namespace) -> None:
+    """Let a run continue if it was started again."""
+    if is_restart() and args.resume is None:
+        args.resume = "auto"
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -415,9 +409,9 @@ def check_workdir(workdir: str | None, resume: str | None, run_files: tuple[str,
         raise UsageError(
             f"--workdir {workdir} cannot be created: {parent} is a file, or is not writable"
         )
-    if resume == "auto":
-        if workdir is None and "SLURM_JOB_ID" not in os.environ:
-            raise UsageError("--resume auto needs --workdir, the folder of the run to continue")
+    if resume == "auto" and workdir is None and "SLURM_JOB_ID" not in os.environ:
+        raise UsageError("--resume auto needs --workdir, the folder of the run to continue")
+    if resume == "auto" or is_restart():  # it may continue the run that is there
         return
     if resume is not None and not os.path.isfile(resume):
         raise UsageError(f"--resume {resume}: there is no such checkpoint")

@@ -45,7 +45,7 @@ LONGER = {
     "snclr.operations": 280,
     "snclr.options": 586,
     "snclr.running.checkpoint": 275,
-    "snclr.shared_options": 420,
+    "snclr.shared_options": 425,
     "snclr.weights.libraries": 315,
     "snclr.weights.load": 260,
 }

@@ -283,7 +283,7 @@ def test_a_killed_sweep_goes_on(tmp_path, images, monkeypatch, capsys):
     seen = steps()[-1]
 
     with pytest.raises(Interrupted, match="--minutes: 2 runs are left; the same command continues"):
-        sweep.main(["--minutes", "1e-12", *words, "other=", *flags, *SMALL.split()])
+        sweep.main(["--minutes", "1e-12", *words, f"other={SMALL}", *flags])
     content = json.loads((workdir / "sweep.json").read_text())["runs"]
     assert {name: run["state"] for name, run in content.items()} == {
         "good-seed0": WAITS,
