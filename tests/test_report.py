@@ -122,6 +122,17 @@ def test_one_run_is_reported_by_its_last_evaluation_and_its_last_epoch(tmp_path)
     )
 
 
+def test_the_probe_of_a_baseline_is_not_that_of_the_run(tmp_path):
+    run = write_run(tmp_path / "run", results={"linear_top1": 61.5, "encoder": "online"})
+    for encoder in ("pixels", "untrained"):
+        (run / f"a_{encoder}").mkdir()  # before probe/ in the alphabet
+        content = json.dumps({"linear_top1": 25.0, "encoder": encoder})
+        (run / f"a_{encoder}/results.json").write_text(content)
+    page = page_of(run)
+    assert dict(zip(*page.tables[0], strict=True))["linear probe %"] == "61.5"
+    assert [row[1] for row in page.tables[1][1:]] == ["25.0", "25.0", "61.5"]
+
+
 def test_runs_that_differ_only_in_their_seed_are_one_row_with_mean_and_deviation(tmp_path):
     accuracies = [80.0, 82.5, 87.0]
     folders = [

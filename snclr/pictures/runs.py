@@ -96,10 +96,14 @@ def value(run: Run, metric: str, kind: str) -> float | None:
     start       of the evaluation before training, if it had the weights of --init-from
     mean        over the last epoch
     median      over all lines
-    results     of an evaluation by main_lincls.py
+    results     of an evaluation of the run's encoder by main_lincls.py, not of a baseline
     """
     if kind == "results":
-        results = [number(result, metric) for _, result in run.results]
+        results = [
+            number(result, metric)
+            for _, result in run.results
+            if result.get("encoder") not in ("untrained", "pixels")
+        ]
         return next((x for x in results if x is not None), None)
     lines = [line for line in run.lines if number(line, metric) is not None]
     if kind in ("untrained", "start"):
