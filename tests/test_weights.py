@@ -250,6 +250,12 @@ def moco_v3_position_embedding(grid, width):
     return torch.tensor([lines])
 
 
+def test_models_without_tokens_take_no_other_image_size(tmp_path):
+    torch.save(timm.create_model("pit_ti_224").state_dict(), tmp_path / "pit.pth")
+    with pytest.raises(UsageError, match="1 have another shape: pos_embed"):
+        weights.open_encoder(str(tmp_path / "pit.pth"), arch="timm:pit_ti_224", img_size=192)
+
+
 @pytest.mark.parametrize("kind", ["learned", "moco v3"])
 def test_another_image_size_interpolates_what_is_not_this_projects_sincos(tmp_path, kind):
     state = build("vit_tiny", img_size=64).state_dict()

@@ -230,6 +230,8 @@ def _adapt_position_embedding(encoder, tensors, own):
     name, saved = "pos_embed", tensors.get("pos_embed")
     if name not in own or saved is None or saved.shape == own[name].shape:
         return []
+    if not hasattr(encoder, "num_prefix_tokens"):
+        return []  # no ViT, as timm's PiT and Hiera; check_fit reports it
     only_patches = getattr(encoder, "no_embed_class", False)
     num_prefix_tokens = 0 if only_patches else encoder.num_prefix_tokens
     num_patches = saved.shape[1] - num_prefix_tokens if saved.ndim == 3 else 0
