@@ -110,6 +110,25 @@ def test_tokens_and_layers_are_those_that_the_blocks_give(name):
         check_tokens(vit, "patch", 4)
 
 
+@pytest.mark.parametrize(
+    "name, small",
+    [
+        ("cait_xxs24_224", {"num_heads": 2}),
+        ("xcit_nano_12_p16_224", {"num_heads": 2}),
+        ("vit_relpos_small_patch16_224", {"num_heads": 2}),
+    ],
+)
+def test_blocks_without_a_class_token_give_their_patches(name, small):
+    vit = timm.create_model(name, img_size=32, depth=2, embed_dim=16, num_classes=0, **small).eval()
+    x = torch.randn(2, 3, 32, 32)
+    check_tokens(vit, "patch", 2)
+    patches = embedder(vit, "patch", 2, "off", CPU)(x)
+    assert patches.shape == (2, 4, 32)
+    torch.testing.assert_close(embedder(vit, "mean", 2, "off", CPU)(x), patches.mean(dim=1))
+    with pytest.raises(UsageError, match="no class token"):
+        check_tokens(vit, "class", 2)
+
+
 def test_patch_tokens_of_a_run_in_half_precision(pretrain, images, tmp_path):
     flags = ["--tokens", "patch", "--layers", "2", "--amp", "bf16"]
     file = write(pretrain("vit_tiny"), images, tmp_path / "x.npz", *flags)

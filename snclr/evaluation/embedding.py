@@ -3,6 +3,7 @@ done: an interrupted run goes on, and the features may be larger than the memory
 """
 
 import contextlib
+import inspect
 import io
 import os
 import shutil
@@ -39,8 +40,13 @@ def check_tokens(encoder: nn.Module, tokens: str, layers: int) -> None:
         )
     if layers > len(encoder.blocks):
         raise UsageError(f"--layers {layers} exceeds the {len(encoder.blocks)} blocks")
-    if tokens == "class" and getattr(encoder, "cls_token", None) is None:
-        raise UsageError("this ViT has no class token: choose --tokens mean or patch")
+    arguments = inspect.signature(encoder.forward_intermediates).parameters
+    if tokens == "class" and (
+        getattr(encoder, "cls_token", None) is None or "return_prefix_tokens" not in arguments
+    ):  # CaiT and XCiT have a class token only in their last layers
+        raise UsageError(
+            "the blocks of this ViT have no class token: choose --tokens mean or patch"
+        )
 
 
 def embedder(
@@ -58,18 +64,16 @@ def embedder(
         with autocast(amp, device):
             if (tokens, layers) == ("class", 1):
                 return widen(encoder.embed(x))
-            outputs = encoder.forward_intermediates(
+            parts = encoder.forward_intermediates(
                 x,
                 layers,
                 norm=True,
                 output_fmt="NLC",
                 intermediates_only=True,
-                return_prefix_tokens=True,
+                **({"return_prefix_tokens": True} if tokens == "class" else {}),
             )
             if tokens == "class":
-                parts = [prefix[:, 0] for _, prefix in outputs]
-            else:  # without prefix tokens timm returns no pairs
-                parts = [output[0] if isinstance(output, tuple) else output for output in outputs]
+                parts = [prefix[:, 0] for _, prefix in parts]
             features = widen(torch.cat(parts, dim=-1))
             return features.mean(dim=1) if tokens == "mean" else features
 
