@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, VisionTransformer
 
 from . import augment
 from .arguments import new_parser, number, seed
@@ -159,11 +159,15 @@ def _draw(
     labels = None if train.labels is None else train.labels[pool].numpy()
     pictures["map"] = map_picture(maps, labels, train.classes)
     for encoder, suffix in zip(encoders, ("", "_against"), strict=False):
-        if isinstance(encoder.module, VisionTransformer):
+        # blocks that run in parallel have no single attention
+        if isinstance(encoder.module, VisionTransformer) and isinstance(
+            getattr(encoder.module.blocks[-1], "attn", None), Attention
+        ):
             batch = next(encoder.batches(queries, chosen))
             attention = attention_maps(encoder.module, batch).cpu()
             pixels = denormalize(batch, queries.mean, queries.std)
-            pictures[f"attention{suffix}"] = attention_picture(attention, pixels, encoder.name)
+            of = "all patches (mean)" if encoder.module.cls_token is None else "the class token"
+            pictures[f"attention{suffix}"] = attention_picture(attention, pixels, encoder.name, of)
     return pictures
 
 

@@ -106,13 +106,15 @@ def attention_maps(encoder: nn.Module, x: Tensor) -> Tensor:
     hook.remove()
     attention.fused_attn = fused
     prefixes, grid = encoder.num_prefix_tokens, encoder.patch_embed.grid_size
-    queries = weights[0][:, :, :1] if prefixes else weights[0].mean(dim=2, keepdim=True)
-    return queries[:, :, 0, prefixes:].float().unflatten(2, grid)
+    rows = weights[0][:, :, :1] if encoder.cls_token is not None else weights[0][:, :, prefixes:]
+    return rows[..., prefixes:].mean(dim=2).float().unflatten(2, grid)
 
 
-def attention_picture(maps: Tensor, pixels: np.ndarray, name: str) -> Image.Image:
+def attention_picture(
+    maps: Tensor, pixels: np.ndarray, name: str, of: str = "the class token"
+) -> Image.Image:
     """Attention (B, heads, rows, columns) over its images (B, S, S, 3) uint8: the mean of the
-    heads, then each head.
+    heads, then each head. of: the tokens whose attention it is.
     """
     rows, all_maps = [], torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1).numpy()
     for image, heads in zip(pixels, all_maps, strict=True):
@@ -122,8 +124,8 @@ def attention_picture(maps: Tensor, pixels: np.ndarray, name: str) -> Image.Imag
     return sheet(
         rows,
         "Attention",
-        f"Attention of the class token in the last block of {name}",
-        [(tuple(HEAT[-1]), "most"), (tuple(HEAT[0]), "least, in each map")],
+        f"Attention of {of} in the last block of {name}",
+        [(tuple(HEAT[-1]), "most, in each map"), (tuple(HEAT[0]), "none")],
         names,
         side=112,
     )
