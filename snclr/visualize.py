@@ -90,9 +90,14 @@ def main(argv: list[str]) -> None:
     # the flags on architecture, size and normalisation concern only the first encoder
     opened = [(args.file, *load.open_by_flags(args, args.file, args.encoder))]
     if args.against == "untrained":
-        opened.append((args.file, *load.open_encoder(args.file, "untrained")))
+        opened.append((args.file, *load.open_by_flags(args, args.file, "untrained")))
     elif args.against is not None:
         opened.append((args.against, *load.open_encoder(args.against, args.encoder)))
+        if (channels := opened[1][2]["channels"]) != args.channels:
+            raise UsageError(
+                f"{args.against} is for images with {channels} channels, not {args.channels}: "
+                "these two cannot be compared"
+            )
     train, val, notes = sources.open_data(args)
     notes = [note for _, _, info in opened for note in info["notes"]] + notes
     grey_range = opened[-1][2]["grey_range"]

@@ -14,6 +14,7 @@ from test_backbones import build
 from test_ranks import CLOCK, SMALL, read_lines
 
 import main_snclr
+import snclr
 from snclr import operations, visualize
 from snclr.datasets.images import ResidentImages
 from snclr.loader import Batch
@@ -415,6 +416,23 @@ def test_wrong_flags_are_answered_in_one_line(trained, flags, named, tmp_path, m
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=named):
         visualize.main([flag.replace("{file}", str(trained)) for flag in flags])
+
+
+def test_the_untrained_encoder_is_built_by_the_same_flags(trained, images, tmp_path):
+    encoder, _ = snclr.load_encoder(str(trained))
+    torch.save(encoder.state_dict(), tmp_path / "plain.pth")  # does not say its architecture
+    flags = ["-a", "vit_tiny", "--patch-size", "8", "--img-size", "32", "--against", "untrained"]
+    assert "attention_against.png" in draw(tmp_path / "plain.pth", images, tmp_path / "1", *flags)
+
+
+def test_encoders_of_other_channels_are_not_compared(trained, images, tmp_path):
+    content = torch.load(trained, weights_only=True)
+    content["args"] |= {"channels": 1, "mean": [0.5], "std": [0.5]}
+    name = "module.base_encoder.patch_embed.proj.weight"
+    content["state_dict"][name] = content["state_dict"][name][:, :1].clone()
+    torch.save(content, tmp_path / "grey.pth.tar")
+    with pytest.raises(UsageError, match="is for images with 1 channels, not 3"):
+        draw(trained, images, tmp_path / "out", "--against", str(tmp_path / "grey.pth.tar"))
 
 
 def test_an_image_that_cannot_be_read_is_named(trained, images, tmp_path):
