@@ -526,7 +526,10 @@ def test_the_model_card_has_the_recipe_and_only_figures_of_these_weights(
         run(file, "mocov3", tmp_path / f"{number}_linear.pth")
         text = (tmp_path / f"{number}_linear.pth.md").read_text()
         assert ("| linear probe, top-1 | 43.21 %, on a\\|b |" in text) == (number == 0)
+    # a part of the labels gives other numbers
+    (tmp_path / "run/results.json").write_text(json.dumps(result | {"label_fraction": 0.1}))
     _, info = snclr.load_encoder(str(file), "momentum")
+    assert card.run_figures(str(file), info, lambda: digest) == {}
     assert card.run_figures(str(file), info, lambda: "another") == {}
     (tmp_path / "run/results.json").write_text(json.dumps(result | {"linear_top1": True}))
     assert list(card.run_figures(str(file), info, lambda: digest)) == ["kNN top-1"]

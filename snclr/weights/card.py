@@ -161,7 +161,7 @@ def run_figures(path: str, info: dict, digest: Callable[[], str]) -> dict[str, s
                 figures["kNN top-1 while training"] = f"{top1:.2f} %"
     for parent in (folder, f"{os.path.splitext(path)[0]}_lincls"):
         results = _json(os.path.join(parent, "results.json"))
-        if results.get("encoder_digest") != digest():
+        if results.get("encoder_digest") != digest() or results.get("label_fraction") is not None:
             continue
         for key, name in (("knn_top1", "kNN top-1"), ("linear_top1", "linear probe, top-1")):
             if type(results.get(key)) in (int, float):
