@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .arguments import new_parser
+from .arguments import new_parser, number
 from .evaluation.features import digest
 from .running import tensor_files
 from .running.errors import RunError, UsageError, one_clear_line
@@ -111,12 +111,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="which encoder, for files with both",
     )
     group = add_backbone_flags(parser, default_arch=None)
+    count = number(int, above_zero=True)
     group.add_argument(
         "--img-size",
-        type=int,
+        type=count,
         metavar="PX",
         help="side of an image (default: as the file says, else 224)",
     )
+    group.add_argument("--channels", type=count, metavar="C", help="channels of an image")
+    for name in ("mean", "std"):
+        group.add_argument(
+            f"--{name}", type=float, nargs="+", metavar="X", help=f"{name} of each channel"
+        )
     args = parser.parse_args(argv)
     check_new_path(args.out)
     card = card_path(args.out, is_folder=False)

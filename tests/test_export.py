@@ -535,6 +535,17 @@ def test_the_model_card_has_the_recipe_and_only_figures_of_these_weights(
     assert list(card.run_figures(str(file), info, lambda: digest)) == ["kNN top-1"]
 
 
+def test_weights_of_others_get_their_channels_mean_and_std(tmp_path):
+    torch.save(build("vit_tiny", channels=1, patch_size=8).state_dict(), tmp_path / "grey.pth")
+    flags = ["-a", "vit_tiny", "--patch-size", "8", "--img-size", "32"]
+    flags += ["--channels", "1", "--mean", "0.4", "--std", "0.3"]
+    out = run(tmp_path / "grey.pth", "timm", tmp_path / "out.pth", *flags)
+    _, info = snclr.load_encoder(str(out))
+    assert (info["channels"], info["mean"], info["std"]) == (1, [0.4], [0.3])
+    with pytest.raises(UsageError, match="--img-size must be above 0"):
+        run(tmp_path / "grey.pth", "timm", tmp_path / "x.pth", "--img-size", "0")
+
+
 def test_an_export_says_how_images_of_more_than_8_bits_are_scaled(checkpoints, tmp_path, capsys):
     content = torch.load(checkpoints("vit"), weights_only=True)
     content["args"]["grey_range"] = [-1000, 3095.5]
