@@ -12,6 +12,7 @@ import torch
 
 import snclr
 from snclr import embed
+from snclr.datasets import embedded
 from snclr.datasets.decoding import decode
 from snclr.evaluation import embedding
 from snclr.evaluation.embedding import check_tokens, embedder
@@ -108,6 +109,19 @@ def test_tokens_and_layers_are_those_that_the_blocks_give(name):
         torch.testing.assert_close(embedder(vit, kind, 2, "off", CPU)(x), features)
     with pytest.raises(UsageError, match="--layers 4 exceeds the 3 blocks"):
         check_tokens(vit, "patch", 4)
+
+
+def test_images_without_files_keep_their_numbers_in_a_subset(pretrain, tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        monkeypatch.setitem(embedded.SPLITS, split, (40, 0))
+    file = pretrain("resnet8")
+    for name, flags in (("all", []), ("few", ["--subset", "5"])):
+        embed.main([str(file), "--out", f"{tmp_path}/{name}.npz", "--workers", "0", *flags])
+    whole, few = np.load(tmp_path / "all.npz"), np.load(tmp_path / "few.npz")
+    assert whole["names"].tolist() == [str(number) for number in range(40)]
+    numbers = few["names"].astype(int)
+    assert numbers.tolist() != [0, 1, 2, 3, 4]
+    np.testing.assert_allclose(few["features"], whole["features"][numbers], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

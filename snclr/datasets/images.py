@@ -51,7 +51,7 @@ class ImageSet:
     classes     names of the labels
     mean, std   (C,) of the channels, in [0, 1]
     names       (n,) names of the files; None if the images are not in files of their own
-    paths       (n,) the path of each image; None if there are none
+    paths       (n,) the path of each image, or its number in the whole set if it has no path
     per_image   names of the attributes with one entry per image
     skip_bad    whether an unreadable image is replaced: in training by another, in evaluation by
                 grey

@@ -36,6 +36,9 @@ def open_data(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
         val = None if args.val_fraction else _open_torchvision(args, is_training=False)
     else:
         train, val, notes = open_files(args)
+    for images in filter(None, (train, val)):
+        if images.paths is None:  # a subset keeps the numbers of its images
+            images.paths = np.arange(len(images)).astype(str)
     if args.labels == "none":
         train.labels, val = None, None
     if args.val_fraction:

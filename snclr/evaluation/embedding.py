@@ -137,14 +137,13 @@ def encode_parts(
 
 def join_parts(out: str, paths: list[str], images: ImageSet) -> tuple[int, ...]:
     """Write `out` from the parts and remove their folder. Returns the shape of the features."""
-    names = np.arange(len(images)).astype(str) if images.paths is None else images.paths
     folder = os.path.dirname(paths[0])
     joined = os.path.join(folder, "joined")  # a killed process leaves no file beside `out`
     shape = (len(images), *_read(paths[0]).shape[1:])
     write = WRITERS[out.rpartition(".")[2]]
     with writing(out):
         with new_file(joined) as file:
-            write(file, map(_read, paths), shape, names, images)
+            write(file, map(_read, paths), shape, images.paths, images)
         os.replace(joined, out)
     shutil.rmtree(folder, ignore_errors=True)
     return shape
