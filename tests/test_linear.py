@@ -532,6 +532,15 @@ def test_batch_and_crops_follow_from_the_images(
     assert (args.batch_size, args.crop_min) == (batch_size, crop_min)
 
 
+@pytest.mark.parametrize("flags, batch", [("--finetune", 256), ("--protocol mocov3", 1024)])
+def test_a_batch_of_more_images_than_there_are_is_refused_before_they_are_encoded(
+    pretrained, flags, batch
+):
+    args = lincls_options.parse(["--pretrained", str(pretrained), *flags.split()])
+    with pytest.raises(UsageError, match=f"--batch-size {batch} exceeds the 100 training images"):
+        lincls_options.resolve_training(args, 100)
+
+
 def test_a_default_batch_that_ranks_cannot_share_is_refused(pretrained, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     args = lincls_options.parse(["--pretrained", str(pretrained)])
@@ -607,7 +616,7 @@ def test_features_of_another_normalisation_are_not_taken(images, pretrained, tmp
     "flags, message",
     [
         ("--labels none", "needs labelled training and validation images"),
-        ("-b 1000", "--batch-size 1000 exceeds the 36 training images"),
+        ("-b 1000", "--batch-size 1000 exceeds the 40 training images"),
         ("--arch resnet50", "not --arch resnet50: leave --arch out"),
         ("--lrs 0 1", "--lrs must be above 0"),
         ("--heldout 1", "--heldout must be below 1"),

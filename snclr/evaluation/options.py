@@ -270,8 +270,7 @@ NOT_IN_FEATURES = {action.dest for action in FLAGS if not action.changes_feature
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse and check the flags. Raises UsageError.
 
-    Architecture, image size, mean and std come from the checkpoint later; `resolve_training` fills
-    in what depends on the images.
+    What depends on the checkpoint or on the images is filled in later (`resolve_training`).
     """
     args = build_parser().parse_args(argv)
     if args.pretrained is None:
@@ -341,9 +340,8 @@ def _check(args):
 def resolve_training(args: argparse.Namespace, num_images: int) -> None:
     """Fill in --batch-size and --crop-min for num_images training images of args.img_size.
 
-    The published crops have at least 8 % of the area: of a 32-px image they may leave only 9 px. A
-    probe that is trained on such crops is worse on whole images than kNN (docs/RESULTS.md). Raises
-    UsageError.
+    The published crops of at least 8 % of the area may leave 9 px of a 32-px image. A probe trained
+    on such crops is worse on whole images than kNN (docs/RESULTS.md). Raises UsageError.
     """
     is_grid = args.protocol == "grid" and not args.finetune
     if args.batch_size is None:
@@ -351,6 +349,8 @@ def resolve_training(args: argparse.Namespace, num_images: int) -> None:
         if is_grid and num_images < 16 * args.batch_size:
             args.batch_size = 2 ** max(3, int(math.log2(num_images / 16)))
         check_batch_size(args.batch_size)
+    if args.batch_size > num_images:
+        raise UsageError(f"--batch-size {args.batch_size} exceeds the {num_images} training images")
     if args.crop_min is None:
         args.crop_min = SMALL_CROP_MIN if is_grid and args.img_size <= SMALL else CROP_MIN
 
