@@ -504,7 +504,9 @@ def save(run: Run, step: int, batch: Batch | None) -> None:
             images=len(run.loader.images),
             fingerprint=run.fingerprint,
         )
-        encoder = checkpoint.pack_encoder(run.encoder, args.eval_encoder, args=args, epoch=epoch)
+        encoder = checkpoint.pack_encoder(
+            run.encoder, args.eval_encoder, args=args, epoch=epoch, step=step
+        )
         try:
             if reason is None:
                 write_files(run, state, encoder, names)

@@ -218,7 +218,7 @@ def random_files(tmp_path_factory):
                     parameter += 0.05 * torch.randn_like(parameter)
             args = {"arch": arch, "num_heads": num_heads, "img_size": img_size, **CIFAR}
             state = checkpoint.pack_encoder(
-                encoder, "online", args=argparse.Namespace(**args), epoch=3
+                encoder, "online", args=argparse.Namespace(**args), epoch=3, step=9
             )
             written[key] = folder / f"{arch}_{num_heads}_{img_size}.pth.tar"
             torch.save(state, written[key])
@@ -516,6 +516,9 @@ def test_the_model_card_has_the_recipe_and_only_figures_of_these_weights(
         assert f"| epochs of these weights | {epoch} |" in text
         assert "| recipe | my.args |" in text and "| wd | 0.25 |" in text
         assert str(tmp_path) not in text and "linear" not in text
+        _, info = snclr.load_encoder(str(file))
+        within_an_epoch = info | {"step": info["step"] + 1}
+        assert card.run_figures(str(file), within_an_epoch, lambda: "another") == {}
     # results.json counts only if it is of the same weights
     digest = features.digest(snclr.load_encoder(str(file))[0])
     result = {"encoder_digest": digest, "linear_top1": 43.21, "knn_top1": 12, "dataset": "a|b"}

@@ -132,7 +132,7 @@ def pack(
     }
 
 
-def pack_encoder(encoder: nn.Module, kind: str, *, args: Namespace, epoch: int) -> dict:
+def pack_encoder(encoder: nn.Module, kind: str, *, args: Namespace, epoch: int, step: int) -> dict:
     """The content of a small file for snclr.load_encoder: only the backbone, under its own names,
     and the settings that rebuild it.
 
@@ -141,6 +141,7 @@ def pack_encoder(encoder: nn.Module, kind: str, *, args: Namespace, epoch: int) 
     return {
         "format": FORMAT,
         "epoch": epoch,
+        "step": step,
         "arch": args.arch,
         "args": vars(args),
         "encoder": kind,

@@ -157,7 +157,9 @@ def run_figures(path: str, info: dict, digest: Callable[[], str]) -> dict[str, s
         for line in read_json_lines(metrics):
             key = (line.get("epoch"), line.get("encoder"))
             top1 = line.get("knn_top1")
-            if key == (info["epoch"], info["encoder"]) and type(top1) in (int, float):
+            # weights that were saved within an epoch have taken more steps than it
+            is_theirs = info["step"] in (None, line.get("step"))
+            if key == (info["epoch"], info["encoder"]) and is_theirs and type(top1) in (int, float):
                 figures["kNN top-1 while training"] = f"{top1:.2f} %"
     for parent in (folder, f"{os.path.splitext(path)[0]}_lincls"):
         results = _json(os.path.join(parent, "results.json"))

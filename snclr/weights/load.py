@@ -42,9 +42,9 @@ def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Modu
     settings   by the names of DEFAULTS, for files that lack them (None: as in the file). img_size,
                num_heads, mean, std and grey_range replace those of the file; channels must be the
                same
-    info       these settings, 'num_features', 'encoder', 'epoch', 'settings' (all those with which
-               this project made the weights) and 'notes': lines that say what was loaded and
-               assumed
+    info       these settings, 'num_features', 'encoder', 'epoch', 'step', 'settings' (all those
+               with which this project made the weights) and 'notes': lines that say what was loaded
+               and assumed
 
     Raises UsageError if the file and the settings do not fit.
     """
@@ -77,6 +77,7 @@ def _open(file, branch, settings):
         "num_features": encoder.num_features,
         "encoder": branch,
         "epoch": epoch if is_trained and isinstance(epoch, int) else None,
+        "step": file.saved.get("step") if is_trained else None,
         "settings": file.settings,
         "notes": notes,
     }

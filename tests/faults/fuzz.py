@@ -164,7 +164,7 @@ class Seeds:
         )
         self.checkpoint = self.saved(self.state)
         self.encoder = checkpoint.pack_encoder(
-            self.model.base_encoder, "online", args=self.args, epoch=1
+            self.model.base_encoder, "online", args=self.args, epoch=1, step=7
         )
         self.images = {
             kind: self.picture(kind)
