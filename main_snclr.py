@@ -198,7 +198,7 @@ def main(argv: list[str]) -> None:
     # -- epochs ------------------------------------------------------------------------------------
     evaluated_step = distributed.on_rank_zero(log.last_evaluation)
     while True:
-        if is_evaluation_due(run, step) and step != evaluated_step:
+        if ends_period(run, step, args.eval_freq) and step != evaluated_step:
             evaluate(run, step)
         if step >= run.last_step:
             break
@@ -348,7 +348,7 @@ def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:
     labels = loader.images.labels
     if labels is not None:
         labels = labels.to(loader.device, non_blocking=True)
-    go_on = end < run.last_step and not is_evaluation_due(run, end)
+    go_on = end < run.last_step and not ends_period(run, end, args.eval_freq)
     batch, batches = None, loader.epoch(epoch, inside, go_on=go_on)
     bar = log.progress(loader.steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
     waits = Waits(loader.device)
@@ -396,11 +396,10 @@ def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:
         bar.update()
         if run.interruptions.due():
             end = step
-        is_logged = step % args.print_freq == 0 or step == end
         run.guard.watch(loss, grad_norm, step)
         slowest = max(slowest, time.perf_counter() - step_start)
 
-        if is_logged:
+        if step % args.print_freq == 0 or step == end:
             metrics = step_metrics(
                 loss,
                 shown,
@@ -431,9 +430,7 @@ def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:
             logged_step, logged_at, slowest = step, time.perf_counter(), 0.0
 
     bar.close()
-    epoch, inside = divmod(step, loader.steps_per_epoch)
-    is_shown = args.viz_freq and (epoch % args.viz_freq == 0 or epoch == args.epochs)
-    if is_shown and not inside and batch is not None:
+    if batch is not None and ends_period(run, step, args.viz_freq):
         log.pictures(step, lambda: steps.of_step(batch, shown, loader.images, args, step))
     if note := bad_images.record_bad_images(loader.images.image, loader.replaced, run.workdir):
         log.say(f"note: {note}")
@@ -470,13 +467,16 @@ def is_save_due(run: Run, step: int) -> bool:
     the time. An epoch of small images may take a second there. All steps are saved before an
     evaluation, for a numbered checkpoint, and at the end of a run.
     """
-    epoch, inside = divmod(step, run.loader.steps_per_epoch)
-    is_numbered = run.args.save_freq > 0 and epoch % run.args.save_freq == 0
-    is_end = inside > 0 or step >= run.last_step or run.interruptions.ending > 0
-    may_skip = run.loader.device.type == "cuda" and distributed.world_size() == 1
-    if is_end or is_numbered or is_evaluation_due(run, step) or not may_skip:
-        return True
-    return run.interruptions.save_is_cheap()
+    return (
+        step % run.loader.steps_per_epoch > 0  # within an epoch
+        or step >= run.last_step
+        or run.interruptions.ending > 0
+        or ends_period(run, step, run.args.save_freq)
+        or ends_period(run, step, run.args.eval_freq)
+        or run.loader.device.type != "cuda"
+        or distributed.world_size() > 1
+        or run.interruptions.save_is_cheap()
+    )
 
 
 def save(run: Run, step: int, batch: Batch | None) -> None:
@@ -543,10 +543,11 @@ def write_files(run: Run, state: dict, encoder: dict, names: list[str]) -> None:
         tensor_files.save(os.path.join(run.workdir, f"checkpoint_{name}.pth.tar"), state, keep)
 
 
-def is_evaluation_due(run: Run, step: int) -> bool:
-    """Whether --eval-freq asks for an evaluation after `step` completed steps."""
+def ends_period(run: Run, step: int, frequency: int) -> bool:
+    """Whether something that happens every `frequency` epochs (0: never), and at the end of the
+    schedule, happens after `step` completed steps.
+    """
     epoch, inside = divmod(step, run.loader.steps_per_epoch)
-    frequency = run.args.eval_freq
     return frequency > 0 and not inside and (epoch % frequency == 0 or epoch == run.args.epochs)
 
 
