@@ -3,8 +3,8 @@
 A schedule is a pure function of the step, so that a resumed run has nothing to replay.
 """
 
-import importlib
 import math
+import pkgutil
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
@@ -136,8 +136,7 @@ def of_groups(name: str, groups: list[dict]) -> torch.optim.Optimizer:
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimiser {name!r}; known are {', '.join(OPTIMIZERS)}")
     path, arguments = OPTIMIZERS[name]
-    package, _, kind = path.rpartition(".")
-    optimizer = getattr(importlib.import_module(package), kind)(groups, lr=0.0, **arguments)
+    optimizer = pkgutil.resolve_name(path)(groups, lr=0.0, **arguments)
     if isinstance(optimizer, torch.optim.SGD) and arguments.get("momentum"):
         # if torch's fused kernel skipped the first step, it would leave new buffers uninitialised
         for parameter in (p for group in groups for p in group["params"]):
