@@ -58,9 +58,7 @@ def run_grid(task: Task, train_share: Share, val_share: Share) -> tuple[dict, np
         rank_held = is_held[distributed.rank() :: distributed.world_size()]
         selection = train_share[0][rank_held], train_share[1][rank_held]
         images = images.select(np.flatnonzero(~is_held.numpy()))
-        choice = (
-            f"{int(is_held.sum())} held-out training images; trained on the other {len(images)}"
-        )
+        choice = f"{is_held.sum()} held-out training images; trained on the other {len(images)}"
     grid = new_heads(task, kinds_of(task.encoder), args.lrs)
     (top1, _), _ = train_heads(task, grid, images, selection, STATE_FILE, f"best {args.select}")
     heads = results_of(grid, args.lrs, accuracies(grid, *val_share))
@@ -82,8 +80,11 @@ def retrain(task: Task, head: dict, val_share: Share) -> dict:
     (retrained,) = results_of(heads, lrs, percents)
     protocol = f"retrained on all {len(task.train)} training images; {describe_training(task)}"
     report(task, "retrained probe", retrained, protocol)
-    result = {"retrained_protocol": protocol, "retrained_top1": retrained["val_top1"]}
-    return result | {"retrained_top5": retrained["val_top5"]}
+    return {
+        "retrained_protocol": protocol,
+        "retrained_top1": retrained["val_top1"],
+        "retrained_top5": retrained["val_top5"],
+    }
 
 
 def run_mocov3(task: Task, val_share: Share) -> tuple[dict, np.ndarray]:
