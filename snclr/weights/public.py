@@ -15,8 +15,6 @@ from ..running.safe_files import read_text
 from .layouts import EncoderFile, read_encoder
 
 TIMM, HF = PUBLIC
-# settings of transformers' models that no tensor shows
-USUAL = {"downsample_in_first_stage": False, "downsample_in_bottleneck": False}
 # largest relative difference of features between timm's model and the encoder
 TOLERANCE = 1e-3
 
@@ -63,7 +61,11 @@ def _from_hub(source, img_size):
             f"--init-from {source} is a {config.get('model_type')!r}: of transformers' models "
             "only 'vit' and 'resnet' are known here; many others are timm's, as timm:NAME"
         )
-    usual = USUAL | {"hidden_act": "gelu" if config["model_type"] == "vit" else "relu"}
+    usual = {  # settings that no tensor shows
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": False,
+        "hidden_act": "gelu" if config["model_type"] == "vit" else "relu",
+    }
     for name, value in usual.items():
         if config.get(name, value) != value:
             raise UsageError(
