@@ -73,8 +73,7 @@ def main(argv: list[str]) -> None:
         encoder = knn.calibrated_copy(synchronise_batch_norm(encoder, device), train, load)
     distributed.on_rank_zero(lambda: hold(args.workdir, "main_lincls"))
     if is_rank_zero:
-        run_info = {"world_size": distributed.world_size(), "amp_used": amp}
-        save_settings(args.workdir, args, run_info)
+        save_settings(args.workdir, args, {"world_size": distributed.world_size(), "amp_used": amp})
     log(
         f"{info['arch']} ({info['encoder']} encoder) of {args.pretrained}, "
         f"{encoder.num_features} features"

@@ -10,7 +10,6 @@ optimiser, resume, then epochs (evaluate, train, save).
 """
 
 import argparse
-import datetime
 import os
 import sys
 import time
@@ -279,7 +278,7 @@ def default_workdir(args: argparse.Namespace) -> str:
     restarted job must find its folder again.
     """
     arch = args.arch.replace(":", "-")  # for rsync and scp the part before a colon is a host
-    start = os.environ.get("SLURM_JOB_ID") or f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    start = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
     return os.path.join("runs", f"{args.method}-{arch}-{args.dataset}-{start}")
 
 
@@ -307,7 +306,6 @@ def load_start(
 def setting_notes(args: argparse.Namespace, num_images: int, device: torch.device) -> list[str]:
     """Lines about settings that work, but may not do what the user expects."""
     has_plain_patches = args.arch in ("vit_tiny", "vit_small", "vit_base")
-    resnet_flags = args.width or args.small_stem
     notes = (
         (
             args.method != "mocov3" and args.bank_size > num_images,
@@ -320,7 +318,7 @@ def setting_notes(args: argparse.Namespace, num_images: int, device: torch.devic
             "--mix-neighbours and the flags of their weights have no effect",
         ),
         (
-            resnet_flags and not args.arch.startswith("resnet"),
+            (args.width or args.small_stem) and not args.arch.startswith("resnet"),
             f"--width and --small-stem are for ResNets: no effect on {args.arch}",
         ),
         (

@@ -1,6 +1,5 @@
 """Cuts boxes out of images and resizes them. A box is (top, left, height, width) in pixels."""
 
-import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -53,7 +52,7 @@ def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int)
     pixel = torch.arange(in_size, dtype=start.dtype, device=start.device)
     outside = (pixel < start[:, None]) | (pixel >= (start + extent)[:, None])
     # the distance of a pixel outside is infinite, so its weight is 0
-    pixel = (pixel + 0.5).expand_as(outside).masked_fill(outside, math.inf)[:, None]
+    pixel = (pixel + 0.5).expand_as(outside).masked_fill(outside, torch.inf)[:, None]
     weights = (pixel - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
     return weights.div_(weights.sum(dim=2, keepdim=True))
 

@@ -112,8 +112,7 @@ class Guard:
         """
         before = {name: x.clone() for name, x in model.state_dict().items()}
         # compiled backbones would be compiled once more, for a pass without gradients
-        eager = torch.compiler.set_stance("force_eager")
-        with eager, autocast(amp, batch.ids.device):
+        with torch.compiler.set_stance("force_eager"), autocast(amp, batch.ids.device):
             loss, _ = model(batch.views, batch.ids, momentum)
         model.load_state_dict(before)
         return bool(all_gather(loss[None]).isfinite().all())

@@ -9,7 +9,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 
 from .distributed import LaggedMaximum, shared_store, world_size
 from .errors import Interrupted, first_line
@@ -64,7 +63,7 @@ class Interruptions:
         self.ending = 0  # the signal at which all ranks end the run after this step
         self.maximum = LaggedMaximum(timeout_minutes)
         self.saved("nothing was trained since the start")
-        handle_signals(partial(setattr, self, "signal"))
+        handle_signals(lambda number: setattr(self, "signal", number))
 
     def due(self) -> bool:
         """Whether all ranks save after this step. Each rank calls it in each step; no GPU waits."""
