@@ -58,9 +58,8 @@ from snclr.running.metrics import StepView, Waits, step_metrics
 from snclr.running.precision import autocast, resolve_amp
 from snclr.shared_options import check_workdir, is_restart
 from snclr.weights import public
-from snclr.weights.layouts import EncoderFile
+from snclr.weights.layouts import EncoderFile, choose_num_heads
 from snclr.weights.load import check_start, load_backbone
-from snclr.weights.num_heads import choose_num_heads
 
 
 class Run(NamedTuple):

@@ -17,7 +17,7 @@ from snclr import export, optim, options
 from snclr.backbones import backbone_tensors
 from snclr.builder import build_model
 from snclr.running.errors import UsageError
-from snclr.weights import load, num_heads, public
+from snclr.weights import layouts, load, public
 
 
 def train(images, workdir, *flags):
@@ -182,7 +182,7 @@ def timm_weights(tmp_path, monkeypatch):
 def opened(source, arch, img_size):
     """The encoder that --init-from builds and loads, in eval mode, and the notes."""
     file, model = public.read_start(source, img_size)
-    heads, notes = num_heads.choose_num_heads(file, arch, None)
+    heads, notes = layouts.choose_num_heads(file, arch, None)
     encoder = build(arch, img_size=img_size, num_heads=heads)
     notes += load.load_backbone(encoder, file)
     if model is not None:

@@ -23,8 +23,7 @@ from ..running.errors import UsageError, first_few, first_line
 from ..running.tensor_files import not_finite
 from .fit import check_fit, missing, unknown
 from .hf_names import from_hf_names
-from .layouts import EncoderFile, read_encoder
-from .num_heads import choose_num_heads
+from .layouts import EncoderFile, choose_num_heads, read_encoder
 
 # largest relative difference of features between two models with the same weights
 TOLERANCE = 1e-3
