@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from ..running.errors import UsageError
-from ..running.safe_files import json_object, read_bytes, read_json_lines
+from ..running.safe_files import read_json, read_json_lines
 
 # entries of args.json that are not settings
 ABOUT = ("command", "versions", "git", "world_size", "amp_used", "device")
@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
 def load(workdir: str) -> Run:
     """Read the workdir of a run, which may still be running. Raises UsageError if it has no run."""
-    settings = _read_object(os.path.join(workdir, "args.json"))
+    settings = read_json(os.path.join(workdir, "args.json"))
     if not settings:
         raise UsageError(
             f"{workdir} holds no run (no args.json that can be read): give the --workdir of one"
@@ -68,17 +68,10 @@ def load(workdir: str) -> Run:
     results = [
         (os.path.relpath(os.path.dirname(path), workdir), result)
         for path in paths
-        if (result := _read_object(path))
+        if (result := read_json(path))
     ]
     pictures = sorted(glob.glob(f"{glob.escape(workdir)}/pictures/neighbours_*.png"))
     return Run(workdir, settings, lines, results, pictures)
-
-
-def _read_object(path: str) -> dict:
-    try:
-        return json_object(read_bytes(path))
-    except UsageError:
-        return {}
 
 
 def number(line: dict, name: str) -> float | None:

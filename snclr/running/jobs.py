@@ -10,10 +10,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import UsageError
 from .lock import is_held
 from .preemption import handle_signals
-from .safe_files import json_object, open_to_append, read_bytes, save_json, writing
+from .safe_files import open_to_append, read_json, save_json, writing
 
 WAITS, RUNS, DONE, FAILED = "waits", "runs", "finished", "failed"
 STOPPED = "stopped"  # by a signal that this process did not send: it is not started again
@@ -50,10 +49,8 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], seconds: float) -> str:
     handle_signals(received.append)
     free, reason, height, deadline = list(gpus), "", 0, time.monotonic() + seconds
     for job in jobs:
-        with contextlib.suppress(UsageError):  # the files of a job that has not run
-            finished = json_object(read_bytes(f"{job.workdir}/finished.json"))
-            if finished.get("settings") == job.settings:
-                job.state, job.message = DONE, last_line(job, "epoch ")
+        if read_json(f"{job.workdir}/finished.json").get("settings") == job.settings:
+            job.state, job.message = DONE, last_line(job, "epoch ")
     while True:
         if not reason and (received or time.monotonic() > deadline):
             reason = signal.Signals(received[0]).name if received else "--minutes"

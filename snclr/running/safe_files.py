@@ -144,6 +144,14 @@ def json_object(text: str | bytes) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+def read_json(path: str) -> dict:
+    """The JSON object in a file; an empty one if the file cannot be read, or is anything else."""
+    try:
+        return json_object(read_bytes(path))
+    except UsageError:
+        return {}
+
+
 def read_json_lines(path: str) -> list[dict]:
     """The JSON objects of a file with one on each line, such as metrics.jsonl; other lines are
     ignored. Raises as read_bytes does.
