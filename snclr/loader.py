@@ -177,8 +177,7 @@ class EpochLoader(ViewLoader):
 
         go_on: the next call is for the next epoch, so the workers may begin it.
         """
-        ahead = self.requests(epoch + 1) if go_on else []
-        return self.load(self.requests(epoch, first), ahead)
+        return self.load(self.requests(epoch, first), self.requests(epoch + 1) if go_on else [])
 
     def requests(self, epoch: int, first: int = 0) -> list[tuple[int, np.ndarray]]:
         """What `epoch` requests: for each batch the epoch and the numbers of this rank's images."""
@@ -219,8 +218,7 @@ def whole_images(
     """
     chunks = np.split(indices, range(chunk, len(indices), chunk))
     if isinstance(images, EncodedImages):
-        requests = [(part, size) for part in chunks]
-        batches = WorkerBatches(Answers(images.whole), requests, workers)
+        batches = WorkerBatches(Answers(images.whole), [(part, size) for part in chunks], workers)
     else:
         batches = (images.whole(part, size) for part in chunks)
     for batch in batches:
