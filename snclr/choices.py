@@ -8,8 +8,6 @@ from .running.errors import UsageError
 METHODS = ("snclr", "nnclr", "mocov3", "mocov2")
 FORMS = ("sum_of_logs", "log_of_sum")
 CANDIDATES = ("all", "unique", "keys")
-ARCHS = ("vit_tiny", "vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
-ARCHS += ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101")
 # attention heads; vit_small has 12 as in MoCo v3, while timm's, DeiT's and DINO's ViT-S has 6
 NUM_HEADS = {
     "vit_tiny": 3,
@@ -18,6 +16,7 @@ NUM_HEADS = {
     "vit_conv_small": 12,
     "vit_conv_base": 12,
 }
+ARCHS = (*NUM_HEADS, "resnet8", "resnet18", "resnet34", "resnet50", "resnet101")
 OPTIMIZERS = {  # name: class, and its arguments besides the parameter groups and the learning rate
     "adamw": ("torch.optim.AdamW", {"fused": True}),
     "lars": ("snclr.optim.LARS", {}),
