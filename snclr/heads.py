@@ -13,8 +13,11 @@ def mlp(layers: int, in_dim: int, hidden_dim: int, out_dim: int, last_norm: bool
     """
     modules: list[nn.Module] = []
     for _ in range(layers - 1):
-        modules.append(nn.Linear(in_dim, hidden_dim, bias=False))
-        modules += [GlobalBatchNorm(hidden_dim), nn.ReLU(inplace=True)]
+        modules += [
+            nn.Linear(in_dim, hidden_dim, bias=False),
+            GlobalBatchNorm(hidden_dim),
+            nn.ReLU(inplace=True),
+        ]
         in_dim = hidden_dim
     modules.append(nn.Linear(in_dim, out_dim, bias=False))
     if last_norm:

@@ -152,9 +152,11 @@ def noted_waits() -> Iterator[list[str]]:
             yield waits
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    for warning in caught:
-        if "called a synchronizing" in str(warning.message):
-            waits.append(f"{os.path.basename(warning.filename)}, line {warning.lineno}")
+    waits += [
+        f"{os.path.basename(warning.filename)}, line {warning.lineno}"
+        for warning in caught
+        if "called a synchronizing" in str(warning.message)
+    ]
 
 
 @contextlib.contextmanager
