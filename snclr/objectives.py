@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from .choices import CANDIDATES, FORMS
 from .memory_bank import gather
 from .running.distributed import all_gather, all_gather_with_grad, all_sum, rank
-from .running.precision import full_precision, unit, widen
+from .running.precision import full_precision, unit
 from .streamed import log_sum_exp
 
 
@@ -131,7 +131,7 @@ def positiveness(
     valid = rows >= 0
     attending = unit(online)
     if projections is not None:
-        f1, f2 = (widen(matrix).to(attending.dtype) for matrix in projections)
+        f1, f2 = (matrix.to(attending.dtype) for matrix in projections)
         # f1 y . f2 c = (f2' f1 y) . c: no neighbour needs to be projected
         attending = attending @ f1.T @ f2
     cosines = _cosines_with_rows(attending, bank, rows, neighbours)
@@ -195,7 +195,7 @@ def snclr_loss(
     if candidates is None:
         candidates = gather_candidates(key, rows, len(bank))
     query, key = unit(query), unit(key)
-    weights = widen(weights).to(query.dtype) * (rows >= 0)
+    weights = weights.to(query.dtype) * (rows >= 0)
     keys, counts = candidates
     log_z = log_sum_exp(query, keys, bank[: len(counts)], counts, temperature, tf32_products=tf32)
     own = (query * key.detach()).sum(dim=1) / temperature
@@ -224,7 +224,7 @@ def mocov3_loss(query: Tensor, key: Tensor, *, temperature: float) -> Tensor:
 
     query (B, D) with gradient, key (B, D). This is snclr_loss without neighbours (K = 0).
     """
-    no_weights = widen(key).new_empty(len(key), 0)
+    no_weights = key.new_empty(len(key), 0)
     return snclr_loss(query, key, key[:0], no_weights.long(), no_weights, temperature=temperature)
 
 
