@@ -36,10 +36,12 @@ class Interrupted(BaseException):
     """
 
 
-def one_line(error: Exception) -> str:
-    """The message of an error, with ? for characters that cannot be printed, as in file names."""
-    message = str(error).encode(errors="replace").decode()
-    return "".join(c if c.isprintable() else "?" for c in message)
+def one_line(message: object) -> str:
+    """A text or the message of an error, with ? for characters that cannot be printed, as in file
+    names.
+    """
+    text = str(message).encode(errors="replace").decode()
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def first_line(error: Exception) -> str:

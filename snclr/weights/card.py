@@ -127,7 +127,7 @@ def _table(entries):
 def _cell(value):
     """A value from a file, which may be any text, as one short cell of a table."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return one_line(ValueError(text))[:200].replace("|", "\\|")
+    return one_line(text)[:200].replace("|", "\\|")
 
 
 def run_settings(path: str, settings: dict) -> dict:
