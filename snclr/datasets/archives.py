@@ -2,7 +2,6 @@
 classes and about training and validation.
 """
 
-import itertools
 import os
 import re
 import struct
@@ -35,8 +34,7 @@ def split_numbers(names: list[str]) -> list[int]:
 def folders_of(names: Sequence[str]) -> list[list[str]]:
     """The folders of each name, without those that all names begin with."""
     folders = [name.split("/")[:-1] for name in names]
-    pairs = zip(min(folders), max(folders), strict=False)
-    common = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)])
+    common = len(os.path.commonprefix(folders))  # noqa: RUF071 - of lists, not of characters
     return [folder[common:] for folder in folders]
 
 
