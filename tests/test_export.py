@@ -340,7 +340,7 @@ def test_timm_finds_mean_std_and_size_of_the_images(random_files, tmp_path, caps
     for model in models:
         data = timm.data.resolve_model_data_config(model)
         assert [*data["mean"]] == CIFAR["mean"] and [*data["std"]] == CIFAR["std"]
-        assert tuple(data["input_size"]) == (3, 32, 32) and data["crop_pct"] == 0.875
+        assert tuple(data["input_size"]) == (3, 32, 32) and data["crop_pct"] == 1.0
         assert data["interpolation"] == "bilinear" and model.num_classes == 0
 
 

@@ -38,7 +38,7 @@ LONGER = {
     "snclr.augment": 260,
     "snclr.backbones": 395,
     "snclr.builder": 410,
-    "snclr.datasets.images": 285,
+    "snclr.datasets.images": 291,
     "snclr.datasets.sources": 280,
     "snclr.evaluation.options": 360,
     "snclr.objectives": 305,

@@ -217,7 +217,13 @@ class EncodedImages(ImageSet):
         """
         return os.urandom(16)
 
-    def views(self, recipe, epoch, indices, view_numbers=None):
+    def views(
+        self,
+        recipe: Recipe,
+        epoch: int,
+        indices: np.ndarray,
+        view_numbers: tuple[int, ...] | None = None,
+    ) -> Views:
         """See ImageSet. DECODED images at a time: those of a whole request can fill the memory."""
         decode = partial(super().views, recipe, epoch, view_numbers=view_numbers)
         parts = [*map(decode, np.split(indices, range(DECODED, len(indices), DECODED)))]

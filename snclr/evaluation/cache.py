@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..running.distributed import barrier, local_rank_zero
+from ..running.distributed import barrier, local_rank_zero, union
 from ..running.errors import RunError
 from ..running.safe_files import new_file
 
@@ -34,7 +34,8 @@ def keep(
             done += len(chunk)
         return array
     path = os.path.join(folder, f"features_{key()[:16]}.f32")
-    if not os.path.exists(path) or os.path.getsize(path) != num_bytes:
+    is_missing = not os.path.exists(path) or os.path.getsize(path) != num_bytes
+    if any(union({is_missing})):  # on one machine: the ranks of all encode together
         if local_rank_zero():
             _write(path, chunks)
         else:

@@ -238,10 +238,11 @@ def _timm_model(encoder, info):
 
 def _timm_data(info):
     """The images that timm should expect: prepared as in this project (loader.whole_images)."""
+    is_small = info["img_size"] <= 64  # such data sets have images of just this size: not cropped
     return {
         "input_size": (info["channels"], info["img_size"], info["img_size"]),
         "interpolation": "bilinear",
-        "crop_pct": 0.875,
+        "crop_pct": 1.0 if is_small else 0.875,
         "mean": tuple(info["mean"]),
         "std": tuple(info["std"]),
     }
