@@ -224,6 +224,8 @@ def become(job: dict) -> None:
     if sys.stderr is not None:
         faulthandler.register(signal.SIGQUIT)
     for name, number in job["limits"].items():
+        if name == "AS":  # beyond what the imports before the fork have taken
+            number += resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
         _, hard = resource.getrlimit(kind := getattr(resource, f"RLIMIT_{name}"))
         resource.setrlimit(kind, (number, hard))
 

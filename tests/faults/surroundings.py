@@ -160,7 +160,7 @@ def odd_bytes(case):
 def limit(case):
     """A limit of the process."""
     name = case.pick(("NOFILE", "AS", "FSIZE"))
-    low, high = {"NOFILE": (8, 64), "AS": (2**30, 6 * 2**30), "FSIZE": (0, 10**5)}[name]
+    low, high = {"NOFILE": (8, 64), "AS": (2**26, 4 * 2**30), "FSIZE": (0, 10**5)}[name]
     case.how["limits"] = {name: int(case.random.integers(low, high))}
     return str(case.how["limits"])
 
