@@ -64,16 +64,18 @@ def embedder(
         with autocast(amp, device):
             if (tokens, layers) == ("class", 1):
                 return widen(encoder.embed(x))
+            # timm's CaiT and XCiT do not know the argument
+            prefix = {"return_prefix_tokens": True} if tokens == "class" else {}
             parts = encoder.forward_intermediates(
                 x,
                 layers,
                 norm=True,
                 output_fmt="NLC",
                 intermediates_only=True,
-                **({"return_prefix_tokens": True} if tokens == "class" else {}),
+                **prefix,
             )
             if tokens == "class":
-                parts = [prefix[:, 0] for _, prefix in parts]
+                parts = [prefix_tokens[:, 0] for _, prefix_tokens in parts]
             features = widen(torch.cat(parts, dim=-1))
             return features.mean(dim=1) if tokens == "mean" else features
 

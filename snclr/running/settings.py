@@ -14,8 +14,7 @@ from importlib import metadata
 
 from .. import __version__
 from ..choices import NUM_HEADS
-from .errors import UsageError
-from .safe_files import json_object, read_bytes, save_json
+from .safe_files import json_object, read_json, save_json
 
 
 def save_settings(workdir: str, args: Namespace, more: dict) -> None:
@@ -28,9 +27,7 @@ def save_settings(workdir: str, args: Namespace, more: dict) -> None:
 
 def saved_settings(workdir: str) -> dict:
     """What save_settings wrote into workdir; {} if there is no such file."""
-    with contextlib.suppress(UsageError):
-        return json_object(read_bytes(os.path.join(workdir, "args.json")))
-    return {}
+    return read_json(os.path.join(workdir, "args.json"))
 
 
 def command() -> str:
