@@ -267,7 +267,7 @@ def test_few_decoded_images_are_held_at_a_time(image_sets, monkeypatch):
     results = []
     for most in (4, 30):
         counts.clear()
-        monkeypatch.setattr("snclr.datasets.images.DECODED", most)
+        monkeypatch.setattr(FileImages, "at_once", most)
         ids, crops, parameters = images.views(recipe, 2, np.arange(30))
         assert max(counts) == most
         results.append([ids, *crops, *(field for group in parameters for field in group)])

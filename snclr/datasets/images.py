@@ -9,7 +9,6 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +23,8 @@ from .crops import crop_and_resize, crop_one, evaluation_box, join, select
 
 # bytes of decoded pixels up to which a set of equal-sized images is held in memory
 RESIDENT_LIMIT = 2**30
-PART = 2**20  # most bytes that a worker decodes at a time
-# most decoded images of any size that a worker holds at a time: photographs have up to 100 MB each
-DECODED = 8
+# most bytes that a worker decodes at a time, of images to be held in memory
+PART = 2**20
 
 
 class Views(NamedTuple):
@@ -44,6 +42,17 @@ class Views(NamedTuple):
     parameters: list[ViewParameters]
 
 
+def _join(parts: list[Views]) -> Views:
+    """The views of all images, from those of consecutive parts of the images."""
+    counts = [len(part.ids) for part in parts]
+    drawn = zip(*(part.parameters for part in parts), strict=True)
+    return Views(
+        torch.cat([part.ids for part in parts]),
+        [join(x, counts) for x in zip(*(part.crops for part in parts), strict=True)],
+        [ViewParameters(*(join(x, counts) for x in zip(*g, strict=True))) for g in drawn],
+    )
+
+
 class ImageSet:
     """n = len(self) images, numbered 0 .. n - 1 in a fixed order.
 
@@ -55,12 +64,14 @@ class ImageSet:
     per_image   names of the attributes with one entry per image
     skip_bad    whether an unreadable image is replaced: in training by another, in evaluation by
                 grey
+    at_once     most images whose views are cut at a time; None: all
     """
 
     per_image: tuple[str, ...] = ("labels", "names")
     names: np.ndarray | None = None
     paths: np.ndarray | None = None
     skip_bad = False
+    at_once: int | None = None
 
     def __init__(self, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
         self.labels = None if labels is None else torch.as_tensor(labels)
@@ -119,6 +130,12 @@ class ImageSet:
 
         view_numbers: which views of recipe.views; None: all of them.
         """
+        step = self.at_once or max(1, len(indices))
+        parts = np.split(indices, range(step, len(indices), step))
+        views = [self._views(recipe, epoch, part, view_numbers) for part in parts]
+        return views[0] if len(views) == 1 else _join(views)
+
+    def _views(self, recipe, epoch, indices, view_numbers):
         indices, sides, crop = self._originals(indices, recipe.seed)
         numbers = range(len(recipe.views)) if view_numbers is None else view_numbers
         views = Views(torch.from_numpy(indices), [], [])
@@ -209,6 +226,7 @@ class EncodedImages(ImageSet):
 
     channels: int = 3
     grey_range: tuple[float, float] | None = None
+    at_once = 32  # a decoded photograph of 12 megapixels has 36 MB
 
     def file_states(self) -> object:
         """What changes if the images do: their files (reading.file_states) and places in them.
@@ -216,24 +234,6 @@ class EncodedImages(ImageSet):
         By default always another value, so that features in a file are never used again.
         """
         return os.urandom(16)
-
-    def views(
-        self,
-        recipe: Recipe,
-        epoch: int,
-        indices: np.ndarray,
-        view_numbers: tuple[int, ...] | None = None,
-    ) -> Views:
-        """See ImageSet. DECODED images at a time: those of a whole request can fill the memory."""
-        decode = partial(super().views, recipe, epoch, view_numbers=view_numbers)
-        parts = [*map(decode, np.split(indices, range(DECODED, len(indices), DECODED)))]
-        counts = [len(part.ids) for part in parts]
-        drawn = zip(*(part.parameters for part in parts), strict=True)
-        return Views(
-            torch.cat([part.ids for part in parts]),
-            [join(x, counts) for x in zip(*(part.crops for part in parts), strict=True)],
-            [ViewParameters(*(join(x, counts) for x in zip(*g, strict=True))) for g in drawn],
-        )
 
     def _originals(self, indices, seed):
         numbers, images = zip(*(self.readable(int(i), seed) for i in indices), strict=True)
