@@ -112,7 +112,11 @@ def main(argv: list[str]) -> None:
     # -- model and optimiser -----------------------------------------------------------------------
     torch.manual_seed(args.seed)
     amp = resolve_amp(args.amp, device)
-    if args.init_from:  # the number of heads must be that of the weights; no tensor shows it
+    # the number of heads must be that of the weights to start from; no tensor shows it
+    begun = settings_of_resumed(args)
+    if args.init_from and begun.get("init_from") == args.init_from:
+        args.num_heads = args.num_heads or begun.get("num_heads")
+    elif args.init_from:
         initial, timm_model = public.read_start(args.init_from, args.img_size)
         args.num_heads, head_notes = choose_num_heads(initial, args.arch, args.num_heads)
     model = build_model(args, products=devices.bank_products(amp, device))
@@ -270,6 +274,20 @@ def open_workdir(args: argparse.Namespace) -> tuple[str, str | None, list[str]]:
         # the run ended between the numbered checkpoint and checkpoint_last: write the latter now
         tensor_files.save(last, tensor_files.read(newest))  # renames no other: `newest` stays
     return workdir, newest, notes
+
+
+def settings_of_resumed(args: argparse.Namespace) -> dict:
+    """The saved settings of the run that is resumed; {} if there is none, or no checkpoint of it.
+
+    It needs the weights of --init-from no more, which may have been removed since.
+    """
+    folder = args.workdir or ""
+    if args.resume not in (None, "auto"):
+        folder = os.path.dirname(args.resume)
+    has_checkpoint = os.path.isfile(os.path.join(folder, checkpoint.LAST))
+    saved = settings.saved_settings(folder) if args.resume and has_checkpoint else {}
+    # somebody may have changed the file
+    return saved if saved.get("num_heads") in (None, *range(1, 2**10)) else {}
 
 
 def default_workdir(args: argparse.Namespace) -> str:

@@ -576,7 +576,7 @@ def check(args: argparse.Namespace) -> None:
         if importlib.util.find_spec(name) is None:
             raise UsageError(f"--log {name} needs the library: pip install {name}")
     is_local = args.init_from is not None and not args.init_from.startswith(PUBLIC)
-    if is_local and not os.path.isfile(args.init_from):
+    if is_local and args.resume is None and not os.path.isfile(args.init_from):
         raise UsageError(f"--init-from {args.init_from}: there is no such file")
     check_workdir(args.workdir, args.resume, RUN_FILES)
 
