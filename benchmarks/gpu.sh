@@ -63,9 +63,10 @@ part steps 25 0 "$PYTHON" benchmarks/step.py -b 128 --cifar-batch 512 --steps 10
 part micro-batch 25 0 "$PYTHON" benchmarks/micro_batch.py -b 2048 --micro-batch 1024 \
   --img-size 224 --undivided 512 --flags '--amp bf16' --peak-tflops 989 --steps 1
 part attention 10 0 "$PYTHON" benchmarks/attention.py
+part augmentation 10 0 "$PYTHON" benchmarks/augmentation.py
 part search 10 0 "$PYTHON" benchmarks/search.py --steps 5
 # needs lightly (benchmarks/requirements.txt) and CIFAR
-[ -z "${CIFAR:-}" ] || part peers 35 0 "$PYTHON" benchmarks/peers.py "$CIFAR" -b 512 -j 12 \
+[ -z "${CIFAR:-}" ] || part peers 25 0 "$PYTHON" benchmarks/peers.py "$CIFAR" -b 512 -j 12 \
   --turn 10 --steps 1
 [ -n "$DRY" ] || echo "gpu.sh: $OUT/gpu.md and $OUT/gpu.json; $SECONDS s" >&2
 exit $FAILED

@@ -26,6 +26,10 @@ RUNS = {
         "--views 2 --heads 2 --width 16 --tokens 5 --steps 1",
         ["torch's choice", "math"],
     ),
+    "augmentation": (
+        "--images 2 --size 32 --steps 1",
+        ["crops of images in memory", "operations"],
+    ),
     "search": (
         "--rows 50 200 --queries 4 -K 3 -D 8 --steps 1",
         ["50 rows, float32", "200 rows, bfloat16"],
