@@ -647,6 +647,29 @@ def test_resume_auto_starts_a_new_run_in_an_empty_folder(images):
     assert Path("new/checkpoint_last.pth.tar").exists()
 
 
+@pytest.mark.parametrize("flags", [[], ["--keep", "3"]])
+def test_an_older_checkpoint_is_resumed_where_the_last_one_is_damaged(flags, images, run):
+    (run / "checkpoint_last.pth.tar").write_bytes(b"damaged")
+    main_snclr.main(tiny(images, "--workdir", run, "--resume", "auto", *flags))
+    assert tensor_files.read(run / "checkpoint_last.pth.tar")["step"] == 4
+
+
+def test_a_second_run_of_a_slurm_job_does_not_overwrite_the_first(images, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    flags = tiny(images, "--stop-after-steps", "1")
+    main_snclr.main(flags)
+    before = content(Path("runs"))
+    message = refused(*flags, "--seed", "1", by=main_snclr.main)
+    assert "77 holds another run" in message and content(Path("runs")) == before
+
+
+def test_ranks_with_other_images_are_refused(images, monkeypatch):
+    monkeypatch.setattr(main_snclr.distributed, "union", lambda kinds: kinds | {"9 images, abc"})
+    message = refused(*tiny(images, "--workdir", "w"), by=main_snclr.main)
+    assert "the ranks have different training images: 8 images, " in message
+    assert "9 images, abc" in message
+
+
 def test_checkpoint_named_without_a_folder_is_resumed_in_the_current_one(images, run, monkeypatch):
     monkeypatch.chdir(run)
     main_snclr.main(tiny(images, "--resume", "checkpoint_last.pth.tar"))
@@ -766,6 +789,17 @@ def test_own_errors_end_with_a_line_and_a_code(error, rank, code, expected, monk
         raise error
     assert caught.value.code == code
     assert capsys.readouterr() == ("", expected)
+
+
+def test_each_machine_prints_a_usage_error_that_rank_0_may_not_have(monkeypatch, capsys):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    for local_rank, line in (("0", "prog: error: no such folder\n"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit), one_clear_line("prog"):
+            raise UsageError("no such folder")
+        assert capsys.readouterr().err == line
 
 
 def test_a_line_is_written_in_one_piece_so_that_those_of_several_ranks_do_not_run_into_each_other(

@@ -52,6 +52,22 @@ def start(images, tmp_path_factory):
     return get
 
 
+def test_a_run_is_resumed_when_the_weights_of_its_start_are_gone(images, start, tmp_path, capsys):
+    weights = torch.load(start("vit_tiny"), weights_only=True)
+    weights["args"]["num_heads"] = 6
+    torch.save(weights, tmp_path / "start.pth.tar")
+    flags = ["-a", "vit_tiny", "--init-from", tmp_path / "start.pth.tar", "--epochs", 2]
+    train(images, tmp_path / "run", *flags, "--stop-after-steps", 3)
+    (tmp_path / "start.pth.tar").unlink()
+    state = train(images, tmp_path / "run", *flags, "--resume", "auto", "--stop-after-steps", 4)
+    assert state["step"] == 4 and state["args"]["num_heads"] == 6
+    assert "is ignored" in capsys.readouterr().out
+    for path in (tmp_path / "run").glob("checkpoint_*"):
+        path.unlink()
+    with pytest.raises(UsageError, match=r"cannot read .*start\.pth\.tar"):
+        train(images, tmp_path / "run", *flags, "--resume", "auto")
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -99,6 +99,12 @@ def test_one_process_where_there_is_at_most_one_gpu(start):
         assert dry(start, *ODD, STUB_GPUS=gpus)[1:] == [MAIN, *ODD]
 
 
+def test_a_single_process_is_restarted_by_the_launcher(start):
+    flags = ["--workdir", "w"]
+    words = dry(start, *flags, STUB_GPUS="1", MAX_RESTARTS="2")
+    assert words[1:] == [TORCHRUN, "--standalone", "--nproc_per_node", "1", MAIN, *flags]
+
+
 @pytest.mark.parametrize(
     "environment, processes",
     [

@@ -14,7 +14,7 @@ from test_ranks import SMALL, write_images
 
 import main_snclr
 from snclr import augment, backbones, builder, objectives, options, streamed
-from snclr.running import preemption
+from snclr.running import distributed, preemption
 from snclr.running.errors import RunError
 
 BANK = {"bank_fill"}
@@ -66,6 +66,26 @@ def test_a_single_gpu_saves_epochs_of_seconds_in_a_twentieth_of_the_time(monkeyp
         assert is_due(20)
     now = 10.1
     assert is_due(20)
+
+
+def test_ranks_save_once_after_so_many_minutes(monkeypatch):
+    """The exchange that was under way at a save asks for no second one; a signal asks again."""
+    now = 0.0
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now)
+    interruptions = preemption.Interruptions(1, 1)
+    interruptions.maximum.group = "two ranks"
+    done = SimpleNamespace(wait=lambda: None)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda *_, **__: done)
+    assert not interruptions.due()
+    now = 61.0
+    assert [interruptions.due(), interruptions.due()] == [False, True]
+    interruptions.saved()
+    assert [interruptions.due(), interruptions.due()] == [False, False]
+    now, interruptions.signal = 122.0, 15
+    assert [interruptions.due(), interruptions.due()] == [False, True]
+    interruptions.saved()
+    assert [interruptions.due(), interruptions.due()] == [False, True]
+    assert interruptions.ending == 15
 
 
 @pytest.mark.parametrize("method", ["snclr", "mocov3", "nnclr", "mocov2"])

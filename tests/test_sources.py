@@ -24,7 +24,7 @@ from snclr.datasets import embedded, shards, sources
 from snclr.datasets import images as image_sets
 from snclr.datasets.files import FileImages
 from snclr.datasets.images import ResidentImages
-from snclr.datasets.split import hold_out
+from snclr.datasets.split import class_share, hold_out, image_keys
 from snclr.evaluation import options as lincls_options
 from snclr.running.errors import RunError, UsageError
 
@@ -316,6 +316,18 @@ def test_a_tree_takes_labels_from_a_file_in_the_order_of_its_paths(tmp_path):
     assert train.labels.tolist() == [1, 0, -1, 1, -1] and val.labels.tolist() == [0, 0, 0, 1, 0]
     assert train.labelled().labels.tolist() == [1, 0, 1] and len(train.labelled()) == 3
     assert train.labelled().paths[2] == train.paths[3]
+
+
+def test_a_share_of_many_classes_is_that_of_each_class():
+    labels = torch.from_numpy(np.random.default_rng(0).integers(-1, 40, 500))
+    keys = image_keys(3, 500)
+    chosen = class_share(labels, [*range(40)], 0.3, keys, both_sides=True)
+    for label in range(40):
+        members = np.flatnonzero(labels == label)
+        count = min(max(round(0.3 * len(members)), 1), len(members) - 1)
+        smallest = sorted(members, key=lambda number: keys[number].item())[:count]
+        assert sorted(smallest) == [number for number in members if chosen[number]]
+    assert not chosen[labels < 0].any()
 
 
 def test_classes_of_equal_numbers_are_in_the_order_of_their_names(tmp_path):
