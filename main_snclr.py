@@ -51,7 +51,7 @@ from snclr.running import (
     tensor_files,
     workers,
 )
-from snclr.running.forward import resolve_compile
+from snclr.running.forward import can_compile, resolve_compile
 from snclr.running.guard import Guard
 from snclr.running.log import Log
 from snclr.running.metrics import StepView, Waits, step_metrics
@@ -239,14 +239,14 @@ def main(argv: list[str]) -> None:
 
 def choose_augmentation(args: argparse.Namespace, device: torch.device) -> Callable[..., Tensor]:
     """operations.apply, or with --fused-augment its like for RGB images on a GPU. Raises UsageError
-    if triton is missing.
+    if it cannot be compiled.
     """
     if not args.fused_augment or args.channels != 3 or device.type != "cuda":
         return operations.apply
-    try:
-        from snclr import fused_augment
-    except ImportError as error:
-        raise UsageError(f"--fused-augment needs triton: {error}") from error
+    if not can_compile():
+        raise UsageError("--fused-augment needs triton and a C compiler, such as gcc")
+    from snclr import fused_augment
+
     return fused_augment.apply
 
 

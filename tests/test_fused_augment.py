@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import snclr
 from main_snclr import choose_augmentation
 from snclr import operations
+from snclr.running import forward
 from snclr.running.errors import UsageError
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -60,11 +60,12 @@ def test_the_flag_is_for_rgb_images_on_a_gpu(monkeypatch):
         return choose_augmentation(Namespace(fused_augment=flag, channels=channels), device)
 
     assert choose(False) is choose(True, CPU) is choose(True, channels=4) is operations.apply
-    monkeypatch.delattr(snclr, "fused_augment", raising=False)
-    monkeypatch.delitem(sys.modules, "snclr.fused_augment", raising=False)
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(UsageError, match="--fused-augment needs triton"):
-        choose(True)
+    for triton, compiler in ((None, "gcc"), ("triton", None)):
+        monkeypatch.setattr(forward.importlib.util, "find_spec", lambda _, found=triton: found)
+        monkeypatch.setattr(forward.shutil, "which", lambda _, found=compiler: found)
+        with pytest.raises(UsageError, match="--fused-augment needs triton and a C compiler"):
+            choose(True)
     monkeypatch.undo()
     pytest.importorskip("triton", reason=WITHOUT_TRITON)
+    monkeypatch.setattr(forward.shutil, "which", lambda name: name)
     assert choose(True) is importlib.import_module("snclr.fused_augment").apply

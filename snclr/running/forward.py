@@ -26,9 +26,13 @@ def resolve_compile(args: Namespace, device: torch.device) -> str:
         return args.compile
     is_measured = device.type == "cuda" and world_size() == 1
     is_measured &= args.dataset != "embedded" and not args.arch.startswith("timm:")
+    return "on" if is_measured and can_compile() else "off"
+
+
+def can_compile() -> bool:
+    """Whether kernels can be compiled for a GPU here: with triton and a C compiler."""
     compilers = map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))
-    can_compile = any(compilers) and importlib.util.find_spec("triton") is not None
-    return "on" if is_measured and can_compile else "off"
+    return any(compilers) and importlib.util.find_spec("triton") is not None
 
 
 def compiled(function: Callable, choice: str) -> Callable:
