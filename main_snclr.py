@@ -113,8 +113,7 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(args.seed)
     amp = resolve_amp(args.amp, device)
     # the number of heads must be that of the weights to start from; no tensor shows it
-    begun = settings_of_resumed(args)
-    if args.init_from and begun.get("init_from") == args.init_from:
+    if args.init_from and (begun := settings_of_resumed(args)).get("init_from") == args.init_from:
         args.num_heads = args.num_heads or begun.get("num_heads")
     elif args.init_from:
         initial, timm_model = public.read_start(args.init_from, args.img_size)

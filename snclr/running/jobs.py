@@ -101,8 +101,10 @@ def update(job: Job, is_stopped: bool) -> None:
     if code == 0:
         job.state = DONE
         save_json(f"{job.workdir}/finished.json", {"settings": job.settings})
-    elif code is not None and (is_stopped or code == SAVED):
-        job.state = WAITS if is_stopped else STOPPED
+    elif code is not None and is_stopped:
+        job.state = WAITS
+    elif code == SAVED:
+        job.state = STOPPED
     elif code is not None:
         job.state, job.message = FAILED, last_line(job) or f"exit code {code}"
 

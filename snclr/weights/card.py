@@ -161,9 +161,10 @@ def run_figures(path: str, info: dict, digest: Callable[[], str]) -> dict[str, s
             is_theirs = info["step"] in (None, line.get("step"))
             if key == (info["epoch"], info["encoder"]) and is_theirs and type(top1) in (int, float):
                 figures["kNN top-1 while training"] = f"{top1:.2f} %"
+    own_digest = digest()
     for parent in (folder, f"{os.path.splitext(path)[0]}_lincls"):
         results = _json(os.path.join(parent, "results.json"))
-        if results.get("encoder_digest") != digest() or results.get("label_fraction") is not None:
+        if results.get("encoder_digest") != own_digest or results.get("label_fraction") is not None:
             continue
         for key, name in (("knn_top1", "kNN top-1"), ("linear_top1", "linear probe, top-1")):
             if type(results.get(key)) in (int, float):

@@ -298,7 +298,9 @@ def test_every_so_many_minutes_it_saves_within_an_epoch(
 ):
     saved, original = [], main_snclr.save
     monkeypatch.setattr(
-        main_snclr, "save", lambda run, step, _: (saved.append(step), original(run, step, _))
+        main_snclr,
+        "save",
+        lambda run, step, batch: saved.append(step) or original(run, step, batch),
     )
     train(images, tmp_path, "--save-every-minutes", "1e-9")
     assert saved == list(range(1, 11))
