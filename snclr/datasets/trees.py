@@ -1,6 +1,7 @@
 """Files in a tree of folders: images, or tar and zip files."""
 
 import os
+import re
 
 from ..running.errors import UsageError
 
@@ -29,10 +30,11 @@ def shards_below(folder: str) -> list[str]:
     """All .tar files below a folder in the order of their names, or else its .zip files. Raises
     UsageError if there is none.
     """
+    paths, _ = files_below(folder, ("",))  # all files
     for ending in (".tar", ".zip"):
-        if shards := files_below(folder, (ending,))[0]:
+        if shards := [path for path in paths if path.lower().endswith(ending)]:
             return shards
-    packed, _ = files_below(folder, (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))
+    packed = [path for path in paths if re.search(r"\.(tgz|tar\.\w+)$", path)]
     hint = f"; {os.path.basename(packed[0])} is compressed: unpack it to .tar" if packed else ""
     raise UsageError(f"no .tar or .zip file in {folder}{hint}")
 
