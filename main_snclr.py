@@ -222,10 +222,10 @@ def main(argv: list[str]) -> None:
     if is_rank_zero and not run.interruptions.ending:
         log.say(
             summary.final_lines(
+                args,
                 workdir,
                 os.path.join(workdir, checkpoint.LAST),
                 done=step >= run.total_steps,
-                own_images=args.dataset != "embedded",
             )
         )
         log.say(report.write_into(workdir))

@@ -95,17 +95,24 @@ def check_environment() -> None:
         )
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class _Help(argparse.HelpFormatter):
     """Shows the default of each flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        default = action.default
+        if default in (None, [], argparse.SUPPRESS):
+            return action.help
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        elif isinstance(default, list):
+            default = " ".join(map(str, default))
+        return f"{action.help} (default: {default})"
 
 
-def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
+def new_parser(usage: str, description: str) -> argparse.ArgumentParser:
     """A parser that reads @FILE recipes and turns every error into a UsageError."""
     return _Parser(
-        prog=prog,
+        usage=usage,
         description=description,
         epilog="@FILE reads flags from a recipe of configs/; flags after it override it.",
         formatter_class=_Help,

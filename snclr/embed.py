@@ -26,7 +26,10 @@ from .weights.load import open_by_flags
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags, checked. Raises UsageError."""
-    parser = new_parser("snclr.embed", "Writes the features of all images of a data set.")
+    parser = new_parser(
+        "python -m snclr.embed FILE [DATA] --out OUT [flags]",
+        "Writes the features of all images of a data set.",
+    )
     parser.add_argument("file", metavar="FILE", help="checkpoint or state dict, any layout")
     add_data_flags(parser)
     g = parser.add_argument_group("features")

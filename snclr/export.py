@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser(
-        "snclr.export",
+        "python -m snclr.export FILE --format FORMAT --out OUT [flags]",
         "Writes the encoder of a checkpoint for another library, and checks that it can be read.",
     )
     parser.add_argument("file", metavar="FILE", help="checkpoint or state dict, any layout")

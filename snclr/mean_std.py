@@ -20,7 +20,8 @@ from .shared_options import add_data_flags, resolve_data, resolve_views
 def parse(argv: list[str]) -> argparse.Namespace:
     """The data flags, checked. Raises UsageError."""
     parser = new_parser(
-        "snclr.mean_std", "Measures the mean and standard deviation of the channels."
+        "python -m snclr.mean_std [DATA] [flags]",
+        "Measures the mean and standard deviation of the channels.",
     )
     add_data_flags(parser)
     args = parser.parse_args(argv)

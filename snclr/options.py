@@ -41,7 +41,7 @@ EMBEDDED_RECIPE = os.path.join(ROOT, "configs", "embedded.args")
 def build_parser() -> argparse.ArgumentParser:
     """All flags of main_snclr.py, in groups. A default of None is filled in by `parse`."""
     parser = new_parser(
-        "main_snclr.py",
+        "main_snclr.py [DATA] [flags]",
         "Self-supervised pretraining with soft neighbours (SNCLR) and related methods.",
     )
     add_data_flags(parser)

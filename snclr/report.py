@@ -15,9 +15,12 @@ from .running.errors import UsageError, one_clear_line
 
 
 def main(argv: list[str]) -> None:
-    parser = new_parser("snclr.report", "Describes runs in one HTML file that needs nothing else.")
+    parser = new_parser(
+        "python -m snclr.report WORKDIR... [--out FILE]",
+        "Describes runs in one HTML file that needs nothing else.",
+    )
     parser.add_argument(
-        "workdirs", nargs="+", metavar="W", help="workdir of a run; several are compared"
+        "workdirs", nargs="+", metavar="WORKDIR", help="folder of a run; several are compared"
     )
     parser.add_argument(
         "--out", metavar="FILE", help="file to write (default: report.html in the first workdir)"

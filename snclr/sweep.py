@@ -51,15 +51,22 @@ def main(argv: Sequence[str]) -> None:
 
 def parse(argv: list[str]) -> Namespace:
     """The flags of the sweep. Raises UsageError."""
-    about = "Runs recipes over seeds, and compares each with the first one by seed."
-    parser = new_parser("snclr.sweep", about)
-    parser.epilog = f"Flags after -- are those of all runs, DATA included. {parser.epilog}"
+    parser = new_parser(
+        "python -m snclr.sweep RECIPE... --workdir DIR [flags] [-- DATA and flags of all runs]",
+        "Runs recipes over seeds, and compares each with the first one by seed.",
+    )
     add, count = parser.add_argument, number(int, above_zero=True)
     add("recipes", nargs="+", metavar="RECIPE", help="recipe, or NAME=FLAGS in quotes")
     add("--base", metavar="RECIPE", help="recipe that is read before each RECIPE")
     add("--seeds", nargs="+", type=seed, default=[0], metavar="N", help="--seed of the runs")
     add("--workdir", metavar="DIR", required=True, help="folder of the runs and their comparison")
-    add("--side-by-side", type=count, default=1, metavar="N", help="runs at a time on a GPU")
+    add(
+        "--side-by-side",
+        type=count,
+        default=1,
+        metavar="N",
+        help="runs at a time on each GPU, or on the CPU",
+    )
     about = "stop after M minutes; the runs save, and the exit code is 75 (default: no limit)"
     add("--minutes", type=number(float, above_zero=True), metavar="M", help=about)
     return parser.parse_args(argv)

@@ -45,7 +45,8 @@ from .weights import load
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags, checked. Raises UsageError."""
     parser = new_parser(
-        "snclr.visualize", "Draws what one encoder has learned, or two for comparison."
+        "python -m snclr.visualize FILE [DATA] [flags]",
+        "Draws what one encoder has learned, or two for comparison.",
     )
     parser.add_argument("file", metavar="FILE", help="checkpoint or state dict, any layout")
     add_data_flags(parser)

@@ -43,7 +43,7 @@ def test_a_zip_file_is_read_in_place_and_its_folders_are_the_classes(tmp_path, m
     assert isinstance(images.files, shards.Index) and val is None
     assert images.classes == ["a", "b"] and images.labels.tolist() == [1, 0, 0]
     assert same_images(images, [0, 1, 2])
-    assert f"2 files in {path} are not images and are ignored" in notes
+    assert f"2 files in {path} are ignored: not images of a known format" in notes
     assert images.paths.tolist() == [f"{path}/{name}" for name in names[:3]]
     again, _, _ = open_data(path)  # with the index
     assert same_images(again, [0, 1, 2]) and again.labels.tolist() == [1, 0, 0]

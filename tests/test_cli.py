@@ -588,7 +588,9 @@ def test_workdir_of_another_run_is_refused_and_not_changed(flags, images, run):
 def test_either_trace_of_a_run_protects_its_workdir(name, tmp_path):
     (tmp_path / "w").mkdir()
     parse("--workdir", "w")
-    (tmp_path / "w" / name).touch()
+    (tmp_path / "w" / name).touch()  # as of a run that failed before its first step
+    parse("--workdir", "w")
+    (tmp_path / "w" / name).write_text("{}")
     refused("--workdir", "w")
     parse("--workdir", "w", "--resume", "auto")
 

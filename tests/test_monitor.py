@@ -449,27 +449,34 @@ def test_settings_are_saved_with_command_versions_and_commit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "done, own_images, expected",
+    "done, dataset, expected",
     [
-        (True, False, "next: train on your own images"),
-        (True, True, "python -m snclr.visualize checkpoint_last.pth.tar"),
-        (False, False, "--resume auto"),
+        (True, "embedded", "next: train on your own images"),
+        (
+            True,
+            "tree",
+            "python -m snclr.visualize checkpoint_last.pth.tar '/my photos' --dataset tree "
+            "--on-bad-image skip",
+        ),
+        (False, "embedded", "--resume auto"),
     ],
 )
-def test_last_lines_report_the_result_and_the_next_commands(done, own_images, expected, tmp_path):
+def test_last_lines_report_the_result_and_the_next_commands(done, dataset, expected, tmp_path):
     lines = [
         {"epoch": 0, "step": 0, "raw_pixels_knn_top1": 20.04, "knn_top1": 30.0},
         {"epoch": 2, "step": 8, "knn_top1": 55.5},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    printed = final_lines(str(tmp_path), "checkpoint_last.pth.tar", done, own_images)
+    args = Namespace(dataset=dataset, data="/my photos", on_bad_image="skip")
+    printed = final_lines(args, str(tmp_path), "checkpoint_last.pth.tar", done)
     assert "raw pixels 20.0 %, untrained 30.0 %, epoch 2: 55.5 %" in printed
     assert expected in printed
 
 
 def test_farewell_without_evaluation_does_not_speak_of_one(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "step": 1, "loss": 2.0}\n')
-    assert "kNN" not in final_lines(str(tmp_path), "", done=True, own_images=False)
+    args = Namespace(dataset="embedded")
+    assert "kNN" not in final_lines(args, str(tmp_path), "", done=True)
 
 
 @pytest.mark.parametrize(

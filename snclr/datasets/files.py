@@ -5,6 +5,7 @@ Classes are read by name, and numbered in the same way for training and validati
 
 import os
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -94,7 +95,7 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
     check_range = args.grey_range is None
     train, names, notes = _open_part(train_path, args.labels, args, "train", check_range)
     if names is None:
-        return train, None, [*notes, "the images have no labels: no kNN, no neighbour purity"]
+        return train, None, [*notes, "the images have no labels, which kNN and neighbour purity need"]
     # by name, then numbers by value
     train.classes = sorted(
         {*names} - {None}, key=lambda name: (int(name) if name.isdecimal() else -1, name)
@@ -132,7 +133,7 @@ def _open_part(
     """Images at path, only those of a split if path has several; the class name of each (None for
     an image without a class), or None if no image has one; notes.
     """
-    names, ignored, notes = None, 0, []
+    names, ignored, kinds, notes = None, 0, Counter(), []
     if args.dataset == "list":
         files = Paths(read_list(path))
     elif args.dataset == "hf":
@@ -148,7 +149,8 @@ def _open_part(
         classes = [*index.classes.tolist(), None]  # label -1 takes the last one
         names = [classes[label] for label in index.label]
     else:
-        paths, ignored = files_below(path, extensions(args.channels))
+        paths, kinds = files_below(path, extensions(args.channels))
+        ignored = kinds.total()
         expected = "image files in it or its subfolders"
         if args.dataset == "folder":
             start = len(os.path.join(path, ""))
@@ -158,7 +160,7 @@ def _open_part(
         if not paths:
             raise UsageError(
                 f"no image in {path}; expected {expected} with one of "
-                f"{' '.join(EXTENSIONS)}, or with --channels of .npy"
+                f"{' '.join(EXTENSIONS)}, or .npy with --channels"
             )
         files = Paths(paths)
     images = FileImages(files)
@@ -167,14 +169,17 @@ def _open_part(
     images.skip_bad, images.grey_range = args.on_bad_image == "skip", args.grey_range
     images.channels = args.channels
     if ignored:
-        notes.append(f"{ignored} files in {path} are not images and are ignored")
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
+        notes.append(
+            f"{ignored} files in {path} are ignored: not images of a known format"
+            + f" ({counts})" * bool(counts)
+        )
     if check_range and (note := little_used_range(images.encoded, len(images))):
         notes.append(f"{path}: {note}")
     try:
         images = images.resident(args.workers)
     except RunError as error:
-        advice = ", or add --on-bad-image skip" if args.on_bad_image == "fail" else ""
-        raise UsageError(f"{error}{advice}") from error
+        raise UsageError(str(error)) from error
     if isinstance(images, ResidentImages) and images.errors is not None:
         bad = list(filter(None, images.errors))
         notes.append(

@@ -68,4 +68,5 @@ def inflate(content: np.ndarray, size: int, name: str) -> np.ndarray:
 
 def unreadable(name: str, reason: object) -> RunError:
     """The error for an image that cannot be read."""
-    return RunError(f"cannot read image {name}: {first_line(reason)}; remove or replace the file")
+    advice = "remove or replace the file, or add --on-bad-image skip"
+    return RunError(f"cannot read image {name}: {first_line(reason)}; {advice}")

@@ -2,17 +2,18 @@
 
 import os
 import re
+from collections import Counter
 
 from ..running.errors import UsageError
 
 
-def files_below(root: str, endings: tuple[str, ...]) -> tuple[list[str], int]:
-    """Sorted paths of all files in a tree with these endings, and the number of other files.
+def files_below(root: str, endings: tuple[str, ...]) -> tuple[list[str], Counter[str]]:
+    """Sorted paths of all files in a tree with these endings, and the endings of the other files.
 
     Hidden files are in neither. Upper and lower case are the same in endings.
     A folder is read once, even if several links lead to it, or a link inside it leads back to it.
     """
-    paths, others, seen = [], 0, set()
+    paths, others, seen = [], Counter(), set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_unreadable_folder):
         if (real := os.path.realpath(folder)) in seen:
             subfolders.clear()
@@ -20,9 +21,11 @@ def files_below(root: str, endings: tuple[str, ...]) -> tuple[list[str], int]:
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         files = sorted(name for name in files if not name.startswith("."))
-        found = [os.path.join(folder, name) for name in files if name.lower().endswith(endings)]
-        paths += found
-        others += len(files) - len(found)
+        for name in files:
+            if name.lower().endswith(endings):
+                paths.append(os.path.join(folder, name))
+            else:
+                others[os.path.splitext(name)[1].lower() or name] += 1
     return paths, others
 
 

@@ -37,7 +37,7 @@ CROP_MIN, SMALL_CROP_MIN = 0.08, 1.0
 def build_parser() -> argparse.ArgumentParser:
     """All flags, in groups. A default of None is filled in by `parse` or `resolve_training`."""
     parser = new_parser(
-        "main_lincls.py",
+        "main_lincls.py [DATA] --pretrained FILE [flags]",
         "Evaluates an encoder: kNN and linear probes on its frozen features, or fine-tuning.",
     )
     g = parser.add_argument_group("encoder")

@@ -35,7 +35,8 @@ def record_bad_images(
         path = str(error)
     if not (new := sorted(reasons - known)):
         return None
-    return f"{len(new)} more images cannot be read and are replaced, see {path}: {new[0]}"
+    more = " more" * bool(known)
+    return f"{len(new)}{more} images cannot be read and are replaced, see {path}: {new[0]}"
 
 
 def _why_unreadable(image: Callable[[int], Tensor], index: int) -> str:

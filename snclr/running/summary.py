@@ -1,6 +1,8 @@
 """What a run prints: the line of a training step, and the lines at the end."""
 
 import os
+import shlex
+from argparse import Namespace
 
 from .safe_files import read_json_lines
 
@@ -22,18 +24,20 @@ def describe(metrics: dict, epochs: int, total_steps: int) -> str:
     return "  ".join(parts)
 
 
-def final_lines(workdir: str, checkpoint_path: str, done: bool, own_images: bool) -> str:
+def final_lines(args: Namespace, workdir: str, checkpoint_path: str, done: bool) -> str:
     """The results of a run, the paths of its files, and what to do next.
 
-    done: whether the schedule has ended; own_images: whether the run had the user's images.
+    args: the settings of the run; done: whether the schedule has ended.
     """
     if not done:
         advice = (
             "stopped early; to continue, run the same command with --resume auto and without the "
             "flag that stopped it"
         )
-    elif own_images:
-        advice = f"next: nearest images, drawn: python -m snclr.visualize {checkpoint_path} DATA"
+    elif args.dataset != "embedded":
+        words = [checkpoint_path, args.data, "--dataset", args.dataset]
+        words += ["--on-bad-image", "skip"] if args.on_bad_image == "skip" else []
+        advice = f"next: nearest images, drawn: python -m snclr.visualize {shlex.join(words)}"
     else:
         advice = (
             "next: train on your own images, with or without labels: "
