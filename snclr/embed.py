@@ -14,10 +14,18 @@ import sys
 from .arguments import new_parser, number
 from .choices import AMP
 from .datasets import sources
-from .evaluation.embedding import TOKENS, WRITERS, check_tokens, embedder, encode_parts, join_parts
+from .evaluation.embedding import (
+    TOKENS,
+    WRITERS,
+    check_tokens,
+    embedder,
+    encode_parts,
+    join_parts,
+    rows_of_nan,
+)
 from .evaluation.features import digest, key_of
 from .running import distributed, process_group
-from .running.errors import UsageError, check_posix, one_clear_line
+from .running.errors import UsageError, check_posix, first_few, one_clear_line
 from .running.precision import resolve_amp
 from .running.safe_files import check_new_path
 from .shared_options import add_backbone_flags, add_data_flags, resolve_data
@@ -99,6 +107,9 @@ def main(argv: list[str]) -> None:
     )
     process_group.stop()  # the other ranks need not wait for the file
     if is_rank_zero:
+        if images.skip_bad and len(rows := rows_of_nan(parts)):
+            names = first_few(images.paths[rows].tolist())
+            log(f"note: {len(rows)} images cannot be read, and their features are NaN: {names}")
         shape = join_parts(args.out, parts, images)
         log(f"{args.out}: features {' x '.join(map(str, shape))}, float32")
 

@@ -11,7 +11,7 @@ import contextlib
 import importlib.util
 import os
 import sys
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -26,7 +26,9 @@ from .datasets.folders import Paths
 from .datasets.images import ImageSet
 from .evaluation import knn
 from .loader import whole_images
+from .pictures.canvas import in_colour
 from .pictures.encoders import (
+    SMALL,
     Encoder,
     attention_maps,
     attention_picture,
@@ -157,13 +159,14 @@ def _draw(
         pictures["retrieval"] = retrieval(photo, np.array([0]), title)
     if importlib.util.find_spec("umap"):
         print("drawing the map by UMAP takes about half a minute: its library compiles each time")
-    maps = {
-        f"{method} of {name}": points
-        for name, features in of_pool.items()
-        for method, points in projections(features, args.seed).items()
-    }
+    maps = {name: projections(features, args.seed) for name, features in of_pool.items()}
     labels = None if train.labels is None else train.labels[pool].numpy()
-    pictures["map"] = map_picture(maps, labels, train.classes)
+
+    @cache  # the maps show many of the same images
+    def small_image(number):
+        return Image.fromarray(in_colour(train.whole(pool[number : number + 1], SMALL))[0])
+
+    pictures["map"] = map_picture(maps, labels, train.classes, small_image)
     for encoder, suffix in zip(encoders, ("", "_against"), strict=False):
         # blocks that run in parallel have no single attention
         if isinstance(encoder.module, VisionTransformer) and isinstance(

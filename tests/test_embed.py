@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import snclr
 from snclr import embed
@@ -70,6 +71,25 @@ def test_validation_images_and_images_without_labels(pretrain, images, tmp_path)
     np.testing.assert_array_equal(tree["features"], val["features"])
     with pytest.raises(UsageError, match="--split val: there are no validation images"):
         write(file, images / "val", tmp_path / "none.npz", "--split", "val")
+
+
+@pytest.mark.parametrize("limit", [0, 2**30])  # read one by one, or held in memory
+def test_images_that_cannot_be_read_have_nan_as_features_and_are_named(
+    pretrain, images, tmp_path, small_parts, monkeypatch, capsys, limit
+):
+    monkeypatch.setattr("snclr.datasets.images.RESIDENT_LIMIT", limit)
+    folder = shutil.copytree(images / "val", tmp_path / "photos")
+    paths = paths_below(folder)
+    for path in paths[3], paths[9]:
+        with open(path, "wb"):
+            pass
+    with Image.open(paths[0]) as image:
+        Image.new("RGB", image.size, (127, 127, 127)).save(paths[1])  # grey, but not damaged
+    file = write(pretrain("resnet8"), folder, tmp_path / "x.npz", "--on-bad-image", "skip")
+    assert np.isnan(file["features"]).any(axis=1).nonzero()[0].tolist() == [3, 9]
+    assert np.isnan(file["features"][[3, 9]]).all()
+    named = f"2 images cannot be read, and their features are NaN: {paths[3]}, {paths[9]}"
+    assert named in capsys.readouterr().out
 
 
 def test_a_zip_file_that_two_workers_read(pretrain, images, tmp_path, small_parts, monkeypatch):

@@ -92,10 +92,11 @@ def test_neighbours_are_sorted_by_weight_and_their_frames_show_the_class():
     assert frames[1] == [white, canvas.GREY, canvas.ORANGE, white]  # image 8 has no label
 
 
-def test_without_labels_all_frames_are_neutral():
+def test_without_labels_there_are_no_frames():
     shown = step_view([[3, 4, 5]], [[0.2, 0.3, 0.5]])
     picture = steps.neighbour_picture(torch.tensor([6]), shown, plain_images(), 8, "a title")
-    assert tiles_of(picture, 1, 4, words=3, lines=2)[1][0][1:] == [canvas.GREY] * 3
+    white = (255, 255, 255)
+    assert tiles_of(picture, 1, 4, words=3, lines=2, key=False)[1][0][1:] == [white] * 3
 
 
 def test_views_are_shown_in_their_own_colours():
@@ -349,10 +350,24 @@ def test_images_that_cannot_be_read_are_left_out_where_that_is_allowed(
 
 def test_a_map_of_collapsed_features_is_drawn():
     points = encoders.pca(torch.ones(9, 4))
-    picture = encoders.map_picture({"PCA": points}, np.arange(9) % 2, ["cat", "dog"])
+    picture = encoders.map_picture({"x": {"PCA": points}}, np.arange(9) % 2, ["cat", "dog"], None)
     assert {canvas.COLOURS[0], canvas.COLOURS[1]} & {
         colour for _, colour in picture.getcolors(10**6)
     }
+
+
+def test_a_map_without_labels_shows_images_where_there_is_room():
+    points = np.array([[0, 0], [0.01, 0], [1, 0], [1, 1]])
+
+    def small_image(number):
+        return Image.new("RGB", (encoders.SMALL, encoders.SMALL), (0, 0, 60 * (number + 1)))
+
+    maps = {"A": {"PCA": points, "UMAP": points}, "B": {"PCA": points}}
+    picture = encoders.map_picture(maps, None, [], small_image)
+    counts = {colour: count for count, colour in picture.getcolors(10**6)}
+    drawn = {number: counts.get((0, 0, 60 * (number + 1)), 0) for number in range(4)}
+    whole = 3 * encoders.SMALL**2  # the first two points are nearly the same: one of them is shown
+    assert sorted([drawn[0], drawn[1]]) == [0, whole] and drawn[2] == drawn[3] == whole
 
 
 @pytest.mark.slow  # numba compiles for many seconds

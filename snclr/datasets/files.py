@@ -95,7 +95,11 @@ def open_files(args: Namespace) -> tuple[ImageSet, ImageSet | None, list[str]]:
     check_range = args.grey_range is None
     train, names, notes = _open_part(train_path, args.labels, args, "train", check_range)
     if names is None:
-        return train, None, [*notes, "the images have no labels, which kNN and neighbour purity need"]
+        return (
+            train,
+            None,
+            [*notes, "the images have no labels, which kNN and neighbour purity need"],
+        )
     # by name, then numbers by value
     train.classes = sorted(
         {*names} - {None}, key=lambda name: (int(name) if name.isdecimal() else -1, name)

@@ -49,8 +49,8 @@ def read_torchvision(
             message = f"{name} cannot be downloaded to {args.data}: {first_line(error)}"
         else:
             message = (
-                f"no complete {name} in {args.data}: put torchvision's files there, "
-                "or add --download"
+                f"no complete {name} in {args.data}: put torchvision's files there, or add "
+                "--download; for images in train/<class>/ add --dataset folder"
             )
         raise UsageError(message) from error
     labels = np.concatenate([getattr(part, labels_in) for part in parts]).astype(np.int64)

@@ -98,7 +98,8 @@ def encode_parts(
 
     Parts that exist already are not encoded again. key: hash of all that the features depend on, in
     the names of the parts. A part is encoded by one rank, in the same batches for any number of
-    ranks, and has its name only when it is complete. Raises RunError if it cannot be written.
+    ranks, and has its name only when it is complete. The features of images that cannot be read
+    (images.skip_bad) are NaN. Raises RunError if a part cannot be written.
     """
     one = embed(torch.zeros(1, len(images.mean), size, size, device=device)).cpu()
     batch = min(max(PART_BYTES // (4 * one.numel()), 1), EVALUATION_BATCH)
@@ -125,9 +126,13 @@ def encode_parts(
     )
     for number in own:
         rows = []
-        for _ in range(0, len(ranges[number]), batch):
-            rows.append(embed(next(batches)).cpu())
-            bar.update(len(rows[-1]))
+        for start in range(0, len(ranges[number]), batch):
+            x = next(batches)
+            rows.append(embed(x).cpu())
+            if images.skip_bad:
+                chosen = ranges[number][start : start + batch]
+                rows[-1][_unreadable(images, chosen, x)] = torch.nan
+            bar.update(len(x))
         with writing(paths[number]):
             os.makedirs(folder, exist_ok=True)
             with new_file(paths[number]) as file:
@@ -135,6 +140,23 @@ def encode_parts(
     bar.close()
     barrier()
     return paths
+
+
+def _unreadable(images, indices, x):
+    """Which of the images `indices` cannot be read, (n,) bool. They are grey in x (n, C, S, S)."""
+    uniform = (x.amax((2, 3)) == x.amin((2, 3))).all(dim=1).cpu()
+    for row in uniform.nonzero().flatten().tolist():
+        with contextlib.suppress(RunError):
+            images.image(int(indices[row]))
+            uniform[row] = False
+    return uniform
+
+
+def rows_of_nan(paths: list[str]) -> np.ndarray:
+    """The numbers of the images whose features in the parts are NaN."""
+    parts = [np.load(path, mmap_mode="r") for path in paths]
+    first = [part.reshape(len(part), -1)[:, 0] for part in parts]
+    return np.flatnonzero(np.isnan(np.concatenate(first)))
 
 
 def join_parts(out: str, paths: list[str], images: ImageSet) -> tuple[int, ...]:

@@ -114,17 +114,16 @@ def neighbour_tiles(
 ) -> list[Tile]:
     """Tiles of an image of `queries` and of its neighbours in `pool`: an (index, line, ...) each.
 
-    The frame of a neighbour shows whether it has the image's class. size: side in px at which
-    images are read.
+    The frame of a neighbour shows whether it has the image's class; without labels there is none.
+    size: side in px at which images are read.
     """
-    name = _class_name(queries, query)
-    image = in_colour(queries.whole(np.array([query]), size))[0]
-    tiles = [Tile(image, [name] if name else ())]
     indices = np.array([index for index, *_ in neighbours], dtype=np.int64)  # also if it is empty
+    (name,), names = _names(queries, np.array([query])), _names(pool, indices)
+    tiles = [Tile(in_colour(queries.whole(np.array([query]), size))[0], [name] if name else ())]
     images = in_colour(pool.whole(indices, size))
-    for image, (index, *lines) in zip(images, neighbours, strict=True):
-        other = _class_name(pool, index)
+    for image, other, (_, *lines) in zip(images, names, neighbours, strict=True):
         frame = GREY if "" in (name, other) else BLUE if name == other else ORANGE
+        frame = None if queries.labels is None or pool.labels is None else frame
         tiles.append(Tile(image, [other, *lines] if other else lines, frame))
     return tiles
 
@@ -143,7 +142,10 @@ def in_colour(images: Tensor) -> np.ndarray:
     return shown.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _class_name(images: ImageSet, index: int) -> str:
-    """The name of an image's class; '' if it has no label."""
-    label = -1 if images.labels is None else int(images.labels[index])
-    return str(images.classes[label]) if label >= 0 else ""
+def _names(images: ImageSet, indices: np.ndarray) -> list[str]:
+    """The class of each image, '' if it has no label; of images without labels, the file's name."""
+    if images.labels is None:
+        names = images.select(indices).names
+        return [""] * len(indices) if names is None else names.tolist()
+    classes = [*map(str, images.classes), ""]  # label -1 takes the last one
+    return [classes[label] for label in images.labels[indices].tolist()]

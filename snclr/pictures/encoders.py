@@ -18,6 +18,7 @@ from .canvas import (
     GREY,
     INK,
     MARGIN,
+    ORANGE,
     Tile,
     fitting,
     font,
@@ -29,7 +30,7 @@ from .canvas import (
 
 # matplotlib's colour map 'cividis', dark to bright
 HEAT = np.array([[0, 32, 76], [87, 93, 109], [165, 156, 116], [255, 234, 70]])
-MAP_SIDE, DOT = 460, 2.5  # pixels
+MAP_SIDE, DOT, SMALL = 460, 2.5, 36  # pixels; SMALL: side of an image on a map
 
 
 class Encoder(NamedTuple):
@@ -80,7 +81,8 @@ def retrieval_picture(
                 for index, value in zip(pool_indices[positions], values, strict=True)
             ]
             row += neighbour_tiles(queries, query, pool, neighbours, size)
-        same = [tile.frame == BLUE for row in rows for tile in row[-topk:] if tile.frame != GREY]
+        frames = [tile.frame for row in rows for tile in row[-topk:]]
+        same = [frame == BLUE for frame in frames if frame in (BLUE, ORANGE)]
         if same:  # some have labels
             name += f"; {100 * np.mean(same):.0f} % of the neighbours have the image's class"
         lines.append(name)
@@ -174,37 +176,56 @@ def projections(features: Tensor, seed: int) -> dict[str, np.ndarray]:
 
 
 def map_picture(
-    maps: dict[str, np.ndarray], labels: np.ndarray | None, classes: Sequence[str]
+    maps: dict[str, dict[str, np.ndarray]],
+    labels: np.ndarray | None,
+    classes: Sequence[str],
+    small_image: Callable[[int], Image.Image],
 ) -> Image.Image:
-    """Maps (n, 2) of the same images, by name. The labels (n,), -1 for none, decide the colours."""
-    line, key = f"each dot is one of {len(next(iter(maps.values())))} images", []
-    if labels is not None and len(classes) <= len(COLOURS):
+    """Maps (n, 2) of the same images: a row for each name, with a column for each method.
+
+    The labels (n,), -1 for none, decide the colours. Without labels, images of side SMALL, by their
+    number in 0 .. n-1, lie on the dots where there is room.
+    """
+    count = len(next(iter(next(iter(maps.values())).values())))
+    line, key = f"each dot is one of {count} images", []
+    if labels is None:
+        line = f"{line}; some of them are shown"
+    elif len(classes) <= len(COLOURS):
         line = f"{line}, its colour its class"
         key = list(zip(COLOURS, map(str, classes), strict=False))
-    elif labels is not None:
+    else:
         line = f"{line}, its colour its class (colours repeat)"
-    pitch = MAP_SIDE + MARGIN
-    image, draw, top = page(
-        pitch * len(maps) - MARGIN, MAP_SIDE + 20, "Map of the features", line, key
-    )
-    for number, (name, points) in enumerate(maps.items()):
-        left = MARGIN + number * pitch
-        draw.text((left, top), fitting(name, MAP_SIDE), fill=INK, font=font())
-        image.paste(_dots(points, labels), (left, top + 20))
+    pitch, columns = MAP_SIDE + MARGIN, max(map(len, maps.values()))
+    height = len(maps) * (pitch + 20) - MARGIN
+    image, draw, top = page(pitch * columns - MARGIN, height, "Map of the features", line, key)
+    for row, (name, by_method) in enumerate(maps.items()):
+        for column, (method, points) in enumerate(by_method.items()):
+            left, y = MARGIN + column * pitch, top + row * (pitch + 20)
+            draw.text((left, y), fitting(f"{method} of {name}", MAP_SIDE), fill=INK, font=font())
+            image.paste(_map(points, labels, small_image), (left, y + 20))
     return image
 
 
-def _dots(points: np.ndarray, labels: np.ndarray | None) -> Image.Image:
+def _map(points, labels, small_image):
     low, high = points.min(axis=0), points.max(axis=0)
     span = max((high - low).max(), 1e-12)  # it is 0 at full collapse
     positions = (points - low) / span + (1 - (high - low) / span) / 2
+    positions = 8 + positions * (MAP_SIDE - 16)
     # drawn three times as large and reduced, for smooth dots
     large = Image.new("RGB", (3 * MAP_SIDE, 3 * MAP_SIDE), (250, 250, 250))
     draw = ImageDraw.Draw(large)
     # in a random order: otherwise the last class could cover the others
-    for index in augment.epoch_order(0, 0, len(positions)):
-        x, y = 3 * (8 + positions[index] * (MAP_SIDE - 16))
+    order = augment.epoch_order(0, 0, len(positions))
+    for index in order:
+        x, y = 3 * positions[index]
         label = -1 if labels is None else labels[index]
         colour = GREY if label < 0 else COLOURS[label % len(COLOURS)]
         draw.ellipse((x - 3 * DOT, y - 3 * DOT, x + 3 * DOT, y + 3 * DOT), fill=colour)
-    return large.resize((MAP_SIDE, MAP_SIDE), Image.Resampling.LANCZOS)
+    picture = large.resize((MAP_SIDE, MAP_SIDE), Image.Resampling.LANCZOS)
+    corners = np.empty((0, 2), int)
+    for index in order if labels is None else ():
+        corner = (positions[index] - SMALL / 2).clip(0, MAP_SIDE - SMALL).astype(int)
+        if (np.abs(corners - corner).max(axis=1) >= SMALL).all():
+            corners = np.vstack([corners, corner])
+            picture.paste(small_image(index), tuple(corner.tolist()))
+    return picture
