@@ -14,6 +14,7 @@ import snclr
 from snclr import augment, embed, export, optim, options, sweep, visualize
 from snclr.evaluation import knn, probe
 from snclr.evaluation import options as evaluation_options
+from snclr.running.errors import UsageError
 
 PAGE = (ROOT / "docs/MIGRATING.md").read_text()
 COMMANDS = re.findall(r"^bash start\.sh (.*)$", PAGE.replace("\\\n", ""), re.MULTILINE)
@@ -59,24 +60,26 @@ def assert_is_read(path, resnet):
         torch.testing.assert_close(encoder(x), resnet(x))
 
 
-def test_files_of_solo_learn_and_of_lightlys_benchmarks_are_read(tmp_path, resnet):
-    save_as_lightning(tmp_path / "last.ckpt", resnet, "backbone", {})
+@pytest.mark.parametrize(
+    "prefix, rename",
+    [
+        ("backbone", {}),  # solo-learn and lightly's benchmarks
+        ("backbone", SEQUENTIAL),  # lightly's examples
+        ("encoder", {}),  # solo-learn until 1.0.2
+    ],
+)
+def test_files_of_solo_learn_and_of_lightly_are_read(tmp_path, resnet, prefix, rename):
+    save_as_lightning(tmp_path / "last.ckpt", resnet, prefix, rename)
     assert_is_read(tmp_path / "last.ckpt", resnet)
 
 
-@pytest.mark.parametrize(
-    "prefix, rename, more",
-    [
-        ("backbone", SEQUENTIAL, {}),  # lightly's examples
-        ("encoder", {}, {}),  # solo-learn until 1.0.2
-        ("backbone", {}, {"hyper_parameters": torch.nn.Identity()}),  # a class that is not plain
-    ],
-)
-def test_other_files_of_lightning_are_read_after_the_conversion(
-    tmp_path, resnet, prefix, rename, more, monkeypatch
+def test_files_of_lightning_with_other_objects_are_read_after_the_conversion(
+    tmp_path, resnet, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    save_as_lightning("last.ckpt", resnet, prefix, rename, **more)
+    save_as_lightning("last.ckpt", resnet, "backbone", {}, hyper_parameters=torch.nn.Identity())
+    with pytest.raises(UsageError, match=r"last\.ckpt"):
+        snclr.load_encoder("last.ckpt", arch="resnet18")
     exec(CONVERT, {})
     assert_is_read("backbone.pth", resnet)
 

@@ -98,7 +98,7 @@ def sheet(
             image.paste(resized, (x + FRAME, y + FRAME))
             for number, line in enumerate(tile.lines):
                 corner = (x + FRAME, y + framed + 1 + LINE * number)
-                draw.text(corner, fitting(line, pitch_x), fill=INK, font=font())
+                draw.text(corner, fitting(line, pitch_x - 6), fill=INK, font=font())
     return image
 
 

@@ -32,6 +32,8 @@ WRAPPERS = (
 )
 # key of the settings that snclr.export adds to the files of other libraries
 SETTINGS_KEY = "snclr"
+# names of torchvision's ResNets, by their place in a Sequential of the network's children
+SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 # attention heads in timm, DeiT and DINO, if NUM_HEADS has another number
 LIBRARY_NUM_HEADS = {"vit_small": 6}
 
@@ -65,7 +67,8 @@ def read_encoder(path: str, branch: str = "online") -> EncoderFile:
     """Read an encoder from a file of any known layout.
 
     Known layouts: this project's checkpoints and exports; files of MoCo v3, MoCo and the released
-    SNCLR; state dicts of timm, torchvision, DeiT, DINO and DINOv2, also under a key of WRAPPERS.
+    SNCLR; state dicts of timm, torchvision, DeiT, DINO and DINOv2, also under a key of WRAPPERS, or
+    in Lightning's checkpoints of solo-learn and lightly.
     Known formats: torch.save (weights_only) and safetensors. branch: 'online' or 'momentum', for
     files with both encoders. Raises UsageError for a file that is missing or damaged, or has no
     named tensors.
@@ -103,9 +106,15 @@ def read_encoder(path: str, branch: str = "online") -> EncoderFile:
     layout = f"a plain state dict, {wrapper!r}" if wrapper else "a plain state dict"
     if all(name.startswith("module.") for name in tensors):
         tensors, _ = _select(tensors, "module.")
-    if any(name.startswith("backbone.") for name in tensors):
-        tensors, rest = _select(tensors, "backbone.")
-        layout, others = f"{layout}, backbone.*", others + rest
+    # solo-learn until 1.0.2 has encoder.*, but encoder.layer.* is of a transformers' ViT
+    is_encoder = {"encoder.conv1.weight", "encoder.patch_embed.proj.weight"} & tensors.keys()
+    prefix = "encoder." if is_encoder else "backbone."
+    if any(name.startswith(prefix) for name in tensors):
+        tensors, rest = _select(tensors, prefix)
+        layout, others = f"{layout}, {prefix}*", others + rest
+    if "4.0.conv1.weight" in tensors:  # a ResNet as a Sequential, as in lightly's examples
+        parts = [(name, *name.partition(".")) for name in tensors]
+        tensors = {SEQUENTIAL.get(a, a) + dot + b: tensors[name] for name, a, dot, b in parts}
     saved = {"args": _library_settings(path), **saved}
     return EncoderFile(path, tensors, layout, not is_own, others, saved)
 
