@@ -128,7 +128,7 @@ def summarise(jobs: Sequence[Job], workdir: str) -> str:
     table = runs.markdown(heads, rows) if groups else "no run is finished\n"
     save_json(os.path.join(workdir, "sweep.json"), {"runs": content})
     save_text(os.path.join(workdir, "sweep.md"), table)
-    page = report.page([run for members in groups.values() for run in members])
+    page = report.page([run for members in groups.values() for run in members], groups)
     save_text(os.path.join(workdir, "report.html"), page)
     return table
 

@@ -63,9 +63,11 @@ def test_differences_are_paired_by_seed(tmp_path):
     text = f"+{np.mean(expected):.2f} ± {error:.2f}"
     assert cells["kNN top-1 % against base"] == text == "+2.33 ± 0.60"
     assert heads[:3] == ["", "runs", "kNN top-1 %"] and rows[0][3] == ""
-    page = Page(report.page([run for members in groups.values() for run in members]))
-    heads, *rows = page.tables[0]
-    assert dict(zip(heads, rows[1], strict=True))["kNN top-1 % against topk 4"] == text
+    of_all = [run for members in groups.values() for run in members]
+    for page, head in (report.page(of_all), "topk 4"), (report.page(of_all, groups), "base"):
+        heads, *rows = Page(page).tables[0]
+        assert dict(zip(heads, rows[1], strict=True))[f"kNN top-1 % against {head}"] == text
+    assert Page(page).tables[1] == [["", "topk"], ["base", "4"], ["other", "5"]]
 
 
 @pytest.mark.parametrize(
@@ -300,7 +302,8 @@ def test_a_killed_sweep_goes_on(tmp_path, images, monkeypatch, capsys):
     assert steps() == list(range(1, seen + 4))
     (row,) = [x for x in (workdir / "sweep.md").read_text().splitlines() if "good" in x]
     knn = json.loads((workdir / "sweep.json").read_text())["runs"]["good-seed0"]["kNN top-1 %"]
-    assert f" {knn:.1f} " in row and (workdir / "report.html").exists()
+    name = row.split("|")[1].strip()  # as in the report
+    assert f" {knn:.1f} " in row and f"<h3>{name}</h3>" in (workdir / "report.html").read_text()
 
     written = log.stat().st_mtime_ns
     monkeypatch.setattr(sys, "executable", "false")  # a program that fails

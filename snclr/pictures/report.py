@@ -74,14 +74,16 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); 
 """
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The HTML text of the report."""
-    groups = group(runs, IGNORED)
+def page(runs: Sequence[Run], recipes: dict[str, list[Run]] | None = None) -> str:
+    """The HTML text of the report. recipes: the groups of the runs, by name; by default runs that
+    differ only in their seed are a group, which is named by its settings.
+    """
+    groups = recipes or group(runs, IGNORED)
     about = [[run.settings.get(x, "?") for x in ("method", "arch", "dataset")] for run in runs]
     title = html.escape("; ".join(dict.fromkeys("{} {}, {}".format(*x) for x in about)))
     parts = [f"<h1>{title}</h1>", _table(*comparison(groups)), f"<p>{LEGEND}</p>"]
     names = differences([members[0] for members in groups.values()], IGNORED)
-    if len(names) > FEW:
+    if len(names) > (0 if recipes else FEW):
         rows = [
             [name, *(members[0].settings.get(setting) for setting in names)]
             for name, members in groups.items()
