@@ -11,18 +11,12 @@ import argparse
 import importlib.util
 import sys
 
+import numpy as np
+
 from .arguments import new_parser, number
 from .choices import AMP
 from .datasets import sources
-from .evaluation.embedding import (
-    TOKENS,
-    WRITERS,
-    check_tokens,
-    embedder,
-    encode_parts,
-    join_parts,
-    rows_of_nan,
-)
+from .evaluation.embedding import TOKENS, WRITERS, check_tokens, embedder, encode_parts, join_parts
 from .evaluation.features import digest, key_of
 from .running import distributed, process_group
 from .running.errors import UsageError, check_posix, first_few, one_clear_line
@@ -107,11 +101,18 @@ def main(argv: list[str]) -> None:
     )
     process_group.stop()  # the other ranks need not wait for the file
     if is_rank_zero:
-        if images.skip_bad and len(rows := rows_of_nan(parts)):
+        if images.skip_bad and len(rows := _rows_of_nan(parts)):
             names = first_few(images.paths[rows].tolist())
             log(f"note: {len(rows)} images cannot be read, and their features are NaN: {names}")
         shape = join_parts(args.out, parts, images)
         log(f"{args.out}: features {' x '.join(map(str, shape))}, float32")
+
+
+def _rows_of_nan(paths):
+    """The numbers of the images whose features in the parts are NaN."""
+    parts = [np.load(path, mmap_mode="r") for path in paths]
+    first = [part.reshape(len(part), -1)[:, 0] for part in parts]
+    return np.flatnonzero(np.isnan(np.concatenate(first)))
 
 
 if __name__ == "__main__":

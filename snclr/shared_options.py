@@ -396,8 +396,7 @@ def check_batch_size(batch_size: int) -> None:
 def check_workdir(workdir: str | None, resume: str | None, run_files: tuple[str, ...]) -> None:
     """Raise UsageError if workdir is not writable, or holds another run than the resumed one.
 
-    run_files: names of files of which a run leaves at least one. An empty one is of a run that
-    failed before its first step.
+    run_files: names of files of which a run leaves at least one, not empty, after its first step.
     """
     if workdir == "":
         raise UsageError("--workdir is empty: is it a variable of the shell that has no value?")
@@ -416,14 +415,11 @@ def check_workdir(workdir: str | None, resume: str | None, run_files: tuple[str,
         return
     if resume is not None and not os.path.isfile(resume):
         raise UsageError(f"--resume {resume}: there is no such checkpoint")
-    if workdir is not None and any(_has_content(os.path.join(workdir, n)) for n in run_files):
+    paths = [os.path.join(workdir or "", name) for name in run_files]
+    if workdir is not None and any(map(os.path.getsize, filter(os.path.exists, paths))):
         resumed_workdir = os.path.dirname(os.path.abspath(resume)) if resume else None
         if resumed_workdir != os.path.abspath(workdir):
             raise UsageError(
                 f"--workdir {workdir} holds another run: add --resume auto to continue it, or "
                 "choose a new folder"
             )
-
-
-def _has_content(path):
-    return os.path.exists(path) and os.path.getsize(path) > 0

@@ -152,13 +152,6 @@ def _unreadable(images, indices, x):
     return uniform
 
 
-def rows_of_nan(paths: list[str]) -> np.ndarray:
-    """The numbers of the images whose features in the parts are NaN."""
-    parts = [np.load(path, mmap_mode="r") for path in paths]
-    first = [part.reshape(len(part), -1)[:, 0] for part in parts]
-    return np.flatnonzero(np.isnan(np.concatenate(first)))
-
-
 def join_parts(out: str, paths: list[str], images: ImageSet) -> tuple[int, ...]:
     """Write `out` from the parts and remove their folder. Returns the shape of the features."""
     folder = os.path.dirname(paths[0])
