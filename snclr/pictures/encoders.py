@@ -179,22 +179,22 @@ def map_picture(
     maps: dict[str, dict[str, np.ndarray]],
     labels: np.ndarray | None,
     classes: Sequence[str],
-    small_image: Callable[[int], Image.Image],
+    small_image: Callable[[int], Image.Image] | None,
 ) -> Image.Image:
     """Maps (n, 2) of the same images: a row for each name, with a column for each method.
 
-    The labels (n,), -1 for none, decide the colours. Without labels, images of side SMALL, by their
-    number in 0 .. n-1, lie on the dots where there is room.
+    The labels (n,), -1 for none, decide the colours. Without labels, or if there are more classes
+    than colours, images of side SMALL, by their number in 0 .. n-1, lie on the dots where there is
+    room.
     """
     count = len(next(iter(next(iter(maps.values())).values())))
     line, key = f"each dot is one of {count} images", []
-    if labels is None:
-        line = f"{line}; some of them are shown"
-    elif len(classes) <= len(COLOURS):
+    if labels is not None:
         line = f"{line}, its colour its class"
-        key = list(zip(COLOURS, map(str, classes), strict=False))
+    if labels is None or len(classes) > len(COLOURS):
+        line += "; some of them are shown" if labels is None else " (colours repeat)"
     else:
-        line = f"{line}, its colour its class (colours repeat)"
+        key, small_image = list(zip(COLOURS, map(str, classes), strict=False)), None
     pitch, columns = MAP_SIDE + MARGIN, max(map(len, maps.values()))
     height = len(maps) * (pitch + 20) - MARGIN
     image, draw, top = page(pitch * columns - MARGIN, height, "Map of the features", line, key)
@@ -223,7 +223,7 @@ def _map(points, labels, small_image):
         draw.ellipse((x - 3 * DOT, y - 3 * DOT, x + 3 * DOT, y + 3 * DOT), fill=colour)
     picture = large.resize((MAP_SIDE, MAP_SIDE), Image.Resampling.LANCZOS)
     corners = np.empty((0, 2), int)
-    for index in order if labels is None else ():
+    for index in order if small_image else ():
         corner = (positions[index] - SMALL / 2).clip(0, MAP_SIDE - SMALL).astype(int)
         if (np.abs(corners - corner).max(axis=1) >= SMALL).all():
             corners = np.vstack([corners, corner])
