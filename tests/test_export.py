@@ -514,7 +514,10 @@ def test_the_model_card_has_the_recipe_and_only_figures_of_these_weights(
         (line,) = [line for line in lines if line["epoch"] == epoch]
         assert f"| kNN top-1 while training | {line['knn_top1']:.2f} % |" in text
         assert f"| epochs of these weights | {epoch} |" in text
-        assert "| recipe | my.args |" in text and "| wd | 0.25 |" in text
+        assert f"| effective rank while training | {line['effective_rank']:.1f} |" in text
+        assert f"| view agreement while training | {line['view_agreement']:.3f} |" in text
+        assert "| recipe | my.args |" in text and "| wd | 0.25 |" in text and "| seed | 0 |" in text
+        assert "patch_size" not in text
         assert str(tmp_path) not in text and "linear" not in text
         _, info = snclr.load_encoder(str(file))
         within_an_epoch = info | {"step": info["step"] + 1}

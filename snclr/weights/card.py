@@ -40,6 +40,12 @@ SETTINGS = (
     "weights",
     "positiveness_t",
 )
+# metrics of an evaluation while training: the second and third need no labels
+MEASURED = {
+    "knn_top1": ("kNN top-1", "{:.2f} %"),
+    "effective_rank": ("effective rank", "{:.1f}"),
+    "view_agreement": ("view agreement", "{:.3f}"),
+}
 CARD = """---
 pipeline_tag: image-feature-extraction
 {library_line}tags:
@@ -93,7 +99,9 @@ def model_card(
     figures   a line about each measured figure, by its name
     """
     shown = {key: settings.get(key) for key in ("recipe", *SETTINGS)}
-    training = {key: x for key, x in shown.items() if x not in (None, False)}
+    if not str(settings.get("arch")).startswith("vit"):
+        del shown["patch_size"]  # of ViTs
+    training = {key: x for key, x in shown.items() if x is not None and x is not False}
     if info["epoch"] is not None:
         training["epochs of these weights"] = info["epoch"]
     grey_range = ""
@@ -149,18 +157,21 @@ def run_settings(path: str, settings: dict) -> dict:
 def run_figures(path: str, info: dict, digest: Callable[[], str]) -> dict[str, str]:
     """What was measured of exactly these weights, from files beside the one at path, by name.
 
-    metrics.jsonl has the kNN of each evaluated epoch. results.json, also in the folder where
-    main_lincls.py writes it by default, names the weights that it evaluated by their digest.
+    metrics.jsonl has kNN and label-free metrics of each evaluated epoch. results.json, also in the
+    folder where main_lincls.py writes it by default, names the weights that it evaluated by their
+    digest.
     """
     figures, folder = {}, os.path.dirname(path)
     if os.path.isfile(metrics := os.path.join(folder, "metrics.jsonl")):
         for line in read_json_lines(metrics):
             key = (line.get("epoch"), line.get("encoder"))
-            top1 = line.get("knn_top1")
             # weights that were saved within an epoch have taken more steps than it
             is_theirs = info["step"] in (None, line.get("step"))
-            if key == (info["epoch"], info["encoder"]) and is_theirs and type(top1) in (int, float):
-                figures["kNN top-1 while training"] = f"{top1:.2f} %"
+            if key != (info["epoch"], info["encoder"]) or not is_theirs:
+                continue
+            for metric, (name, text) in MEASURED.items():
+                if type(line.get(metric)) in (int, float):
+                    figures[f"{name} while training"] = text.format(line[metric])
     own_digest = digest()
     for parent in (folder, f"{os.path.splitext(path)[0]}_lincls"):
         results = _json(os.path.join(parent, "results.json"))

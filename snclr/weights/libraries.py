@@ -279,7 +279,7 @@ def _plain_resnet(info, library):
     if not is_plain:
         raise UsageError(
             f"{library} has no {arch} with the encoder's stem and width: "
-            "its ResNets have 7x7 stems and full width"
+            "its ResNets have 7x7 stems and full width; --format onnx has every encoder"
         )
     return arch
 
