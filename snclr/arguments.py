@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import glob
 import math
 import os
 import re
@@ -9,7 +10,7 @@ import shlex
 from collections.abc import Callable
 from itertools import takewhile
 
-from .running.errors import UsageError
+from .running.errors import UsageError, close_names
 from .running.safe_files import read_text
 
 # the folder that holds configs/: in an installation the package, in the repository the one above
@@ -27,6 +28,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         # "argument -b/--batch-size: must be" -> "--batch-size must be"
         message = re.sub(r"^argument (?:-\w/)?(--[\w-]+): must be", r"\1 must be", message)
+        if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
+            message += close_names(unknown[1], [*self._option_string_actions], 0.75)
         raise UsageError(f"{message} (--help lists all flags)")
 
     def parse_args(self, args=None, namespace=None):
@@ -72,7 +75,8 @@ def read_recipes(words: list[str], opened: list[str]) -> list[str]:
         if len(opened) > 100:
             raise UsageError(f"recipe {path} cannot be read: more than 100 recipes name each other")
         if not os.path.lexists(path):
-            raise UsageError(f"there is no recipe {path!r}")
+            names = glob.glob("configs/**/*.args", root_dir=ROOT, recursive=True)
+            raise UsageError(f"there is no recipe {path!r}{close_names(path, names, 0.75)}")
         try:
             lines = read_text(path, limit=2**20).splitlines()
             inner = [part for line in lines for part in shlex.split(line, comments=True)]

@@ -115,6 +115,11 @@ def content(folder):
         ("--lr fast", "'fast'"),
         ("--flip-h often", "invalid float value: 'often'"),
         ("--flip-h 0.5 data images", "unrecognized arguments: images"),
+        ("--epoch=3", "unrecognized arguments: --epoch=3; close names are --epochs (--help"),
+        (
+            "@configs/photo_small.args",
+            "'configs/photo_small.args'; close names are configs/photos_",
+        ),
         ("--flip-v 1.5", "must be between 0 and 1, found 1.5"),
         ("--grey-p 0 1 1", "--grey-p needs 1 or 2 numbers"),
         ("--jitter 0.4 0.4", "--jitter needs 4 or 8 numbers"),

@@ -54,9 +54,9 @@ def first_few(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")
 
 
-def close_names(name: str, known: list[str]) -> str:
+def close_names(name: str, known: list[str], cutoff: float = 0.5) -> str:
     """The end of a message about an unknown name: the known names that are close to it, if any."""
-    close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=4, cutoff=cutoff)
     return f"; close names are {', '.join(close)}" if close else ""
 
 
