@@ -440,7 +440,8 @@ def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:
                 "slowest_step_s": slowest,
             }
             log.line(metrics)
-            log.say(summary.describe(metrics, args.epochs, run.total_steps))
+            images_left = (run.last_step - step) * args.batch_size
+            log.say(summary.describe(metrics, args.epochs, run.total_steps, images_left))
             logged_step, logged_at, slowest = step, time.perf_counter(), 0.0
 
     bar.close()

@@ -495,7 +495,9 @@ def test_training_line_shows_the_known_metrics(ratio, purity, expected):
     )
     if purity is not None:
         metrics["neighbour_purity"] = purity
-    line = describe(metrics, 10, 50)
+    line = describe(metrics, 10, 50, images_left=36_000)
+    assert line.endswith("60 min left")
+    assert describe(metrics, 10, 50, images_left=90_000).endswith("2.5 h left")
     assert line.startswith("epoch 1/10  step 5/50  loss 1.500") and expected in line
     assert ("chance" in line) == (ratio is not None) and ("purity" in line) == (purity is not None)
 

@@ -7,8 +7,10 @@ from argparse import Namespace
 from .safe_files import read_json_lines
 
 
-def describe(metrics: dict, epochs: int, total_steps: int) -> str:
-    """The line on the console for a logged step."""
+def describe(metrics: dict, epochs: int, total_steps: int, images_left: int) -> str:
+    """The line on the console for a logged step. images_left: those that this start still trains
+    on; evaluations and saves are not part of the time left.
+    """
     ratio = metrics["loss_ratio"]
     parts = [
         f"epoch {metrics['epoch']}/{epochs}",
@@ -21,6 +23,8 @@ def describe(metrics: dict, epochs: int, total_steps: int) -> str:
     ]
     if "neighbour_purity" in metrics:
         parts.append(f"purity {metrics['neighbour_purity']:.2f}")
+    minutes = images_left / metrics["images_per_s"] / 60
+    parts.append(f"{minutes:.0f} min left" if minutes < 120 else f"{minutes / 60:.1f} h left")
     return "  ".join(parts)
 
 
