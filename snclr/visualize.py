@@ -109,6 +109,7 @@ def main(argv: list[str]) -> None:
         notes.append(f"{args.against} has --grey-range {low:g} {high:g}; that of FILE is used")
     for note in notes:
         print(f"note: {note}")
+    print(f"{len(train)} training images of {args.dataset} at {args.img_size} px")
     encoders = []
     for letter, (path, module, info) in zip("AB", opened, strict=False):
         whole = partial(whole_images, size=info["img_size"], device=device, workers=args.workers)

@@ -1,4 +1,5 @@
 import os
+import re
 import sys
 from argparse import Namespace
 from importlib.machinery import ModuleSpec
@@ -307,6 +308,7 @@ def test_the_command_draws_all_that_there_is_the_same_each_time(trained, images,
     assert set(first) == expected
     out = capsys.readouterr().out
     assert f"backbone tensors from {trained}" in out and "attention heads, as the file says" in out
+    assert re.search(r"\n40 training images of folder at \d+ px\n", out)
     assert draw(trained, images, tmp_path / "2", *flags) == first
     other = draw(trained, images, tmp_path / "3", "--seed", "4")
     assert (
