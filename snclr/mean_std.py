@@ -12,6 +12,7 @@ import torch
 from .arguments import new_parser
 from .datasets import sources
 from .datasets.images import ImageSet
+from .evaluation.embedding import unreadable
 from .loader import whole_images
 from .running.errors import one_clear_line
 from .shared_options import add_data_flags, resolve_data, resolve_views
@@ -31,20 +32,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def mean_std(images: ImageSet, size: int, workers: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation (C,) in [0, 1], over all pixels of all images as evaluated.
+    """Mean and standard deviation (C,) in [0, 1], over all pixels of all images as evaluated,
+    without those that cannot be read (images.skip_bad).
 
     Sets images.mean to 0 and images.std to 1.
     """
     images.mean, images.std = torch.zeros_like(images.mean), torch.ones_like(images.std)
     first, second = torch.zeros(2, len(images.mean), dtype=torch.float64)
-    cpu, count = torch.device("cpu"), len(images) * size**2
-    for batch in whole_images(
-        images, np.arange(len(images)), size=size, device=cpu, workers=workers
-    ):
+    cpu, indices, seen, used = torch.device("cpu"), np.arange(len(images)), 0, 0
+    for batch in whole_images(images, indices, size=size, device=cpu, workers=workers):
+        chosen = indices[seen : (seen := seen + len(batch))]
+        if images.skip_bad:
+            batch = batch[~unreadable(images, chosen, batch)]
         first += batch.double().sum(dim=(0, 2, 3))
         second += batch.double().square().sum(dim=(0, 2, 3))
-    mean = first / count
-    return mean.tolist(), (second / count - mean.square()).sqrt().tolist()
+        used += len(batch)
+    mean = first / (used * size**2)
+    return mean.tolist(), (second / (used * size**2) - mean.square()).sqrt().tolist()
 
 
 def main(argv: list[str]) -> None:

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import snclr
-from snclr import embed
-from snclr.datasets import embedded
+from snclr import embed, mean_std
+from snclr.datasets import embedded, sources
 from snclr.datasets.decoding import decode
 from snclr.evaluation import embedding
 from snclr.evaluation.embedding import check_tokens, embedder
@@ -90,6 +90,16 @@ def test_images_that_cannot_be_read_have_nan_as_features_and_are_named(
     assert np.isnan(file["features"][[3, 9]]).all()
     named = f"2 images cannot be read, and their features are NaN: {paths[3]}, {paths[9]}"
     assert named in capsys.readouterr().out
+
+    def measured():
+        flags = ["-j", "0", "--img-size", "32", "--on-bad-image", "skip"]
+        train = sources.open_data(mean_std.parse([str(folder), *flags]))[0]
+        return np.array(mean_std.mean_std(train, 32, 0))
+
+    without = measured()
+    os.remove(paths[3])
+    os.remove(paths[9])
+    np.testing.assert_allclose(without, measured(), rtol=1e-12)
 
 
 def test_a_zip_file_that_two_workers_read(pretrain, images, tmp_path, small_parts, monkeypatch):

@@ -131,7 +131,7 @@ def encode_parts(
             rows.append(embed(x).cpu())
             if images.skip_bad:
                 chosen = ranges[number][start : start + batch]
-                rows[-1][_unreadable(images, chosen, x)] = torch.nan
+                rows[-1][unreadable(images, chosen, x)] = torch.nan
             bar.update(len(x))
         with writing(paths[number]):
             os.makedirs(folder, exist_ok=True)
@@ -142,7 +142,7 @@ def encode_parts(
     return paths
 
 
-def _unreadable(images, indices, x):
+def unreadable(images: ImageSet, indices: np.ndarray, x: Tensor) -> Tensor:
     """Which of the images `indices` cannot be read, (n,) bool. They are grey in x (n, C, S, S)."""
     uniform = (x.amax((2, 3)) == x.amin((2, 3))).all(dim=1).cpu()
     for row in uniform.nonzero().flatten().tolist():
