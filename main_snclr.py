@@ -502,6 +502,8 @@ def save(run: Run, step: int, batch: Batch | None) -> None:
     """
     args, is_last, start = run.args, step >= run.last_step, time.perf_counter()
     epoch, inside = divmod(step, run.loader.steps_per_epoch)
+    if step in run.guard.bad_steps:  # skipped: the cause may be its batch, and not the weights
+        batch = run.guard.finite_batch(step)
     is_usable = batch is None or run.guard.try_forward(run.model, batch, args.snclr_m, run.amp)
     reason = run.guard.what_is_unsound(step, run.model, run.optimizer, is_usable)
     outcome = "saved" if reason is None else f"saved as {checkpoint.UNSOUND}"

@@ -117,6 +117,15 @@ class Guard:
         model.load_state_dict(before)
         return bool(all_gather(loss[None]).isfinite().all())
 
+    def finite_batch(self, step: int) -> Batch:
+        """This rank's batch of the last step up to `step` that was finite; if there was none, that
+        of step 1.
+        """
+        while step > 1 and step in self.bad_steps:
+            step -= 1
+        epoch, inside = divmod(step - 1, self.loader.steps_per_epoch)
+        return next(self.loader.load(self.loader.requests(epoch, inside)[:1]))
+
     @property
     def last_sound_checkpoint(self) -> str:
         """A part of a message that says of which step the last sound checkpoint is."""
@@ -131,8 +140,6 @@ class Guard:
 
         is_usable: what `try_forward` returned. Call `check` first.
         """
-        if step in self.bad_steps:
-            return f"step {step} was not finite"
         tensors = dict(model.state_dict())
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{name} of parameter {number}": value for name, value in state.items()}
