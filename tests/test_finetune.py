@@ -32,8 +32,12 @@ def tune(images, pretrained, workdir, *flags):
     return json.loads((workdir / "results.json").read_text())
 
 
+def content(workdir):
+    return torch.load(workdir / "lincls_last.pth.tar", weights_only=True)
+
+
 def state(workdir):
-    return torch.load(workdir / "lincls_last.pth.tar", weights_only=True)["model"]
+    return content(workdir)["model"]
 
 
 def test_fine_tuning_trains_encoder_and_head_and_reports_the_last_epoch(
@@ -69,13 +73,15 @@ def test_fine_tuning_trains_encoder_and_head_and_reports_the_last_epoch(
 def test_resumed_fine_tuning_equals_the_uninterrupted_one(
     images, pretrained, tmp_path, monkeypatch
 ):
-    whole = tune(images, pretrained, tmp_path / "whole")
+    amp = "fp16" if "vit" in str(pretrained) else "off"  # gradients of the ViT overflow at first
+    whole = tune(images, pretrained, tmp_path / "whole", "--amp", amp)
     monkeypatch.setattr(Task, "save", interrupted_after(2))
     with pytest.raises(KeyboardInterrupt):
-        tune(images, pretrained, tmp_path / "parts")
-    assert tune(images, pretrained, tmp_path / "parts", "--resume", "auto") == whole
-    expected, resumed = state(tmp_path / "whole"), state(tmp_path / "parts")
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
+        tune(images, pretrained, tmp_path / "parts", "--amp", amp)
+    assert tune(images, pretrained, tmp_path / "parts", "--amp", amp, "--resume", "auto") == whole
+    expected, resumed = content(tmp_path / "whole"), content(tmp_path / "parts")
+    assert all(torch.equal(x, resumed["model"][name]) for name, x in expected["model"].items())
+    assert expected["scaler"] == resumed["scaler"]
 
 
 def test_an_untrained_encoder_starts_at_random_and_pixels_are_a_baseline_too(

@@ -562,7 +562,7 @@ def test_every_setting_that_features_depend_on_changes_their_key(images, pretrai
     args.channels = info["channels"]
     train, val, _ = sources.open_data(args)
     identity = {"encoder_digest": "digest"}
-    task = Task(args, encoder, info, identity, None, None, train, val, CPU, "off", print)
+    task = Task(args, encoder, info, identity, None, None, train, val, CPU, "off", None, print)
 
     def key(images=train, **changed):
         return probes.cache_key(task._replace(**changed), images)

@@ -45,14 +45,13 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
 
     Validation images choose nothing.
     """
-    args, train, device = task.args, task.train, task.device
+    args, train, device, scaler = task.args, task.train, task.device, task.scaler
     settings = resolve_settings(task)
     loader = EpochLoader(train, task.recipe, args.batch_size, device, args.workers)
     model = Classifier(task.encoder, len(train.classes)).to(device)
     model = synchronise_batch_norm(model, device)
     rates = {name: settings[name] * args.batch_size / 256 for name in ("lr", "head_lr")}
     optimizer = build_optimizer(model, **settings | rates)
-    scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
     epoch, _ = task.resume(STATE_FILE, model, optimizer)
     network = distributed.replicate(model, device)
     labels = train.labels.to(device)
