@@ -25,6 +25,7 @@ from .pictures import report, runs
 from .running.errors import Interrupted, RunError, UsageError, one_clear_line
 from .running.jobs import DONE, FAILED, STOPPED, WAITS, Job, run_jobs
 from .running.lock import hold
+from .running.preemption import requeue
 from .running.safe_files import save_json, save_text
 from .running.settings import changes, saved_settings
 from .shared_options import num_cores
@@ -42,9 +43,9 @@ def main(argv: Sequence[str]) -> None:
     reason = run_jobs(jobs, gpus, 60 * (args.minutes or math.inf))
     print(summarise(jobs, args.workdir), end="")
     if left := sum(job.state in (WAITS, STOPPED) for job in jobs):
-        raise Interrupted(
-            f"{reason or 'a signal to a run'}: {left} runs are left; the same command continues"
-        )
+        reason = reason or "a signal to a run"
+        note = requeue(reason)
+        raise Interrupted(f"{reason}: {left} runs are left; the same command continues{note}")
     if failed := [job.name for job in jobs if job.state == FAILED]:
         raise RunError(f"failed: {', '.join(failed)}; the same command tries again")
 

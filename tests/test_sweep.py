@@ -192,8 +192,11 @@ def test_finished_jobs_are_skipped_unless_their_settings_change(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
-def test_a_signal_stops_the_jobs_and_no_other_starts(tmp_path, name):
-    save = "trap 'echo saved; exit 75' TERM; kill -{} $PPID; while :; do sleep 0.05; done"
+def test_a_signal_stops_the_jobs_and_no_other_starts(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")  # the sweep requeues it, and not each run
+    save = (
+        "trap 'echo saved$SLURM_JOB_ID; exit 75' TERM; kill -{} $PPID; while :; do sleep 0.05; done"
+    )
     planned = shell_jobs(tmp_path, a=save.format(name[3:]), b="echo")
     assert jobs.run_jobs(planned, [""], math.inf) == name
     assert [job.state for job in planned] == [WAITS, WAITS]
@@ -309,6 +312,22 @@ def test_a_killed_sweep_goes_on(tmp_path, images, monkeypatch, capsys):
     assert log.stat().st_mtime_ns == written
     output = capsys.readouterr().out
     assert re.search(message, output) and "bad-seed0  failed  exit code 1\n" in output
+
+
+def test_a_sweep_that_slurm_signals_requeues_its_job_when_the_runs_have_saved(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/log\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    words = ["one=", "--workdir", str(tmp_path / "sweep")]
+    for name, end in {"SIGTERM": "", "SIGUSR1": ", as job 77 will"}.items():
+        monkeypatch.setattr(sweep, "run_jobs", lambda *_, name=name: name)
+        message = f"^{name}: 1 runs are left; the same command continues{end}$"
+        with pytest.raises(Interrupted, match=message):
+            sweep.main(words)
+    assert (tmp_path / "log").read_text() == "requeue 77\n"
 
 
 def wait_for(condition, seconds=600):
