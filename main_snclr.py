@@ -230,10 +230,14 @@ def main(argv: list[str]) -> None:
         )
         log.say(report.write_into(workdir))
     run.interruptions.maximum.finish()
-    log.close()
-    process_group.stop()
-    if run.interruptions.ending:
-        preemption.interrupt(run.interruptions.ending, run.interruptions.outcome)
+    try:
+        # SLURM may kill this rank when another has left, and a logger may wait for its network for
+        # long: the job is requeued before
+        if run.interruptions.ending:
+            preemption.interrupt(run.interruptions.ending, run.interruptions.outcome)
+    finally:
+        log.close()
+        process_group.stop()
 
 
 def choose_augmentation(args: argparse.Namespace, device: torch.device) -> Callable[..., Tensor]:
@@ -280,7 +284,7 @@ def settings_of_resumed(args: argparse.Namespace) -> dict:
 
     It needs the weights of --init-from no more, which may have been removed since.
     """
-    folder = args.workdir or ""
+    folder = args.workdir or default_workdir(args)
     if args.resume not in (None, "auto"):
         folder = os.path.dirname(args.resume)
     has_checkpoint = os.path.isfile(os.path.join(folder, checkpoint.LAST))
@@ -497,8 +501,9 @@ def save(run: Run, step: int, batch: Batch | None) -> None:
     """Save checkpoint and encoder, from rank 0; also under a number every --save-freq epochs.
 
     If the weights, the optimiser state or the loss of `batch` with them are not finite, only
-    checkpoint.UNSOUND is written, so that the last sound checkpoint stays. If a save fails, the run
-    continues with a note; at its last save it raises RunError.
+    checkpoint.UNSOUND is written, so that the last sound checkpoint stays. After a skipped step the
+    batch of an earlier one is taken. If a save fails, the run continues with a note; at its last
+    save it raises RunError.
     """
     args, is_last, start = run.args, step >= run.last_step, time.perf_counter()
     epoch, inside = divmod(step, run.loader.steps_per_epoch)
