@@ -169,6 +169,7 @@ def test_jobs_share_the_gpus_and_a_failed_one_stops_no_other(tmp_path, capsys):
     alone = f"mkdir {busy} && sleep 0.1 && rmdir {busy}"
     scripts = {f"good{n}": f"{alone} && echo 'epoch {n}/9  loss 1' && echo end" for n in range(4)}
     scripts |= {"bad": f"{alone}; echo no data >&2; exit 3", "mute": "exit 4", "saved": "exit 75"}
+    scripts["killed"] = "echo 'epoch 3/9  loss 1'; kill -9 $$"
     scripts["bare"] = f"rm {tmp_path}/bare/console.txt"
     planned = shell_jobs(tmp_path, **scripts)
     assert jobs.run_jobs(planned, ["5", "7"], math.inf) == ""
@@ -177,6 +178,7 @@ def test_jobs_share_the_gpus_and_a_failed_one_stops_no_other(tmp_path, capsys):
         (FAILED, "no data"),
         (FAILED, "exit code 4"),
         (STOPPED, ""),
+        (FAILED, "ended by SIGKILL"),
         (DONE, ""),
     ]
     assert {job.gpu for job in planned} == {"5", "7"}

@@ -109,6 +109,8 @@ def update(job: Job, is_stopped: bool) -> None:
         job.state = STOPPED
     elif code is not None:
         job.state, job.message = FAILED, last_line(job) or f"exit code {code}"
+        if code < 0:  # its last line does not say why
+            job.message = f"ended by {signal.Signals(-code).name}"
 
 
 def last_line(job: Job, beginning: str = "") -> str:
