@@ -176,7 +176,7 @@ def main(argv: list[str]) -> None:
         val=val,
         optimizer=optimizer,
         scaler=scaler,
-        guard=Guard(model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled()),
+        guard=Guard(model, loader, workdir, limit=args.skip_non_finite, scaler=scaler),
         interruptions=interruptions,
         log=log,
         graph=step_graph.build(args, device, amp, optimizer, log.say),
