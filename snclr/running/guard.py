@@ -72,7 +72,8 @@ class Guard:
         }
         self.watched = {}
         if not bad_steps:
-            torch._foreach_copy_(self.saved_statistics, self.statistics)
+            if self.statistics:  # mocov2 adds no batch norm to a ViT
+                torch._foreach_copy_(self.saved_statistics, self.statistics)
             self.bad_steps = {}
             return None
         for current, saved in zip(self.statistics, self.saved_statistics, strict=True):
