@@ -44,8 +44,9 @@ def main(argv: Sequence[str]) -> None:
     print(summarise(jobs, args.workdir), end="")
     if left := sum(job.state in (WAITS, STOPPED) for job in jobs):
         reason = reason or "a signal to a run"
-        note = requeue(reason)
-        raise Interrupted(f"{reason}: {left} runs are left; the same command continues{note}")
+        raise Interrupted(
+            f"{reason}: {left} runs are left; the same command continues{requeue(reason)}"
+        )
     if failed := [job.name for job in jobs if job.state == FAILED]:
         raise RunError(f"failed: {', '.join(failed)}; the same command tries again")
 

@@ -143,8 +143,9 @@ def handle_signals(react: Callable[[int], None]) -> None:
 def interrupt(number: int, outcome: str) -> None:
     """Raise Interrupted for a signal, and requeue the job."""
     name = signal.Signals(number).name
-    note = requeue(name)
-    raise Interrupted(f"{name}: {outcome}; the same command with --resume auto goes on{note}")
+    raise Interrupted(
+        f"{name}: {outcome}; the same command with --resume auto goes on{requeue(name)}"
+    )
 
 
 def requeue(name: str) -> str:
