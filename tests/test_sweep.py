@@ -319,7 +319,8 @@ def test_a_killed_sweep_goes_on(tmp_path, images, monkeypatch, capsys):
 def test_a_sweep_that_slurm_signals_requeues_its_job_when_the_runs_have_saved(
     tmp_path, monkeypatch
 ):
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/log\n')
+    script = f'#!/bin/sh\necho "$*" $(ps -o pgid= -p $$) >> {tmp_path}/log\n'
+    (tmp_path / "scontrol").write_text(script)
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
@@ -329,7 +330,9 @@ def test_a_sweep_that_slurm_signals_requeues_its_job_when_the_runs_have_saved(
         message = f"^{name}: 1 runs are left; the same command continues{end}$"
         with pytest.raises(Interrupted, match=message):
             sweep.main(words)
-    assert (tmp_path / "log").read_text() == "requeue 77\n"
+    *words, group = (tmp_path / "log").read_text().split()
+    assert words == ["requeue", "77"]
+    assert int(group) != os.getpgrp()  # which a launcher signals, also while scontrol runs
 
 
 def wait_for(condition, seconds=600):

@@ -159,7 +159,12 @@ def requeue(name: str) -> str:
         return ""
     try:
         subprocess.run(
-            ["scontrol", "requeue", job], capture_output=True, text=True, check=True, timeout=60
+            ["scontrol", "requeue", job],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+            start_new_session=True,  # torchrun passes the signal on to the group of this process
         )
     except (OSError, subprocess.SubprocessError) as error:  # a container may have no scontrol
         reason = (getattr(error, "stderr", None) or first_line(error)).strip()
