@@ -2,6 +2,7 @@
 
 import copy
 import math
+from argparse import Namespace
 
 import numpy as np
 import oracles
@@ -9,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from snclr import augment, builder, heads, options
+from snclr import augment, builder, choices, heads, options
 from snclr.builder import SNCLR
 from snclr.memory_bank import MemoryBank
 from snclr.running.errors import UsageError
 
 BANK, DIM = 64, 16
+FLAGS = "--width 4 --snclr-dim 8 --snclr-mlp-dim 16 --bank-size 20 --topk 3 --patch-size 8"
 
 
 class Encoder(nn.Module):
@@ -96,9 +98,70 @@ def test_mocov2_has_a_plain_projector_and_its_own_views():
     assert not model.train().momentum_encoder.training and model.base_encoder.training
 
 
+# -- flags without effect ------------------------------------------------------------------------
+
+
+class Recorded(Namespace):
+    """Settings that remember which of them were read."""
+
+    def __getattribute__(self, name):
+        object.__getattribute__(self, "__dict__").setdefault("read", set()).add(name)
+        return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize("method", choices.METHODS)
+def test_a_flag_of_the_objective_is_read_or_listed_as_unused(method):
+    (group,) = (g for g in options.build_parser()._action_groups if g.title == "objective")
+    flags = {action.dest for action in group._group_actions} - {"method"}
+    args = Recorded(**vars(options.parse([*FLAGS.split(), "-a", "resnet8", "--method", method])))
+
+    def loss(**numbers):
+        torch.manual_seed(0)
+        model = builder.build_model(args).train()
+        for step in range(2):  # in the second the bank has rows, and the encoders differ
+            views, ids = list(torch.randn(2, B, 3, 16, 16)), torch.arange(B) + B * step
+            value, _ = model(views, ids, **{"momentum": 0.5, "neighbour_mass": 1.0} | numbers)
+            value.backward()
+            with torch.no_grad():
+                for parameter in model.base_encoder.parameters():
+                    parameter -= parameter.grad
+        return value.item()
+
+    before, read = loss(), args.read
+    # these are read by main_snclr, which passes numbers
+    has_momentum, has_warmup = loss(momentum=0.9) != before, loss(neighbour_mass=0.0) != before
+    read |= {"snclr_m", "snclr_m_cos"} if has_momentum else set()
+    read |= {"nn_warmup_epochs"} if has_warmup else set()
+    read |= {"nn_mass", "nn_ramp_epochs"} if loss(neighbour_mass=0.3) != before else set()
+    assert flags - read == set(choices.UNUSED.get(method, ()))
+
+
+@pytest.mark.parametrize(
+    "flags, lines",
+    [
+        ("--topk 3", ""),
+        ("--topk 0 --nn-mass 0.3", "--nn-mass has no effect with --topk 0"),
+        ("--weights key --detach-weights", "--detach-weights has no effect with --weights key"),
+        (
+            "--weights uniform --positiveness-t 0.1",
+            "--positiveness-t has no effect with --weights uniform",
+        ),
+        ("--method nnclr --topk 5 --gamma 2", "--topk has no effect with --method nnclr; --gamma"),
+        ("-a resnet18 --patch-size 8", "--patch-size has no effect with --arch resnet18"),
+        ("-a vit_tiny --width 8", "--width has no effect with --arch vit_tiny"),
+        ("--local-size 32", "--local-size has no effect without --local-views"),
+        ("--local-size 32 --local-views 1", ""),
+        ("--subset-seed 2", "--subset-seed has no effect without --subset"),
+    ],
+)
+def test_flags_without_effect_are_named(flags, lines):
+    args = options.parse(["-a", "resnet8", "--topk", "30", *flags.split()])
+    assert "; ".join(options.unused_flags(args)).startswith(lines)
+    assert bool(lines) == bool(options.unused_flags(args))
+
+
 # -- local views ---------------------------------------------------------------------------------
 
-FLAGS = "--width 4 --snclr-dim 8 --snclr-mlp-dim 16 --bank-size 20 --topk 3 --patch-size 8"
 B, MOMENTUM, T = 6, 0.9, 0.3
 
 

@@ -43,7 +43,7 @@ LONGER = {
     "snclr.evaluation.options": 360,
     "snclr.objectives": 305,
     "snclr.operations": 280,
-    "snclr.options": 586,
+    "snclr.options": 614,
     "snclr.running.checkpoint": 275,
     "snclr.shared_options": 425,
     "snclr.weights.libraries": 315,
