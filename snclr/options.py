@@ -311,8 +311,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--micro-batch",
         type=number(int, above_zero=True),
         metavar="N",
-        help="encode N images of a view at a time on each rank: the same gradients with less "
-        "memory",
+        help="encode N images of a view at a time on each rank, with less memory: the same "
+        "gradients, unless the backbone has batch norms, which then see N images of each rank",
     )
     flag(
         g,
