@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="freeze the randomly initialised patch embedding of a ViT",
+        on_resume="fixed",
     )
     flag(
         g,
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=256,
         metavar="D",
         help="output dimension of the projector and the predictor",
+        on_resume="fixed",
     )
     flag(
         g,
@@ -79,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=4096,
         metavar="N",
         help="hidden width of the projector and the predictor",
+        on_resume="fixed",
     )
 
     g = parser.add_argument_group("objective")
@@ -120,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=128000,
         metavar="M",
         help="rows of the memory bank, which all ranks share",
+        on_resume="fixed",
     )
     flag(
         g,
@@ -570,10 +574,11 @@ def check(args: argparse.Namespace) -> None:
             f"--weights projected trains layers that get no gradient with {cause}: change one of "
             "the two flags"
         )
-    if args.eval_encoder == "momentum" and args.method == "nnclr":
-        raise UsageError("--method nnclr has no momentum encoder: use --eval-encoder online")
-    if args.key_view == "weak" and args.method == "nnclr":
-        raise UsageError("--method nnclr has no momentum encoder: no --key-view weak")
+    if args.method == "nnclr" and (args.eval_encoder == "momentum" or args.key_view == "weak"):
+        raise UsageError(
+            "--method nnclr has no momentum encoder: leave out --eval-encoder momentum and "
+            "--key-view weak"
+        )
     for name in args.log:
         if importlib.util.find_spec(name) is None:
             raise UsageError(f"--log {name} needs the library: pip install {name}")
