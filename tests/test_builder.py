@@ -250,6 +250,11 @@ def test_a_step_with_local_views_equals_the_mean_over_pairs(double, method, arch
         ("--weights key --candidates unique --local-views 1", {"candidates": "unique"}),
         ("--candidates keys --mix-neighbours --form log_of_sum", {"candidates": "keys"}),
         ("--normalise-positives --mix-neighbours --weights key", {"normalise": True}),
+        (
+            "--weights projected --threshold --positiveness-t 0.5 --normalise-positives "
+            "--mix-neighbours --form log_of_sum --local-views 2 --micro-batch 6",
+            {"normalise": True},
+        ),
     ],
 )
 def test_a_step_with_a_weak_key_view_and_the_other_levers_equals_the_oracle(
@@ -259,8 +264,9 @@ def test_a_step_with_a_weak_key_view_and_the_other_levers_equals_the_oracle(
     args, bank = model.args, model.memory_bank
     size = [view.size for view in augment.build_views(args)]
     views, ids = [torch.randn(B, 3, s, s) for s in size], torch.arange(B) + 17
-    online, momentum, predictor = (
-        copy.deepcopy(x) for x in (model.base_encoder, model.momentum_encoder, model.predictor)
+    online, momentum, predictor, projections = map(
+        copy.deepcopy,
+        (model.base_encoder, model.momentum_encoder, model.predictor, model.attention),
     )
     y = [online(view) for view in views[:-1]]
     z = [predictor(projection) for projection in y]
@@ -282,15 +288,24 @@ def test_a_step_with_a_weak_key_view_and_the_other_levers_equals_the_oracle(
         T,
         mass=0.3,
         weights=args.weights,
+        attention={
+            "temperature": args.positiveness_t,
+            "threshold": args.threshold,
+            "projections": projections and [*projections.parameters()],
+        },
         shares=shares,
         form=args.form,
         **arguments,
     )
-    gradients = torch.autograd.grad(loss, list(online.parameters()))
+    trained = [list(x.parameters()) for x in (online, model.base_encoder)]
+    if projections:
+        trained[0] += projections.parameters()
+        trained[1] += model.attention.parameters()
+    gradients = torch.autograd.grad(loss, trained[0])
     actual, shown = model(views, ids, MOMENTUM, 0.3, 8)
     actual.backward()
     torch.testing.assert_close(actual, loss, rtol=1e-10, atol=1e-12)
-    for parameter, expected in zip(model.base_encoder.parameters(), gradients, strict=True):
+    for parameter, expected in zip(trained[1], gradients, strict=True):
         assert (parameter.grad - expected).norm() < 1e-8 * expected.norm() + 1e-11
     # the weak key is searched and enqueued, and is what the log shows
     assert torch.equal(shown.rows, rows)
