@@ -177,6 +177,9 @@ DRAWS = {
 }
 
 
+_PERMUTATIONS = np.array(list(itertools.permutations(range(4))))  # orders of the jitter
+
+
 class ViewParameters(NamedTuple):
     """What was drawn for B views, besides the crop. CPU tensors."""
 
@@ -229,9 +232,6 @@ def draw(
     return _draw_crops(u, settings, heights, widths), ViewParameters(
         *map(torch.from_numpy, parameters)
     )
-
-
-_PERMUTATIONS = np.array(list(itertools.permutations(range(4))))
 
 
 def _draw_crops(u, settings, heights, widths):

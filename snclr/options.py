@@ -576,8 +576,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.method == "nnclr" and (args.eval_encoder == "momentum" or args.key_view == "weak"):
         raise UsageError(
-            "--method nnclr has no momentum encoder: leave out --eval-encoder momentum and "
-            "--key-view weak"
+            "--method nnclr has no momentum encoder: use --eval-encoder online and "
+            "--key-view strong"
         )
     for name in args.log:
         if importlib.util.find_spec(name) is None:
