@@ -136,30 +136,6 @@ def test_a_flag_of_the_objective_is_read_or_listed_as_unused(method):
     assert flags - read == set(choices.UNUSED.get(method, ()))
 
 
-@pytest.mark.parametrize(
-    "flags, lines",
-    [
-        ("--topk 3", ""),
-        ("--topk 0 --nn-mass 0.3", "--nn-mass has no effect with --topk 0"),
-        ("--weights key --detach-weights", "--detach-weights has no effect with --weights key"),
-        (
-            "--weights uniform --positiveness-t 0.1",
-            "--positiveness-t has no effect with --weights uniform",
-        ),
-        ("--method nnclr --topk 5 --gamma 2", "--topk has no effect with --method nnclr; --gamma"),
-        ("-a resnet18 --patch-size 8", "--patch-size has no effect with --arch resnet18"),
-        ("-a vit_tiny --width 8", "--width has no effect with --arch vit_tiny"),
-        ("--local-size 32", "--local-size has no effect without --local-views"),
-        ("--local-size 32 --local-views 1", ""),
-        ("--subset-seed 2", "--subset-seed has no effect without --subset"),
-    ],
-)
-def test_flags_without_effect_are_named(flags, lines):
-    args = options.parse(["-a", "resnet8", "--topk", "30", *flags.split()])
-    assert "; ".join(options.unused_flags(args)).startswith(lines)
-    assert bool(lines) == bool(options.unused_flags(args))
-
-
 # -- local views ---------------------------------------------------------------------------------
 
 B, MOMENTUM, T = 6, 0.9, 0.3
