@@ -657,7 +657,8 @@ def test_without_a_readable_checkpoint_the_run_is_refused_and_not_changed(images
     [
         ("--seed 3", "seed 0 -> 3"),
         ("--method mocov3", "method 'snclr' -> 'mocov3'"),
-        ("--bank-size 9", "module.memory_bank.features (8, 8) instead of (9, 8)"),
+        ("--bank-size 9", "bank_size 8 -> 9"),
+        ("--weights projected", "2 keys missing: module.attention.f1.weight"),
         ("-b 2", "batch_size 4 -> 2"),
         ("--crop-min 0.5", "crop_min 0.08 -> 0.5"),
     ],
