@@ -389,6 +389,11 @@ def build_model(args: Namespace, *, products: str = "float32") -> SNCLR:
         hidden_dim=args.snclr_mlp_dim,
         out_dim=args.snclr_dim,
     )
+    if args.micro_batch == 1 and world_size() == 1 and has_batch_norm(encoder, encoder.projector):
+        raise UsageError(
+            f"--micro-batch 1 lets the batch norms of --arch {args.arch} see a single image: take "
+            "more"
+        )
     bank = MemoryBank(args.bank_size, args.snclr_dim, products) if args.method != "mocov3" else None
     predictor = None
     if args.method == "mocov2":
