@@ -25,6 +25,7 @@ OPTIMIZERS = {  # name: class, and its arguments besides the parameter groups an
 LOGGERS = ("wandb", "mlflow")  # names of libraries
 PUBLIC = ("timm:", "hf:")  # --init-from: weights that timm or the Hugging Face hub has
 AMP = ("off", "auto", "bf16", "fp16")
+TOKENS = ("class", "mean", "patch")  # features of an image that snclr.embed writes
 COMPILE = ("auto", "off", "on", "graphs")
 LOCAL_DATASETS = ("folder", "tree", "list", "shards")  # the user's own files
 TORCHVISION_DATASETS = ("cifar10", "cifar100", "stl10", "svhn", "flowers102", "pets", "food101")

@@ -174,7 +174,7 @@ def test_weights_that_give_other_features_are_refused_and_not_saved(
             }
         )
 
-    monkeypatch.setitem(export.FORMATS, "timm", wrong)
+    monkeypatch.setitem(export.TO_LIBRARY, "timm", wrong)
     with pytest.raises(RunError, match="give other features"):
         run(checkpoints("vit"), "timm", tmp_path / "vit.pth")
     assert os.listdir(tmp_path) == []

@@ -53,7 +53,8 @@ for name in ("SIGUSR1", "SIGCHLD", "SIGHUP"):
     delattr(signal, name)
 import snclr
 print(*snclr.load_encoder(sys.argv.pop())[1]["notes"])
-for line in ("main_snclr", "snclr.sweep --workdir run NAME=", "snclr.embed", "snclr.visualize"):
+commands = ("main_snclr", "snclr.sweep --workdir run NAME=")
+for line in (*commands, "snclr.embed FILE --out x.npz", "snclr.visualize FILE"):
     module, *sys.argv[1:] = line.split()
     try:
         runpy.run_module(module, run_name="__main__")
