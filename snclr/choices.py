@@ -68,11 +68,11 @@ def recognise_dataset(data: str | None) -> str:
         return "hf"
     if os.path.isfile(data):
         kinds = {".tar": "shards", ".zip": "shards", ".txt": "list"}
-        return kinds.get(os.path.splitext(data)[1], "folder")
+        return kinds.get(os.path.splitext(data)[1].lower(), "folder")
     train = os.path.join(data, "train")
     root = train if os.path.isdir(train) else data
     entries = list(os.scandir(root)) if os.path.isdir(root) else []
-    suffixes = {os.path.splitext(entry.name)[1] for entry in entries}
+    suffixes = {os.path.splitext(entry.name)[1].lower() for entry in entries}
     if ".tar" in suffixes or (".zip" in suffixes and suffixes <= {".zip", ".npz"}):
         return "shards"  # an .npz is their index
     if ".parquet" in suffixes and suffixes <= {".parquet", ".md", ""}:

@@ -615,6 +615,15 @@ def test_a_network_written_from_detectron2s_names_has_equal_features(resnet50, t
     torch.testing.assert_close(features, features_of(encoder), rtol=1e-4, atol=1e-4)
 
 
+def test_the_hint_has_the_width_that_detectron2_needs_for_small_resnets(checkpoints, resnet50):
+    for path, flags in (
+        (checkpoints("resnet"), "DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 "),
+        (resnet50[0], "DEPTH 50 "),
+    ):
+        export_of = libraries.to_detectron2(*snclr.load_encoder(path))
+        assert f"MODEL.RESNETS.{flags}INPUT.FORMAT RGB" in export_of.hint("x.pth")
+
+
 def test_mmdetection_finds_torchvisions_names_in_the_same_file_without_a_second_copy(
     resnet50, tmp_path
 ):
