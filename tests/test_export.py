@@ -62,8 +62,8 @@ def run(checkpoint, format_name, out, *flags):
 
 
 def assert_same_features(model, checkpoint, encoder_name="online"):
-    encoder, _ = snclr.load_encoder(str(checkpoint), encoder_name)
-    with torch.no_grad():
+    with torch.no_grad():  # as in a notebook, around everything
+        encoder, _ = snclr.load_encoder(str(checkpoint), encoder_name)
         torch.testing.assert_close(model.eval()(X), encoder(X), rtol=1e-4, atol=1e-5)
 
 
