@@ -321,7 +321,7 @@ def load_start(
 
 def setting_notes(args: argparse.Namespace, num_images: int, device: torch.device) -> list[str]:
     """Lines about settings that work, but may not do what the user expects."""
-    has_plain_patches = args.arch in ("vit_tiny", "vit_small", "vit_base")
+    has_no_graphs = not devices.has_graphs(device)
     notes = (
         (
             args.method != "mocov3" and args.bank_size > num_images,
@@ -329,24 +329,16 @@ def setting_notes(args: argparse.Namespace, num_images: int, device: torch.devic
             "it holds several copies of each image",
         ),
         (
-            args.method != "snclr",
-            f"--method {args.method} does not use soft neighbours: --topk, --form, --candidates, "
-            "--mix-neighbours and the flags of their weights have no effect",
-        ),
-        (
-            (args.width or args.small_stem) and not args.arch.startswith("resnet"),
-            f"--width and --small-stem are for ResNets: no effect on {args.arch}",
-        ),
-        (
-            args.stop_grad_conv1 and not has_plain_patches,
-            f"--stop-grad-conv1 is for ViTs with a plain patch embedding: no effect on {args.arch}",
-        ),
-        (
-            args.compile == "graphs" and not devices.has_graphs(device),
+            args.compile == "graphs" and has_no_graphs,
             "--compile graphs: only a GPU has graphs; the backbones are compiled",
         ),
+        (args.step_graph and has_no_graphs, "--step-graph: only a GPU has graphs"),
+        (
+            args.fused_augment and choose_augmentation(args, device) is operations.apply,
+            "--fused-augment is for RGB images on a GPU: no effect",
+        ),
     )
-    return [note for applies, note in notes if applies]
+    return [note for applies, note in notes if applies] + options.unused_flags(args)
 
 
 def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:
@@ -363,21 +355,28 @@ def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:
     if labels is not None:
         labels = labels.to(loader.device, non_blocking=True)
     go_on = end < run.last_step and not ends_period(run, end, args.eval_freq)
-    batch, batches = None, loader.epoch(epoch, inside, go_on=go_on)
+    batch, following, batches = None, None, loader.epoch(epoch, inside, go_on=go_on)
     bar = log.progress(loader.steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
     waits = Waits(loader.device)
     logged_step, logged_at, slowest = step, time.perf_counter(), 0.0
 
-    while step < end:
-        step_start = time.perf_counter()
+    def next_batch() -> Batch | None:
+        """The next batch; None if no batch comes, and the run ends by a signal."""
         try:
             with waits:
-                batch = next(batches)
+                return next(batches)
         except workers.Stalled:
             if run.interruptions.end_here(run.guard.last_sound_checkpoint):
-                run.guard.check()
-                break
+                return None
             raise
+
+    while step < end:
+        step_start = time.perf_counter()
+        following = following or next_batch()
+        if following is None:
+            run.guard.check()
+            break
+        batch, following = following, None
 
         lr = optim.learning_rate(
             step,
@@ -414,6 +413,9 @@ def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:
         slowest = max(slowest, time.perf_counter() - step_start)
 
         if step % args.print_freq == 0 or step == end:
+            # a line waits for the GPU, which prepares the next batch meanwhile
+            if step < end and (following := next_batch()) is None:
+                end = step
             metrics = step_metrics(
                 loss,
                 shown,
