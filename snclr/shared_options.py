@@ -35,8 +35,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "data",
         nargs="?",
         metavar="DATA",
-        help="folder, list (.txt), .tar or .zip file of the training images, or hf:NAME_OR_PATH "
-        "for the library datasets (default: the embedded data set)",
+        help="folder, list (.txt), .tar or .zip file of the training images, or "
+        "hf:NAME_OR_PATH[:CONFIGURATION] for the library datasets (default: the embedded data set)",
         on_resume="free",
     )
     flag(
@@ -228,7 +228,7 @@ def _check_data(args: argparse.Namespace) -> None:
             f"--download is for torchvision's data sets ({', '.join(TORCHVISION_DATASETS)}), "
             f"not for {args.dataset}"
         )
-    needs_file = args.dataset == "list" or (args.data or "").endswith((".tar", ".zip"))
+    needs_file = args.dataset == "list" or (args.data or "").lower().endswith((".tar", ".zip"))
     exists = os.path.isfile if needs_file else os.path.isdir
     is_elsewhere = args.data is None or args.dataset == "hf" or args.download
     if not is_elsewhere and not exists(args.data):

@@ -258,6 +258,29 @@ def test_parsing_does_not_import_what_is_slow(process):
     assert (result.stdout, result.stderr) == ("set()\n", "")
 
 
+COMMANDS_BEFORE_THE_SLOW_IMPORTS = """
+import runpy, sys
+for module in sys.argv[1:]:
+    for flag in ("--help", "--patch-size=-3"):
+        sys.argv = [module, flag]
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as end:
+            print("exit code", end.code)
+print({"torch", "numpy", "timm"} & set(sys.modules))
+"""
+
+
+def test_commands_answer_help_and_a_wrong_flag_before_the_slow_imports(process):
+    modules = [f"snclr.{name}" for name in ("embed", "export", "mean_std", "sweep", "visualize")]
+    command = [sys.executable, "-c", COMMANDS_BEFORE_THE_SLOW_IMPORTS, *modules]
+    result = process(*command, PYTHONPATH=str(ROOT))
+    lines = result.stdout.splitlines()
+    assert [x for x in lines if x.startswith("exit")] == ["exit code 0", "exit code 2"] * 5
+    assert [line.split(": ")[0] for line in result.stderr.splitlines()] == modules
+    assert lines[-1] == "set()"
+
+
 DATA_FLAGS_ARE_READ_IN = [
     f"snclr/datasets/{name}.py" for name in ("sources", "files", "torchvision_sets")
 ]

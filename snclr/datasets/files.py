@@ -152,6 +152,11 @@ def _open_part(
         expected = "image files in it or its subfolders"
         if args.dataset == "folder":
             start = len(os.path.join(path, ""))
+            stray = [file for file in paths if os.sep not in file[start:]]
+            if stray:
+                notes.append(
+                    f"{len(stray)} images in {path} are in no class folder and are ignored"
+                )
             paths = [file for file in paths if os.sep in file[start:]]
             names = [file[start:].split(os.sep)[0] for file in paths]
             expected = f"{path}/<class>/<image>"
@@ -167,7 +172,8 @@ def _open_part(
     images.skip_bad, images.grey_range = args.on_bad_image == "skip", args.grey_range
     images.channels = args.channels
     if ignored:
-        notes.append(f"{ignored} files in {path} are not images and are ignored")
+        others = "not images, or links," if args.dataset == "shards" else "not images"
+        notes.append(f"{ignored} files in {path} are {others} and are ignored")
     if check_range and (note := little_used_range(images.encoded, len(images))):
         notes.append(f"{path}: {note}")
     try:
