@@ -259,10 +259,9 @@ def test_transfer_to_a_torchvision_set_of_photographs(pretrained, tmp_path):
         "2",
         "--epochs",
         "2",
-        "--lrs",
-        "0.1",
     ]
-    for name, more in {"probe": ["--select", "val"], "tuned": ["--finetune"]}.items():
+    probe_flags = ["--select", "val", "--lrs", "0.1"]
+    for name, more in {"probe": probe_flags, "tuned": ["--finetune"]}.items():
         main_lincls.main([str(tmp_path), *flags, *more, "--workdir", str(tmp_path / name)])
         result = json.loads((tmp_path / name / "results.json").read_text())
         assert (

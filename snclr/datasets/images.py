@@ -67,7 +67,7 @@ class ImageSet:
     at_once     most images whose views are cut at a time; None: all
     """
 
-    per_image: tuple[str, ...] = ("labels", "names")
+    per_image: tuple[str, ...] = ("labels", "names", "paths")
     names: np.ndarray | None = None
     paths: np.ndarray | None = None
     skip_bad = False
@@ -84,6 +84,7 @@ class ImageSet:
         for name in self.per_image:
             values = getattr(self, name)
             setattr(chosen, name, None if values is None else values[indices])
+        assert len(chosen) == len(indices), "per_image must name what __len__ and image() read"
         return chosen
 
     def fingerprint(self) -> str:

@@ -30,6 +30,7 @@ GRID = {
     "cache_features": False,
     "cache_copies": 1,
 }
+OF_FINETUNING = ("optimizer", "lr", "head_lr", "wd", "layer_decay", "warmup_epochs")
 SMALL = 64  # px; up to this size, the grid trains on whole images by default
 CROP_MIN, SMALL_CROP_MIN = 0.08, 1.0
 
@@ -298,7 +299,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def _resolve_protocol(args):
     """Fill in the defaults of the protocol. Raises UsageError for flags that contradict it."""
-    refused = [name for name in (*GRID, "crop_min") if getattr(args, name) is not None]
+    names = *GRID, "crop_min", *OF_FINETUNING
+    given = [name for name in names if getattr(args, name) is not None]
+    refused = [name for name in given if name not in OF_FINETUNING]
     if args.amp not in (None, "off"):
         refused.append("amp")
     if args.protocol == "mocov3" and refused:
@@ -306,9 +309,15 @@ def _resolve_protocol(args):
             "--protocol mocov3 fixes learning rate, crops, training images and precision: "
             f"leave out --{refused[0].replace('_', '-')}, or use --protocol grid"
         )
-    if args.finetune and (args.protocol != "grid" or args.retrain):
-        probe_flag = "--retrain" if args.retrain else f"--protocol {args.protocol}"
-        raise UsageError(f"{probe_flag} is for the linear probe: leave out either it or --finetune")
+    unused = [name for name in given if name in (GRID if args.finetune else OF_FINETUNING)]
+    unused += ["protocol"] * (args.finetune and args.protocol != "grid")
+    if unused:
+        purpose = "the linear probe" if args.finetune else "fine-tuning"
+        change = "leave out" if args.finetune else "add"
+        raise UsageError(
+            f"--{unused[0].replace('_', '-')} is for {purpose}: leave it out, or {change} "
+            "--finetune"
+        )
     if args.retrain and args.select == "val":
         raise UsageError("--retrain needs held-out images: with --select val there are none")
     for name, value in GRID.items():
@@ -322,6 +331,8 @@ def _check(args):
     """Raise UsageError for values that cannot work."""
     if args.batch_size is not None:
         check_batch_size(args.batch_size)
+    if args.batch_size == 1:
+        raise UsageError("--batch-size must be at least 2: batch norm needs other images")
     if args.heldout == 1:
         raise UsageError("--heldout must be below 1: it leaves no image to train on")
     if args.warmup_epochs >= args.epochs:
@@ -347,7 +358,9 @@ def resolve_training(args: argparse.Namespace, num_images: int) -> None:
     if args.batch_size is None:
         args.batch_size = 256 if args.finetune else 1024
         if is_grid and num_images < 16 * args.batch_size:
-            args.batch_size = 2 ** max(3, int(math.log2(num_images / 16)))
+            # by default at most half of the images are held out: the others must be a whole batch
+            largest = max(num_images / 16, min(8, num_images / 2), 2)
+            args.batch_size = 2 ** int(math.log2(largest))
         check_batch_size(args.batch_size)
     if args.batch_size > num_images:
         raise UsageError(f"--batch-size {args.batch_size} exceeds the {num_images} training images")
