@@ -281,6 +281,8 @@ def test_cached_features_on_disk_equal_those_in_memory_and_are_used_again(
     (file,) = (tmp_path / "disk").glob("features_*.f32")
     calls, original = [], features.encode_in_order
     monkeypatch.setattr(features, "encode_in_order", lambda *a: calls.append(1) or original(*a))
+    finished = "--cache-features", "--resume", "auto"  # nothing is left to train
+    assert probe(images, pretrained, tmp_path / "memory", *finished) == memory and not calls
     for name in ("results.json", "lincls_last.pth.tar"):
         (tmp_path / "disk" / name).unlink()
     assert (
