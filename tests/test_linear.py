@@ -502,8 +502,11 @@ def test_an_interrupted_retraining_is_resumed(images, pretrained, tmp_path, monk
         ("--amp bf16", "leave out --amp"),
         ("--finetune", "--protocol is for the linear probe"),
         ("--protocol grid --finetune --retrain", "--retrain is for the linear probe"),
-        ("--protocol grid --finetune --heldout 0.2", "--heldout is for the linear probe"),
-        ("--lr 3", "--lr is for fine-tuning: leave it out, or add --finetune"),
+        (
+            "--protocol grid --finetune --heldout 0.2",
+            "--heldout is for the linear probe, without --finetune",
+        ),
+        ("--lr 3", "--lr is for fine-tuning, with --finetune"),
         ("--protocol grid --retrain --select val", "--retrain needs held-out images"),
     ],
 )
@@ -626,7 +629,7 @@ def test_features_of_another_normalisation_are_not_taken(images, pretrained, tmp
         ("-b 1000", "--batch-size 1000 exceeds the 40 training images"),
         ("--arch resnet50", "not --arch resnet50: leave --arch out"),
         ("--lrs 0 1", "--lrs must be above 0"),
-        ("--heldout 1", "--heldout must be below 1"),
+        ("--heldout 1", "--heldout must be above 0 and at most 0.99"),
         ("--pretrained nowhere.pth", "there is no such file"),
         ("--epochs 0", "--epochs must be above 0"),
     ],

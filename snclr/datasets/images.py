@@ -287,6 +287,5 @@ class EncodedImages(ImageSet):
             images[part[0] : part[-1] + 1], errors[part] = decoded
         resident = ResidentImages(images, self.labels, self.classes, (self.mean, self.std))
         resident.names, resident.paths = self.names, self.paths
-        resident.skip_bad = self.skip_bad
-        resident.errors = errors if any(errors) else None
+        resident.skip_bad, resident.errors = self.skip_bad, errors if any(errors) else None
         return resident
