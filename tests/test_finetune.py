@@ -165,7 +165,7 @@ def test_a_list_of_names_chooses_the_training_images(pretrained, tmp_path):
         ("--label-fraction 0.01", "leaves class a with its 20 images none"),
         ("--label-fraction 1.5", "at most 1"),
         ("--label-fraction 0.5 --label-list setup.py", "there is no such file"),
-        ("--warmup-epochs 3", "--warmup-epochs 3 must be below --epochs 3"),
+        ("--warmup-epochs 3", "--warmup-epochs must be below --epochs, 3"),
         ("--lr 0", "--lr must be above 0"),
     ],
 )

@@ -327,9 +327,7 @@ def _check(args):
     if args.batch_size == 1:
         raise UsageError("--batch-size must be at least 2: batch norm needs other images")
     if args.warmup_epochs >= args.epochs:
-        raise UsageError(
-            f"--warmup-epochs {args.warmup_epochs:g} must be below --epochs {args.epochs}"
-        )
+        raise UsageError(f"--warmup-epochs must be below --epochs, {args.epochs}")
     if args.label_list is not None and not os.path.isfile(args.label_list):
         raise UsageError(f"--label-list {args.label_list}: there is no such file")
     if args.label_list is not None and args.label_fraction is not None:
