@@ -11,6 +11,7 @@ have it, unless fused_augment.py gets it, too. The draws of all other operations
 bit for bit.
 """
 
+import functools
 import itertools
 from argparse import Namespace
 from collections.abc import Iterable
@@ -151,8 +152,9 @@ def keyed_uniforms(count: int, *key: int | np.ndarray) -> np.ndarray:
     return (keyed_bits(bits.view(np.int64), np.arange(count)) >> np.uint64(11)) * 2.0**-53
 
 
+@functools.lru_cache(maxsize=2)  # of the running epoch and the next
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The permutation (size,) in which an epoch visits the data set."""
+    """The permutation (size,) in which an epoch visits the data set. Not to be changed in place."""
     return np.argsort(keyed_bits(seed, epoch, np.arange(size), -1), kind="stable")
 
 
