@@ -323,7 +323,7 @@ def setting_notes(
     args: argparse.Namespace, model: SNCLR, num_images: int, device: torch.device
 ) -> list[str]:
     """Lines about settings that work, but may not do what the user expects."""
-    has_plain_patches = args.arch in ("vit_tiny", "vit_small", "vit_base")
+    has_no_graphs = not devices.has_graphs(device)
     notes = (
         (
             model.memory_bank is not None and args.bank_size > num_images,
@@ -331,24 +331,16 @@ def setting_notes(
             "it holds several copies of each image",
         ),
         (
-            args.method != "snclr",
-            f"--method {args.method} does not use soft neighbours: --topk, --form, --candidates, "
-            "--mix-neighbours and the flags of their weights have no effect",
-        ),
-        (
-            (args.width or args.small_stem) and not args.arch.startswith("resnet"),
-            f"--width and --small-stem are for ResNets: no effect on {args.arch}",
-        ),
-        (
-            args.stop_grad_conv1 and not has_plain_patches,
-            f"--stop-grad-conv1 is for ViTs with a plain patch embedding: no effect on {args.arch}",
-        ),
-        (
-            args.compile == "graphs" and not devices.has_graphs(device),
+            args.compile == "graphs" and has_no_graphs,
             "--compile graphs: only a GPU has graphs; the backbones are compiled",
         ),
+        (args.step_graph and has_no_graphs, "--step-graph: only a GPU has graphs"),
+        (
+            args.fused_augment and choose_augmentation(args, device) is operations.apply,
+            "--fused-augment is for RGB images on a GPU: no effect",
+        ),
     )
-    return [note for applies, note in notes if applies]
+    return [note for applies, note in notes if applies] + options.unused_flags(args)
 
 
 def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:

@@ -8,6 +8,14 @@ from .running.errors import UsageError
 METHODS = ("snclr", "nnclr", "mocov3", "mocov2")
 FORMS = ("sum_of_logs", "log_of_sum")
 CANDIDATES = ("all", "unique", "keys")
+# settings without effect: where there are no soft neighbours, and of the objective by method
+OF_NEIGHBOURS = ("form", "weights", "gamma", "nn_mass", "normalise_positives", "positiveness_t")
+OF_NEIGHBOURS += ("detach_weights", "threshold", "candidates", "mix_neighbours", "nn_ramp_epochs")
+UNUSED = {
+    "nnclr": ("topk", *OF_NEIGHBOURS, "snclr_m", "snclr_m_cos"),
+    "mocov3": ("topk", *OF_NEIGHBOURS, "bank_size", "exclude_own_image", "nn_warmup_epochs"),
+    "mocov2": ("topk", *OF_NEIGHBOURS, "exclude_own_image", "nn_warmup_epochs"),
+}
 # attention heads; vit_small has 12 as in MoCo v3, while timm's, DeiT's and DINO's ViT-S has 6
 NUM_HEADS = {
     "vit_tiny": 3,

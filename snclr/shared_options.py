@@ -318,6 +318,7 @@ def add_backbone_flags(
         default=None if default_arch is None else 16,
         metavar="PX",
         help="side of a ViT's patch",
+        on_resume="fixed",
         describes_encoder=True,
     )
     flag(
@@ -336,6 +337,7 @@ def add_backbone_flags(
         type=number(int, above_zero=True, most=2**14),
         metavar="N",
         help="channels of a ResNet's first stage (default: that of the architecture)",
+        on_resume="fixed",
         describes_encoder=True,
     )
     flag(

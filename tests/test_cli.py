@@ -188,6 +188,36 @@ def test_wrong_flags_are_named_in_one_line(flags, named):
 
 
 @pytest.mark.parametrize(
+    "flags, lines",
+    [
+        ("--topk 3", ""),
+        ("--topk 0 --nn-mass 0.3", "--nn-mass has no effect with --topk 0"),
+        ("--weights key --detach-weights", "--detach-weights has no effect with --weights key"),
+        (
+            "--weights uniform --positiveness-t 0.1",
+            "--positiveness-t has no effect with --weights uniform",
+        ),
+        ("--method nnclr --topk 5 --gamma 2", "--topk has no effect with --method nnclr; --gamma"),
+        ("-a resnet18 --patch-size 8", "--patch-size has no effect with --arch resnet18"),
+        ("-a vit_tiny --width 8", "--width has no effect with --arch vit_tiny"),
+        ("--local-size 32", "--local-size has no effect without --local-views"),
+        ("--local-size 32 --local-views 1", ""),
+        ("--subset-seed 2", "--subset-seed has no effect without --subset"),
+    ],
+)
+def test_flags_without_effect_are_named(flags, lines):
+    args = options.parse(["-a", "resnet8", "--topk", "30", *flags.split()])
+    assert "; ".join(options.unused_flags(args)).startswith(lines)
+    assert bool(lines) == bool(options.unused_flags(args))
+
+
+def test_flags_of_a_gpu_are_named_on_a_cpu():
+    flags = ["--bank-size", "64", "--compile", "graphs", "--step-graph", "--fused-augment"]
+    notes = main_snclr.setting_notes(options.parse(flags), 5000, torch.device("cpu"))
+    assert [note.split()[0].rstrip(":") for note in notes] == [*flags[2:3], *flags[4:]]
+
+
+@pytest.mark.parametrize(
     "flags",
     [
         "--topk 30 --bank-size 30",
@@ -627,7 +657,8 @@ def test_without_a_readable_checkpoint_the_run_is_refused_and_not_changed(images
     [
         ("--seed 3", "seed 0 -> 3"),
         ("--method mocov3", "method 'snclr' -> 'mocov3'"),
-        ("--bank-size 9", "module.memory_bank.features (8, 8) instead of (9, 8)"),
+        ("--bank-size 9", "bank_size 8 -> 9"),
+        ("--weights projected", "2 keys missing: module.attention.f1.weight"),
         ("-b 2", "batch_size 4 -> 2"),
         ("--crop-min 0.5", "crop_min 0.08 -> 0.5"),
     ],
