@@ -189,7 +189,7 @@ def main(argv: list[str]) -> None:
         f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, "
         f"in {workdir}"
     )
-    for note in data_notes + start_notes + setting_notes(args, len(train), device):
+    for note in data_notes + start_notes + setting_notes(args, model, len(train), device):
         log.say(f"note: {note}")
     if checkpoint_path:
         run.guard.saved_step = step
@@ -323,12 +323,14 @@ def load_start(
     return notes + public.other_images(own_images, args.mean, args.std)
 
 
-def setting_notes(args: argparse.Namespace, num_images: int, device: torch.device) -> list[str]:
+def setting_notes(
+    args: argparse.Namespace, model: SNCLR, num_images: int, device: torch.device
+) -> list[str]:
     """Lines about settings that work, but may not do what the user expects."""
     has_no_graphs = not devices.has_graphs(device)
     notes = (
         (
-            args.method != "mocov3" and args.bank_size > num_images,
+            model.memory_bank is not None and args.bank_size > num_images,
             f"the bank ({args.bank_size} rows) is larger than the data set ({num_images} images): "
             "it holds several copies of each image",
         ),

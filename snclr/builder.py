@@ -36,12 +36,12 @@ from .running.precision import unit
 def pairs(num_views: int, num_keys: int = 2) -> list[tuple[int, int]]:
     """(number of the query view, number of the key) of each term of the loss.
 
-    The two global views, 0 and 1, have keys, and each key is compared with all other views. With a
+    The first views, the two global ones, have keys: each is compared with all other views. With a
     weak key view there is a single key, which no query view has: it is compared with all of them.
     """
     if num_keys == 1:
         return [(query, 0) for query in range(num_views)]
-    return [(query, key) for key in (1, 0) for query in range(num_views) if query != key]
+    return [(q, k) for k in range(num_keys)[::-1] for q in range(num_views) if q != k]
 
 
 class SNCLR(nn.Module):

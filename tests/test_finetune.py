@@ -174,7 +174,7 @@ def test_a_list_of_names_chooses_the_training_images(pretrained, tmp_path):
         ("--label-fraction 0.01", "leaves class a with its 20 images none"),
         ("--label-fraction 1.5", "at most 1"),
         ("--label-fraction 0.5 --label-list setup.py", "there is no such file"),
-        ("--warmup-epochs 3", "--warmup-epochs must be less than --epochs"),
+        ("--warmup-epochs 3", "--warmup-epochs must be below --epochs, 3"),
         ("--lr 0", "--lr must be above 0"),
     ],
 )
@@ -268,10 +268,9 @@ def test_transfer_to_a_torchvision_set_of_photographs(pretrained, tmp_path):
         "2",
         "--epochs",
         "2",
-        "--lrs",
-        "0.1",
     ]
-    for name, more in {"probe": ["--select", "val"], "tuned": ["--finetune"]}.items():
+    probe_flags = ["--select", "val", "--lrs", "0.1"]
+    for name, more in {"probe": probe_flags, "tuned": ["--finetune"]}.items():
         main_lincls.main([str(tmp_path), *flags, *more, "--workdir", str(tmp_path / name)])
         result = json.loads((tmp_path / name / "results.json").read_text())
         assert (

@@ -54,7 +54,7 @@ class ImageSet:
                 grey
     """
 
-    per_image: tuple[str, ...] = ("labels", "names")
+    per_image: tuple[str, ...] = ("labels", "names", "paths")
     names: np.ndarray | None = None
     paths: np.ndarray | None = None
     skip_bad = False
@@ -70,6 +70,7 @@ class ImageSet:
         for name in self.per_image:
             values = getattr(self, name)
             setattr(chosen, name, None if values is None else values[indices])
+        assert len(chosen) == len(indices), "per_image must name what __len__ and image() read"
         return chosen
 
     def fingerprint(self) -> str:
@@ -273,8 +274,7 @@ class EncodedImages(ImageSet):
             images[part[0] : part[-1] + 1], errors[part] = decoded
         resident = ResidentImages(images, self.labels, self.classes, (self.mean, self.std))
         resident.names, resident.paths = self.names, self.paths
-        resident.skip_bad = self.skip_bad
-        resident.errors = errors if any(errors) else None
+        resident.skip_bad, resident.errors = self.skip_bad, errors if any(errors) else None
         return resident
 
 
