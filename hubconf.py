@@ -3,7 +3,7 @@
 dependencies = ["torch", "torchvision", "timm", "numpy"]
 
 
-def snclr(file: str, branch: str = "online", **settings):
+def snclr(file, branch: str = "online", **settings):
     """The frozen encoder in a weight file: normalised images (B, C, S, S) to features (B, F).
 
     encoder.info has the mean and std of the images, and notes on what was loaded.
@@ -15,7 +15,7 @@ def snclr(file: str, branch: str = "online", **settings):
     """
     from snclr import load_encoder
 
-    path = _downloaded(file) if "://" in file else file
+    path = _downloaded(file) if "://" in str(file) else file
     encoder, encoder.info = load_encoder(path, branch, **settings)
     return encoder
 

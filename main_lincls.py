@@ -92,7 +92,8 @@ def main(argv: list[str]) -> None:
         name: x for name, x in vars(args).items() if name not in lincls_options.FREE_ON_RESUME
     }
     identity = {"args": settings, "encoder_digest": digest}
-    task = Task(args, encoder, info, identity, embed, load, train, val, device, amp, log)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    task = Task(args, encoder, info, identity, embed, load, train, val, device, amp, scaler, log)
     knn_top1 = evaluate_knn(task, train_share, val_share)
     for name, top1 in knn_top1["knn"].items():
         log(f"kNN {name:<23} {top1:.2f} %")

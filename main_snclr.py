@@ -176,7 +176,7 @@ def main(argv: list[str]) -> None:
         val=val,
         optimizer=optimizer,
         scaler=scaler,
-        guard=Guard(model, loader, workdir, limit=args.skip_non_finite, scaled=scaler.is_enabled()),
+        guard=Guard(model, loader, workdir, limit=args.skip_non_finite, scaler=scaler),
         interruptions=interruptions,
         log=log,
         graph=step_graph.build(args, device, amp, optimizer, log.say),
@@ -189,7 +189,7 @@ def main(argv: list[str]) -> None:
         f"{distributed.world_size()} x {device.type}, amp {amp}, {steps_per_epoch} steps an epoch, "
         f"in {workdir}"
     )
-    for note in data_notes + start_notes + setting_notes(args, len(train), device):
+    for note in data_notes + start_notes + setting_notes(args, model, len(train), device):
         log.say(f"note: {note}")
     if checkpoint_path:
         run.guard.saved_step = step
@@ -230,10 +230,14 @@ def main(argv: list[str]) -> None:
         )
         log.say(report.write_into(workdir))
     run.interruptions.maximum.finish()
-    log.close()
-    process_group.stop()
-    if run.interruptions.ending:
-        preemption.interrupt(run.interruptions.ending, run.interruptions.outcome)
+    try:
+        # SLURM may kill this rank when another has left, and a logger may wait for its network for
+        # long: the job is requeued before
+        if run.interruptions.ending:
+            preemption.interrupt(run.interruptions.ending, run.interruptions.outcome)
+    finally:
+        log.close()
+        process_group.stop()
 
 
 def choose_augmentation(args: argparse.Namespace, device: torch.device) -> Callable[..., Tensor]:
@@ -280,7 +284,7 @@ def settings_of_resumed(args: argparse.Namespace) -> dict:
 
     It needs the weights of --init-from no more, which may have been removed since.
     """
-    folder = args.workdir or ""
+    folder = args.workdir or default_workdir(args)
     if args.resume not in (None, "auto"):
         folder = os.path.dirname(args.resume)
     has_checkpoint = os.path.isfile(os.path.join(folder, checkpoint.LAST))
@@ -319,34 +323,28 @@ def load_start(
     return notes + public.other_images(own_images, args.mean, args.std)
 
 
-def setting_notes(args: argparse.Namespace, num_images: int, device: torch.device) -> list[str]:
+def setting_notes(
+    args: argparse.Namespace, model: SNCLR, num_images: int, device: torch.device
+) -> list[str]:
     """Lines about settings that work, but may not do what the user expects."""
-    has_plain_patches = args.arch in ("vit_tiny", "vit_small", "vit_base")
+    has_no_graphs = not devices.has_graphs(device)
     notes = (
         (
-            args.method != "mocov3" and args.bank_size > num_images,
+            model.memory_bank is not None and args.bank_size > num_images,
             f"the bank ({args.bank_size} rows) is larger than the data set ({num_images} images): "
             "it holds several copies of each image",
         ),
         (
-            args.method != "snclr",
-            f"--method {args.method} does not use soft neighbours: --topk, --form, --candidates, "
-            "--mix-neighbours and the flags of their weights have no effect",
-        ),
-        (
-            (args.width or args.small_stem) and not args.arch.startswith("resnet"),
-            f"--width and --small-stem are for ResNets: no effect on {args.arch}",
-        ),
-        (
-            args.stop_grad_conv1 and not has_plain_patches,
-            f"--stop-grad-conv1 is for ViTs with a plain patch embedding: no effect on {args.arch}",
-        ),
-        (
-            args.compile == "graphs" and not devices.has_graphs(device),
+            args.compile == "graphs" and has_no_graphs,
             "--compile graphs: only a GPU has graphs; the backbones are compiled",
         ),
+        (args.step_graph and has_no_graphs, "--step-graph: only a GPU has graphs"),
+        (
+            args.fused_augment and choose_augmentation(args, device) is operations.apply,
+            "--fused-augment is for RGB images on a GPU: no effect",
+        ),
     )
-    return [note for applies, note in notes if applies]
+    return [note for applies, note in notes if applies] + options.unused_flags(args)
 
 
 def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:
@@ -363,21 +361,28 @@ def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:
     if labels is not None:
         labels = labels.to(loader.device, non_blocking=True)
     go_on = end < run.last_step and not ends_period(run, end, args.eval_freq)
-    batch, batches = None, loader.epoch(epoch, inside, go_on=go_on)
+    batch, following, batches = None, None, loader.epoch(epoch, inside, go_on=go_on)
     bar = log.progress(loader.steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
     waits = Waits(loader.device)
     logged_step, logged_at, slowest = step, time.perf_counter(), 0.0
 
-    while step < end:
-        step_start = time.perf_counter()
+    def next_batch() -> Batch | None:
+        """The next batch; None if no batch comes, and the run ends by a signal."""
         try:
             with waits:
-                batch = next(batches)
+                return next(batches)
         except workers.Stalled:
             if run.interruptions.end_here(run.guard.last_sound_checkpoint):
-                run.guard.check()
-                break
+                return None
             raise
+
+    while step < end:
+        step_start = time.perf_counter()
+        following = following or next_batch()
+        if following is None:
+            run.guard.check()
+            break
+        batch, following = following, None
 
         lr = optim.learning_rate(
             step,
@@ -414,6 +419,9 @@ def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:
         slowest = max(slowest, time.perf_counter() - step_start)
 
         if step % args.print_freq == 0 or step == end:
+            # a line waits for the GPU, which prepares the next batch meanwhile
+            if step < end and (following := next_batch()) is None:
+                end = step
             metrics = step_metrics(
                 loss,
                 shown,
@@ -498,11 +506,14 @@ def save(run: Run, step: int, batch: Batch | None) -> None:
     """Save checkpoint and encoder, from rank 0; also under a number every --save-freq epochs.
 
     If the weights, the optimiser state or the loss of `batch` with them are not finite, only
-    checkpoint.UNSOUND is written, so that the last sound checkpoint stays. If a save fails, the run
-    continues with a note; at its last save it raises RunError.
+    checkpoint.UNSOUND is written, so that the last sound checkpoint stays. After a skipped step the
+    batch of an earlier one is taken. If a save fails, the run continues with a note; at its last
+    save it raises RunError.
     """
     args, is_last, start = run.args, step >= run.last_step, time.perf_counter()
     epoch, inside = divmod(step, run.loader.steps_per_epoch)
+    if step in run.guard.bad_steps:  # skipped: the cause may be its batch, and not the weights
+        batch = run.guard.finite_batch(step)
     is_usable = batch is None or run.guard.try_forward(run.model, batch, args.snclr_m, run.amp)
     reason = run.guard.what_is_unsound(step, run.model, run.optimizer, is_usable)
     outcome = "saved" if reason is None else f"saved as {checkpoint.UNSOUND}"

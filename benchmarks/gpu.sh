@@ -39,7 +39,8 @@ part() { # name, seconds, seconds with --quick (0: left out), command
   timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.txt" 2>"$OUT/$name.err"
   status=$?
   [ $status = 0 ] || FAILED=1
-  "$PYTHON" benchmarks/gpu_report.py "$OUT" "$name" "$status" $((SECONDS - start)) "$command"
+  "$PYTHON" benchmarks/gpu_report.py "$OUT" "$name" "$status" $((SECONDS - start)) "$command" &&
+    rm "$OUT/$name".{txt,err}  # they are in gpu.json
 }
 
 [ -n "$DRY" ] || { mkdir -p "$OUT"; rm -f "$OUT"/gpu.{md,json}; }

@@ -26,8 +26,11 @@ def tables(text: str) -> list[list[dict[str, str]]]:
 
 
 def main(out: str, name: str, status: str, seconds: str, command: str) -> None:
-    text, errors = (Path(out, f"{name}.{kind}").read_text() for kind in ("txt", "err"))
-    outcome = {"0": "", "124": "stopped by its time limit"}.get(status, f"exit status {status}")
+    text, errors = (
+        Path(out, f"{name}.{kind}").read_text(errors="replace") for kind in ("txt", "err")
+    )
+    late = "stopped by its time limit"
+    outcome = {"0": "", "124": late, "137": late}.get(status, f"exit status {status}")
     lines = [f"## {name} ({seconds} s)", "", f"`{command}`", "", text.strip(), ""]
     if outcome:
         lines += [f"**{outcome}**", "", "```", *errors.strip().splitlines()[-8:], "```", ""]
@@ -42,6 +45,7 @@ def main(out: str, name: str, status: str, seconds: str, command: str) -> None:
         "seconds": int(seconds),
         "tables": tables(text),
         "output": text,
+        "errors": errors[-4000:],
     }
     path.write_text(json.dumps(report, indent=1))
 

@@ -51,7 +51,7 @@ class Training:
         augment_crops = main_snclr.choose_augmentation(args, device)
         loader = EpochLoader(train, recipe, args.batch_size, device, args.workers, augment_crops)
         scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-        guard = Guard(model, loader, os.curdir, limit=args.skip_non_finite, scaled=amp == "fp16")
+        guard = Guard(model, loader, os.curdir, limit=args.skip_non_finite, scaler=scaler)
         log = Log(os.curdir, step=0, enabled=False)
         optimizer = optim.build_optimizer(args.optimizer, model, args.wd)
         self.run = main_snclr.Run(

@@ -3,10 +3,12 @@
 In a notebook: encoder, info = snclr.load_encoder("checkpoint_last.pth.tar")
 """
 
+import os
+
 __version__ = "0.1.0"
 
 
-def load_encoder(path: str, branch: str = "online", **settings) -> tuple:
+def load_encoder(path: str | os.PathLike, branch: str = "online", **settings) -> tuple:
     """The backbone in a file, frozen, and its info, a dictionary.
 
     The backbone maps normalised images (B, C, S, S) to features (B, F). info has the mean and std
@@ -18,5 +20,5 @@ def load_encoder(path: str, branch: str = "online", **settings) -> tuple:
     """
     from .weights.load import open_encoder  # torch is imported only here
 
-    encoder, info = open_encoder(path, branch, **settings)
+    encoder, info = open_encoder(os.fspath(path), branch, **settings)
     return encoder.requires_grad_(False), info

@@ -135,8 +135,8 @@ def flag(
     """Add a flag to a group. arguments: those of argparse's add_argument.
 
     on_resume says whether a resumed run may have another value than its checkpoint. 'fixed': no,
-    since the flag decides which images the run sees, or what its state means. 'reported': yes, and
-    the log names the change. 'free': yes, since it does not change any result.
+    since the flag decides which images the run sees, or shapes or meaning of its state. 'reported':
+    yes, and the log names the change. 'free': yes, since it does not change any result.
 
     describes_encoder: whether an encoder is built and used by this setting, so that a file of
     weights holds it. changes_features: whether the features that an evaluation caches depend on it.

@@ -11,6 +11,7 @@ have it, unless fused_augment.py gets it, too. The draws of all other operations
 bit for bit.
 """
 
+import functools
 import itertools
 from argparse import Namespace
 from collections.abc import Iterable
@@ -74,10 +75,10 @@ def build_views(args: Namespace) -> tuple[View, ...]:
     """The table of views that the flags describe (snclr/view_options.py).
 
     Two global views, then --local-views small ones. A local view has the settings of the first
-    global view, also those from flags. Its crop is drawn as DINO's (Caron et al. 2021), and half of
-    them are blurred unless --blur-p is given. With --key-view weak follows one of crop, flip and
-    rotation only, whose settings are those of the first global view, as in MSF (Koohpayegani et al.
-    2021), ReSSL (Zheng et al. 2021) and SCE (Denize et al. 2023). It comes last, so the draws of
+    global view, also those from flags, but its crop is drawn as DINO's (Caron et al. 2021), and
+    half of the local views are blurred unless --blur-p is given. With --key-view weak, the last
+    view has only the crop, flip and rotation of the first one, as in MSF (Koohpayegani et al.
+    2021), ReSSL (Zheng et al. 2021) and SCE (Denize et al. 2023). As it is the last, the draws of
     all other views stay as they are.
     """
     global_views = moco_v2_views if args.method == "mocov2" else moco_v3_views
@@ -151,8 +152,9 @@ def keyed_uniforms(count: int, *key: int | np.ndarray) -> np.ndarray:
     return (keyed_bits(bits.view(np.int64), np.arange(count)) >> np.uint64(11)) * 2.0**-53
 
 
+@functools.lru_cache(maxsize=2)  # of the running epoch and the next
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The permutation (size,) in which an epoch visits the data set."""
+    """The permutation (size,) in which an epoch visits the data set. Not to be changed in place."""
     return np.argsort(keyed_bits(seed, epoch, np.arange(size), -1), kind="stable")
 
 
@@ -175,6 +177,9 @@ DRAWS = {
     "rotate": 14 + 2 * CROP_TRIES,
     "quarters": 15 + 2 * CROP_TRIES,
 }
+
+
+_PERMUTATIONS = np.array(list(itertools.permutations(range(4))))  # orders of the jitter
 
 
 class ViewParameters(NamedTuple):
@@ -229,9 +234,6 @@ def draw(
     return _draw_crops(u, settings, heights, widths), ViewParameters(
         *map(torch.from_numpy, parameters)
     )
-
-
-_PERMUTATIONS = np.array(list(itertools.permutations(range(4))))
 
 
 def _draw_crops(u, settings, heights, widths):

@@ -36,12 +36,12 @@ from .running.precision import unit
 def pairs(num_views: int, num_keys: int = 2) -> list[tuple[int, int]]:
     """(number of the query view, number of the key) of each term of the loss.
 
-    The two global views, 0 and 1, have keys, and each key is compared with all other views. With a
+    The first views, the two global ones, have keys: each is compared with all other views. With a
     weak key view there is a single key, which no query view has: it is compared with all of them.
     """
     if num_keys == 1:
         return [(query, 0) for query in range(num_views)]
-    return [(query, key) for key in (1, 0) for query in range(num_views) if query != key]
+    return [(q, k) for k in range(num_keys)[::-1] for q in range(num_views) if q != k]
 
 
 class SNCLR(nn.Module):
@@ -66,7 +66,7 @@ class SNCLR(nn.Module):
     searched and enqueued. So there are 2 + n pairs, and without local views the loss is
     L(1 -> weak) + L(2 -> weak). In MSF, ReSSL and SCE a single strong view has the weak target.
 
-    args: the settings of a run (snclr/options.py), of which the model reads those of the objective.
+    args: the settings of a run (snclr/options.py).
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class SNCLR(nn.Module):
         return mix_with_keys(neighbours, key, send(torch.from_numpy(shares), key.device))
 
     def _weights(self, source, rows, neighbours):
-        """Positiveness (B, K) of the neighbours, with the sum 1 / gamma.
+        """Weights (B, K) of the neighbours: their sum is 1 / gamma, or less with --threshold.
 
         source (B, D): the query view's online projection, or the key (--weights key).
         """
@@ -293,6 +293,7 @@ class SNCLR(nn.Module):
 
     @torch.no_grad()
     def _momentum_projections(self, momentum, views):
+        """Move the momentum encoder, then project each view with it: a list of (B, D)."""
         averages, new = (
             list(encoder.parameters()) for encoder in (self.momentum_encoder, self.base_encoder)
         )
@@ -319,6 +320,7 @@ class SNCLR(nn.Module):
         return [encoder.projector(part) for part in torch.cat(features).chunk(len(views))]
 
     def _search(self, queries, ids, k, mass):
+        """Scores and rows (B, k) from the bank; all -inf and -1 if the mass is 0."""
         if not isinstance(mass, Tensor) and mass == 0:
             rows = torch.full((len(queries), k), -1, device=queries.device)
             return torch.full(rows.shape, float("-inf"), device=queries.device), rows
@@ -387,6 +389,11 @@ def build_model(args: Namespace, *, products: str = "float32") -> SNCLR:
         hidden_dim=args.snclr_mlp_dim,
         out_dim=args.snclr_dim,
     )
+    if args.micro_batch == 1 and world_size() == 1 and has_batch_norm(encoder, encoder.projector):
+        raise UsageError(
+            f"--micro-batch 1 lets the batch norms of --arch {args.arch} see a single image: take "
+            "more"
+        )
     bank = MemoryBank(args.bank_size, args.snclr_dim, products) if args.method != "mocov3" else None
     predictor = None
     if args.method == "mocov2":

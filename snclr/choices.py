@@ -8,6 +8,14 @@ from .running.errors import UsageError
 METHODS = ("snclr", "nnclr", "mocov3", "mocov2")
 FORMS = ("sum_of_logs", "log_of_sum")
 CANDIDATES = ("all", "unique", "keys")
+# settings without effect: where there are no soft neighbours, and of the objective by method
+OF_NEIGHBOURS = ("form", "weights", "gamma", "nn_mass", "normalise_positives", "positiveness_t")
+OF_NEIGHBOURS += ("detach_weights", "threshold", "candidates", "mix_neighbours", "nn_ramp_epochs")
+UNUSED = {
+    "nnclr": ("topk", *OF_NEIGHBOURS, "snclr_m", "snclr_m_cos"),
+    "mocov3": ("topk", *OF_NEIGHBOURS, "bank_size", "exclude_own_image", "nn_warmup_epochs"),
+    "mocov2": ("topk", *OF_NEIGHBOURS, "exclude_own_image", "nn_warmup_epochs"),
+}
 # attention heads; vit_small has 12 as in MoCo v3, while timm's, DeiT's and DINO's ViT-S has 6
 NUM_HEADS = {
     "vit_tiny": 3,
@@ -25,6 +33,7 @@ OPTIMIZERS = {  # name: class, and its arguments besides the parameter groups an
 LOGGERS = ("wandb", "mlflow")  # names of libraries
 PUBLIC = ("timm:", "hf:")  # --init-from: weights that timm or the Hugging Face hub has
 AMP = ("off", "auto", "bf16", "fp16")
+TOKENS = ("class", "mean", "patch")  # features of an image that snclr.embed writes
 COMPILE = ("auto", "off", "on", "graphs")
 LOCAL_DATASETS = ("folder", "tree", "list", "shards")  # the user's own files
 TORCHVISION_DATASETS = ("cifar10", "cifar100", "stl10", "svhn", "flowers102", "pets", "food101")
@@ -67,11 +76,11 @@ def recognise_dataset(data: str | None) -> str:
         return "hf"
     if os.path.isfile(data):
         kinds = {".tar": "shards", ".zip": "shards", ".txt": "list"}
-        return kinds.get(os.path.splitext(data)[1], "folder")
+        return kinds.get(os.path.splitext(data)[1].lower(), "folder")
     train = os.path.join(data, "train")
     root = train if os.path.isdir(train) else data
     entries = list(os.scandir(root)) if os.path.isdir(root) else []
-    suffixes = {os.path.splitext(entry.name)[1] for entry in entries}
+    suffixes = {os.path.splitext(entry.name)[1].lower() for entry in entries}
     if ".tar" in suffixes or (".zip" in suffixes and suffixes <= {".zip", ".npz"}):
         return "shards"  # an .npz is their index
     if ".parquet" in suffixes and suffixes <= {".parquet", ".md", ""}:

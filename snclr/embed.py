@@ -11,19 +11,11 @@ import argparse
 import importlib.util
 import sys
 
-import numpy as np
-
 from .arguments import new_parser, number
-from .choices import AMP
-from .datasets import sources
-from .evaluation.embedding import TOKENS, WRITERS, check_tokens, embedder, encode_parts, join_parts
-from .evaluation.features import digest, key_of
-from .running import distributed, process_group
-from .running.errors import UsageError, check_posix, first_few, one_clear_line
-from .running.precision import resolve_amp
+from .choices import AMP, TOKENS
+from .running.errors import UsageError, check_packages, first_few, one_clear_line
 from .running.safe_files import check_new_path
 from .shared_options import add_backbone_flags, add_data_flags, resolve_data
-from .weights.load import open_by_flags
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -63,7 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     resolve_data(args)
     args.format = args.out.rpartition(".")[2]
-    if args.format not in WRITERS:
+    if args.format not in ("npz", "parquet"):
         raise UsageError(f"--out must end in .npz or .parquet, found {args.out}")
     if args.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise UsageError(f"--out {args.out} needs pyarrow: pip install pyarrow")
@@ -71,9 +63,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    with one_clear_line("snclr.embed"):
+        parse(sys.argv[1:])  # reports a wrong flag before the slow imports
+        check_packages()
+
+import numpy as np
+
+from .datasets import sources
+from .evaluation.embedding import check_tokens, embedder, encode_parts, join_parts
+from .evaluation.features import digest, key_of
+from .running import distributed, process_group
+from .running.precision import resolve_amp
+from .weights.load import open_by_flags
+
+
 @process_group.failures_named()
 def main(argv: list[str]) -> None:
-    check_posix()
     args = parse(argv)
     device = process_group.start()
     amp, is_rank_zero = resolve_amp(args.amp, device), distributed.rank() == 0

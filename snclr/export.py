@@ -12,81 +12,16 @@ import sys
 import tempfile
 from collections import OrderedDict
 
-import torch
-from torch import Tensor, nn
-
-from . import __version__
 from .arguments import new_parser, number
-from .evaluation.features import digest
-from .running import tensor_files
 from .running.errors import RunError, UsageError, one_clear_line
 from .running.safe_files import check_new_path, save_bytes, save_text, writing
 from .shared_options import add_backbone_flags
-from .weights import libraries
-from .weights.card import model_card, run_figures, run_settings
-from .weights.exported import Export
-from .weights.hf import to_hf
-from .weights.layouts import SETTINGS_KEY
-from .weights.load import DEFAULTS, open_encoder
 
-FORMATS = {
-    "timm": libraries.to_timm,
-    "torchvision": libraries.to_torchvision,
-    "deit": libraries.to_deit,
-    "hf": to_hf,
-    "mocov3": libraries.to_mocov3,
-    "detectron2": libraries.to_detectron2,
-    "onnx": libraries.to_onnx,
-}
+FORMATS = ("timm", "torchvision", "deit", "hf", "mocov3", "detectron2", "onnx")
 RGB_ONLY = ("torchvision", "mocov3", "detectron2")
-# largest relative difference of features; float32 rounding stays far below
-TOLERANCE = 1e-5
 SAFETENSORS = ".safetensors"
 # for --format timm, which can be a file or a folder: any other ending means a folder
 FILE_SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".bin", ".tar", ".ckpt")
-
-
-def main(argv: list[str]) -> None:
-    args = parse(argv)
-    encoder, info = open_encoder(
-        args.file, args.encoder, **{name: getattr(args, name, None) for name in DEFAULTS}
-    )
-    if info["channels"] != 3 and args.format in RGB_ONLY:
-        raise UsageError(
-            f"{args.format} has only models of RGB images, not of {info['channels']} channels: "
-            "choose another --format, such as timm, hf or onnx"
-        )
-    is_folder = args.format == "timm" and not args.out.endswith(FILE_SUFFIXES)
-    to_library = FORMATS[args.format]
-    export = to_library(encoder, info, as_folder=True) if is_folder else to_library(encoder, info)
-    # the metadata names the file without its folder, which differs from reader to reader
-    name = os.path.basename(os.path.abspath(args.out))
-    settings = {name: info[name] for name in (*DEFAULTS, "encoder", "epoch")}
-    settings |= {"build": export.build(name), "version": __version__}
-    difference = write_checked(export, settings, args.out, encoder)
-    card = card_path(args.out, export.configs is not None)
-    save_text(
-        card,
-        model_card(
-            name,
-            args.format,
-            export.build(name),
-            export.features,
-            info,
-            run_settings(args.file, info["settings"]),
-            run_figures(args.file, info, lambda: digest(encoder)),
-        ),
-    )
-    for note in info["notes"]:
-        print(f"note: {note}")
-    print(f"{args.out}: {info['arch']} ({info['encoder']} encoder) for {args.format}")
-    print(f"checked: loaded back, features of a random image agree to {difference:.1e} (relative)")
-    grey_range = f", grey range {info['grey_range']}" if info["grey_range"] else ""
-    print(f"images: {info['img_size']} px, mean {info['mean']}, std {info['std']}{grey_range}")
-    print(f"build: {export.line(args.out)}")
-    if export.hint is not None:
-        print(f"hint: {export.hint(args.out)}")
-    print(f"model card: {card}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -141,6 +76,79 @@ def card_path(out: str, is_folder: bool) -> str:
     several exports can be in one folder.
     """
     return os.path.join(out, "README.md") if is_folder else f"{out}.md"
+
+
+if __name__ == "__main__":
+    with one_clear_line("snclr.export"):
+        parse(sys.argv[1:])  # reports a wrong flag before the slow imports
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .evaluation.features import digest
+from .running import tensor_files
+from .weights import libraries
+from .weights.card import model_card, run_figures, run_settings
+from .weights.exported import Export
+from .weights.hf import to_hf
+from .weights.layouts import SETTINGS_KEY
+from .weights.load import DEFAULTS, open_encoder
+
+TO_LIBRARY = {
+    "timm": libraries.to_timm,
+    "torchvision": libraries.to_torchvision,
+    "deit": libraries.to_deit,
+    "hf": to_hf,
+    "mocov3": libraries.to_mocov3,
+    "detectron2": libraries.to_detectron2,
+    "onnx": libraries.to_onnx,
+}
+# largest relative difference of features; float32 rounding stays far below
+TOLERANCE = 1e-5
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    encoder, info = open_encoder(
+        args.file, args.encoder, **{name: getattr(args, name, None) for name in DEFAULTS}
+    )
+    if info["channels"] != 3 and args.format in RGB_ONLY:
+        raise UsageError(
+            f"{args.format} has only models of RGB images, not of {info['channels']} channels: "
+            "choose another --format, such as timm, hf or onnx"
+        )
+    is_folder = args.format == "timm" and not args.out.endswith(FILE_SUFFIXES)
+    to_library = TO_LIBRARY[args.format]
+    export = to_library(encoder, info, as_folder=True) if is_folder else to_library(encoder, info)
+    # the metadata names the file without its folder, which differs from reader to reader
+    name = os.path.basename(os.path.abspath(args.out))
+    settings = {name: info[name] for name in (*DEFAULTS, "encoder", "epoch")}
+    settings |= {"build": export.build(name), "version": __version__}
+    difference = write_checked(export, settings, args.out, encoder)
+    card = card_path(args.out, export.configs is not None)
+    save_text(
+        card,
+        model_card(
+            name,
+            args.format,
+            export.build(name),
+            export.features,
+            info,
+            run_settings(args.file, info["settings"]),
+            run_figures(args.file, info, lambda: digest(encoder)),
+        ),
+    )
+    for note in info["notes"]:
+        print(f"note: {note}")
+    print(f"{args.out}: {info['arch']} ({info['encoder']} encoder) for {args.format}")
+    print(f"checked: loaded back, features of a random image agree to {difference:.1e} (relative)")
+    grey_range = f", grey range {info['grey_range']}" if info["grey_range"] else ""
+    print(f"images: {info['img_size']} px, mean {info['mean']}, std {info['std']}{grey_range}")
+    print(f"build: {export.line(args.out)}")
+    if export.hint is not None:
+        print(f"hint: {export.hint(args.out)}")
+    print(f"model card: {card}")
 
 
 @torch.no_grad()

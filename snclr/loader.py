@@ -103,19 +103,19 @@ class ViewLoader:
         """The answers to all parts of the requests, in order."""
         if self.loader is None:
             return (self.images.views(self.recipe, *request) for request in requests)
-        return self.loader.load(
-            *([part for request in of for part in self._parts(request)] for of in (requests, ahead))
-        )
+        return self.loader.load(self._parts(requests), self._parts(ahead))
 
-    def _parts(self, request):
-        """A request divided into requests of at most REQUEST images if workers answer it."""
-        epoch, indices, *view_numbers = request
-        count = 1 if self.loader is None else -(-len(indices) // REQUEST)
-        return [(epoch, part, *view_numbers) for part in np.array_split(indices, count)]
+    def _parts(self, requests):
+        """The requests, divided into some of at most REQUEST images if workers answer them."""
+        parts = []
+        for epoch, indices, *view_numbers in requests:
+            count = 1 if self.loader is None else -(-len(indices) // REQUEST)
+            parts += [(epoch, part, *view_numbers) for part in np.array_split(indices, count)]
+        return parts
 
     def _batch(self, request, answers):
         """The ids (B,) of a request, and for each group of V views of one size (V, B, C, S, S)."""
-        parts, ids, groups, start = self._parts(request), [], [], 0
+        parts, ids, groups, start = self._parts([request]), [], [], 0
         for _, indices, *_ in parts:
             views = next(answers)
             self.replaced.update(indices[indices != views.ids.numpy()].tolist())

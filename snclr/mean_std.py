@@ -6,14 +6,7 @@ python -m snclr.mean_std DATA [data flags]
 import argparse
 import sys
 
-import numpy as np
-import torch
-
 from .arguments import new_parser
-from .datasets import sources
-from .datasets.images import ImageSet
-from .evaluation.embedding import unreadable
-from .loader import whole_images
 from .running.errors import one_clear_line
 from .shared_options import add_data_flags, resolve_data, resolve_views
 
@@ -29,6 +22,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     resolve_data(args)
     resolve_views(args)
     return args
+
+
+if __name__ == "__main__":
+    with one_clear_line("snclr.mean_std"):
+        parse(sys.argv[1:])  # reports a wrong flag before the slow imports
+
+import numpy as np
+import torch
+
+from .datasets import sources
+from .datasets.images import ImageSet
+from .evaluation.embedding import unreadable
+from .loader import whole_images
 
 
 def mean_std(images: ImageSet, size: int, workers: int) -> tuple[list[float], list[float]]:

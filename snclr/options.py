@@ -18,8 +18,10 @@ from .choices import (
     LOGGERS,
     METHODS,
     NUM_HEADS,
+    OF_NEIGHBOURS,
     OPTIMIZERS,
     PUBLIC,
+    UNUSED,
 )
 from .running.errors import UsageError, one_clear_line
 from .shared_options import (
@@ -32,7 +34,7 @@ from .shared_options import (
     resolve_resume,
     resolve_views,
 )
-from .view_options import add_view_flags, check_views, resolve_view_flags
+from .view_options import add_view_flags, check_views, default_local_size, resolve_view_flags
 
 RUN_FILES = ("metrics.jsonl", "checkpoint_last.pth.tar")  # a run leaves at least one of them
 EMBEDDED_RECIPE = os.path.join(ROOT, "configs", "embedded.args")
@@ -61,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="freeze the randomly initialised patch embedding of a ViT",
+        on_resume="fixed",
     )
     flag(
         g,
@@ -69,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=256,
         metavar="D",
         help="output dimension of the projector and the predictor",
+        on_resume="fixed",
     )
     flag(
         g,
@@ -77,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=4096,
         metavar="N",
         help="hidden width of the projector and the predictor",
+        on_resume="fixed",
     )
 
     g = parser.add_argument_group("objective")
@@ -118,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=128000,
         metavar="M",
         help="rows of the memory bank, which all ranks share",
+        on_resume="fixed",
     )
     flag(
         g,
@@ -309,8 +315,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--micro-batch",
         type=number(int, above_zero=True),
         metavar="N",
-        help="encode N images of a view at a time on each rank: the same gradients with less "
-        "memory",
+        help="encode N images of a view at a time on each rank, with less memory: the same "
+        "gradients, unless the backbone has batch norms, which then see N images of each rank",
     )
     flag(
         g,
@@ -568,10 +574,11 @@ def check(args: argparse.Namespace) -> None:
             f"--weights projected trains layers that get no gradient with {cause}: change one of "
             "the two flags"
         )
-    if args.eval_encoder == "momentum" and args.method == "nnclr":
-        raise UsageError("--method nnclr has no momentum encoder: use --eval-encoder online")
-    if args.key_view == "weak" and args.method == "nnclr":
-        raise UsageError("--method nnclr has no momentum encoder: no --key-view weak")
+    if args.method == "nnclr" and (args.eval_encoder == "momentum" or args.key_view == "weak"):
+        raise UsageError(
+            "--method nnclr has no momentum encoder: use --eval-encoder online and "
+            "--key-view strong"
+        )
     for name in args.log:
         if importlib.util.find_spec(name) is None:
             raise UsageError(f"--log {name} needs the library: pip install {name}")
@@ -579,6 +586,32 @@ def check(args: argparse.Namespace) -> None:
     if is_local and args.resume is None and not os.path.isfile(args.init_from):
         raise UsageError(f"--init-from {args.init_from}: there is no such file")
     check_workdir(args.workdir, args.resume, RUN_FILES)
+
+
+def unused_flags(args: argparse.Namespace) -> list[str]:
+    """A line for each flag that does not have its default, but has no effect beside the others."""
+    defaults = {action.dest: action.default for action in FLAGS}
+    defaults["local_size"] = default_local_size(args.img_size)
+    is_vit, is_resnet = args.arch.startswith("vit"), args.arch.startswith("resnet")
+    unused = {
+        f"with --method {args.method}": UNUSED.get(args.method, ()),
+        "with --topk 0": () if args.topk else OF_NEIGHBOURS,
+        "with --weights key": ("detach_weights",) * (args.weights == "key"),
+        "with --weights uniform": ("detach_weights", "positiveness_t")
+        * (args.weights == "uniform"),
+        f"with --arch {args.arch}": ("width", "small_stem") * (not is_resnet)
+        + ("patch_size",) * (not is_vit)
+        + ("stop_grad_conv1",) * (not is_vit or args.arch.startswith("vit_conv")),
+        "without --local-views": () if args.local_views else ("local_size", "local_crop_max"),
+        "without --subset": () if args.subset else ("subset_seed",),
+        "without --val-fraction": () if args.val_fraction else ("val_seed",),
+    }
+    reasons = {}
+    for reason, names in unused.items():
+        for name in names:
+            if getattr(args, name) != defaults[name]:
+                reasons.setdefault(f"--{name.replace('_', '-')}", reason)
+    return [f"{name} has no effect {reason}" for name, reason in reasons.items()]
 
 
 if __name__ == "__main__":

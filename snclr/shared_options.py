@@ -35,8 +35,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "data",
         nargs="?",
         metavar="DATA",
-        help="folder, list (.txt), .tar or .zip file of the training images, or hf:NAME_OR_PATH "
-        "for the library datasets (default: the embedded data set)",
+        help="folder, list (.txt), .tar or .zip file of the training images, or "
+        "hf:NAME_OR_PATH[:CONFIGURATION] for the library datasets (default: the embedded data set)",
         on_resume="free",
     )
     flag(
@@ -228,7 +228,7 @@ def _check_data(args: argparse.Namespace) -> None:
             f"--download is for torchvision's data sets ({', '.join(TORCHVISION_DATASETS)}), "
             f"not for {args.dataset}"
         )
-    needs_file = args.dataset == "list" or (args.data or "").endswith((".tar", ".zip"))
+    needs_file = args.dataset == "list" or (args.data or "").lower().endswith((".tar", ".zip"))
     exists = os.path.isfile if needs_file else os.path.isdir
     is_elsewhere = args.data is None or args.dataset == "hf" or args.download
     if not is_elsewhere and not exists(args.data):
@@ -318,6 +318,7 @@ def add_backbone_flags(
         default=None if default_arch is None else 16,
         metavar="PX",
         help="side of a ViT's patch",
+        on_resume="fixed",
         describes_encoder=True,
     )
     flag(
@@ -336,6 +337,7 @@ def add_backbone_flags(
         type=number(int, above_zero=True, most=2**14),
         metavar="N",
         help="channels of a ResNet's first stage (default: that of the architecture)",
+        on_resume="fixed",
         describes_encoder=True,
     )
     flag(
@@ -419,7 +421,5 @@ def check_workdir(workdir: str | None, resume: str | None, run_files: tuple[str,
     if workdir is not None and any(map(os.path.getsize, filter(os.path.exists, paths))):
         resumed_workdir = os.path.dirname(os.path.abspath(resume)) if resume else None
         if resumed_workdir != os.path.abspath(workdir):
-            raise UsageError(
-                f"--workdir {workdir} holds another run: add --resume auto to continue it, or "
-                "choose a new folder"
-            )
+            advice = "add --resume auto to continue it, or choose a new folder"
+            raise UsageError(f"--workdir {workdir} holds another run: {advice}")

@@ -17,40 +17,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from . import options
 from .arguments import new_parser, number, read_recipes, seed
-from .pictures import report, runs
-from .running.errors import Interrupted, RunError, UsageError, one_clear_line
-from .running.jobs import DONE, FAILED, STOPPED, WAITS, Job, run_jobs
-from .running.lock import hold
-from .running.safe_files import save_json, save_text
-from .running.settings import changes, saved_settings
-from .shared_options import num_cores
+from .running.errors import Interrupted, RunError, UsageError, check_packages, one_clear_line
 
 
-def main(argv: Sequence[str]) -> None:
+def parse(argv: Sequence[str]) -> Namespace:
+    """The flags of the sweep, and as `flags` those of all runs. Raises UsageError."""
     words = read_recipes(list(argv), [])
     end = [*words, "--"].index("--")
-    args = parse(words[:end])
-    gpus = (visible_gpus() or [""]) * args.side_by_side
-    cores = max(1, num_cores() // len(gpus))
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores))
-    jobs = plan(args, words[end + 1 :], cores)
-    hold(args.workdir, "sweep")
-    reason = run_jobs(jobs, gpus, 60 * (args.minutes or math.inf))
-    print(summarise(jobs, args.workdir), end="")
-    if left := sum(job.state in (WAITS, STOPPED) for job in jobs):
-        raise Interrupted(
-            f"{reason or 'a signal to a run'}: {left} runs are left; the same command continues"
-        )
-    if failed := [job.name for job in jobs if job.state == FAILED]:
-        raise RunError(f"failed: {', '.join(failed)}; the same command tries again")
-
-
-def parse(argv: list[str]) -> Namespace:
-    """The flags of the sweep. Raises UsageError."""
     parser = new_parser(
         "python -m snclr.sweep RECIPE... --workdir DIR [flags] [-- DATA and flags of all runs]",
         "Runs recipes over seeds, and compares each with the first one by seed.",
@@ -69,7 +43,42 @@ def parse(argv: list[str]) -> Namespace:
     )
     about = "stop after M minutes; the runs save, and the exit code is 75 (default: no limit)"
     add("--minutes", type=number(float, above_zero=True), metavar="M", help=about)
-    return parser.parse_args(argv)
+    return parser.parse_args(words[:end], Namespace(flags=words[end + 1 :]))
+
+
+if __name__ == "__main__":
+    with one_clear_line("snclr.sweep"):
+        parse(sys.argv[1:])  # reports a wrong flag before the slow imports
+        check_packages()
+
+import torch
+
+from . import options
+from .pictures import report, runs
+from .running.jobs import DONE, FAILED, STOPPED, WAITS, Job, run_jobs
+from .running.lock import hold
+from .running.preemption import requeue
+from .running.safe_files import save_json, save_text
+from .running.settings import changes, saved_settings
+from .shared_options import num_cores
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse(argv)
+    gpus = (visible_gpus() or [""]) * args.side_by_side
+    cores = max(1, num_cores() // len(gpus))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    jobs = plan(args, args.flags, cores)
+    hold(args.workdir, "sweep")
+    reason = run_jobs(jobs, gpus, 60 * (args.minutes or math.inf))
+    print(summarise(jobs, args.workdir), end="")
+    if left := sum(job.state in (WAITS, STOPPED) for job in jobs):
+        reason = reason or "a signal to a run"
+        raise Interrupted(
+            f"{reason}: {left} runs are left; the same command continues{requeue(reason)}"
+        )
+    if failed := [job.name for job in jobs if job.state == FAILED]:
+        raise RunError(f"failed: {', '.join(failed)}; the same command tries again")
 
 
 def plan(args: Namespace, flags: Sequence[str], cores: int) -> list[Job]:

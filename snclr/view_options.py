@@ -99,6 +99,11 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def default_local_size(img_size: int) -> int:
+    """3/7 of the size of a global view (96 of 224 px, as DINO), rounded to a multiple of 16."""
+    return max(16, 16 * round(img_size * 3 / 7 / 16))
+
+
 def resolve_view_flags(args: argparse.Namespace) -> None:
     """Fill in defaults that depend on other flags. Raises UsageError for --blur-p and --no-blur.
 
@@ -109,7 +114,7 @@ def resolve_view_flags(args: argparse.Namespace) -> None:
     if args.crop_min is None:
         args.crop_min = 0.2 if args.method == "mocov2" else 0.08
     if args.local_size is None:
-        args.local_size = max(16, 16 * round(args.img_size * 3 / 7 / 16))
+        args.local_size = default_local_size(args.img_size)
     if args.blur is False and any(args.blur_p or ()):
         raise UsageError("--no-blur contradicts --blur-p: leave one out")
     if args.blur is None:

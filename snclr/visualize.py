@@ -13,35 +13,10 @@ import os
 import sys
 from functools import cache, partial
 
-import numpy as np
-import torch
-from PIL import Image
-from timm.models.vision_transformer import Attention, VisionTransformer
-
-from . import augment
 from .arguments import new_parser, number, seed
-from .datasets import sources
-from .datasets.files import FileImages
-from .datasets.folders import Paths
-from .datasets.images import ImageSet
-from .evaluation import knn
-from .loader import whole_images
-from .pictures.canvas import in_colour
-from .pictures.encoders import (
-    SMALL,
-    Encoder,
-    attention_maps,
-    attention_picture,
-    map_picture,
-    projections,
-    retrieval_picture,
-)
-from .pictures.steps import denormalize
-from .running import process_group
-from .running.errors import RunError, UsageError, check_posix, one_clear_line
+from .running.errors import RunError, UsageError, check_packages, one_clear_line
 from .running.safe_files import new_file, writing
 from .shared_options import add_backbone_flags, add_data_flags, resolve_data
-from .weights import load
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -85,8 +60,39 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    with one_clear_line("snclr.visualize"):
+        parse(sys.argv[1:])  # reports a wrong flag before the slow imports
+        check_packages()
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.models.vision_transformer import Attention, VisionTransformer
+
+from . import augment
+from .datasets import sources
+from .datasets.files import FileImages
+from .datasets.folders import Paths
+from .datasets.images import ImageSet
+from .evaluation import knn
+from .loader import whole_images
+from .pictures.canvas import in_colour
+from .pictures.encoders import (
+    SMALL,
+    Encoder,
+    attention_maps,
+    attention_picture,
+    map_picture,
+    projections,
+    retrieval_picture,
+)
+from .pictures.steps import denormalize
+from .running import process_group
+from .weights import load
+
+
 def main(argv: list[str]) -> None:
-    check_posix()
     args = parse(argv)
     device = process_group.own_device()
     torch.manual_seed(args.seed)  # decides the weights of an untrained encoder

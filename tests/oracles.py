@@ -111,16 +111,16 @@ def pairs(num_views):
     return matches
 
 
-def weak_step(y, z, key, bank, rows, temperature, *, mass, weights, shares, **loss):
+def weak_step(y, z, key, bank, rows, temperature, *, mass, weights, attention, shares, **loss):
     """Loss of a step with one key (N, D), the target of all views: twice the mean over the views.
 
-    weights 'key' (temperature 1) or 'attention'; shares (N, K) or None; loss: further arguments of
-    snclr.
+    weights: 'key', or any other for those by the projection; shares (N, K) or None; attention,
+    loss: further arguments of positiveness and of snclr.
     """
     positives = None if shares is None else mixed(bank[rows.clamp(min=0)], key, shares)
     losses = []
     for q in range(len(z)):
-        w = mass * positiveness(key if weights == "key" else y[q], bank, rows)
+        w = mass * positiveness(key if weights == "key" else y[q], bank, rows, **attention)
         losses.append(snclr(z[q], key, bank, rows, w, temperature, positives=positives, **loss))
     return 2 * torch.stack(losses).mean()
 

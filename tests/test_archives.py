@@ -38,17 +38,18 @@ def same_images(images, numbers):
 @pytest.mark.parametrize("method", [STORED, DEFLATED])
 def test_a_zip_file_is_read_in_place_and_its_folders_are_the_classes(tmp_path, method):
     names = ["top/b/0.bmp", "top/a/1.bmp", "top/a/deep/2.bmp", "top/readme.txt", "top/a/.3.bmp"]
-    path = save_zip(tmp_path / "photos.zip", names, method)
+    path = save_zip(tmp_path / "photos.ZIP", names, method)
+    path.write_bytes(path.read_bytes().replace(b"top/a/", b"top\\a\\"))  # as Windows may write
     images, val, notes = open_data(path)
     assert isinstance(images.files, shards.Index) and val is None
     assert images.classes == ["a", "b"] and images.labels.tolist() == [1, 0, 0]
     assert same_images(images, [0, 1, 2])
-    assert f"2 files in {path} are ignored: not images of a known format" in notes
+    assert f"2 files in {path} are ignored: links, or not images of a known format" in notes
     assert images.paths.tolist() == [f"{path}/{name}" for name in names[:3]]
     again, _, _ = open_data(path)  # with the index
     assert same_images(again, [0, 1, 2]) and again.labels.tolist() == [1, 0, 0]
     assert same_images(images.select(np.array([2, 0])), [2, 0])
-    assert sorted(os.listdir(tmp_path)) == ["photos.zip", "photos.zip.index.npz"]
+    assert sorted(os.listdir(tmp_path)) == ["photos.ZIP", "photos.ZIP.index.npz"]
 
 
 def test_images_have_one_identity_in_tar_and_zip_files(tmp_path):
@@ -211,6 +212,27 @@ def test_a_tar_file_with_impossible_sizes_is_refused_in_one_line(tmp_path, size,
     member.size, member.type = size, kind
     (tmp_path / "x.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     assert "x.tar cannot be read" in refused(tmp_path / "x.tar")
+
+
+def test_hard_links_are_images_and_other_links_are_counted(tmp_path):
+    (tmp_path / "0.bmp").write_bytes(encoded(0, "bmp"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/0.bmp").write_bytes(encoded(1, "bmp"))
+    (tmp_path / "a/1.bmp").symlink_to("0.bmp")
+    os.link(tmp_path / "a/0.bmp", tmp_path / "a/2.bmp")
+    with tarfile.open(path := tmp_path / "x.tar", "w") as archive:
+        for name in ("0.bmp", "a/0.bmp", "a/1.bmp", "a/2.bmp"):
+            archive.add(tmp_path / name, name)
+    images, _, notes = open_data(path)
+    assert same_images(images, [0, 1, 1]) and images.paths[2] == f"{path}/a/2.bmp"
+    assert f"1 files in {path} are not images, or links, and are ignored" in notes
+    with tarfile.open(path, "w") as archive:
+        archive.add(tmp_path / "a/1.bmp", "1.bmp")
+    assert "1 files in them are no images, or links out of them" in refused(path)
+    member = tarfile.TarInfo("0.bmp")
+    member.type = tarfile.GNUTYPE_SPARSE
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    assert "0.bmp is sparse: pack it without tar --sparse" in refused(path)
 
 
 def test_a_bomb_and_damaged_bytes_are_unreadable_images(tmp_path, monkeypatch):

@@ -123,6 +123,25 @@ def test_the_gpu_script_says_that_there_is_no_gpu(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_gpu_script_leaves_two_files_also_if_parts_fail(tmp_path):
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(
+        f'#!/bin/sh\ncase $1 in benchmarks/gpu_report.py) exec {sys.executable} "$@";; -c) ;;'
+        "*) echo some output; echo a reason >&2; exit 3;; esac\n"
+    )
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--quick"]
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(out)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert sorted(path.name for path in out.iterdir()) == ["gpu.json", "gpu.md"]
+    report = json.loads((out / "gpu.json").read_text())
+    assert len(report) >= 4
+    for part in report.values():
+        assert part["status"] == 3 and part["errors"] == "a reason\n"
+        assert part["output"] == "some output\n"
+
+
 def test_the_gpu_report_keeps_tables_and_failures(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SNCLR_MARKDOWN", "1")
     table = measure.table(["", "ms"], [["dense", "4.0"], ["ours", "2.0"]])

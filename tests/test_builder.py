@@ -2,6 +2,7 @@
 
 import copy
 import math
+from argparse import Namespace
 
 import numpy as np
 import oracles
@@ -9,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from snclr import augment, builder, heads, options
+from snclr import augment, builder, choices, heads, options
 from snclr.builder import SNCLR
 from snclr.memory_bank import MemoryBank
 from snclr.running.errors import UsageError
 
 BANK, DIM = 64, 16
+FLAGS = "--width 4 --snclr-dim 8 --snclr-mlp-dim 16 --bank-size 20 --topk 3 --patch-size 8"
 
 
 class Encoder(nn.Module):
@@ -96,9 +98,46 @@ def test_mocov2_has_a_plain_projector_and_its_own_views():
     assert not model.train().momentum_encoder.training and model.base_encoder.training
 
 
+# -- flags without effect ------------------------------------------------------------------------
+
+
+class Recorded(Namespace):
+    """Settings that remember which of them were read."""
+
+    def __getattribute__(self, name):
+        object.__getattribute__(self, "__dict__").setdefault("read", set()).add(name)
+        return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize("method", choices.METHODS)
+def test_a_flag_of_the_objective_is_read_or_listed_as_unused(method):
+    (group,) = (g for g in options.build_parser()._action_groups if g.title == "objective")
+    flags = {action.dest for action in group._group_actions} - {"method"}
+    args = Recorded(**vars(options.parse([*FLAGS.split(), "-a", "resnet8", "--method", method])))
+
+    def loss(**numbers):
+        torch.manual_seed(0)
+        model = builder.build_model(args).train()
+        for step in range(2):  # in the second the bank has rows, and the encoders differ
+            views, ids = list(torch.randn(2, B, 3, 16, 16)), torch.arange(B) + B * step
+            value, _ = model(views, ids, **{"momentum": 0.5, "neighbour_mass": 1.0} | numbers)
+            value.backward()
+            with torch.no_grad():
+                for parameter in model.base_encoder.parameters():
+                    parameter -= parameter.grad
+        return value.item()
+
+    before, read = loss(), args.read
+    # these are read by main_snclr, which passes numbers
+    has_momentum, has_warmup = loss(momentum=0.9) != before, loss(neighbour_mass=0.0) != before
+    read |= {"snclr_m", "snclr_m_cos"} if has_momentum else set()
+    read |= {"nn_warmup_epochs"} if has_warmup else set()
+    read |= {"nn_mass", "nn_ramp_epochs"} if loss(neighbour_mass=0.3) != before else set()
+    assert flags - read == set(choices.UNUSED.get(method, ()))
+
+
 # -- local views ---------------------------------------------------------------------------------
 
-FLAGS = "--width 4 --snclr-dim 8 --snclr-mlp-dim 16 --bank-size 20 --topk 3 --patch-size 8"
 B, MOMENTUM, T = 6, 0.9, 0.3
 
 
@@ -187,6 +226,11 @@ def test_a_step_with_local_views_equals_the_mean_over_pairs(double, method, arch
         ("--weights key --candidates unique --local-views 1", {"candidates": "unique"}),
         ("--candidates keys --mix-neighbours --form log_of_sum", {"candidates": "keys"}),
         ("--normalise-positives --mix-neighbours --weights key", {"normalise": True}),
+        (
+            "--weights projected --threshold --positiveness-t 0.5 --normalise-positives "
+            "--mix-neighbours --form log_of_sum --local-views 2 --micro-batch 6",
+            {"normalise": True},
+        ),
     ],
 )
 def test_a_step_with_a_weak_key_view_and_the_other_levers_equals_the_oracle(
@@ -196,8 +240,9 @@ def test_a_step_with_a_weak_key_view_and_the_other_levers_equals_the_oracle(
     args, bank = model.args, model.memory_bank
     size = [view.size for view in augment.build_views(args)]
     views, ids = [torch.randn(B, 3, s, s) for s in size], torch.arange(B) + 17
-    online, momentum, predictor = (
-        copy.deepcopy(x) for x in (model.base_encoder, model.momentum_encoder, model.predictor)
+    online, momentum, predictor, projections = map(
+        copy.deepcopy,
+        (model.base_encoder, model.momentum_encoder, model.predictor, model.attention),
     )
     y = [online(view) for view in views[:-1]]
     z = [predictor(projection) for projection in y]
@@ -219,15 +264,24 @@ def test_a_step_with_a_weak_key_view_and_the_other_levers_equals_the_oracle(
         T,
         mass=0.3,
         weights=args.weights,
+        attention={
+            "temperature": args.positiveness_t,
+            "threshold": args.threshold,
+            "projections": projections and [*projections.parameters()],
+        },
         shares=shares,
         form=args.form,
         **arguments,
     )
-    gradients = torch.autograd.grad(loss, list(online.parameters()))
+    trained = [list(x.parameters()) for x in (online, model.base_encoder)]
+    if projections:
+        trained[0] += projections.parameters()
+        trained[1] += model.attention.parameters()
+    gradients = torch.autograd.grad(loss, trained[0])
     actual, shown = model(views, ids, MOMENTUM, 0.3, 8)
     actual.backward()
     torch.testing.assert_close(actual, loss, rtol=1e-10, atol=1e-12)
-    for parameter, expected in zip(model.base_encoder.parameters(), gradients, strict=True):
+    for parameter, expected in zip(trained[1], gradients, strict=True):
         assert (parameter.grad - expected).norm() < 1e-8 * expected.norm() + 1e-11
     # the weak key is searched and enqueued, and is what the log shows
     assert torch.equal(shown.rows, rows)

@@ -211,6 +211,12 @@ class Arrays(EncodedImages):
         return self.arrays[index]
 
 
+def test_a_set_of_which_a_part_is_taken_names_its_arrays():
+    images = Arrays(np.zeros((3, C, 8, 8), np.uint8), C)
+    with pytest.raises(AssertionError, match="per_image must name"):
+        images.select(np.arange(2))
+
+
 @pytest.mark.parametrize("kind", [Arrays, ResidentImages])
 def test_crops_and_whole_images_are_those_of_each_channel(kind):
     arrays = np.stack([bands(30, 40, seed) for seed in range(3)])

@@ -420,12 +420,13 @@ def test_changed_setting_of_a_resumed_run_is_named(name, state, path, run):
     assert f"{name} {old!r} -> {new!r};" in refused(run.resume, path)
 
 
-def test_what_images_a_run_sees_and_what_its_state_means_is_fixed():
+def test_what_images_a_run_sees_and_the_shapes_and_meaning_of_its_state_are_fixed():
     images, state = (
         {"seed", "batch_size", "dataset", "img_size", "crop_min", "blur"},
         {"arch", "method", "optimizer"},
     )
-    assert images | state <= set(FIXED)
+    shapes = {"bank_size", "snclr_dim", "snclr_mlp_dim", "width", "patch_size", "stop_grad_conv1"}
+    assert images | state | shapes <= set(FIXED)
 
 
 def test_all_changes_are_named_at_once(state, path, run):

@@ -193,6 +193,36 @@ def test_wrong_flags_are_named_in_one_line(flags, named):
 
 
 @pytest.mark.parametrize(
+    "flags, lines",
+    [
+        ("--topk 3", ""),
+        ("--topk 0 --nn-mass 0.3", "--nn-mass has no effect with --topk 0"),
+        ("--weights key --detach-weights", "--detach-weights has no effect with --weights key"),
+        (
+            "--weights uniform --positiveness-t 0.1",
+            "--positiveness-t has no effect with --weights uniform",
+        ),
+        ("--method nnclr --topk 5 --gamma 2", "--topk has no effect with --method nnclr; --gamma"),
+        ("-a resnet18 --patch-size 8", "--patch-size has no effect with --arch resnet18"),
+        ("-a vit_tiny --width 8", "--width has no effect with --arch vit_tiny"),
+        ("--local-size 32", "--local-size has no effect without --local-views"),
+        ("--local-size 32 --local-views 1", ""),
+        ("--subset-seed 2", "--subset-seed has no effect without --subset"),
+    ],
+)
+def test_flags_without_effect_are_named(flags, lines):
+    args = options.parse(["-a", "resnet8", "--topk", "30", *flags.split()])
+    assert "; ".join(options.unused_flags(args)).startswith(lines)
+    assert bool(lines) == bool(options.unused_flags(args))
+
+
+def test_flags_of_a_gpu_are_named_on_a_cpu():
+    flags = ["--bank-size", "64", "--compile", "graphs", "--step-graph", "--fused-augment"]
+    notes = main_snclr.setting_notes(options.parse(flags), 5000, torch.device("cpu"))
+    assert [note.split()[0].rstrip(":") for note in notes] == [*flags[2:3], *flags[4:]]
+
+
+@pytest.mark.parametrize(
     "flags",
     [
         "--topk 30 --bank-size 30",
@@ -231,6 +261,29 @@ def test_parsing_does_not_import_what_is_slow(process):
     code += "print({'torch', 'numpy', 'timm'} & set(sys.modules))"
     result = process(sys.executable, "-c", code, PYTHONPATH=str(ROOT))
     assert (result.stdout, result.stderr) == ("set()\n", "")
+
+
+COMMANDS_BEFORE_THE_SLOW_IMPORTS = """
+import runpy, sys
+for module in sys.argv[1:]:
+    for flag in ("--help", "--patch-size=-3"):
+        sys.argv = [module, flag]
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as end:
+            print("exit code", end.code)
+print({"torch", "numpy", "timm"} & set(sys.modules))
+"""
+
+
+def test_commands_answer_help_and_a_wrong_flag_before_the_slow_imports(process):
+    modules = [f"snclr.{name}" for name in ("embed", "export", "mean_std", "sweep", "visualize")]
+    command = [sys.executable, "-c", COMMANDS_BEFORE_THE_SLOW_IMPORTS, *modules]
+    result = process(*command, PYTHONPATH=str(ROOT))
+    lines = result.stdout.splitlines()
+    assert [x for x in lines if x.startswith("exit")] == ["exit code 0", "exit code 2"] * 5
+    assert [line.split(": ")[0] for line in result.stderr.splitlines()] == modules
+    assert lines[-1] == "set()"
 
 
 DATA_FLAGS_ARE_READ_IN = [
@@ -634,7 +687,8 @@ def test_without_a_readable_checkpoint_the_run_is_refused_and_not_changed(images
     [
         ("--seed 3", "seed 0 -> 3"),
         ("--method mocov3", "method 'snclr' -> 'mocov3'"),
-        ("--bank-size 9", "module.memory_bank.features (8, 8) instead of (9, 8)"),
+        ("--bank-size 9", "bank_size 8 -> 9"),
+        ("--weights projected", "2 keys missing: module.attention.f1.weight"),
         ("-b 2", "batch_size 4 -> 2"),
         ("--crop-min 0.5", "crop_min 0.08 -> 0.5"),
     ],

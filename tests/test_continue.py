@@ -52,20 +52,28 @@ def start(images, tmp_path_factory):
     return get
 
 
-def test_a_run_is_resumed_when_the_weights_of_its_start_are_gone(images, start, tmp_path, capsys):
+def test_a_run_is_resumed_when_the_weights_of_its_start_are_gone(
+    images, start, tmp_path, capsys, monkeypatch
+):
+    """As a job of SLURM, which needs no --workdir."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.chdir(tmp_path)
     weights = torch.load(start("vit_tiny"), weights_only=True)
     weights["args"]["num_heads"] = 6
     torch.save(weights, tmp_path / "start.pth.tar")
     flags = ["-a", "vit_tiny", "--init-from", tmp_path / "start.pth.tar", "--epochs", 2]
-    train(images, tmp_path / "run", *flags, "--stop-after-steps", 3)
+    job = [str(images), *NO_EVALUATION.split(), *map(str, flags), "--stop-after-steps"]
+    main_snclr.main([*job, "3"])
+    (run,) = tmp_path.glob("runs/*-77")
     (tmp_path / "start.pth.tar").unlink()
-    state = train(images, tmp_path / "run", *flags, "--resume", "auto", "--stop-after-steps", 4)
+    main_snclr.main([*job, "4", "--resume", "auto"])
+    state = torch.load(run / "checkpoint_last.pth.tar", weights_only=True)
     assert state["step"] == 4 and state["args"]["num_heads"] == 6
     assert "is ignored" in capsys.readouterr().out
-    for path in (tmp_path / "run").glob("checkpoint_*"):
+    for path in run.glob("checkpoint_*"):
         path.unlink()
     with pytest.raises(UsageError, match=r"cannot read .*start\.pth\.tar"):
-        train(images, tmp_path / "run", *flags, "--resume", "auto")
+        train(images, run, *flags, "--resume", "auto")
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ def run(checkpoint, format_name, out, *flags):
 
 
 def assert_same_features(model, checkpoint, encoder_name="online"):
-    encoder, _ = snclr.load_encoder(str(checkpoint), encoder_name)
-    with torch.no_grad():
+    with torch.no_grad():  # as in a notebook, around everything
+        encoder, _ = snclr.load_encoder(str(checkpoint), encoder_name)
         torch.testing.assert_close(model.eval()(X), encoder(X), rtol=1e-4, atol=1e-5)
 
 
@@ -174,7 +174,7 @@ def test_weights_that_give_other_features_are_refused_and_not_saved(
             }
         )
 
-    monkeypatch.setitem(export.FORMATS, "timm", wrong)
+    monkeypatch.setitem(export.TO_LIBRARY, "timm", wrong)
     with pytest.raises(RunError, match="give other features"):
         run(checkpoints("vit"), "timm", tmp_path / "vit.pth")
     assert os.listdir(tmp_path) == []
@@ -616,6 +616,15 @@ def test_a_network_written_from_detectron2s_names_has_equal_features(resnet50, t
         features = detectron2_features(weights, IMAGES)
     assert weights == {}  # every tensor was used
     torch.testing.assert_close(features, features_of(encoder), rtol=1e-4, atol=1e-4)
+
+
+def test_the_hint_has_the_width_that_detectron2_needs_for_small_resnets(checkpoints, resnet50):
+    for path, flags in (
+        (checkpoints("resnet"), "DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 "),
+        (resnet50[0], "DEPTH 50 "),
+    ):
+        export_of = libraries.to_detectron2(*snclr.load_encoder(path))
+        assert f"MODEL.RESNETS.{flags}INPUT.FORMAT RGB" in export_of.hint("x.pth")
 
 
 def test_mmdetection_finds_torchvisions_names_in_the_same_file_without_a_second_copy(

@@ -103,6 +103,19 @@ def test_plain_labels_files_by_path_and_empty_rows(tmp_path, monkeypatch):
     assert torch.equal(chosen.image(0), images.image(2)) and chosen.labels.tolist() == [-1, 1]
 
 
+def test_one_of_several_configurations_is_chosen_after_a_colon(tmp_path):
+    save(tmp_path / "se:t/small", [0])
+    save(tmp_path / "se:t/large", [1, 2])
+    names = "".join(f"- config_name: {x}\n  data_dir: {x}\n" for x in ("small", "large"))
+    (tmp_path / "se:t/README.md").write_text(f"---\nconfigs:\n{names}---\n")
+    images, _, notes = open_data(f"hf:{tmp_path}/se:t:large")
+    assert len(images) == 2 and torch.equal(images.image(0).int(), rgb(picture(10, 10, seed=1)))
+    assert notes[0].startswith(f"hf:{tmp_path}/se:t:large: split train")
+    line = refused(f"hf:{tmp_path}/se:t")
+    assert line.endswith(f"configurations, hf:{tmp_path}/se:t:NAME; NAME is one of small, large")
+    assert "'huge' not found. Available: ['small', 'large']" in refused(f"hf:{tmp_path}/se:t:huge")
+
+
 def test_workers_read_the_same_images(tmp_path):
     images, _, _ = open_data(save_splits(tmp_path / "set"))
     settings = {"size": 8, "device": torch.device("cpu"), "chunk": 2}
@@ -148,7 +161,7 @@ def test_tables_that_the_library_would_not_write(tmp_path, pictures, kinds, mess
     assert message in refused(f"hf:{tmp_path}")
 
 
-def without_network(name):
+def without_network(name, configuration):
     raise ConnectionError(f"Couldn't reach '{name}'\nRetrying")
 
 

@@ -53,7 +53,8 @@ for name in ("SIGUSR1", "SIGCHLD", "SIGHUP"):
     delattr(signal, name)
 import snclr
 print(*snclr.load_encoder(sys.argv.pop())[1]["notes"])
-for line in ("main_snclr", "snclr.sweep --workdir run NAME=", "snclr.embed", "snclr.visualize"):
+commands = ("main_snclr", "snclr.sweep --workdir run NAME=")
+for line in (*commands, "snclr.embed FILE --out x.npz", "snclr.visualize FILE"):
     module, *sys.argv[1:] = line.split()
     try:
         runpy.run_module(module, run_name="__main__")
@@ -130,9 +131,9 @@ def test_an_installation_works_in_any_folder(wheel, tmp_path):
 def test_torch_hub_reads_a_file_and_an_address(pretrain, tmp_path, monkeypatch):
     path = pretrain("resnet8")
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    expected, _ = snclr.load_encoder(str(path))
+    expected, _ = snclr.load_encoder(path)
     x = torch.randn(2, 3, 32, 32)
-    for file in (str(path), path.as_uri(), path.as_uri()):
+    for file in (path, path.as_uri(), path.as_uri()):
         encoder = torch.hub.load(str(ROOT), "snclr", file, source="local")
         assert torch.equal(encoder(x), expected(x)) and len(encoder.info["mean"]) == 3
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1

@@ -281,6 +281,8 @@ def test_cached_features_on_disk_equal_those_in_memory_and_are_used_again(
     (file,) = (tmp_path / "disk").glob("features_*.f32")
     calls, original = [], features.encode_in_order
     monkeypatch.setattr(features, "encode_in_order", lambda *a: calls.append(1) or original(*a))
+    finished = "--cache-features", "--resume", "auto"  # nothing is left to train
+    assert probe(images, pretrained, tmp_path / "memory", *finished) == memory and not calls
     for name in ("results.json", "lincls_last.pth.tar"):
         (tmp_path / "disk" / name).unlink()
     assert (
@@ -498,8 +500,13 @@ def test_an_interrupted_retraining_is_resumed(images, pretrained, tmp_path, monk
         ("--cache-copies 2", "leave out --cache-copies"),
         ("--crop-min 0.2", "leave out --crop-min"),
         ("--amp bf16", "leave out --amp"),
-        ("--finetune", "--protocol mocov3 is for the linear probe"),
+        ("--finetune", "--protocol is for the linear probe"),
         ("--protocol grid --finetune --retrain", "--retrain is for the linear probe"),
+        (
+            "--protocol grid --finetune --heldout 0.2",
+            "--heldout is for the linear probe, without --finetune",
+        ),
+        ("--lr 3", "--lr is for fine-tuning, with --finetune"),
         ("--protocol grid --retrain --select val", "--retrain needs held-out images"),
     ],
 )
@@ -518,6 +525,8 @@ def test_flags_that_contradict_a_protocol_are_refused(pretrained, flags, message
         (64, 5_000, "", 256, 1.0),
         (65, 5_000, "", 256, 0.08),
         (32, 20, "", 8, 1.0),
+        (32, 9, "", 4, 1.0),  # of two classes, 7 are left to train on
+        (32, 2, "--select val", 2, 1.0),
         (32, 5_000, "--protocol mocov3", 1024, 0.08),
         (32, 5_000, "--finetune", 256, 0.08),
         (32, 5_000, "-b 96 --crop-min 0.3", 96, 0.3),
@@ -562,7 +571,7 @@ def test_every_setting_that_features_depend_on_changes_their_key(images, pretrai
     args.channels = info["channels"]
     train, val, _ = sources.open_data(args)
     identity = {"encoder_digest": "digest"}
-    task = Task(args, encoder, info, identity, None, None, train, val, CPU, "off", print)
+    task = Task(args, encoder, info, identity, None, None, train, val, CPU, "off", None, print)
 
     def key(images=train, **changed):
         return probes.cache_key(task._replace(**changed), images)
@@ -616,10 +625,11 @@ def test_features_of_another_normalisation_are_not_taken(images, pretrained, tmp
     "flags, message",
     [
         ("--labels none", "needs labelled training and validation images"),
+        ("-b 1", "--batch-size must be at least 2"),
         ("-b 1000", "--batch-size 1000 exceeds the 40 training images"),
         ("--arch resnet50", "not --arch resnet50: leave --arch out"),
         ("--lrs 0 1", "--lrs must be above 0"),
-        ("--heldout 1", "--heldout must be below 1"),
+        ("--heldout 1", "--heldout must be above 0 and at most 0.99"),
         ("--pretrained nowhere.pth", "there is no such file"),
         ("--epochs 0", "--epochs must be above 0"),
     ],
@@ -681,4 +691,4 @@ def test_the_confusion_picture_shows_correct_predictions_on_the_diagonal(classes
 
 
 def test_a_class_without_validation_images_has_no_percentage():
-    assert confusion.class_accuracies(np.array([[3, 1], [0, 0]])) == [75.0, None]
+    assert confusion.class_accuracies(np.array([[2, 1], [0, 0]])) == [200 / 3, None]

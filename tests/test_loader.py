@@ -12,6 +12,7 @@ import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -272,6 +273,19 @@ def test_few_decoded_images_are_held_at_a_time(image_sets, monkeypatch):
         assert max(counts) == most
         results.append([ids, *crops, *(field for group in parameters for field in group)])
     assert all(map(torch.equal, *results))
+
+
+def test_a_worker_writes_crops_into_shared_memory(image_sets, monkeypatch):
+    images, crops = image_sets["files"], []
+    full = mock.Mock(side_effect=RuntimeError("unable to allocate shared memory"))
+    for worker, allocate in ((None, full), ("one", full), ("one", None)):
+        monkeypatch.setattr("snclr.datasets.crops.get_worker_info", lambda worker=worker: worker)
+        with monkeypatch.context() as patch:
+            if allocate:
+                patch.setattr("torch.UntypedStorage._new_shared", allocate)
+            crops += images.views(RECIPE, 2, np.arange(5)).crops
+    assert [x.is_shared() for x in crops] == [False, False, True]
+    assert torch.equal(crops[0], crops[1]) and torch.equal(crops[0], crops[2])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

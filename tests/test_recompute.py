@@ -237,3 +237,9 @@ def test_backbones_compiled_to_machine_code_keep_keys_and_values(arch):
 def test_checkpointing_that_would_not_be_exact_is_refused():
     with pytest.raises(UsageError, match="count each batch twice: use --micro-batch"):
         model_of("--arch timm:test_efficientnet --grad-checkpointing")
+
+
+def test_micro_batches_of_one_image_are_refused_where_batch_norms_would_see_them():
+    with pytest.raises(UsageError, match="--micro-batch 1 lets the batch norms of --arch resnet8"):
+        model_of("--arch resnet8 --micro-batch 1")
+    model_of("--arch vit_tiny --micro-batch 1")

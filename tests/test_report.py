@@ -207,6 +207,12 @@ def test_curves_go_through_the_numbers_of_the_run(tmp_path):
     assert [float(tick) for tick in re.findall(r'text-anchor="end">([^<]*)', svg)] == [5, 6, 7, 8]
 
 
+def test_further_terms_of_the_loss_have_curves(tmp_path):
+    line = {"epoch": 1, "step": 2, "term_a<b": 0.5}
+    text = report.page([load(str(write_run(tmp_path / "run", lines=[line])))])
+    assert "<figcaption>term_a&lt;b</figcaption>" in text
+
+
 def test_seeds_are_one_line_through_their_mean_in_a_band_from_the_lowest_to_the_highest(tmp_path):
     runs = [
         write_run(tmp_path / f"a{seed}", knn, seed=seed)

@@ -142,7 +142,9 @@ def test_equal_images_beyond_the_limit_stay_files(tmp_path, monkeypatch, limit, 
 
 def test_a_folder_with_validation_gives_both_with_the_same_classes(tmp_path):
     save_folder(save_folder(tmp_path, [(12, 10)] * 5), [(12, 10)] * 3, split="val")
-    train, val, _ = open_data(tmp_path)
+    picture().save(tmp_path / "train/1.png")
+    train, val, notes = open_data(tmp_path)
+    assert f"1 images in {tmp_path}/train are in no class folder and are ignored" in notes
     assert len(train) == 5 and len(val) == 3 and val.classes == train.classes == ["ant", "bee"]
 
 
@@ -457,7 +459,9 @@ def test_webdataset_shards_give_images_and_labels_and_count_the_rest(tmp_path):
     for index, image in enumerate(content(train)):
         assert torch.equal(image, rgb(picture(10, 9 + index, seed=index)))
     assert torch.equal(val.image(2).int(), rgb(picture(10, 16, seed=7)))
-    assert f"5 files in {tmp_path}/train are ignored: not images of a known format" in notes
+    assert (
+        f"5 files in {tmp_path}/train are ignored: links, or not images of a known format" in notes
+    )
 
 
 def test_one_tar_a_class_as_imagenet_ships_also_inside_one_tar(tmp_path):
@@ -518,7 +522,14 @@ def test_the_index_is_built_once_and_rebuilt_when_a_shard_changes(tmp_path, monk
     changed, _, _ = open_data(tmp_path)
     assert len(scans) == 2 and changed.labels.tolist() == [1, 1, 1, 0, 1]
     kept = (tmp_path / "snclr_index.npz").read_bytes()
-    for damaged in (kept[: len(kept) // 2], kept[:200] + bytes([kept[200] ^ 1]) + kept[201:], b""):
+    damages = [kept[: len(kept) // 2], kept[:200] + bytes([kept[200] ^ 1]) + kept[201:], b""]
+    entry = kept.index(b"PK\1\2")
+    damages += [kept[: entry + 8] + b"\1" + kept[entry + 9 :]]  # claims to be encrypted
+    for name, value in (("classes", [0, 1]), ("classes", [["0", "1"]]), ("ignored", ["5", "6"])):
+        buffer = io.BytesIO()
+        np.savez(buffer, **{**np.load(io.BytesIO(kept)), name: np.array(value)})
+        damages.append(buffer.getvalue())
+    for damaged in damages:
         (tmp_path / "snclr_index.npz").write_bytes(damaged)
         again, _, _ = open_data(tmp_path)
         assert again.labels.tolist() == [1, 1, 1, 0, 1]

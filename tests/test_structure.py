@@ -43,9 +43,9 @@ LONGER = {
     "snclr.evaluation.options": 360,
     "snclr.objectives": 305,
     "snclr.operations": 280,
-    "snclr.options": 586,
+    "snclr.options": 619,
     "snclr.running.checkpoint": 275,
-    "snclr.shared_options": 425,
+    "snclr.shared_options": 426,
     "snclr.weights.libraries": 315,
     "snclr.weights.load": 260,
 }

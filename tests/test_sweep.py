@@ -171,6 +171,7 @@ def test_jobs_share_the_gpus_and_a_failed_one_stops_no_other(tmp_path, capsys):
     alone = f"mkdir {busy} && sleep 0.1 && rmdir {busy}"
     scripts = {f"good{n}": f"{alone} && echo 'epoch {n}/9  loss 1' && echo end" for n in range(4)}
     scripts |= {"bad": f"{alone}; echo no data >&2; exit 3", "mute": "exit 4", "saved": "exit 75"}
+    scripts["killed"] = "echo 'epoch 3/9  loss 1'; kill -9 $$"
     scripts["bare"] = f"rm {tmp_path}/bare/console.txt"
     planned = shell_jobs(tmp_path, **scripts)
     assert jobs.run_jobs(planned, ["5", "7"], math.inf) == ""
@@ -179,6 +180,7 @@ def test_jobs_share_the_gpus_and_a_failed_one_stops_no_other(tmp_path, capsys):
         (FAILED, "no data"),
         (FAILED, "exit code 4"),
         (STOPPED, ""),
+        (FAILED, "ended by SIGKILL"),
         (DONE, ""),
     ]
     assert {job.gpu for job in planned} == {"5", "7"}
@@ -194,8 +196,11 @@ def test_finished_jobs_are_skipped_unless_their_settings_change(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
-def test_a_signal_stops_the_jobs_and_no_other_starts(tmp_path, name):
-    save = "trap 'echo saved; exit 75' TERM; kill -{} $PPID; while :; do sleep 0.05; done"
+def test_a_signal_stops_the_jobs_and_no_other_starts(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")  # the sweep requeues it, and not each run
+    save = (
+        "trap 'echo saved$SLURM_JOB_ID; exit 75' TERM; kill -{} $PPID; while :; do sleep 0.05; done"
+    )
     planned = shell_jobs(tmp_path, a=save.format(name[3:]), b="echo")
     assert jobs.run_jobs(planned, [""], math.inf) == name
     assert [job.state for job in planned] == [WAITS, WAITS]
@@ -312,6 +317,25 @@ def test_a_killed_sweep_goes_on(tmp_path, images, monkeypatch, capsys):
     assert log.stat().st_mtime_ns == written
     output = capsys.readouterr().out
     assert re.search(message, output) and "bad-seed0  failed  exit code 1\n" in output
+
+
+def test_a_sweep_that_slurm_signals_requeues_its_job_when_the_runs_have_saved(
+    tmp_path, monkeypatch
+):
+    script = f'#!/bin/sh\necho "$*" $(ps -o pgid= -p $$) >> {tmp_path}/log\n'
+    (tmp_path / "scontrol").write_text(script)
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    words = ["one=", "--workdir", str(tmp_path / "sweep")]
+    for name, end in {"SIGTERM": "", "SIGUSR1": ", as job 77 will"}.items():
+        monkeypatch.setattr(sweep, "run_jobs", lambda *_, name=name: name)
+        message = f"^{name}: 1 runs are left; the same command continues{end}$"
+        with pytest.raises(Interrupted, match=message):
+            sweep.main(words)
+    *words, group = (tmp_path / "log").read_text().split()
+    assert words == ["requeue", "77"]
+    assert int(group) != os.getpgrp()  # which a launcher signals, also while scontrol runs
 
 
 def wait_for(condition, seconds=600):

@@ -186,6 +186,7 @@ def test_everything_else_in_the_file_is_counted_as_left_out(tmp_path):
         lambda s: s,
         lambda s: {"model": s},
         lambda s: {"state_dict": {f"module.{n}": t for n, t in s.items()}},
+        lambda s: {f"module._orig_mod.{n}": t for n, t in s.items()},
     ],
 )
 def test_torchvisions_state_dict_wrapped_or_not(tmp_path, wrap):

@@ -16,7 +16,8 @@ SPLIT_NAME = re.compile(r"(?:^|[^a-z])(train|val|test)(?:ing|id|idation)?(?:[^a-
 
 
 # a file in a tar or zip file: its name there, its offset and size in bytes, its bytes there if it
-# is compressed, else 0, and the name of the innermost tar or zip file without its ending
+# is compressed, else 0, and the name of the innermost tar or zip file without its ending. The
+# offset is -1 for a link that is not read
 Member = tuple[str, int, int, int, str]
 
 
@@ -39,28 +40,37 @@ def folders_of(names: Sequence[str]) -> list[list[str]]:
 
 
 def tar_members(file: BinaryIO, path: str, start: int = 0, depth: int = 0) -> Iterator[Member]:
-    """Each regular file in a tar file, with its offset in the outermost one.
+    """Each file and link in a tar file, with its offset in the outermost one.
 
-    Tar files within a tar file are read too, as in ImageNet's training set.
+    A hard link has the offset of its file. Tar files within a tar file are read too, as in
+    ImageNet's training set.
     """
     if depth > 8:
         raise tarfile.ReadError("more than 8 tar files are nested")
-    stem = os.path.basename(path).removesuffix(".tar")
+    stem, positions = os.path.splitext(os.path.basename(path))[0], {}
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep them all in memory
-            if member.isfile() and member.name.endswith(".tar"):
+            if member.issparse():
+                raise tarfile.ReadError(f"{member.name} is sparse: pack it without tar --sparse")
+            if member.isfile() and member.name.lower().endswith(".tar"):
                 inner = archive.extractfile(member)
                 yield from tar_members(inner, member.name, start + member.offset_data, depth + 1)
             elif member.isfile():
-                yield member.name, start + member.offset_data, member.size, 0, stem
+                positions[member.name] = position = (start + member.offset_data, member.size)
+                yield member.name, *position, 0, stem
+            elif member.islnk():
+                yield member.name, *positions.get(member.linkname, (-1, 0)), 0, stem
+            elif member.issym():
+                yield member.name, -1, 0, 0, stem
 
 
 def zip_members(file: BinaryIO, path: str) -> Iterator[Member]:
     """Each file in a zip file. Raises ValueError for what an image cannot be read from in place."""
-    stem = os.path.basename(path).removesuffix(".zip")
+    stem = os.path.splitext(os.path.basename(path))[0]
     for info in zipfile.ZipFile(file).infolist():
-        if info.filename.endswith("/"):
+        name = info.filename.replace("\\", "/")  # as some programs for Windows write
+        if name.endswith("/"):
             continue  # a folder
         file.seek(info.header_offset)
         # the name and an extra field lie between the header and the content
@@ -68,16 +78,16 @@ def zip_members(file: BinaryIO, path: str) -> Iterator[Member]:
         obstacles = {
             "is encrypted": info.flag_bits & 1,
             "is compressed by another method than deflate": info.compress_type not in METHODS,
-            "leads out of it": ".." in info.filename.split("/") or info.filename.startswith("/"),
+            "leads out of it": ".." in name.split("/") or name.startswith("/"),
             "has no header": signature != b"PK\3\4",
             "has an impossible size": max(info.file_size, info.compress_size) >= 2**63,
         }
         for obstacle, is_met in obstacles.items():
             if is_met:
-                raise ValueError(f"{info.filename} {obstacle}")
+                raise ValueError(f"{name} {obstacle}")
         offset = info.header_offset + 30 + sum(struct.unpack("<2H", lengths))
         packed = info.compress_size if info.compress_type == zipfile.ZIP_DEFLATED else 0
-        yield info.filename, offset, info.file_size, packed, stem
+        yield name, offset, info.file_size, packed, stem
 
 
 def name_classes(samples: Sequence[str], stems: Sequence[str]) -> bool:

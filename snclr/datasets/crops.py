@@ -1,11 +1,14 @@
 """Cuts boxes out of images and resizes them. A box is (top, left, height, width) in pixels."""
 
+import contextlib
+import math
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torch.utils.data import get_worker_info
 
 
 def select(x: Tensor, rows: np.ndarray) -> Tensor:
@@ -57,10 +60,15 @@ def _resize_matrices(start: Tensor, extent: Tensor, in_size: int, out_size: int)
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
-def join(parts: Iterable[Tensor], counts: list[int]) -> Tensor:
-    """V views of each image, (V * B, ...), from the same of parts of the images, `counts` each."""
-    views = [part.unflatten(0, (-1, count)) for part, count in zip(parts, counts, strict=True)]
-    return torch.cat(views, dim=1).flatten(0, 1)
+def shared_empty(shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised uint8 tensor, in a worker process in shared memory: it is sent to the rank
+    without a copy.
+    """
+    if get_worker_info() is not None:
+        with contextlib.suppress(RuntimeError):  # it is full: sending reports that
+            memory = torch.UntypedStorage._new_shared(math.prod(shape))
+            return torch.empty(0, dtype=torch.uint8).set_(memory, 0, shape)
+    return torch.empty(shape, dtype=torch.uint8)
 
 
 def crop_one(image: Tensor, box: Iterable[int], size: int) -> Tensor:

@@ -158,6 +158,11 @@ def _open_part(
         expected = "image files in it or its subfolders"
         if args.dataset == "folder":
             start = len(os.path.join(path, ""))
+            stray = [file for file in paths if os.sep not in file[start:]]
+            if stray:
+                notes.append(
+                    f"{len(stray)} images in {path} are in no class folder and are ignored"
+                )
             paths = [file for file in paths if os.sep in file[start:]]
             names = [file[start:].split(os.sep)[0] for file in paths]
             expected = f"{path}/<class>/<image>"
@@ -173,9 +178,10 @@ def _open_part(
     images.skip_bad, images.grey_range = args.on_bad_image == "skip", args.grey_range
     images.channels = args.channels
     if ignored:
+        others = "links, or not images" if args.dataset == "shards" else "not images"
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
         notes.append(
-            f"{ignored} files in {path} are ignored: not images of a known format"
+            f"{ignored} files in {path} are ignored: {others} of a known format"
             + f" ({counts})" * bool(counts)
         )
     if check_range and (note := little_used_range(images.encoded, len(images))):

@@ -1,6 +1,10 @@
-"""Data sets of Hugging Face's library `datasets`, by name or in a local folder: --dataset hf."""
+"""Data sets of Hugging Face's library `datasets`, by name or in a local folder: --dataset hf.
+
+hf:NAME_OR_PATH, or hf:NAME_OR_PATH:CONFIGURATION for a data set that has several.
+"""
 
 import functools
+import os
 
 import numpy as np
 
@@ -51,13 +55,18 @@ class Table:
 def _load(source):
     with needed_by("--dataset hf", "datasets"):
         import datasets
+    path, configuration = source.removeprefix("hf:"), None
+    if not os.path.exists(path) and ":" in path:
+        path, _, configuration = path.rpartition(":")
     try:
         with local_rank_zero_first():  # it fills the cache that the other ranks read
-            return datasets.load_dataset(source.removeprefix("hf:"))
+            return datasets.load_dataset(path, configuration)
     except Exception as error:  # any kind, depending on the files and the network
-        raise UsageError(
-            f"{source} cannot be opened by datasets.load_dataset: {first_line(error)}"
-        ) from error
+        reason = first_line(error)
+        if reason.startswith("Config name is missing"):
+            names = ", ".join(datasets.get_dataset_config_names(path))
+            reason = f"choose one of its configurations, hf:{path}:NAME; NAME is one of {names}"
+        raise UsageError(f"{source} cannot be opened by datasets.load_dataset: {reason}") from error
 
 
 def validation_split(source: str) -> str | None:

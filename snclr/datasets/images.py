@@ -8,7 +8,6 @@ of indices, so the loaders treat both alike. sources.py opens the sets.
 import copy
 import hashlib
 import os
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from .. import augment
 from ..augment import Recipe, ViewParameters
 from ..running.errors import RunError
 from ..running.workers import Answers, WorkerBatches
-from .crops import crop_and_resize, crop_one, evaluation_box, join, select
+from .crops import crop_and_resize, crop_one, evaluation_box, select, shared_empty
 
 # bytes of decoded pixels up to which a set of equal-sized images is held in memory
 RESIDENT_LIMIT = 2**30
@@ -42,17 +41,6 @@ class Views(NamedTuple):
     parameters: list[ViewParameters]
 
 
-def _join(parts: list[Views]) -> Views:
-    """The views of all images, from those of consecutive parts of the images."""
-    counts = [len(part.ids) for part in parts]
-    drawn = zip(*(part.parameters for part in parts), strict=True)
-    return Views(
-        torch.cat([part.ids for part in parts]),
-        [join(x, counts) for x in zip(*(part.crops for part in parts), strict=True)],
-        [ViewParameters(*(join(x, counts) for x in zip(*g, strict=True))) for g in drawn],
-    )
-
-
 class ImageSet:
     """n = len(self) images, numbered 0 .. n - 1 in a fixed order.
 
@@ -64,14 +52,12 @@ class ImageSet:
     per_image   names of the attributes with one entry per image
     skip_bad    whether an unreadable image is replaced: in training by another, in evaluation by
                 grey
-    at_once     most images whose views are cut at a time; None: all
     """
 
-    per_image: tuple[str, ...] = ("labels", "names")
+    per_image: tuple[str, ...] = ("labels", "names", "paths")
     names: np.ndarray | None = None
     paths: np.ndarray | None = None
     skip_bad = False
-    at_once: int | None = None
 
     def __init__(self, labels: np.ndarray | None, classes: list[str], mean_std: tuple):
         self.labels = None if labels is None else torch.as_tensor(labels)
@@ -84,6 +70,7 @@ class ImageSet:
         for name in self.per_image:
             values = getattr(self, name)
             setattr(chosen, name, None if values is None else values[indices])
+        assert len(chosen) == len(indices), "per_image must name what __len__ and image() read"
         return chosen
 
     def fingerprint(self) -> str:
@@ -130,34 +117,11 @@ class ImageSet:
 
         view_numbers: which views of recipe.views; None: all of them.
         """
-        step = self.at_once or max(1, len(indices))
-        parts = np.split(indices, range(step, len(indices), step))
-        views = [self._views(recipe, epoch, part, view_numbers) for part in parts]
-        return views[0] if len(views) == 1 else _join(views)
-
-    def _views(self, recipe, epoch, indices, view_numbers):
-        indices, sides, crop = self._originals(indices, recipe.seed)
         numbers = range(len(recipe.views)) if view_numbers is None else view_numbers
-        views = Views(torch.from_numpy(indices), [], [])
-        for size, group in augment.by_size(recipe, numbers):
-            boxes, parameters = augment.draw(
-                recipe,
-                epoch,
-                np.tile(indices, len(group)),
-                np.repeat(group, len(indices)),
-                *np.tile(sides, len(group)),
-            )
-            views.crops.append(crop(boxes, size))
-            views.parameters.append(parameters)
-        return views
+        return self._views(recipe, epoch, indices, augment.by_size(recipe, numbers))
 
-    def _originals(
-        self, indices: np.ndarray, seed: int
-    ) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray, int], Tensor]]:
-        """What views are cut out of: the numbers of the images (B,), with substitutes for those
-        that cannot be read; their heights and widths (2, B); and a function from V boxes of each
-        image (V * B, 4) and a size to crops (V * B, C, size, size).
-        """
+    def _views(self, recipe, epoch, indices, groups):
+        """`views`, of groups of view numbers (augment.by_size)."""
         raise NotImplementedError
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
@@ -200,16 +164,17 @@ class ResidentImages(ImageSet):
             raise RunError(self.errors[index])
         return self.images[index]
 
-    def _originals(self, indices, seed):
+    def _views(self, recipe, epoch, indices, groups):
         if self.errors is not None:
-            indices = np.array([self.readable(int(index), seed)[0] for index in indices])
+            indices = np.array([self.readable(int(index), recipe.seed)[0] for index in indices])
         images = select(self.images, indices)
-        sides = np.tile(np.array(images.shape[2:])[:, None], len(indices))
-
-        def crop(boxes, size):
-            return crop_and_resize(images, torch.from_numpy(boxes), size)
-
-        return indices, sides, crop
+        views = Views(torch.from_numpy(indices), [], [])
+        for size, group in groups:
+            sides = np.tile(np.array(images.shape[2:])[:, None], len(indices))
+            boxes, parameters = _draw(recipe, epoch, indices, group, sides)
+            views.crops.append(crop_and_resize(images, torch.from_numpy(boxes), size))
+            views.parameters.append(parameters)
+        return views
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
         images = select(self.images, indices)
@@ -226,6 +191,7 @@ class EncodedImages(ImageSet):
 
     channels: int = 3
     grey_range: tuple[float, float] | None = None
+    # most images whose views are cut at a time
     at_once = 32  # a decoded photograph of 12 megapixels has 36 MB
 
     def file_states(self) -> object:
@@ -235,14 +201,36 @@ class EncodedImages(ImageSet):
         """
         return os.urandom(16)
 
-    def _originals(self, indices, seed):
-        numbers, images = zip(*(self.readable(int(i), seed) for i in indices), strict=True)
+    def _views(self, recipe, epoch, indices, groups):
+        crops = [
+            shared_empty((len(group), len(indices), self.channels, size, size))
+            for size, group in groups
+        ]
+        parts = [slice(n, n + self.at_once) for n in range(0, len(indices), self.at_once)]
+        ids, sides = zip(
+            *(
+                self._cut(recipe, epoch, indices[part], groups, [x[:, part] for x in crops])
+                for part in parts
+            ),
+            strict=True,
+        )
+        ids, sides = np.concatenate(ids), np.concatenate(sides, axis=1)
+        parameters = [_draw(recipe, epoch, ids, group, sides)[1] for _, group in groups]
+        return Views(torch.from_numpy(ids), [x.flatten(0, 1) for x in crops], parameters)
 
-        def crop(boxes, size):
-            originals = images * (len(boxes) // len(images))
-            return torch.cat([crop_one(*pair, size) for pair in zip(originals, boxes, strict=True)])
+    def _cut(self, recipe, epoch, indices, groups, crops):
+        """Write the views of images (B,) into the crops of each group, (V, B, C, size, size).
 
-        return np.array(numbers), np.array([image.shape[1:] for image in images]).T, crop
+        Returns the numbers of the images (B,), and their heights and widths (2, B).
+        """
+        ids, images = zip(*(self.readable(int(i), recipe.seed) for i in indices), strict=True)
+        ids, sides = np.array(ids), np.array([image.shape[1:] for image in images]).T
+        for (size, group), views in zip(groups, crops, strict=True):
+            boxes = _draw(recipe, epoch, ids, group, sides)[0].reshape(len(group), -1, 4)
+            for view, of_view in zip(views, boxes, strict=True):
+                for crop, image, box in zip(view.split(1), images, of_view, strict=True):
+                    crop.copy_(crop_one(image, box, size))
+        return ids, sides
 
     def whole(self, indices: np.ndarray, size: int) -> Tensor:
         shape = self.channels, size, size
@@ -286,6 +274,18 @@ class EncodedImages(ImageSet):
             images[part[0] : part[-1] + 1], errors[part] = decoded
         resident = ResidentImages(images, self.labels, self.classes, (self.mean, self.std))
         resident.names, resident.paths = self.names, self.paths
-        resident.skip_bad = self.skip_bad
-        resident.errors = errors if any(errors) else None
+        resident.skip_bad, resident.errors = self.skip_bad, errors if any(errors) else None
         return resident
+
+
+def _draw(recipe, epoch, indices, group, sides):
+    """augment.draw for the views of a group: the first view of all images, then the next; sides: of
+    the images, (2, B).
+    """
+    return augment.draw(
+        recipe,
+        epoch,
+        np.tile(indices, len(group)),
+        np.repeat(group, len(indices)),
+        *np.tile(sides, len(group)),
+    )

@@ -51,7 +51,7 @@ class Index(NamedTuple):
     split           (n,) number of the image's part of the data in SPLITS
     member          (n,) at most 255 bytes of the image's name in its file
     classes         (C,) names
-    ignored         number of members that are neither image nor label
+    ignored         number of members that are neither image nor label, or links without content
     """
 
     files: np.ndarray
@@ -153,7 +153,9 @@ def _scan(files, extensions) -> Index:
                 for member, offset, size, packed, stem in read(file, path):
                     folder, base = os.path.split(member)
                     sample = os.path.join(folder, base.split(".")[0])
-                    if base.lower().endswith(".cls") and read is tar_members:
+                    if offset < 0:
+                        ignored += 1
+                    elif base.lower().endswith(".cls") and read is tar_members:
                         content = os.pread(file.fileno(), min(size, 2**16), offset)
                         class_names[shard, sample] = content.decode().strip()
                     elif base.lower().endswith(extensions) and not base.startswith("."):
@@ -167,7 +169,8 @@ def _scan(files, extensions) -> Index:
             ) from error
     if not images:
         raise UsageError(
-            f"no image in the {len(files)} {files[0][-3:]} files of {os.path.dirname(files[0])}"
+            f"no image in the {len(files)} {files[0][-3:]} files of {os.path.dirname(files[0])}; "
+            f"{ignored} files in them are no images, or links out of them"
         )
     *numbers, members, stems, samples = zip(*images, strict=True)
     shards, offsets, sizes, packed = np.array(numbers, np.int64)
@@ -203,9 +206,8 @@ def _scan(files, extensions) -> Index:
 
 def _load(path, key, files) -> Index | None:
     """A saved index; None if it is absent, damaged, or of other shards or another version."""
-    damaged = (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile)
     with (
-        contextlib.suppress(*damaged),
+        contextlib.suppress(Exception),  # damaged bytes can raise any
         open_regular(path) as opened,
         np.load(opened, allow_pickle=False) as file,
     ):
@@ -217,11 +219,16 @@ def _load(path, key, files) -> Index | None:
 
 
 def _fits(index, sizes) -> bool:
-    """Whether all images of a saved index are inside the files of these sizes in bytes."""
+    """Whether a saved index has the layout of Index, with all images inside the files of these
+    sizes in bytes.
+    """
     rows = (index.shard, index.offset, index.size, index.packed, index.label, index.split)
     if any(row.dtype != np.int64 for row in rows) or index.member.dtype.kind != "S":
         return False
     if any(row.ndim != 1 or not 0 < len(row) == len(index.shard) for row in (*rows, index.member)):
+        return False
+    names, ignored = index.classes, index.ignored
+    if (names.dtype.kind, names.ndim, ignored.dtype.kind, ignored.ndim) != ("U", 1, "i", 0):
         return False
     known = (
         (index.shard >= 0)

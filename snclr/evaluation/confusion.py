@@ -13,7 +13,7 @@ LOW, HIGH = np.array([247, 249, 252]), np.array([16, 78, 139])  # colours of 0 a
 def class_accuracies(counts: np.ndarray) -> list[float | None]:
     """Accuracy of each class in percent, from counts (C, C); None for a class without images."""
     return [
-        round(100 * row[label] / row.sum(), 2) if row.sum() else None
+        float(100 * row[label] / row.sum()) if row.sum() else None
         for label, row in enumerate(counts)
     ]
 

@@ -24,7 +24,6 @@ from ..running.errors import RunError, UsageError, first_line
 from ..running.precision import autocast, widen
 from ..running.safe_files import new_file, open_regular, writing
 
-TOKENS = ("class", "mean", "patch")
 PART_BYTES = 2**26  # most bytes of the features in a part, unless those of one image are more
 PART_BATCHES = 4  # most batches of a part: what an interruption can lose
 

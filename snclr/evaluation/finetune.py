@@ -45,14 +45,13 @@ def run(task: Task) -> tuple[dict, np.ndarray]:
 
     Validation images choose nothing.
     """
-    args, train, device = task.args, task.train, task.device
+    args, train, device, scaler = task.args, task.train, task.device, task.scaler
     settings = resolve_settings(task)
     loader = EpochLoader(train, task.recipe, args.batch_size, device, args.workers)
     model = Classifier(task.encoder, len(train.classes)).to(device)
     model = synchronise_batch_norm(model, device)
     rates = {name: settings[name] * args.batch_size / 256 for name in ("lr", "head_lr")}
     optimizer = build_optimizer(model, **settings | rates)
-    scaler = torch.amp.GradScaler(device.type, enabled=task.amp == "fp16")
     epoch, _ = task.resume(STATE_FILE, model, optimizer)
     network = distributed.replicate(model, device)
     labels = train.labels.to(device)
@@ -145,8 +144,6 @@ def evaluate_classifier(task: Task, model: Classifier) -> tuple[float, float, np
 
     best, labels = encode_share(best_classes, task.val, task.load)
     counts = torch.bincount(labels * classes + best[:, 0], minlength=classes**2)
-    # one tensor, so that one sum over ranks is enough
-    totals = torch.cat([counts, (best == labels[:, None]).sum()[None]]).to(device)
-    totals = distributed.all_sum(totals).cpu().numpy()
-    counts = totals[:-1].reshape(classes, classes)
-    return 100 * counts.trace() / len(task.val), 100 * totals[-1] / len(task.val), counts
+    counts = distributed.all_sum(counts.to(device)).cpu().numpy().reshape(classes, classes)
+    among_best = distributed.all_sum((best == labels[:, None]).sum().to(device)).item()
+    return 100 * counts.trace() / len(task.val), 100 * among_best / len(task.val), counts

@@ -30,6 +30,7 @@ GRID = {
     "cache_features": False,
     "cache_copies": 1,
 }
+OF_FINETUNING = ("optimizer", "lr", "head_lr", "wd", "layer_decay", "warmup_epochs")
 SMALL = 64  # px; up to this size, the grid trains on whole images by default
 CROP_MIN, SMALL_CROP_MIN = 0.08, 1.0
 
@@ -145,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         g,
         "--heldout",
-        type=number(float, above_zero=True, most=1),
+        type=number(float, above_zero=True, most=0.99),
         metavar="SHARE",
         help="share of each class that --select heldout holds out of training (default: 0.1)",
     )
@@ -278,8 +279,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not os.path.isfile(args.pretrained):
         raise UsageError(f"--pretrained {args.pretrained}: there is no such file")
     _resolve_protocol(args)
-    if args.epochs is None:
-        args.epochs = 50 if args.finetune else 90
+    args.epochs = args.epochs or (50 if args.finetune else 90)
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 10
     resolve_resume(args)
@@ -298,7 +298,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def _resolve_protocol(args):
     """Fill in the defaults of the protocol. Raises UsageError for flags that contradict it."""
-    refused = [name for name in (*GRID, "crop_min") if getattr(args, name) is not None]
+    given = [x for x in (*GRID, "crop_min", *OF_FINETUNING) if getattr(args, x) is not None]
+    refused = [name for name in given if name not in OF_FINETUNING]
     if args.amp not in (None, "off"):
         refused.append("amp")
     if args.protocol == "mocov3" and refused:
@@ -306,29 +307,27 @@ def _resolve_protocol(args):
             "--protocol mocov3 fixes learning rate, crops, training images and precision: "
             f"leave out --{refused[0].replace('_', '-')}, or use --protocol grid"
         )
-    if args.finetune and (args.protocol != "grid" or args.retrain):
-        probe_flag = "--retrain" if args.retrain else f"--protocol {args.protocol}"
-        raise UsageError(f"{probe_flag} is for the linear probe: leave out either it or --finetune")
+    unused = [name for name in given if name in (GRID if args.finetune else OF_FINETUNING)]
+    unused += ["protocol"] * (args.finetune and args.protocol != "grid")
+    if unused:
+        use = "the linear probe, without" if args.finetune else "fine-tuning, with"
+        raise UsageError(f"--{unused[0].replace('_', '-')} is for {use} --finetune")
     if args.retrain and args.select == "val":
         raise UsageError("--retrain needs held-out images: with --select val there are none")
     for name, value in GRID.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.amp is None:
-        args.amp = "off" if args.protocol == "mocov3" else "auto"
+    args.amp = args.amp or ("off" if args.protocol == "mocov3" else "auto")
 
 
 def _check(args):
     """Raise UsageError for values that cannot work."""
     if args.batch_size is not None:
         check_batch_size(args.batch_size)
-    if args.heldout == 1:
-        raise UsageError("--heldout must be below 1: it leaves no image to train on")
+    if args.batch_size == 1:
+        raise UsageError("--batch-size must be at least 2: batch norm needs other images")
     if args.warmup_epochs >= args.epochs:
-        raise UsageError(
-            "--warmup-epochs must be less than --epochs, "
-            f"found {args.warmup_epochs:g} and {args.epochs}"
-        )
+        raise UsageError(f"--warmup-epochs must be below --epochs, {args.epochs}")
     if args.label_list is not None and not os.path.isfile(args.label_list):
         raise UsageError(f"--label-list {args.label_list}: there is no such file")
     if args.label_list is not None and args.label_fraction is not None:
@@ -347,7 +346,8 @@ def resolve_training(args: argparse.Namespace, num_images: int) -> None:
     if args.batch_size is None:
         args.batch_size = 256 if args.finetune else 1024
         if is_grid and num_images < 16 * args.batch_size:
-            args.batch_size = 2 ** max(3, int(math.log2(num_images / 16)))
+            # by default at most half of the images are held out: the others must be a whole batch
+            args.batch_size = 2 ** int(math.log2(max(num_images / 16, min(8, num_images / 2), 2)))
         check_batch_size(args.batch_size)
     if args.batch_size > num_images:
         raise UsageError(f"--batch-size {args.batch_size} exceeds the {num_images} training images")

@@ -130,7 +130,7 @@ def train_heads(
     loader = EpochLoader(images, task.recipe, args.batch_size, task.device, args.workers)
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
     epoch, history = task.resume(state_file, heads, optimizer)
-    cached = cached_features(task, loader) if args.cache_features else None
+    cached = cached_features(task, loader) if args.cache_features and epoch < args.epochs else None
     correct, start = accuracies(heads, *evaluated), time.perf_counter()
     while epoch < args.epochs:
         for step, (ids, x) in enumerate(epoch_features(task, loader, epoch, cached)):

@@ -34,6 +34,7 @@ class Task(NamedTuple):
     val: ImageSet
     device: torch.device
     amp: str  # precision of the encoder: 'off', 'bf16' or 'fp16'
+    scaler: torch.amp.GradScaler  # of fine-tuning; disabled unless amp is 'fp16'
     log: Callable[[str], None]  # prints a line on rank 0; does nothing on other ranks
 
     @property
@@ -59,6 +60,7 @@ class Task(NamedTuple):
                 "epoch": epoch,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
                 "history": history,
                 **self.identity,
                 "provenance": versions_and_commit(),
@@ -101,6 +103,8 @@ class Task(NamedTuple):
             if len(history) != (0 if args.finetune else epoch):
                 raise ValueError("its history does not have one number for each epoch")
             model.load_state_dict(content["model"])
+            if content.get("scaler") and self.scaler.is_enabled():
+                self.scaler.load_state_dict(content["scaler"])
         except Exception as error:  # the file may hold anything, so torch may raise anything
             raise UsageError(
                 f"{path} does not fit this evaluation: {first_line(error)}; choose a new --workdir"

@@ -82,6 +82,8 @@ def page(runs: Sequence[Run], recipes: dict[str, list[Run]] | None = None) -> st
     about = [[run.settings.get(x, "?") for x in ("method", "arch", "dataset")] for run in runs]
     title = html.escape("; ".join(dict.fromkeys("{} {}, {}".format(*x) for x in about)))
     parts = [f"<h1>{title}</h1>", _table(*comparison(groups)), f"<p>{LEGEND}</p>"]
+    logged = sorted({name for run in runs for line in run.lines for name in line})
+    terms = [(html.escape(name), name) for name in logged if name.startswith("term_")]
     names = differences([members[0] for members in groups.values()], IGNORED)
     if len(names) > (0 if recipes else FEW):
         rows = [
@@ -94,7 +96,7 @@ def page(runs: Sequence[Run], recipes: dict[str, list[Run]] | None = None) -> st
         f"<p>{BANDS}</p>" if len(runs) > len(groups) else "",
         key(groups),
         '<div class="curves">',
-        *(curve(name, metric, groups) for name, metric in CURVES),
+        *(curve(name, metric, groups) for name, metric in (*CURVES, *terms)),
         "</div>",
     ]
     rows = [

@@ -4,6 +4,7 @@ import os
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ..loader import Batch, EpochLoader
@@ -26,13 +27,13 @@ class Guard:
     follows the weights, and the bank refuses keys that are not finite (memory_bank.py). Running
     statistics of batch norms that are no longer finite are restored here, to those of the last
     clean check. With a scaler (fp16) an overflow of the gradient is normal, so only a non-finite
-    loss counts.
+    loss counts, until the scale has fallen below 1: then the gradient itself is not finite.
     """
 
     def __init__(
-        self, model: nn.Module, loader: EpochLoader, workdir: str, *, limit: int, scaled: bool
+        self, model: nn.Module, loader: EpochLoader, workdir: str, *, limit: int, scaler: GradScaler
     ):
-        self.loader, self.workdir, self.limit, self.scaled = loader, workdir, limit, scaled
+        self.loader, self.workdir, self.limit, self.scaler = loader, workdir, limit, scaler
         self.statistics = [
             x for name, x in model.named_buffers() if name.endswith(("running_mean", "running_var"))
         ]
@@ -45,12 +46,14 @@ class Guard:
         self.num_collapsed = 0  # logged steps of collapse in a row
 
     def watch(self, loss: Tensor, grad_norm: Tensor, step: int) -> None:
-        """Keep loss () and grad_norm () of a step for the next check; does not wait for the device.
+        """Keep loss () and grad_norm () of a step for the next check; does not wait for the device,
+        unless there is a scaler.
 
         step: its number, from 1.
         """
         loss = loss.detach()
-        self.watched[step] = torch.stack([loss, loss if self.scaled else grad_norm])
+        may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        self.watched[step] = torch.stack([loss, loss if may_overflow else grad_norm])
 
     def check(self) -> str | None:
         """A line for the log if steps were skipped since the last call. Collective.
@@ -69,7 +72,8 @@ class Guard:
         }
         self.watched = {}
         if not bad_steps:
-            torch._foreach_copy_(self.saved_statistics, self.statistics)
+            if self.statistics:  # mocov2 adds no batch norm to a ViT
+                torch._foreach_copy_(self.saved_statistics, self.statistics)
             self.bad_steps = {}
             return None
         for current, saved in zip(self.statistics, self.saved_statistics, strict=True):
@@ -117,6 +121,15 @@ class Guard:
         model.load_state_dict(before)
         return bool(all_gather(loss[None]).isfinite().all())
 
+    def finite_batch(self, step: int) -> Batch:
+        """This rank's batch of the last step up to `step` that was finite; if there was none, that
+        of step 1.
+        """
+        while step > 1 and step in self.bad_steps:
+            step -= 1
+        epoch, inside = divmod(step - 1, self.loader.steps_per_epoch)
+        return next(self.loader.load(self.loader.requests(epoch, inside)[:1]))
+
     @property
     def last_sound_checkpoint(self) -> str:
         """A part of a message that says of which step the last sound checkpoint is."""
@@ -131,8 +144,6 @@ class Guard:
 
         is_usable: what `try_forward` returned. Call `check` first.
         """
-        if step in self.bad_steps:
-            return f"step {step} was not finite"
         tensors = dict(model.state_dict())
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{name} of parameter {number}": value for name, value in state.items()}

@@ -74,6 +74,8 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], seconds: float) -> str:
 
 def start(job: Job, gpu: str) -> None:
     """Start a job on a GPU. Raises RunError if its output cannot be written."""
+    # SLURM signals the jobs as well: the first that has saved must not requeue this process's job
+    environment = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
     with writing(job.workdir):
         os.makedirs(job.workdir, exist_ok=True)
         console = open_to_append(f"{job.workdir}/console.txt")
@@ -83,7 +85,7 @@ def start(job: Job, gpu: str) -> None:
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=console,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
+            env=environment | {"CUDA_VISIBLE_DEVICES": gpu},
             start_new_session=True,  # Ctrl-C reaches only this process, which stops its jobs
             # PR_SET_PDEATHSIG: the job gets a SIGTERM, and saves, when this process is killed
             preexec_fn=(
@@ -107,6 +109,8 @@ def update(job: Job, is_stopped: bool) -> None:
         job.state = STOPPED
     elif code is not None:
         job.state, job.message = FAILED, last_line(job) or f"exit code {code}"
+        if code < 0:  # its last line does not say why
+            job.message = f"ended by {signal.Signals(-code).name}"
 
 
 def last_line(job: Job, beginning: str = "") -> str:

@@ -141,22 +141,32 @@ def handle_signals(react: Callable[[int], None]) -> None:
 
 
 def interrupt(number: int, outcome: str) -> None:
-    """Raise Interrupted for a signal.
-
-    After SIGUSR1, which SLURM can send before the time limit (sbatch --signal), the job is
-    requeued; after SIGTERM, which scancel sends, it is not.
-    """
-    message = (
-        f"{signal.Signals(number).name}: {outcome}; the same command with --resume auto goes on"
+    """Raise Interrupted for a signal, and requeue the job."""
+    name = signal.Signals(number).name
+    raise Interrupted(
+        f"{name}: {outcome}; the same command with --resume auto goes on{requeue(name)}"
     )
+
+
+def requeue(name: str) -> str:
+    """Requeue the SLURM job after SIGUSR1, which SLURM can send before the time limit (sbatch
+    --signal), but not after another signal, such as SIGTERM, which scancel sends. Rank 0 does it.
+
+    Returns the end of a message that says what continues; '' if nothing was tried.
+    """
     job = os.environ.get("SLURM_JOB_ID")
-    if number == signal.SIGUSR1 and job and os.environ.get("RANK", "0") == "0":
-        try:
-            subprocess.run(
-                ["scontrol", "requeue", job], capture_output=True, text=True, check=True, timeout=60
-            )
-            message += f", as job {job} will"
-        except (OSError, subprocess.SubprocessError) as error:  # a container may have no scontrol
-            reason = (getattr(error, "stderr", None) or first_line(error)).strip()
-            message += f" (requeue of job {job} failed: {reason})"
-    raise Interrupted(message)
+    if name != "SIGUSR1" or not job or os.environ.get("RANK", "0") != "0":
+        return ""
+    try:
+        subprocess.run(
+            ["scontrol", "requeue", job],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+            start_new_session=True,  # torchrun passes the signal on to the group of this process
+        )
+    except (OSError, subprocess.SubprocessError) as error:  # a container may have no scontrol
+        reason = (getattr(error, "stderr", None) or first_line(error)).strip()
+        return f" (requeue of job {job} failed: {reason})"
+    return f", as job {job} will"

@@ -104,8 +104,9 @@ def read_encoder(path: str, branch: str = "online") -> EncoderFile:
     if has_other or (branch == "momentum" and saved.get("encoder") != "momentum"):
         raise UsageError(f"{path} holds no {branch} encoder: choose the other one")
     layout = f"a plain state dict, {wrapper!r}" if wrapper else "a plain state dict"
-    if all(name.startswith("module.") for name in tensors):
-        tensors, _ = _select(tensors, "module.")
+    for wrapper_prefix in ("module.", "_orig_mod."):  # of DDP and of torch.compile
+        if all(name.startswith(wrapper_prefix) for name in tensors):
+            tensors, _ = _select(tensors, wrapper_prefix)
     # solo-learn until 1.0.2 has encoder.*, but encoder.layer.* is of a transformers' ViT
     is_encoder = {"encoder.conv1.weight", "encoder.patch_embed.proj.weight"} & tensors.keys()
     prefix = "encoder." if is_encoder else "backbone."

@@ -158,13 +158,16 @@ def to_detectron2(encoder: nn.Module, info: dict) -> Export:
 
     mean, std = ([round(255 * x, 3) for x in info[key]] for key in ("mean", "std"))
     pixels = f"MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std}".replace(", ", ",")
+    depth = info["arch"].removeprefix("resnet")
+    # detectron2 refuses these two depths with its default, 256
+    width = " MODEL.RESNETS.RES2_OUT_CHANNELS 64" if depth in ("18", "34") else ""
     return Export(
         content,
         lambda path: f"{code}; model.load_state_dict({_TORCH_LOAD.format(path)}['state_dict'])",
         read,
         hint=lambda path: (
             f"detectron2's settings: MODEL.WEIGHTS {path} MODEL.RESNETS.STRIDE_IN_1X1 False "
-            f"MODEL.RESNETS.DEPTH {info['arch'].removeprefix('resnet')} INPUT.FORMAT RGB {pixels}"
+            f"MODEL.RESNETS.DEPTH {depth}{width} INPUT.FORMAT RGB {pixels}"
         ),
     )
 

@@ -31,6 +31,7 @@ TOLERANCE = 1e-3
 DEFAULTS = OF_ENCODER | dict(arch=None, img_size=224, channels=3, mean=IMAGENET[0], std=IMAGENET[1])
 
 
+@torch.inference_mode(False)  # also within torch.no_grad(): timm's models are built by a gradient
 def open_encoder(path: str, branch: str = "online", **settings) -> tuple[nn.Module, dict]:
     """The backbone in a file, in eval mode on the CPU, and its info.
 

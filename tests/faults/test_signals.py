@@ -23,6 +23,7 @@ from snclr.evaluation import probe as linear_probe
 from snclr.evaluation.options import STATE_FILE
 from snclr.running import preemption, settings
 from snclr.running.errors import Interrupted, RunError
+from snclr.running.log import Log
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -280,10 +281,14 @@ def test_without_scontrol_the_job_is_not_requeued_and_a_note_is_printed(
     monkeypatch.setenv("PATH", "")  # nor is there git
     monkeypatch.setattr(settings, "versions_and_commit", settings.versions_and_commit.__wrapped__)
     signal_in_step(monkeypatch, 1, signal.SIGUSR1)
+    order, requeue, close = [], preemption.requeue, Log.close
+    monkeypatch.setattr(preemption, "requeue", lambda x: order.append("requeue") or requeue(x))
+    monkeypatch.setattr(Log, "close", lambda log: order.append("close") or close(log))
     with pytest.raises(
         Interrupted, match=r"SIGUSR1: saved; .* \(requeue of job 77 failed: .*scontrol.*\)"
     ):
         train(images, tmp_path)
+    assert order == ["requeue", "close"]  # a logger may wait for its network until SLURM kills it
     for name in (attack.LAST, "encoder_last.pth.tar"):
         state = torch.load(tmp_path / name, weights_only=True)
         assert (

@@ -68,7 +68,8 @@ def test_the_forward_pass_that_vouches_for_a_checkpoint_changes_nothing(method, 
     model(batch.views, batch.ids, 0.9)
     before = copy.deepcopy(model)
     loader = SimpleNamespace(device=batch.ids.device)
-    guard = Guard(model, loader, str(tmp_path), limit=0, scaled=False)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    guard = Guard(model, loader, str(tmp_path), limit=0, scaler=scaler)
     optimizer = build_optimizer("sgd", model, 0.0)
     assert guard.try_forward(model, batch, 0.9, "off")
     assert guard.what_is_unsound(1, model, optimizer, True) is None
@@ -79,6 +80,14 @@ def test_the_forward_pass_that_vouches_for_a_checkpoint_changes_nothing(method, 
             parameter.add_(1e30)
     assert not guard.try_forward(model, batch, 0.9, "off")
     assert "loss is not finite" in guard.what_is_unsound(2, model, optimizer, False)
+
+
+@pytest.mark.parametrize("scale, is_reported", [(2.0**16, False), (0.5, True)])
+def test_a_gradient_that_overflows_without_a_scale_is_not_finite(tmp_path, scale, is_reported):
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    guard = Guard(torch.nn.Linear(1, 1), None, str(tmp_path), limit=1, scaler=scaler)
+    guard.watch(torch.tensor(1.0), torch.tensor(float("nan")), 1)
+    assert (guard.check() is not None) == is_reported
 
 
 def test_a_signal_after_a_bad_step_says_what_is_sound(train, tmp_path):
