@@ -218,7 +218,8 @@ def test_flags_without_effect_are_named(flags, lines):
 
 def test_flags_of_a_gpu_are_named_on_a_cpu():
     flags = ["--bank-size", "64", "--compile", "graphs", "--step-graph", "--fused-augment"]
-    notes = main_snclr.setting_notes(options.parse(flags), 5000, torch.device("cpu"))
+    without_bank = SimpleNamespace(memory_bank=None)
+    notes = main_snclr.setting_notes(options.parse(flags), without_bank, 5000, torch.device("cpu"))
     assert [note.split()[0].rstrip(":") for note in notes] == [*flags[2:3], *flags[4:]]
 
 
