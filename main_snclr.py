@@ -361,28 +361,21 @@ def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:
     if labels is not None:
         labels = labels.to(loader.device, non_blocking=True)
     go_on = end < run.last_step and not ends_period(run, end, args.eval_freq)
-    batch, following, batches = None, None, loader.epoch(epoch, inside, go_on=go_on)
+    batch, batches = None, loader.epoch(epoch, inside, go_on=go_on)
     bar = log.progress(loader.steps_per_epoch, inside, f"epoch {epoch + 1}/{args.epochs}")
     waits = Waits(loader.device)
     logged_step, logged_at, slowest = step, time.perf_counter(), 0.0
 
-    def next_batch() -> Batch | None:
-        """The next batch; None if no batch comes, and the run ends by a signal."""
-        try:
-            with waits:
-                return next(batches)
-        except workers.Stalled:
-            if run.interruptions.end_here(run.guard.last_sound_checkpoint):
-                return None
-            raise
-
     while step < end:
         step_start = time.perf_counter()
-        following = following or next_batch()
-        if following is None:
-            run.guard.check()
-            break
-        batch, following = following, None
+        try:
+            with waits:
+                batch = next(batches)
+        except workers.Stalled:
+            if run.interruptions.end_here(run.guard.last_sound_checkpoint):
+                run.guard.check()
+                break
+            raise
 
         lr = optim.learning_rate(
             step,
@@ -419,9 +412,6 @@ def train_epoch(run: Run, step: int) -> tuple[int, Batch | None]:
         slowest = max(slowest, time.perf_counter() - step_start)
 
         if step % args.print_freq == 0 or step == end:
-            # a line waits for the GPU, which prepares the next batch meanwhile
-            if step < end and (following := next_batch()) is None:
-                end = step
             metrics = step_metrics(
                 loss,
                 shown,

@@ -294,25 +294,6 @@ def test_where_a_step_cannot_be_a_graph(flags, reason, monkeypatch):
     assert build(["--step-graph"]) is None
 
 
-def test_the_next_batch_is_prepared_before_a_line_of_the_log_waits(folder, tmp_path, monkeypatch):
-    seen, epoch, step_metrics = [], main_snclr.EpochLoader.epoch, main_snclr.step_metrics
-
-    def batches(*args, **kwargs):
-        for batch in epoch(*args, **kwargs):
-            seen.append("batch")
-            yield batch
-
-    def line(*args, **kwargs):
-        seen.append("line")
-        return step_metrics(*args, **kwargs)
-
-    monkeypatch.setattr(main_snclr.EpochLoader, "epoch", batches)
-    monkeypatch.setattr(main_snclr, "step_metrics", line)
-    flags = f"{RUN} --print-freq 1 --stop-after-steps 3 --workdir".split()
-    main_snclr.main([folder, *flags, str(tmp_path)])
-    assert " ".join(seen) == "batch batch line line batch line"
-
-
 @pytest.mark.filterwarnings(NO_OP)
 @pytest.mark.parametrize(
     "flags", ("--eval-freq 1 --viz-freq 1", "--method nnclr", "--method mocov2")
