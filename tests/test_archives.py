@@ -225,7 +225,7 @@ def test_hard_links_are_images_and_other_links_are_counted(tmp_path):
             archive.add(tmp_path / name, name)
     images, _, notes = open_data(path)
     assert same_images(images, [0, 1, 1]) and images.paths[2] == f"{path}/a/2.bmp"
-    assert f"1 files in {path} are not images, or links, and are ignored" in notes
+    assert f"1 files in {path} are ignored: links, or not images of a known format" in notes
     with tarfile.open(path, "w") as archive:
         archive.add(tmp_path / "a/1.bmp", "1.bmp")
     assert "1 files in them are no images, or links out of them" in refused(path)

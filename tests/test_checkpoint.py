@@ -474,10 +474,20 @@ def test_optimiser_state_that_does_not_fit_is_refused(state, path, run):
     assert "optimiser" in refused(run.resume, path)
 
 
-@pytest.mark.parametrize("flags", ["--bank-size 12", "--snclr-dim 16", "--width 16"])
-def test_model_of_another_size_is_refused(flags, state, path):
+@pytest.mark.parametrize(
+    "flags, change",
+    [
+        ("--bank-size 12", "bank_size 6 -> 12"),
+        ("--snclr-dim 16", "snclr_dim 8 -> 16"),
+        ("--width 16", "width 8 -> 16"),
+    ],
+)
+def test_model_of_another_size_is_refused(flags, change, state, path):
+    run = Run(flags)
     tensor_files.save(str(path), state)
-    assert "another shape" in refused(Run(flags).resume, path)
+    assert change in refused(run.resume, path)
+    tensor_files.save(str(path), {**state, "args": vars(run.args)})  # they do not say so
+    assert "another shape" in refused(run.resume, path)
 
 
 @pytest.mark.parametrize(
