@@ -1,4 +1,6 @@
+import fcntl
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -24,10 +26,17 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def undisturbed(images, tmp_path_factory):
-    """The workdir of a run of two ranks that nobody disturbed."""
-    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, output = attack.ended(attack.start(images, *attack.FLAGS, "--workdir", workdir))
-    assert code == 0, output
+    """The workdir of a run of two ranks that nobody disturbed, one for all processes of pytest."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    workdir, ended = folder / "undisturbed", folder / "undisturbed_has_ended"
+    with open(folder / "undisturbed.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not ended.exists():
+            code, output = attack.ended(attack.start(images, *attack.FLAGS, "--workdir", workdir))
+            assert code == 0, output
+            ended.touch()
     return workdir
 
 
