@@ -9,8 +9,8 @@ cd "$ROOT"
 # their tests run where they are installed
 find_python requirements.txt requirements/{datasets,hf,mat,onnx,parquet,torchcodec}.txt \
   tests/requirements.txt
-# by itself pytest leaves out those of the pages; a file at a time goes to each of four processes,
+# by itself pytest leaves out those of the pages; a file at a time goes to each of three processes,
 # since many tests wait for programs; in the order of tests/conftest.py, the longest files first
-[ $# -gt 0 ] || set -- -m "not slow" -n 4 --dist loadfile --no-loadscope-reorder
+[ $# -gt 0 ] || set -- -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$PYTHON" -m pytest "$@"
