@@ -477,7 +477,7 @@ def test_recipe_trains_when_it_is_made_small(path, images, tmp_path):
     """All settings of the recipe but the sizes: two steps on eight images."""
     flags = "--img-size 32 --snclr-mlp-dim 32 --bank-size 16 --topk 2 -b 4 --workers 0 "
     flags += "--eval-freq 0 --stop-after-steps 2 --dataset folder"
-    if "--init-from" in path.read_text():  # a file in place of timm's download
+    if "--init-from timm:" in path.read_text():  # a file in place of timm's download
         weights = timm.create_model("vit_small_patch16_224", img_size=32, num_classes=0)
         torch.save(weights.state_dict(), tmp_path / "start.pth")
         flags += f" --init-from {tmp_path / 'start.pth'}"
