@@ -1,9 +1,11 @@
 """The entry for torch.hub: encoder = torch.hub.load(REPOSITORY, "snclr", FILE)."""
 
+import os
+
 dependencies = ["torch", "torchvision", "timm", "numpy"]
 
 
-def snclr(file, branch: str = "online", **settings):
+def snclr(file: str | os.PathLike, branch: str = "online", **settings):
     """The frozen encoder in a weight file: normalised images (B, C, S, S) to features (B, F).
 
     encoder.info has the mean and std of the images, and notes on what was loaded.

@@ -593,23 +593,23 @@ def unused_flags(args: argparse.Namespace) -> list[str]:
     defaults = {action.dest: action.default for action in FLAGS}
     defaults["local_size"] = default_local_size(args.img_size)
     is_vit, is_resnet = args.arch.startswith("vit"), args.arch.startswith("resnet")
-    unused = {
-        f"with --method {args.method}": UNUSED.get(args.method, ()),
-        "with --topk 0": () if args.topk else OF_NEIGHBOURS,
-        "with --weights key": ("detach_weights",) * (args.weights == "key"),
-        "with --weights uniform": ("detach_weights", "positiveness_t")
-        * (args.weights == "uniform"),
-        f"with --arch {args.arch}": ("width", "small_stem") * (not is_resnet)
-        + ("patch_size",) * (not is_vit)
-        + ("stop_grad_conv1",) * (not is_vit or args.arch.startswith("vit_conv")),
-        "without --local-views": () if args.local_views else ("local_size", "local_crop_max"),
-        "without --subset": () if args.subset else ("subset_seed",),
-        "without --val-fraction": () if args.val_fraction else ("val_seed",),
-    }
+    has_plain_patches = is_vit and not args.arch.startswith("vit_conv")
+    rules = (  # whether it applies, the reason, and the settings that have no effect then
+        (True, f"with --method {args.method}", UNUSED.get(args.method, ())),
+        (not args.topk, "with --topk 0", OF_NEIGHBOURS),
+        (args.weights == "key", "with --weights key", ["detach_weights"]),
+        (args.weights == "uniform", "with --weights uniform", ["detach_weights", "positiveness_t"]),
+        (not is_resnet, f"with --arch {args.arch}", ["width", "small_stem"]),
+        (not is_vit, f"with --arch {args.arch}", ["patch_size"]),
+        (not has_plain_patches, f"with --arch {args.arch}", ["stop_grad_conv1"]),
+        (not args.local_views, "without --local-views", ["local_size", "local_crop_max"]),
+        (not args.subset, "without --subset", ["subset_seed"]),
+        (not args.val_fraction, "without --val-fraction", ["val_seed"]),
+    )
     reasons = {}
-    for reason, names in unused.items():
+    for applies, reason, names in rules:
         for name in names:
-            if getattr(args, name) != defaults[name]:
+            if applies and getattr(args, name) != defaults[name]:
                 reasons.setdefault(f"--{name.replace('_', '-')}", reason)
     return [f"{name} has no effect {reason}" for name, reason in reasons.items()]
 

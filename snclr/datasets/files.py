@@ -158,12 +158,10 @@ def _open_part(
         expected = "image files in it or its subfolders"
         if args.dataset == "folder":
             start = len(os.path.join(path, ""))
-            stray = [file for file in paths if os.sep not in file[start:]]
-            if stray:
-                notes.append(
-                    f"{len(stray)} images in {path} are in no class folder and are ignored"
-                )
-            paths = [file for file in paths if os.sep in file[start:]]
+            in_folders = [file for file in paths if os.sep in file[start:]]
+            if stray := len(paths) - len(in_folders):
+                notes.append(f"{stray} images in {path} are in no class folder and are ignored")
+            paths = in_folders
             names = [file[start:].split(os.sep)[0] for file in paths]
             expected = f"{path}/<class>/<image>"
         if not paths:
